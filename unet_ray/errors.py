@@ -1,0 +1,30 @@
+"""The ways a command can fail, each with its exit code; knows nothing about what failed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UnetRayError(Exception):
+    """Anything that unet-ray tells a user in one sentence. Never raised itself."""
+
+    exit_code = 1
+
+
+class InputError(UnetRayError, ValueError):
+    """Bad usage or bad input, found before any work is done: nothing was written."""
+
+    exit_code = 2
+
+
+class RunError(UnetRayError, RuntimeError):
+    """A failure while running: what was committed before it stays and is used by the next run."""
+
+    exit_code = 1
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Gives ``" (did you mean 'x'?)"`` for the known word nearest to `word`, or ``""``."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
