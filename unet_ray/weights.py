@@ -23,7 +23,6 @@ NEGLIGIBLE = 1e-8  # a border term below this is set to 0: it is lost in float32
 FAR = 1 << 62  # squared distance to a cell that is not there
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Nearest = tuple[int, int, int, int]  # a cell, its squared distance, the next cell, its squared d.
 
 
 def compiled(function: Function) -> Function:
@@ -85,8 +84,7 @@ def border_term(
     if w0 <= NEGLIGIBLE:
         return np.zeros(instances.shape, np.float32)
     reach = sigma * math.sqrt(2 * math.log(w0 / NEGLIGIBLE))
-    cells, gaps = _nearest_two_in_column(np.ascontiguousarray(instances, dtype=np.int64))
-    return _border_term(cells, gaps, reach, float(w0), float(sigma))
+    return _border_term(_nearest_in_column(instances), reach, float(w0), float(sigma))
 
 
 def weight_map(
@@ -138,75 +136,83 @@ def _cells(section: NDArray[np.uint8], classes: int) -> NDArray[np.int64]:
     return cells
 
 
-@compiled
-def _closer(cell: int, square: int, c1: int, s1: int, c2: int, s2: int) -> Nearest:
-    """The two nearest of three cells, of which the first may be one of the others."""
-    if cell == c1:
-        return c1, min(square, s1), c2, s2
-    if square < s1:
-        return cell, square, c1, s1
-    if square < s2:
-        return c1, s1, cell, square
-    return c1, s1, c2, s2
+def _nearest_in_column(instances: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """The two nearest cells of every voxel within its column, as `_offer` enters them.
 
-
-@compiled
-def _nearest_two_in_column(
-    instances: NDArray[np.int64],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The two nearest cells in the column of every voxel, and their squared distances.
-
-    Both have shape ``(2, y, x)``, the nearest first. No other cell of this column can be one of
-    the two nearest of any voxel in this row: both of these would be nearer.
+    Shape ``(y, x, 4)``. They suffice: any other cell of the column has two nearer ones in that
+    same column, as seen from every voxel of the row.
     """
-    height, width = instances.shape
-    cells = np.zeros((2, height, width), np.int64)
-    squares = np.full((2, height, width), FAR, np.int64)
-    seen = np.zeros((2, width), np.int64)  # the last two cells that the sweep met ...
-    rows = np.zeros((2, width), np.int64)  # ... and where it met them last
-    for step in range(2 * height):
-        row = step if step < height else 2 * height - 1 - step
-        if step == height:
-            seen[:] = 0
+    near = np.zeros((*instances.shape, 4), np.int64)
+    near[:, :, 1::2] = FAR
+    numbers = np.ascontiguousarray(instances, dtype=np.int64)
+    down = np.arange(len(numbers))
+    _sweep(numbers, down, near)
+    _sweep(numbers, down[::-1].copy(), near)
+    return near
+
+
+@compiled
+def _offer(best: NDArray[np.int64], cell: int, square: int) -> None:
+    """Enters a cell at a squared distance into `best`: cell, square, next cell, its square."""
+    if cell == best[0]:
+        best[1] = min(best[1], square)
+    elif square < best[1]:
+        best[2], best[3] = best[0], best[1]
+        best[0], best[1] = cell, square
+    elif square < best[3]:
+        best[2], best[3] = cell, square
+
+
+@compiled
+def _sweep(instances: NDArray[np.int64], order: NDArray[np.int64], near: NDArray[np.int64]) -> None:
+    """Offers to every voxel the last two cells that a walk along its column has met."""
+    width = instances.shape[1]
+    met = np.zeros((2, width), np.int64)
+    where = np.zeros((2, width), np.int64)
+    for y in order:
         for x in range(width):
-            cell = instances[row, x]
+            cell = instances[y, x]
             if cell != 0:
-                if cell != seen[0, x]:
-                    seen[1, x], rows[1, x] = seen[0, x], rows[0, x]
-                    seen[0, x] = cell
-                rows[0, x] = row
-            c1, s1, c2, s2 = cells[0, row, x], squares[0, row, x], cells[1, row, x], squares[1, row, x]
+                if cell != met[0, x]:
+                    met[1, x], where[1, x] = met[0, x], where[0, x]
+                    met[0, x] = cell
+                where[0, x] = y
             for k in range(2):
-                if seen[k, x] != 0:
-                    c1, s1, c2, s2 = _closer(seen[k, x], (row - rows[k, x]) ** 2, c1, s1, c2, s2)
-            cells[0, row, x], squares[0, row, x], cells[1, row, x], squares[1, row, x] = c1, s1, c2, s2
-    return cells, squares
+                if met[k, x] != 0:
+                    _offer(near[y, x], met[k, x], (y - where[k, x]) ** 2)
+
+
+@compiled
+def _search_row(
+    near: NDArray[np.int64], y: int, x: int, reach: float, best: NDArray[np.int64]
+) -> None:
+    """Fills `best` with the two nearest cells of a voxel, if their d1 + d2 is within `reach`."""
+    width = near.shape[1]
+    for k in range(4):
+        best[k] = near[y, x, k]
+    for away in range(1, width):
+        # A column `away` from here matters only while it is nearer than d2 and while the least
+        # possible d1 + d2 with a cell in it, min(d1, away) + away, is in reach.
+        if away**2 >= best[3] or min(math.sqrt(best[1]), away) + away > reach:
+            return
+        for column in (x - away, x + away):
+            if 0 <= column < width:
+                for k in (0, 2):
+                    _offer(best, near[y, column, k], near[y, column, k + 1] + away**2)
 
 
 @compiled
 def _border_term(
-    cells: NDArray[np.int64], squares: NDArray[np.int64], reach: float, w0: float, sigma: float
+    near: NDArray[np.int64], reach: float, w0: float, sigma: float
 ) -> NDArray[np.float32]:
     """The border term from the two nearest cells per column; 0 where d1 + d2 > `reach`."""
-    _, height, width = cells.shape
+    height, width, _ = near.shape
     term = np.zeros((height, width), np.float32)
+    best = np.empty(4, np.int64)
     for y in range(height):
         for x in range(width):
-            c1, s1, c2, s2 = cells[0, y, x], squares[0, y, x], cells[1, y, x], squares[1, y, x]
-            away = 1
-            # A column `away` from here can matter only while it is nearer than d2 and while
-            # the least possible d1 + d2 with a cell in it, min(d1, away) + away, is in reach.
-            while away * away < s2 and min(math.sqrt(s1), away) + away <= reach:
-                for column in (x - away, x + away):
-                    if 0 <= column < width:
-                        for k in range(2):
-                            square = squares[k, y, column]
-                            if square < s2:
-                                c1, s1, c2, s2 = _closer(
-                                    cells[k, y, column], square + away * away, c1, s1, c2, s2
-                                )
-                away += 1
-            total = math.sqrt(s1) + math.sqrt(s2)
-            if total <= reach:
+            _search_row(near, y, x, reach, best)
+            total = math.sqrt(best[1]) + math.sqrt(best[3])
+            if best[3] < FAR and total <= reach:
                 term[y, x] = w0 * math.exp(-(total**2) / (2 * sigma**2))
     return term

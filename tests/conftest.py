@@ -1,0 +1,49 @@
+"""What every test shares: a quiet and private Ray, hypothesis settings, the shared data."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Ray reads these when it is imported, and its workers inherit them: no test file comes before.
+os.environ.update(
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_DATA_DISABLE_PROGRESS_BARS="1",
+    RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+    RAY_AUTH_MODE="disabled",  # or ray.init() writes a token into the user's home
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",  # reports are seen this often, not every 2 s
+)
+os.environ.pop("RAY_ADDRESS", None)  # tests never run on somebody's cluster
+
+# A busy machine is no failure; on CI the same examples run every time.
+settings.register_profile(
+    "unet-ray", deadline=None, print_blob=True, derandomize="CI" in os.environ
+)
+settings.load_profile("unet-ray")
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real images beside the project, which not every machine has."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("UNET_RAY_SHARED_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no real images at {folder}; UNET_RAY_SHARED_DATA names another folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    """A Ray of two CPUs for this session alone; tests that use it carry ``@pytest.mark.ray``."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=300 * 2**20,
+        log_to_driver=False,
+    )
+    yield ray
+    ray.shutdown()

@@ -1,0 +1,237 @@
+"""Deformed patches: nothing to do changes nothing, and what belongs together moves together."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from unet_ray.augment import change_grey, deform, draw_deformation, warp_image, warp_labels
+from unet_ray.boxes import Box
+from unet_ray.errors import InputError
+
+SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 40))
+IDENTITY = np.eye(2)
+NO_NODES = np.zeros((2, 3, 3))
+
+
+def middle(shape):
+    return ((shape[0] - 1) / 2, (shape[1] - 1) / 2)
+
+
+def window_of(deformation, centre, rng, channels=2):
+    """Random voxels, exactly those asked for, and the centre as seen from them."""
+    box = deformation.reach(centre)
+    voxels = rng.standard_normal((channels, *box.shape)).astype(np.float32)
+    return voxels, tuple(c - a for c, a in zip(centre, box.start, strict=True))
+
+
+def smooth(rng, shape):
+    return ndimage.gaussian_filter(rng.standard_normal(shape), 3).astype(np.float32)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SHAPES, st.integers(0, 99))
+def test_nothing_to_do_gives_the_patch_itself(shape, seed):
+    rng = np.random.default_rng(seed)
+    still = draw_deformation(shape, rng, elastic=0, rotate=False, flip=False)
+    start = rng.integers(0, 9, 2)
+    image = rng.standard_normal((2, *(start + shape + 5))).astype(np.float32)
+    patch = (slice(start[0], start[0] + shape[0]), slice(start[1], start[1] + shape[1]))
+    centre = tuple(start + middle(shape))
+    assert still.reach(centre) == Box(tuple(start), tuple(start + shape))
+    np.testing.assert_array_equal(warp_image(image, centre, still), image[:, *patch])
+    np.testing.assert_array_equal(warp_labels(image[0], centre, still), image[0][patch])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 30), st.integers(0, 3), st.booleans())
+def test_flips_and_quarter_turns_are_exact(size, turns, flip):
+    rng = np.random.default_rng(size)
+    image = rng.standard_normal((2, size, size)).astype(np.float32)
+    matrix = np.linalg.matrix_power(np.array([[0, 1], [-1, 0]]), turns) * [1, -1 if flip else 1]
+    move = deform((size, size), matrix, NO_NODES)
+    expected = np.rot90(image, turns, axes=(1, 2))
+    expected = expected[:, :, ::-1] if flip else expected
+    np.testing.assert_array_equal(warp_image(image, middle((size, size)), move), expected)
+    labels = (image[0] > 0).astype(np.uint8)
+    expected = np.rot90(labels, turns)[:, ::-1] if flip else np.rot90(labels, turns)
+    np.testing.assert_array_equal(warp_labels(labels, middle((size, size)), move), expected)
+
+
+def test_drawn_flips_are_the_four_and_equally_many():
+    rng = np.random.default_rng(0)
+    image = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
+    seen = {}
+    for _ in range(200):
+        move = draw_deformation((2, 3), rng, elastic=0, rotate=False)
+        patch = warp_image(image, middle((2, 3)), move)
+        seen[patch.tobytes()] = seen.get(patch.tobytes(), 0) + 1
+    flips = [image[:, ::i, ::j] for i in (1, -1) for j in (1, -1)]
+    assert set(seen) == {flip.tobytes() for flip in flips}
+    assert min(seen.values()) > 25
+
+
+def test_drawn_rotations_keep_lengths_and_take_every_angle():
+    rng = np.random.default_rng(0)
+    corners = [
+        draw_deformation((9, 9), rng, elastic=0, flip=False).offsets[:, 0, 0] for _ in range(200)
+    ]
+    np.testing.assert_allclose(np.linalg.norm(corners, axis=1), math.hypot(4, 4), rtol=1e-5)
+    angles = np.arctan2(*np.transpose(corners))
+    assert np.histogram(angles, bins=8, range=(-math.pi, math.pi))[0].min() > 8
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHAPES, st.integers(0, 999), st.sampled_from([0.0, 3.0, 30.0]))
+def test_reach_is_what_is_needed_and_no_more(shape, seed, elastic):
+    rng = np.random.default_rng(seed)
+    bend = draw_deformation(shape, rng, elastic)
+    centre = tuple(rng.integers(-50, 50, 2) + np.add(middle(shape), rng.choice([0, 0.5, 0.3])))
+    image, seen = window_of(bend, centre, rng)
+    places = bend.offsets.astype(float) + np.array(seen)[:, None, None]
+    last = np.array(image.shape[1:])[:, None, None] - 1
+    assert (places >= 0).all() and (places <= last).all()
+    assert (places.min(axis=(1, 2)) < 1).all()
+    assert (places.max(axis=(1, 2)) > last[:, 0, 0] - 1).all()
+    assert warp_image(image, seen, bend).shape == (2, *shape)
+    assert warp_labels(image[0], seen, bend).shape == shape
+
+
+@pytest.mark.parametrize("side", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)])
+def test_a_window_short_of_one_row_or_column_is_refused(side):
+    top, bottom, left, right = side
+    image = np.zeros((1, 8 - top - bottom, 8 - left - right), np.float32)
+    still = deform((8, 8), IDENTITY, NO_NODES)
+    centre = (3.5 - top, 3.5 - left)
+    with pytest.raises(ValueError, match="reaches"):
+        warp_image(image, centre, still)
+    with pytest.raises(ValueError, match="reaches"):
+        warp_labels(image[0], centre, still)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 999))
+def test_image_agrees_with_scipy(seed):
+    rng = np.random.default_rng(seed)
+    bend = draw_deformation((37, 52), rng, elastic=4)
+    image, centre = window_of(bend, middle((37, 52)), rng)
+    places = bend.offsets.astype(float) + np.array(centre)[:, None, None]
+    expected = [ndimage.map_coordinates(channel, places, order=1) for channel in image]
+    np.testing.assert_allclose(warp_image(image, centre, bend), expected, atol=1e-4)
+    labels = rng.integers(0, 1000, image.shape[1:])
+    expected = ndimage.map_coordinates(labels, places, order=0)
+    np.testing.assert_array_equal(warp_labels(labels, centre, bend), expected)
+
+
+def test_image_and_labels_move_alike():
+    rng = np.random.default_rng(5)
+    bend = draw_deformation((120, 90), rng)
+    box = bend.reach(middle((120, 90)))
+    labels = np.digitize(smooth(rng, box.shape), [-0.05, 0, 0.05]).astype(np.uint8)
+    centre = tuple(c - a for c, a in zip(middle((120, 90)), box.start, strict=True))
+    flat = ndimage.maximum_filter(labels, 3) == ndimage.minimum_filter(labels, 3)
+    away = warp_labels(flat, centre, bend)
+    image = warp_image(labels[None].astype(np.float32), centre, bend)[0]
+    assert 0.3 < away.mean() < 1
+    np.testing.assert_allclose(image[away], warp_labels(labels, centre, bend)[away], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint64, np.float32])
+def test_labels_and_weights_get_no_new_values(dtype):
+    rng = np.random.default_rng(1)
+    bend = draw_deformation((40, 40), rng)
+    window, centre = window_of(bend, middle((40, 40)), rng)
+    labels = rng.choice(np.array([0, 3, 200], dtype), window.shape[1:])
+    patch = warp_labels(labels, centre, bend)
+    assert patch.dtype == dtype
+    assert set(np.unique(patch)) == {0, 3, 200}
+
+
+def test_a_part_of_the_offsets_gives_that_part_of_the_patch():
+    rng = np.random.default_rng(2)
+    bend = draw_deformation((30, 30), rng, elastic=3)
+    image, centre = window_of(bend, middle((30, 30)), rng)
+    inner = type(bend)(bend.offsets[:, 5:20, 7:23])
+    part = warp_image(image, centre, bend)[:, 5:20, 7:23]
+    np.testing.assert_array_equal(warp_image(image, centre, inner), part)
+    box = inner.reach(centre)
+    labels = warp_labels(image[0], centre, bend)[5:20, 7:23]
+    seen = tuple(c - a for c, a in zip(centre, box.start, strict=True))
+    np.testing.assert_array_equal(warp_labels(image[0][box.slices], seen, inner), labels)
+
+
+def test_windows_that_are_views_are_read_as_they_look():
+    rng = np.random.default_rng(3)
+    bend = draw_deformation((20, 20), rng, elastic=2)
+    image, centre = window_of(bend, middle((20, 20)), rng)
+    view = np.asfortranarray(image)
+    np.testing.assert_array_equal(warp_image(view, centre, bend), warp_image(image, centre, bend))
+    expected = warp_labels(image[0], centre, bend)
+    np.testing.assert_array_equal(warp_labels(view[0], centre, bend), expected)
+
+
+def test_the_seed_decides():
+    first, again, other = (draw_deformation((50, 50), np.random.default_rng(s)) for s in (1, 1, 2))
+    np.testing.assert_array_equal(first.offsets, again.offsets)
+    assert (first.offsets != other.offsets).mean() > 0.9
+
+
+@pytest.mark.parametrize("elastic", [10.0, 2.5])
+def test_displacements_at_the_nodes_have_the_standard_deviation_asked_for(elastic):
+    rng = np.random.default_rng(0)
+    still = deform((41, 61), IDENTITY, NO_NODES).offsets
+    draws = [draw_deformation((41, 61), rng, elastic, False, False).offsets for _ in range(400)]
+    nodes = (np.array(draws) - still)[:, :, ::20, ::30].reshape(400, 18)
+    np.testing.assert_allclose(nodes.std(axis=0), elastic, rtol=0.15)
+    np.testing.assert_allclose(nodes.mean(axis=0), 0, atol=0.2 * elastic)
+    correlation = np.corrcoef(nodes.T) - np.eye(18)
+    assert abs(correlation).max() < 0.25  # each node and each direction for itself
+
+
+def test_displacement_passes_through_the_nodes_and_is_a_natural_spline_between():
+    nodes = np.random.default_rng(0).standard_normal((2, 3, 3))
+    bent = deform((41, 61), IDENTITY, nodes).offsets - deform((41, 61), IDENTITY, NO_NODES).offsets
+    np.testing.assert_allclose(bent[:, ::20, ::30], nodes, atol=1e-5)
+    # One node up in the middle: 1 - 3/2 t^2 + 1/2 t^3 at t = 0.5 from it, along each axis.
+    nodes = np.zeros((2, 3, 3))
+    nodes[:, 1, 1] = 1
+    bent = deform((41, 61), IDENTITY, nodes).offsets - deform((41, 61), IDENTITY, NO_NODES).offsets
+    half = 1 - 3 / 8 + 1 / 16
+    np.testing.assert_allclose(bent[:, 10, 30], half, atol=1e-5)
+    np.testing.assert_allclose(bent[:, 10, 45], half**2, atol=1e-5)
+
+
+@pytest.mark.parametrize("elastic", [-1.0, math.nan, math.inf])
+def test_elastic_must_be_a_length(elastic):
+    with pytest.raises(InputError, match=f"elastic={elastic}"):
+        draw_deformation((8, 8), np.random.default_rng(0), elastic)
+
+
+def test_grey_values_change_by_one_gain_and_offset_per_channel():
+    rng = np.random.default_rng(0)
+    image = rng.standard_normal((2, 30, 40)).astype(np.float32)
+    before = image.copy()
+    drawn = []
+    for _ in range(200):
+        changed = change_grey(image, rng, strength=0.2)
+        assert changed.dtype == np.float32 and changed.shape == image.shape
+        for old, new in zip(image, changed, strict=True):
+            gain, offset = np.polyfit(old.ravel(), new.ravel(), 1)
+            np.testing.assert_allclose(new, old * gain + offset, atol=1e-4)
+            drawn.append((math.log(gain), offset))
+    np.testing.assert_array_equal(image, before)
+    assert abs(np.array(drawn)).max() < 0.2 + 1e-5
+    np.testing.assert_allclose(np.std(drawn, axis=0), 0.2 / math.sqrt(3), rtol=0.1)
+    pairs = np.reshape(drawn, (200, 4))  # both numbers of both channels, drawn one by one
+    assert abs(np.corrcoef(pairs.T) - np.eye(4)).max() < 0.3
+
+
+def test_grey_values_change_with_the_seed_and_by_nothing_at_strength_zero():
+    image = np.random.default_rng(0).standard_normal((1, 5, 5)).astype(np.float32)
+    first, again, other = (change_grey(image, np.random.default_rng(s)) for s in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).all()
+    np.testing.assert_array_equal(change_grey(image, np.random.default_rng(1), 0), image)

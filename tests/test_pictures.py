@@ -1,0 +1,206 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from PIL import Image
+
+from unet_ray import pictures
+from unet_ray.errors import InputError
+from unet_ray.pictures import (
+    colour_classes,
+    colour_map,
+    overlay,
+    side_by_side,
+    to_grey,
+    write_png,
+)
+
+DTYPES = [np.bool_, np.uint8, np.int8, np.uint16, np.int32, np.uint64, np.float32, np.float64]
+grey_pictures = arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=12))
+
+
+def luminance(rgb):
+    """CIE Y of sRGB."""
+    linear = (np.asarray(rgb) / 255) ** 2.2
+    return linear @ np.array([0.2126, 0.7152, 0.0722])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grey_of_any_dtype_spans_black_to_white(dtype):
+    ramp = np.linspace(0, 1, 64).reshape(8, 8).round() if dtype == np.bool_ else np.arange(64)
+    grey = to_grey(np.reshape(ramp, (8, 8)).astype(dtype))
+    assert grey.dtype == np.uint8
+    assert grey.shape == (8, 8)
+    assert (grey.min(), grey.max()) == (0, 255)
+    assert (np.diff(grey.ravel().astype(int)) >= 0).all()
+
+
+def test_grey_keeps_given_limits():
+    grey = to_grey(np.array([[-5.0, 0.0, 1.0, 2.0, 9.0]]), low=0, high=2)
+    np.testing.assert_array_equal(grey, [[0, 0, 128, 255, 255]])
+
+
+def test_grey_is_not_ruled_by_a_few_outliers():
+    values = np.tile(np.arange(100.0), (100, 1))
+    values[0, 0] = 1e9
+    assert to_grey(values)[50, 99] == 255
+
+
+def test_grey_shows_a_rare_few_that_differ():
+    values = np.zeros((100, 100))
+    values[3, 4] = 7
+    grey = to_grey(values)
+    assert grey[3, 4] == 255
+    assert np.count_nonzero(grey) == 1
+
+
+@pytest.mark.parametrize("value", [0, 1, 7, 255])
+def test_grey_of_a_constant_slice_is_middle_grey(value):
+    assert (to_grey(np.full((3, 4), value, np.uint8)) == 128).all()
+
+
+def test_grey_of_nan_and_infinity():
+    grey = to_grey(np.array([[np.nan, -np.inf, 0, 1, np.inf]]), low=0, high=1)
+    np.testing.assert_array_equal(grey, [[0, 0, 0, 255, 255]])
+    assert (to_grey(np.full((2, 2), np.nan)) == 0).all()
+
+
+def test_colour_map_gets_lighter_with_every_level():
+    rgb = colour_map(np.arange(256, dtype=np.uint8)[None])
+    assert rgb.shape == (1, 256, 3)
+    assert rgb.dtype == np.uint8
+    assert (np.diff(luminance(rgb[0, ::3])) > 0).all()
+    assert (np.diff(luminance(rgb[0])) >= 0).all()
+    np.testing.assert_array_equal(rgb[0, [0, 255]], [(68, 1, 84), (253, 231, 37)])
+
+
+def test_class_colours_differ_and_background_is_black():
+    rgb = colour_classes(np.arange(9, dtype=np.uint8)[None])
+    assert rgb.shape == (1, 9, 3)
+    assert rgb.dtype == np.uint8
+    assert len(np.unique(rgb[0, :8], axis=0)) == 8
+    assert (rgb[0, 0] == 0).all()
+    np.testing.assert_array_equal(rgb[0, 8], rgb[0, 1])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint32, np.uint64])
+def test_ids_of_any_size_are_coloured(dtype):
+    greatest = np.array([[0, np.iinfo(dtype).max // 2]], dtype)
+    assert colour_classes(greatest)[0, 1].any()
+
+
+def test_overlay_colours_at_known_pixels():
+    image = np.full((5, 6), 100, np.uint8)
+    mask = np.zeros((5, 6), bool)
+    mask[0, 0] = mask[2, 2] = True
+    truth = np.zeros((5, 6), bool)
+    truth[1:4, 1:4] = True
+    rgb = overlay(image, mask, truth)
+    assert rgb.dtype == np.uint8
+    np.testing.assert_array_equal(rgb[0, 0], (60, 162, 162))
+    np.testing.assert_array_equal(rgb[2, 2], (60, 162, 162))
+    np.testing.assert_array_equal(rgb[1, 1:4], [(255, 255, 0)] * 3)
+    np.testing.assert_array_equal(rgb[4, 5], (100, 100, 100))
+
+
+@given(grey_pictures)
+def test_overlay_of_nothing_is_the_grey_image(image):
+    nothing = np.zeros(image.shape, bool)
+    for truth in (None, nothing, ~nothing):
+        np.testing.assert_array_equal(overlay(image, nothing, truth), np.stack([image] * 3, -1))
+
+
+def test_overlay_leaves_its_image_alone():
+    image = np.full((4, 4), 9, np.uint8)
+    overlay(image, np.ones((4, 4), bool), np.eye(4, dtype=bool))
+    assert (image == 9).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.integers(0, 12))
+def test_panels_stand_side_by_side_below_their_captions(widths, gap):
+    panels = [np.full((20, w), i, np.uint8) for i, w in enumerate(widths)]
+    composite = side_by_side(panels, ["a b"] * len(panels), gap)
+    assert composite.shape[1:] == (sum(widths) + gap * (len(widths) - 1), 3)
+    left = 0
+    for i, width in enumerate(widths):
+        assert (composite[-20:, left : left + width] == i).all()
+        assert (composite[:, left + width : left + width + gap] == 255).all()
+        left += width + gap
+
+
+def test_grey_and_coloured_panels_mix():
+    grey = np.full((9, 30), 5, np.uint8)
+    composite = side_by_side([grey, colour_map(grey)], ["grey", "colour"])
+    np.testing.assert_array_equal(composite[-9:, :30], np.stack([grey] * 3, -1))
+    np.testing.assert_array_equal(composite[-9:, 38:], colour_map(grey))
+
+
+def test_captions_are_dark_on_white_and_differ_with_the_text():
+    panel = np.zeros((4, 120), np.uint8)
+    bars = [side_by_side([panel], [text])[:-4] for text in ("image", "truth", "")]
+    assert (bars[0] < 64).sum() > 50
+    assert (bars[0] != bars[1]).any()
+    assert (bars[2] == 255).all()
+
+
+def test_a_long_caption_is_wrapped_not_cut():
+    panel = np.zeros((4, 60), np.uint8)
+    short, long = (side_by_side([panel], [t]) for t in ("one", "one two three four five six"))
+    assert long.shape[0] >= short.shape[0] + 2 * pictures.LINE_HEIGHT
+    assert (long[:-4, -1] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "captions"), [([], []), ([(4, 4), (5, 4)], ["a", "b"]), ([(4, 4)], [])]
+)
+def test_panels_that_do_not_fit_are_refused(shapes, captions):
+    with pytest.raises(ValueError, match="one height and one caption"):
+        side_by_side([np.zeros(s, np.uint8) for s in shapes], captions)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)])
+def test_png_round_trip(tmp_path, shape):
+    picture = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    path = tmp_path / "picture.png"
+    write_png(path, np.zeros((2, 2), np.uint8))
+    write_png(str(path), picture)
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        np.testing.assert_array_equal(np.asarray(image), picture)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("step", ["replace", "save"])
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, step):
+    path = tmp_path / "picture.png"
+    write_png(path, np.zeros((2, 2), np.uint8))
+    before = path.read_bytes()
+
+    def fail(self, target, **_):
+        if step == "save":
+            target.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(
+        *((pictures.os, "replace") if step == "replace" else (Image.Image, "save")), fail
+    )
+    with pytest.raises(OSError, match="disk full"):
+        write_png(path, np.ones((2, 2), np.uint8))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        write_png(tmp_path / "nowhere" / "a.png", np.zeros((2, 2), np.uint8))
+
+
+@pytest.mark.parametrize(
+    "picture", [np.zeros((2, 2)), np.zeros((2, 2, 4), np.uint8), np.zeros(3, np.uint8)]
+)
+def test_what_is_no_picture_is_not_written(tmp_path, picture):
+    with pytest.raises(ValueError, match="uint8"):
+        write_png(tmp_path / "a.png", picture)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,183 @@
+"""The weight map against the formula written out: one distance transform per cell."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import ndimage
+
+from unet_ray.errors import InputError
+from unet_ray.weights import border_term, class_weights, compiled, weight_map
+
+ISBI = Path(__file__).parents[1] / "../shared/data/isbi2012/train-labels.tif"
+
+
+def brute_force(instances, w0=10.0, sigma=5.0):
+    ids = np.unique(instances[instances != 0])
+    if len(ids) < 2:
+        return np.zeros(instances.shape)
+    distances = np.stack([ndimage.distance_transform_edt(instances != i) for i in ids])
+    d1, d2 = np.sort(distances, axis=0)[:2]
+    return w0 * np.exp(-((d1 + d2) ** 2) / (2 * sigma**2))
+
+
+def label_images(most=5, dtype=np.uint16):
+    """Few numbers on few voxels: cells touch, fall into pieces, stand alone or are missing."""
+    shapes = st.tuples(st.integers(1, 20), st.integers(1, 20))
+    numbers = st.one_of(st.just(0), st.integers(0, most))
+    return shapes.flatmap(lambda s: arrays(dtype, s, elements=numbers, fill=st.just(0)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(label_images(), st.sampled_from([0.4, 1.0, 5.0, 1000.0]))
+def test_border_term_matches_brute_force(instances, sigma):
+    term = border_term(instances, sigma=sigma)
+    assert term.dtype == np.float32 and term.shape == instances.shape
+    np.testing.assert_allclose(term, brute_force(instances, sigma=sigma), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 3, 40])
+def test_border_term_matches_brute_force_where_most_cells_are_out_of_reach(count):
+    rng = np.random.default_rng(count)
+    instances = np.zeros((90, 140), np.int32)
+    spots = rng.integers((0, 0), instances.shape, (count, 2))
+    instances[tuple(spots.T)] = np.arange(1, count + 1)
+    instances = ndimage.grey_dilation(instances, size=(3, 5))
+    np.testing.assert_allclose(border_term(instances), brute_force(instances), rtol=0, atol=1e-6)
+
+
+def test_border_term_of_two_pieces_of_one_cell_is_that_of_one_cell():
+    one_cell = np.array([[3, 0, 0, 3]])
+    assert not border_term(one_cell).any()
+    with_another = np.array([[3, 0, 0, 3, 0, 7]])
+    np.testing.assert_allclose(border_term(with_another), brute_force(with_another), atol=1e-6)
+
+
+def test_border_term_of_one_row_by_hand():
+    # cell 1 at 0 and 1, cell 2 at 5:      d1 + d2 =  5  4  1+3  2+2  3+1  0+4
+    row = np.array([[1, 1, 0, 0, 0, 2]], np.uint8)
+    expected = 10 * np.exp(-(np.array([[5, 4, 4, 4, 4, 4]]) ** 2) / 50)
+    np.testing.assert_allclose(border_term(row), expected, rtol=1e-6)
+    assert border_term(row)[0, 2] == pytest.approx(7.261490)
+
+
+@settings(max_examples=60, deadline=None)
+@given(label_images())
+def test_border_term_commutes_with_flips_and_turns(instances):
+    term = border_term(instances)
+    np.testing.assert_array_equal(border_term(instances.T), term.T)
+    for turns in range(4):
+        np.testing.assert_array_equal(
+            border_term(np.rot90(instances, turns)), np.rot90(term, turns)
+        )
+    np.testing.assert_array_equal(border_term(instances[::-1]), term[::-1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(label_images(), st.floats(0.1, 100))
+def test_border_term_is_proportional_to_w0(instances, w0):
+    expected = border_term(instances, w0=1.0) * w0
+    np.testing.assert_allclose(border_term(instances, w0=w0), expected, rtol=1e-5, atol=2e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(label_images(), st.integers(2, 4))
+def test_border_term_scales_with_sigma_as_the_image_does(instances, factor):
+    apart = np.zeros(np.array(instances.shape) * factor, instances.dtype)
+    apart[::factor, ::factor] = instances  # the same voxels, `factor` times as far apart
+    term = border_term(apart, sigma=5.0 * factor)[::factor, ::factor]
+    np.testing.assert_allclose(term, border_term(instances, sigma=5.0), rtol=1e-5, atol=1e-6)
+
+
+def test_border_term_of_one_cell_is_zero_however_wide_it_is():
+    assert not border_term(np.array([[0, 1, 0]]), sigma=1e12).any()
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.int64, np.uint64])
+def test_border_term_takes_any_cell_numbers(dtype):
+    largest = np.iinfo(dtype).max
+    row = np.array([[largest, 0, 0, largest - 1]], dtype)
+    np.testing.assert_allclose(border_term(row), brute_force(np.array([[1, 0, 0, 2]])), rtol=1e-6)
+
+
+def test_border_term_leaves_its_argument_alone():
+    instances = np.array([[1, 0, 2]])
+    border_term(instances)
+    np.testing.assert_array_equal(instances, [[1, 0, 2]])
+
+
+@pytest.mark.parametrize("wrong", [{"w0": -1.0}, {"w0": math.nan}, {"sigma": 0.0}, {"sigma": -5.0}])
+def test_border_term_refuses_what_is_no_weight_or_width(wrong):
+    with pytest.raises(InputError, match="|".join(f"{k}={v}" for k, v in wrong.items())):
+        border_term(np.array([[1, 0, 2]]), **wrong)
+
+
+@settings(max_examples=60, deadline=None)
+@given(label_images(most=4, dtype=np.uint8))
+def test_class_weights_give_every_class_the_same_share(targets):
+    weights = class_weights(targets, classes=6)
+    assert weights.dtype == np.float32 and weights.shape == (6,)
+    occurs = np.unique(targets)
+    assert not np.delete(weights, occurs).any()
+    assert weights[targets].mean() == pytest.approx(1, rel=1e-5)
+    shares = [weights[targets][targets == c].sum() for c in occurs]
+    np.testing.assert_allclose(shares, targets.size / len(occurs), rtol=1e-5)
+
+
+def test_class_weights_by_hand_without_the_ignored_voxels():
+    targets = np.array([0, 1, 1, 1, 255, 255], np.uint8)
+    np.testing.assert_allclose(class_weights(targets, 2), [2, 2 / 3], rtol=1e-6)
+    assert not class_weights(np.full(3, 255, np.uint8), 2).any()
+
+
+def test_weight_map_is_class_weight_plus_border_on_the_background():
+    targets = np.array([[[1, 1, 0, 1]], [[1, 0, 0, 0]]], np.uint8)
+    w_c = class_weights(targets, 2)
+    expected = w_c[targets].astype(float)
+    expected[0, 0, 2] += 10 * math.exp(-(2**2) / 50)  # the second slice has one cell only
+    weights = weight_map(targets, classes=2)
+    assert weights.dtype == np.float32
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+
+
+def test_weight_map_takes_pieces_of_each_class_as_cells():
+    # Two cells of class 1 that touch at a corner only, and one of class 2 beside the first.
+    targets = np.array([[[1, 2, 0], [0, 0, 0], [0, 0, 0]]], np.uint8)
+    diagonal = np.array([[[1, 0, 0], [0, 1, 0], [0, 0, 0]]], np.uint8)
+    none = np.zeros(3, np.float32)
+    instances = np.array([[1, 2, 0], [0, 0, 0], [0, 0, 0]])
+    for target, cells in ((targets, instances), (diagonal, np.diag([1, 2, 0]))):
+        expected = np.where(target == 0, brute_force(cells), 0)
+        np.testing.assert_allclose(weight_map(target, 3, balance=none)[0], expected[0], atol=1e-6)
+
+
+def test_weight_map_gives_ignored_voxels_nothing_and_sees_no_cell_in_them():
+    targets = np.array([[[1, 0, 0, 255, 1]]], np.uint8)
+    weights = weight_map(targets, 2, balance=np.ones(2, np.float32))
+    border = brute_force(np.array([[1, 0, 0, 0, 2]]))
+    expected = [[1, 1 + border[0, 1], 1 + border[0, 2], 0, 1]]
+    np.testing.assert_allclose(weights[0], expected, rtol=1e-6)
+
+
+def test_weight_map_of_the_isbi_membranes_matches_brute_force():
+    if not ISBI.exists():
+        pytest.skip(f"no ISBI 2012 labels at {ISBI}")
+    cells = tifffile.imread(ISBI, key=7)[100:228, 200:328] == 255
+    instances, count = ndimage.label(cells)
+    assert count > 5
+    balance = np.array([2, 0.5], np.float32)
+    expected = np.where(cells, 0.5, 2 + brute_force(instances))
+    weights = weight_map(cells[None].astype(np.uint8), 2, balance=balance)
+    np.testing.assert_allclose(weights[0], expected, rtol=0, atol=1e-6)
+    assert weights.max() > 9  # the thinnest membrane here: d1 + d2 = 4
+
+
+def test_compiled_works_where_no_cache_can_be_kept():
+    found = {}
+    exec("def twice(number): return 2 * number", found)  # of no file, so numba has nowhere to go
+    assert compiled(found["twice"])(21) == 42

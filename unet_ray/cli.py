@@ -1,0 +1,485 @@
+"""The command line: verbs and flags, and which exit code a failure becomes. Nothing else.
+
+What a verb does is in the rooms below; torch and Ray are imported only when a verb needs them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import yaml
+
+from unet_ray.boxes import Box
+from unet_ray.errors import InputError, UnetRayError, nearest
+from unet_ray.memory import format_bytes, parse_bytes
+from unet_ray.progress import ProgressLine, format_seconds
+from unet_ray.versions import VERSION
+
+if TYPE_CHECKING:
+    from unet_ray.segmentation import Outlook, Progress, Segmentation, Settings
+    from unet_ray.training import Measure
+
+Function = Callable[..., Any]
+
+
+class Verb(click.Command):
+    """A command whose options may take several values at once, and which reads ``--config``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Turns ``--images a b`` into ``--images a --images b`` before click reads it."""
+        many = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
+        return super().parse_args(ctx, list(_spread(args, many)))
+
+    def synopsis(self) -> str:
+        """All flags on one line, as the overview of all verbs shows them."""
+        pieces = [_piece(p, click.Context(self)) for p in self.params]
+        return " ".join([*pieces, "[--help]"])
+
+
+def _spread(args: Sequence[str], many: set[str]) -> list[str]:
+    spread: list[str] = []
+    option = None
+    for arg in args:
+        if arg.startswith("--"):
+            option = arg if arg in many else None
+            spread.append(arg)
+        elif option and spread[-1] != option:
+            spread += [option, arg]
+        else:
+            spread.append(arg)
+    return spread
+
+
+def _piece(parameter: click.Parameter, ctx: click.Context) -> str:
+    if isinstance(parameter, click.Argument):
+        return parameter.make_metavar(ctx)
+    option = parameter.opts[0]
+    flag = isinstance(parameter, click.Option) and parameter.is_flag
+    text = option if flag else f"{option} {parameter.make_metavar(ctx)}"
+    return text if parameter.required else f"[{text}]"
+
+
+class Overview(click.Group):
+    """The list of verbs, each with all its flags and an example."""
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes every verb with its flags, so that one page shows everything."""
+        formatter.write("unet-ray: segments microscopy volumes of any size with a U-Net.\n\n")
+        formatter.write("Usage: unet-ray VERB ...   (unet-ray VERB --help explains each flag)\n")
+        for name, command in self.commands.items():
+            formatter.write(f"\n{command.get_short_help_str(90)}\n")
+            synopsis = command.synopsis() if isinstance(command, Verb) else ""
+            formatter.write_usage(f"unet-ray {name}", synopsis, prefix="  ")
+            formatter.write(f"    {command.epilog}\n".replace("\b\n", ""))
+        formatter.write(f"\nversion {VERSION}\n")
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Names the nearest verb when there is none of that name."""
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            known = ", ".join(self.commands)
+            hint = nearest(args[0], self.commands)
+            raise InputError(f"{args[0]!r} is not a verb{hint}: choose from {known}.")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Overview, context_settings={"max_content_width": 100})
+@click.version_option(VERSION, message="unet-ray %(version)s")
+def app() -> None:
+    """The command line of unet-ray."""
+
+
+def _options(*options: Function) -> Function:
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _read_config(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    """Takes flags from a YAML file; the command line wins over it."""
+    if value is None:
+        return
+    try:
+        told = yaml.safe_load(Path(value).read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(
+            f"{value}: cannot be read as YAML ({str(error).splitlines()[0]})."
+        ) from error
+    if not isinstance(told, dict):
+        raise InputError(f"{value}: must be a list of flags, as in `base-channels: 32`.")
+    flags = {p.opts[0].removeprefix("--"): p for p in ctx.command.params if p is not parameter}
+    defaults = {}
+    for key, setting in told.items():
+        flag = flags.get(str(key).replace("_", "-"))
+        if flag is None or flag.name is None:
+            raise InputError(f"{value}: {key!r} is not a flag of train{nearest(str(key), flags)}.")
+        many = getattr(flag, "multiple", False)
+        defaults[flag.name] = [setting] if many and isinstance(setting, str) else setting
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+
+
+ENGINE = click.option(
+    "--engine",
+    type=click.Choice(["auto", "ray", "local"]),
+    default="auto",
+    show_default=True,
+    help="Who runs it: Ray, or this process. auto: Ray in jobs/, with RAY_ADDRESS set or several "
+    "GPUs; else local.",
+)
+PRECISION = click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Number format of the network. auto: bfloat16 where the hardware multiplies in it.",
+)
+MODEL = click.option("--model", required=True, metavar="RUN|FILE", help="What `train` made.")
+TILING = (
+    click.option("--outputs", metavar="A,B", help="probabilities,classes (default: both)."),
+    click.option(
+        "--region",
+        metavar="z0:z1,y0:y1,x0:x1",
+        help="Only this part, in voxels, rounded outwards to whole tiles.",
+    ),
+    click.option("--level", type=int, default=0, help="Resolution level of an OME-Zarr input."),
+    click.option("--channel", type=int, help="Channel of the input, from 0."),
+    click.option("--time", type=int, help="Time point of the input, from 0."),
+    click.option(
+        "--tile",
+        metavar="Z,Y,X",
+        help="Voxels that a tile owns; rounded up to the network's step, clamped to the volume. "
+        "Default: chosen from --memory, equal tiles.",
+    ),
+    click.option(
+        "--memory", default="4GiB", show_default=True, help="What one predicting worker may use."
+    ),
+    click.option(
+        "--workers", type=int, metavar="N", help="Tiles at once. Default: cores, or GPUs."
+    ),
+    ENGINE,
+    PRECISION,
+)
+
+
+@app.command(
+    cls=Verb,
+    epilog="\b\nExample: unet-ray demo --out demo",
+    short_help="Make a phantom, train on it, segment a larger one on Ray, score, draw.",
+)
+@click.option("--out", default="demo", show_default=True, help="Folder of the results.")
+def demo(out: str) -> None:
+    """Shows the whole system on a phantom: train, segment on Ray, score, pictures. 5 minutes."""
+    from unet_ray import demo as demonstration
+
+    demonstration.run(Path(out), _say)
+
+
+@app.command(
+    cls=Verb,
+    epilog="\b\nExample: unet-ray train --images raw.tif --labels membranes.tif --out runs/first "
+    "--minutes 10",
+    short_help="Train a U-Net on labelled volumes.",
+)
+@_options(
+    click.option(
+        "--config",
+        metavar="FILE.yaml",
+        callback=_read_config,
+        is_eager=True,
+        expose_value=False,
+        help="Flags as YAML, `base-channels: 32`; the command line wins.",
+    ),
+    click.option("--images", required=True, multiple=True, metavar="PATH...", help="The volumes."),
+    click.option(
+        "--labels",
+        required=True,
+        multiple=True,
+        metavar="PATH...",
+        help="Their class labels, in the same order and shape; classes are the distinct values.",
+    ),
+    click.option("--out", required=True, metavar="RUN", help="Folder of the run."),
+    click.option(
+        "--recipe",
+        type=click.Choice(["default", "paper"]),
+        default="default",
+        show_default=True,
+        help="paper: SGD with momentum 0.99, dropout, no norm, patches of 572, as published.",
+    ),
+    click.option("--dims", type=click.IntRange(2, 3), default=2, show_default=True, help="Axes."),
+    click.option("--depth", type=int, help="Number of poolings. [4]"),
+    click.option("--base-channels", type=int, help="Channels at full resolution. [64]"),
+    click.option("--norm", type=click.Choice(["none", "batch"]), help="[batch; paper: none]"),
+    click.option("--dropout", type=float, metavar="P", help="[0; paper: 0.5]"),
+    click.option("--patch", metavar="N|Z,Y,X", help="Voxels the network reads. [380; paper: 572]"),
+    click.option("--batch", type=int, metavar="N", help="Patches of a step and worker. [1]"),
+    click.option("--steps", type=int, metavar="N", help="Stop after N steps."),
+    click.option(
+        "--minutes", type=float, metavar="M", help="Stop after M minutes. [15, or --steps]"
+    ),
+    click.option("--learning-rate", type=float, metavar="R", help="At the start. [0.001]"),
+    click.option("--momentum", type=float, metavar="R", help="Of SGD. [paper: 0.99]"),
+    click.option("--w0", type=float, help="Weight of borders between cells, eq. 2. [10]"),
+    click.option("--sigma", type=float, help="Width of that border term in voxels. [5]"),
+    click.option("--elastic", type=float, metavar="VOXELS", help="Random deformation, sd. [10]"),
+    click.option("--seed", type=int, metavar="N", help="Where chance starts. [0]"),
+    click.option("--workers", type=int, metavar="N", help="Processes that train together. [1]"),
+    ENGINE,
+    PRECISION,
+)
+@click.pass_context
+def train(ctx: click.Context, /, **flags: Any) -> None:
+    """Trains a U-Net with the paper's weighted loss on labelled volumes.
+
+    The same command again goes on where it was interrupted.
+    """
+    if flags.pop("dims") == 3:
+        raise InputError("dims=3 is not built yet: choose --dims 2, which takes stacks by slices.")
+    patch = _parse_patch(flags.pop("patch"))
+    from unet_ray.training import Recipe, train
+
+    images, labels, out, engine, workers, recipe = (
+        flags.pop(name) for name in ("images", "labels", "out", "engine", "workers", "recipe")
+    )
+    _check_workers(workers)
+    line = ProgressLine("train")
+
+    def watch(measure: Measure) -> None:
+        left = measure.seconds / max(measure.progress, 1e-9) * (1 - measure.progress)
+        line.show(
+            measure.progress,
+            f"step {measure.step}, loss {measure.loss:.4f}, "
+            f"{measure.step / max(measure.seconds, 1e-9):.2f} steps/s, {format_seconds(left)} left",
+        )
+
+    chosen = Recipe.of(recipe, patch=patch, **flags)
+    finished = (Path(out) / "model.safetensors").exists()
+    model = train(list(images), list(labels), out, chosen, _engine(ctx, engine), workers, watch)
+    if finished:
+        _say("already trained; nothing to do.")
+    click.echo(model)
+
+
+@app.command(
+    cls=Verb,
+    epilog="\b\nExample: unet-ray plan volume.zarr --model runs/first --memory 8GiB",
+    short_help="Say what segmenting would take; nothing is written.",
+)
+@click.argument("input", metavar="INPUT")
+@_options(MODEL, *TILING, click.option("--json", "as_json", is_flag=True, help="For machines."))
+@click.pass_context
+def plan(ctx: click.Context, /, input: str, model: str, as_json: bool, **flags: Any) -> None:
+    """Shows tiles, halo cost, memory and disk of a run before it starts; writes nothing."""
+    settings = _settings(ctx, flags)
+    from unet_ray import segmentation
+
+    outlook = segmentation.plan(input, model, settings)
+    click.echo(json.dumps(outlook.to_json(), indent=2) if as_json else _describe(outlook))
+
+
+@app.command(
+    cls=Verb,
+    epilog="\b\nExample: unet-ray segment volume.tif --model runs/first --out volume.zarr",
+    short_help="Segment volumes with a trained model.",
+)
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@_options(
+    MODEL,
+    click.option("--out", required=True, metavar="OUT.zarr", help="Store; a folder for several."),
+    *TILING,
+    click.option("--overwrite", is_flag=True, help="Delete the store first, if it is ours."),
+)
+@click.pass_context
+def segment(
+    ctx: click.Context,
+    /,
+    inputs: tuple[str, ...],
+    model: str,
+    out: str,
+    overwrite: bool,
+    **flags: Any,
+) -> None:
+    """Segments volumes, tile by tile, into OME-Zarr 0.5 stores.
+
+    The same command again goes on where it was interrupted; a finished one does nothing.
+    """
+    settings = _settings(ctx, flags, overwrite)
+    from unet_ray import segmentation
+
+    stores = segmentation.output_paths(inputs, out)
+    pairs = zip(inputs, stores, strict=True)
+    runs = [segmentation.prepare(source, model, store, settings) for source, store in pairs]
+    for run in runs:
+        _announce(run, settings)
+        done = segmentation.execute(run, settings, _watch(Path(run.volume.path).name))
+        if not done:
+            _say(f"{run.out.name}: already finished; nothing to do.")
+        click.echo(run.out)
+
+
+def _watch(label: str) -> Callable[[Progress], None]:
+    line = ProgressLine(label)
+
+    def watch(progress: Progress) -> None:
+        rate = progress.voxels / max(progress.seconds, 1e-9) / 1e6
+        left = progress.seconds / progress.finished * (progress.total - progress.done)
+        line.show(
+            progress.done / progress.total,
+            f"{progress.done}/{progress.total} tiles, {rate:.3f} Mvoxel/s, "
+            f"{format_seconds(left)} left",
+        )
+
+    return watch
+
+
+def _announce(run: Segmentation, settings: Settings) -> None:
+    tiles = run.plan
+    if settings.tile and settings.tile != tiles.core:
+        asked, fitted = _commas(settings.tile), _commas(tiles.core)
+        _say(f"tile {asked} fitted to the network and the volume: {fitted}")
+    verb = "going on with" if run.resumed else "writing"
+    _say(
+        f"{verb} {run.out.name}: {len(tiles)} tiles of {_commas(tiles.core)}, {run.precision} on "
+        f"{run.device}, engine {settings.engine}, {format_bytes(run.memory.total)} per worker"
+    )
+
+
+def _describe(outlook: Outlook) -> str:
+    memory = outlook.memory
+    return "\n".join(
+        [
+            f"{outlook.volume.path}: {outlook.volume.dtype}, {outlook.volume.shape} (c, z, y, x)",
+            repr(outlook.plan),
+            f"  halo    {100 * outlook.halo_overhead:.0f} % more arithmetic than the voxels alone",
+            f"  memory  {format_bytes(memory.total)} per worker: "
+            f"process {format_bytes(memory.process)} + weights {format_bytes(memory.weights)} "
+            f"+ tile {format_bytes(memory.tile)} + pass {format_bytes(memory.forward)}",
+            f"  disk    at most {format_bytes(outlook.disk_bytes)}",
+            f"  runs    {outlook.tiles} tiles in {outlook.precision} on {outlook.device}",
+        ]
+    )
+
+
+def _settings(ctx: click.Context, flags: dict[str, Any], overwrite: bool = False) -> Settings:
+    """Everything that can be checked without opening a file is checked here."""
+    _check_workers(flags["workers"])
+    tile = None if flags["tile"] is None else _parse_tile(flags["tile"])
+    region = None if flags["region"] is None else _parse_region(flags["region"])
+    memory = parse_bytes(flags["memory"])
+    from unet_ray.segmentation import Settings
+
+    return Settings(
+        outputs=tuple(flags["outputs"].split(",")) if flags["outputs"] else None,
+        region=region,
+        channel=flags["channel"],
+        time=flags["time"],
+        level=flags["level"],
+        tile=tile,
+        memory=memory,
+        workers=flags["workers"],
+        engine=_engine(ctx, flags["engine"]),
+        precision=None if flags["precision"] == "auto" else flags["precision"],
+        overwrite=overwrite,
+    )
+
+
+def _engine(ctx: click.Context, asked: str) -> Any:
+    if asked != "auto":
+        return asked
+    if ctx.obj == "job" or os.environ.get("RAY_ADDRESS"):
+        return "ray"
+    import torch
+
+    return "ray" if torch.cuda.device_count() > 1 else "local"
+
+
+def _check_workers(workers: int | None) -> None:
+    if workers is not None and workers < 1:
+        raise InputError(f"workers={workers} must be at least 1.")
+
+
+def _parse_tile(text: str) -> tuple[int, int, int]:
+    numbers = _integers(text.split(","))
+    if numbers is None or len(numbers) != 3 or min(numbers) < 1:
+        raise InputError(f"tile={text!r} must be three numbers above zero, as in 16,512,512.")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _parse_patch(text: str | int | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    numbers = _integers(str(text).split(","))
+    if numbers and len(numbers) == 1:
+        numbers = [1, *numbers, *numbers]
+    if numbers is None or len(numbers) != 3 or numbers[0] != 1 or min(numbers) < 1:
+        raise InputError(
+            f"patch={text!r} must be one number, as in 380, or 1,Y,X, as in 1,380,572."
+        )
+    return numbers[1], numbers[2]
+
+
+def _parse_region(text: str) -> Box:
+    axes = [_integers(part.split(":")) for part in text.split(",")]
+    form = f"region={text!r} must be three ranges of voxels, as in 0:16,0:512,128:640"
+    if len(axes) != 3 or any(axis is None or len(axis) != 2 for axis in axes):
+        raise InputError(f"{form}.")
+    start, stop = zip(*(axis for axis in axes if axis), strict=True)
+    if any(a < 0 or b <= a for a, b in zip(start, stop, strict=True)):
+        raise InputError(f"{form}: each from 0 or more up to a larger number.")
+    return Box(start, stop)
+
+
+def _integers(parts: Sequence[str]) -> list[int] | None:
+    try:
+        return [int(part) for part in parts]
+    except ValueError:
+        return None
+
+
+def _commas(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def main(verb: str | None = None) -> int:
+    """Runs the command line; returns the exit code.
+
+    Args:
+        verb: run only this verb, as a job of Ray does.
+    """
+    command: click.Command = app.commands[verb] if verb else app
+    name = f"python jobs/{verb}.py" if verb else "unet-ray"
+    try:
+        command.main(prog_name=name, standalone_mode=False, obj="job" if verb else None)
+    except click.exceptions.Exit as ended:
+        return ended.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 2
+    except click.ClickException as error:
+        _say(f"unet-ray: {error.format_message()}")
+        return 2
+    except UnetRayError as error:
+        _say(f"unet-ray: {error}")
+        return error.exit_code
+    except OSError as error:
+        _say(f"unet-ray: {error.filename or ''}: {error.strerror or error}.")
+        return 1
+    except (KeyboardInterrupt, click.Abort):
+        _say("unet-ray: interrupted; what was committed stays, the same command goes on.")
+        sys.stderr.flush()
+        # Passes that still run in threads are dropped: nothing half-done counts as done.
+        os._exit(130)
+    return 0

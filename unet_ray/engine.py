@@ -1,0 +1,222 @@
+"""Who runs the tiles: a loop with threads in this process, or an actor pool of Ray Data.
+
+Knows a stage (a name and how to make its worker) and tile numbers; does not know what a tile is
+about. Both engines call the same three steps on the same worker class and yield one receipt per
+tile, in any order, so they cannot differ in what they compute.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from unet_ray.errors import UnetRayError
+
+EngineName = Literal["local", "ray"]
+# Tile numbers go to Ray in waves, so that the driver's memory does not grow with the volume.
+WAVE = 4096
+# Below one, so that Ray always finds room for its own reading and writing beside the actors.
+CPUS_PER_ACTOR = 0.9
+# A GPU actor takes several tiles at a time, to read and write while it predicts.
+TILES_PER_GPU_BATCH = 8
+# Only tile numbers and receipts cross the object store while segmenting.
+OBJECT_STORE_BYTES = 1 << 30
+# What Ray says on every start and users can do nothing about.
+_RAY_LOGS = {
+    "ray.data": logging.WARNING,
+    "ray.train": logging.WARNING,
+    "ray._private.authentication.authentication_token_setup": logging.ERROR,
+}
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What is known of a tile that was tried.
+
+    Attributes:
+        tile: its number.
+        seconds: time spent reading, predicting and writing together.
+        error: one sentence if it failed; nothing was committed then.
+    """
+
+    tile: int
+    seconds: float
+    error: str | None = None
+
+
+class Worker(Protocol):
+    """The three steps of one tile; made once in each process that runs tiles."""
+
+    def read(self, tile: int) -> Any:
+        """What the tile needs from the input."""
+
+    def predict(self, tile: int, voxels: Any) -> Any:
+        """The tile's result, from what was read."""
+
+    def write(self, tile: int, result: Any) -> None:
+        """Puts the result on disk; returns when it is there."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A piece of work on all tiles of a plan.
+
+    Attributes:
+        name: for messages and the ledger.
+        make_worker: makes the worker where it is to run; small to pickle.
+        device: ``cpu`` (one thread per pass, workers side by side) or ``cuda``.
+    """
+
+    name: str
+    make_worker: Callable[[], Worker]
+    device: str
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run(
+    stage: Stage, tiles: Iterable[int], engine: EngineName, workers: int | None = None
+) -> Iterator[Receipt]:
+    """Runs `tiles` of a stage and yields a receipt for each as it is done.
+
+    Args:
+        stage: what to do.
+        tiles: which tiles.
+        engine: who does it.
+        workers: how many side by side; by default one per core, or one per GPU.
+    """
+    if engine == "ray":
+        return _run_ray(stage, iter(tiles), workers)
+    threads = 2 if stage.device == "cuda" else workers or usable_cores()
+    return _side_by_side(stage, stage.make_worker(), iter(tiles), threads)
+
+
+def has_gpu(engine: EngineName) -> bool:
+    """Whether tiles would run on a GPU: of this machine, or of the cluster as it stands."""
+    if engine == "local":
+        return torch.cuda.is_available()
+    import ray
+
+    connect()
+    return bool(ray.cluster_resources().get("GPU", 0) >= 1)
+
+
+def connect(workers: int | None = None) -> None:
+    """Joins the cluster that ``RAY_ADDRESS`` names, else starts a Ray of our own on this machine.
+
+    A plain ``ray.init()`` would attach to whatever cluster the machine has on record.
+    """
+    import ray
+
+    for name, level in _RAY_LOGS.items():
+        logging.getLogger(name).setLevel(level)
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        return
+    # Ray's own core prints an error about every actor pool of Ray Data, whatever its arguments.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    ray.init(
+        address="local",
+        num_cpus=max(usable_cores(), workers or 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        object_store_memory=OBJECT_STORE_BYTES,
+    )
+
+
+def _attempt(worker: Worker, tile: int, alone: AbstractContextManager[Any]) -> Receipt:
+    """Read, predict, write; a failure becomes a receipt that says what happened."""
+    start, error = time.monotonic(), None
+    try:
+        voxels = worker.read(tile)
+        with alone:
+            result = worker.predict(tile, voxels)
+        worker.write(tile, result)
+    except UnetRayError as told:
+        error = str(told)
+    except Exception as told:  # not swallowed: the driver stops the run and shows it
+        error = f"tile {tile}: {type(told).__name__}: {told}"
+    return Receipt(tile, time.monotonic() - start, error)
+
+
+def _side_by_side(
+    stage: Stage, worker: Worker, tiles: Iterator[int], threads: int
+) -> Iterator[Receipt]:
+    """Runs tiles on threads of this process, as many at a time as there are threads."""
+    # On a GPU one pass runs at a time, while the other thread reads or writes its tile.
+    alone = threading.Lock() if stage.device == "cuda" else nullcontext()
+    waiting: set[Future[Receipt]] = set()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        while True:
+            for tile in itertools.islice(tiles, threads - len(waiting)):
+                waiting.add(pool.submit(_attempt, worker, tile, alone))
+            if not waiting:
+                return
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _TileActor:
+    """A worker in a Ray actor. It reads, predicts and writes: only receipts leave it."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage, self._worker = stage, stage.make_worker()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        tiles = iter([int(tile) for tile in batch["tile"]])
+        threads = 2 if self._stage.device == "cuda" else 1
+        receipts = list(_side_by_side(self._stage, self._worker, tiles, threads))
+        return {
+            "tile": [r.tile for r in receipts],
+            "seconds": [r.seconds for r in receipts],
+            "error": [r.error or "" for r in receipts],
+        }
+
+
+def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None) -> Iterator[Receipt]:
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    connect(workers)
+    gpu = stage.device == "cuda"
+    total = ray.cluster_resources().get("GPU" if gpu else "CPU", 1)
+    size = workers or max(1, int(total))
+    batch = TILES_PER_GPU_BATCH if gpu else 1
+    while wave := list(itertools.islice(tiles, WAVE)):
+        blocks = -(-len(wave) // batch)
+        # `from_items`, not `range`, whose read tasks take a whole CPU each and starve the actors.
+        numbers = ray.data.from_items([{"tile": t} for t in wave], override_num_blocks=blocks)
+        receipts = numbers.map_batches(
+            _TileActor,
+            fn_constructor_args=(stage,),
+            batch_size=batch,
+            compute=ActorPoolStrategy(size=min(size, blocks)),
+            num_cpus=CPUS_PER_ACTOR,
+            num_gpus=1 if gpu else None,
+        )
+        for rows in receipts.iter_batches(batch_size=None, prefetch_batches=0):
+            for tile, seconds, error in zip(*(rows[k] for k in _COLUMNS), strict=True):
+                yield Receipt(int(tile), float(seconds), str(error) or None)
+
+
+_COLUMNS = ("tile", "seconds", "error")

@@ -1,0 +1,96 @@
+"""The grey values of a volume: mean and standard deviation, measured once before tiling.
+
+Knows how to prepare intensities for the network; the values belong to the whole volume and are
+never taken per tile, or tiles would differ where they meet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unet_ray.boxes import Box
+from unet_ray.volumes import Volume
+
+EXACT_BYTES = 2 << 30
+PIECE = (16, 512, 512)
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """Mean and standard deviation of each channel, in the volume's own units.
+
+    Attributes:
+        mean: one number per channel.
+        sd: one number per channel; 1 for a constant channel, so that it becomes 0.
+    """
+
+    mean: tuple[float, ...]
+    sd: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """For the store's provenance and model headers."""
+        return {"method": "mean-std", **{k: list(v) for k, v in asdict(self).items()}}
+
+    @classmethod
+    def from_json(cls, told: dict[str, Any]) -> Intensity:
+        """The reverse of `to_json`."""
+        return cls(tuple(told["mean"]), tuple(told["sd"]))
+
+    def normalise(self, voxels: NDArray[Any]) -> NDArray[np.float32]:
+        """``(voxels - mean) / sd`` in float32, for an array ``(c, ...)``."""
+        shape = (-1,) + (1,) * (voxels.ndim - 1)
+        result = voxels.astype(np.float32)
+        result -= np.asarray(self.mean, np.float32).reshape(shape)
+        result *= (1 / np.asarray(self.sd)).astype(np.float32).reshape(shape)
+        return result
+
+
+def measure(volume: Volume) -> Intensity:
+    """Measures `volume`: exactly up to 2 GiB, beyond that over a deterministic sample of pieces.
+
+    Pieces are cut at fixed places and summed in a fixed order, so the result does not depend on
+    who measures. Values that are not finite are passed over; the tile that reads them names them.
+    """
+    moments = np.zeros((3, volume.shape[0]))
+    shift: NDArray[np.float64] = np.zeros(volume.shape[0])
+    for number, box in enumerate(_pieces(volume)):
+        voxels = volume.read(box).reshape(volume.shape[0], -1)
+        if number == 0:
+            # Sums about a value near the mean lose no digits where the mean is far from zero.
+            count, first, _ = _moments(voxels, shift)
+            shift = np.round(first / np.maximum(count, 1))
+        moments += _moments(voxels, shift)
+    count, first, second = moments / np.maximum(moments[0], 1)
+    mean, sd = first + shift, np.sqrt(np.maximum(second - first**2, 0.0))
+    sd[sd <= 1e-12 * np.abs(mean)] = 1.0
+    return Intensity(tuple(mean.tolist()), tuple(sd.tolist()))
+
+
+def _moments(voxels: NDArray[Any], shift: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Number, sum and sum of squares of the finite `voxels` (c, n) about `shift`: (3, c)."""
+    if voxels.dtype == np.uint8:
+        levels = np.arange(256) - shift[:, None]
+        counts = np.stack([np.bincount(v, minlength=256) for v in voxels])
+        return np.stack([counts.sum(1), (counts * levels).sum(1), (counts * levels**2).sum(1)])
+    about = voxels.astype(np.float64) - shift[:, None]
+    finite = np.isfinite(about)
+    about[~finite] = 0.0
+    return np.stack([finite.sum(1), about.sum(1), np.square(about).sum(1)])
+
+
+def _pieces(volume: Volume) -> Iterator[Box]:
+    """The boxes that are measured: all, or every k-th by a hash of its number."""
+    # Whole storage chunks, so that none is decoded twice where chunks are larger than a piece.
+    size = [-(-p // c) * c for p, c in zip(PIECE, volume.chunk, strict=True)]
+    total = int(np.prod(volume.shape)) * volume.dtype.itemsize
+    every = -(-total // EXACT_BYTES)
+    for number, box in enumerate(Box.of(volume.shape[1:]).split(size)):
+        mark = hashlib.sha256(number.to_bytes(8, "little")).digest()
+        if every == 1 or number == 0 or int.from_bytes(mark[:8], "little") % every == 0:
+            yield box

@@ -1,0 +1,79 @@
+"""Which tiles of a stage are committed: a file of fixed-size records that is only appended to.
+
+Knows numbers; a number is committed after its shard is on disk, and only by the driver. A record
+that a kill cut short does not check out and counts as not written.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+_NUMBER = struct.Struct("<Q")
+_RECORD = struct.Struct("<QI")
+
+
+class Ledger:
+    """The committed tiles of one stage, open for more.
+
+    Args:
+        path: the ledger's file; made if it is not there.
+        tiles: number of tiles of the plan.
+    """
+
+    def __init__(self, path: Path, tiles: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._done = np.zeros(tiles, bool)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        whole = self._replay()
+        # What a kill left half-written goes, so that records stay at multiples of their size.
+        os.ftruncate(self._file, whole)
+        os.lseek(self._file, whole, os.SEEK_SET)
+
+    def _replay(self) -> int:
+        """Marks what the file holds; returns the length of its sound part, in bytes."""
+        data = os.read(self._file, os.fstat(self._file).st_size)
+        for at in range(0, len(data) - _RECORD.size + 1, _RECORD.size):
+            number, check = _RECORD.unpack_from(data, at)
+            if check != _check(number) or number >= self._done.size:
+                return at
+            self._done[number] = True
+        return len(data) // _RECORD.size * _RECORD.size
+
+    def commit(self, tile: int) -> None:
+        """Records that the shards of `tile` are on disk; returns when the record is, too."""
+        os.write(self._file, _RECORD.pack(tile, _check(tile)))
+        os.fsync(self._file)
+        self._done[tile] = True
+
+    def __contains__(self, tile: int) -> bool:
+        return bool(self._done[tile])
+
+    def __len__(self) -> int:
+        return int(self._done.sum())
+
+    def missing(self, tiles: Iterable[int]) -> Iterator[int]:
+        """Those of `tiles` that are not committed, in their order."""
+        return (tile for tile in tiles if not self._done[tile])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._file)
+
+
+def _check(number: int) -> int:
+    return zlib.crc32(_NUMBER.pack(number))

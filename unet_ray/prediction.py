@@ -1,0 +1,114 @@
+"""One tile through the network: voxels in, uint8 probabilities and classes out.
+
+Knows NumPy on the outside and torch on the inside: precision, device, passes. Does not know where
+voxels come from or where results go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from unet_ray.boxes import Box
+from unet_ray.errors import RunError
+from unet_ray.intensity import Intensity
+from unet_ray.network import UNet
+from unet_ray.tiles import Tile, TilePlan
+
+Precision = Literal["float32", "bfloat16"]
+Device = Literal["cpu", "cuda"]
+
+
+def best_precision(device: Device) -> Precision:
+    """bfloat16 where the hardware multiplies in it, else float32."""
+    if device == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return "bfloat16" if native else "float32"
+
+
+class Predictor:
+    """A network at inference, for tiles of one plan.
+
+    Every pass has the same shape, so a tile gives the same bytes whoever runs it. The caller sets
+    the number of threads (one per pass on a CPU), which is part of what fixes the bytes.
+
+    Args:
+        network: the trained network; its norm layers are folded into the convolutions.
+        plan: the tiles and the passes inside them.
+        intensity: mean and standard deviation of the volume.
+        precision: number format of weights and activations.
+        device: where the network runs.
+    """
+
+    def __init__(
+        self,
+        network: UNet,
+        plan: TilePlan,
+        intensity: Intensity,
+        precision: Precision,
+        device: Device,
+    ) -> None:
+        self._plan, self._intensity = plan, intensity
+        self._classes = network.classes
+        self._device = torch.device(device)
+        self._dtype = getattr(torch, precision)
+        self._network = (
+            network.folded().to(self._device, self._dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        )
+
+    def __call__(
+        self, tile: Tile, voxels: NDArray[np.generic], outputs: Sequence[str]
+    ) -> dict[str, NDArray[np.uint8]]:
+        """Predicts the core of `tile`.
+
+        Args:
+            tile: which tile; passes that lie outside the volume are not run.
+            voxels: what the tile reads, ``(c, z, y, x)``, in the volume's own units.
+            outputs: which of ``probabilities`` and ``classes`` to give.
+
+        Returns:
+            ``probabilities``: uint8 ``(classes - 1, *core)``, round(255 p) of classes 1..;
+            ``classes``: uint8 ``core``, the most probable class (the lower one at a tie).
+
+        Raises:
+            RunError: if the network gives a score that is not finite.
+        """
+        shapes = {
+            "probabilities": (self._classes - 1, *self._plan.core),
+            "classes": self._plan.core,
+        }
+        results = {name: np.zeros(shapes[name], np.uint8) for name in outputs}
+        with torch.inference_mode():
+            for part in self._plan.pass_boxes(tile):
+                scores = self._scores(part, voxels, tile)
+                if "probabilities" in outputs:
+                    probabilities = scores.softmax(dim=1)[:, 1:].mul_(255).round_().byte()
+                    where = results["probabilities"][(slice(None), *part.slices)]
+                    where[...] = probabilities.transpose(0, 1).cpu().numpy()
+                if "classes" in outputs:
+                    results["classes"][part.slices] = scores.argmax(dim=1).byte().cpu().numpy()
+        return results
+
+    def _scores(self, part: Box, voxels: NDArray[np.generic], tile: Tile) -> torch.Tensor:
+        """Float32 scores ``(z, classes, y, x)`` of one pass."""
+        read = Box(part.start, tuple(a + n for a, n in zip(part.start, self._plan.pass_shape)))  # noqa: B905
+        image = self._intensity.normalise(voxels[(slice(None), *read.slices)])
+        batch = torch.from_numpy(image).transpose(0, 1)
+        if self._device.type == "cuda":
+            batch = batch.pin_memory()
+        batch = batch.to(self._device, self._dtype, non_blocking=True)
+        scores: torch.Tensor = self._network(batch.contiguous(memory_format=torch.channels_last))
+        # The network returns a little more than the core: sizes come in steps.
+        scores = scores[..., : part.shape[-2], : part.shape[-1]].float()
+        if not torch.isfinite(scores).all():
+            raise RunError(
+                f"tile {tile.index} ({tile.write}): the network gives scores that are not finite; "
+                f"the model or the intensities are damaged."
+            )
+        return scores

@@ -1,0 +1,211 @@
+"""The result of a run on disk: OME-Zarr 0.5 with probabilities, classes and how they were made.
+
+Knows the layout of design §5 and that one tile is one shard, so writers never meet. Does not know
+what a network is or which tiles are done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from unet_ray.errors import InputError
+from unet_ray.tiles import Tile, TilePlan
+
+PRIVATE = ".unet_ray"
+ARRAYS = {"probabilities": "0", "classes": "labels/classes/0"}
+LARGEST_CHUNK = (32, 256, 256)
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """What an output store looks like.
+
+    Attributes:
+        plan: the tiles; a core is a shard.
+        class_values: label value of each class; class 0 has no probability channel.
+        outputs: which of ``probabilities`` and ``classes`` are stored.
+        voxel_size: (z, y, x) in micrometre, or None if unknown (then 1, without a unit).
+    """
+
+    plan: TilePlan
+    class_values: Sequence[int]
+    outputs: Sequence[str]
+    voxel_size: Sequence[float] | None
+
+
+def chunk_of(core: Sequence[int]) -> tuple[int, ...]:
+    """The storage chunk inside a shard of `core`: halved until small enough for viewers."""
+    chunk = list(core)
+    for axis, largest in enumerate(LARGEST_CHUNK):
+        while chunk[axis] > largest and chunk[axis] % 2 == 0:
+            chunk[axis] //= 2
+    return tuple(chunk)
+
+
+def create_store(path: Path, layout: StoreLayout, provenance: Mapping[str, Any]) -> None:
+    """Makes an empty store at `path`, whole or not at all.
+
+    Raises:
+        InputError: if something is there already.
+    """
+    if path.exists():
+        raise InputError(f"{path}: already exists; choose another --out or give --overwrite.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write_metadata(partial, layout, provenance)
+        (partial / PRIVATE).mkdir()
+        os.rename(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_metadata(path: Path, layout: StoreLayout, provenance: Mapping[str, Any]) -> None:
+    attributes: dict[str, Any] = {"unet_ray": dict(provenance)}
+    scale = list(layout.voxel_size or (1.0, 1.0, 1.0))
+    if "probabilities" in layout.outputs:
+        attributes["ome"] = {
+            "version": "0.5",
+            "multiscales": [
+                _multiscale("probabilities", "czyx", scale, layout.voxel_size is not None)
+            ],
+            "omero": {"channels": [_channel(v) for v in layout.class_values[1:]]},
+        }
+    zarr.create_group(path, zarr_format=3, attributes=attributes)
+    if "probabilities" in layout.outputs:
+        _create_array(path, "0", layout, channels=len(layout.class_values) - 1)
+    if "classes" in layout.outputs:
+        labels = {"ome": {"version": "0.5", "labels": ["classes"]}}
+        zarr.create_group(path, path="labels", zarr_format=3, attributes=labels)
+        image = {
+            "version": "0.5",
+            "multiscales": [_multiscale("classes", "zyx", scale, layout.voxel_size is not None)],
+            "image-label": {
+                "colors": [
+                    {"label-value": k, "rgba": [*_COLOURS[k % len(_COLOURS)], 255]}
+                    for k in range(len(layout.class_values))
+                ],
+                "properties": [
+                    {"label-value": k, "value-in-training-labels": int(v)}
+                    for k, v in enumerate(layout.class_values)
+                ],
+                "source": {"image": "../../"},
+            },
+        }
+        zarr.create_group(path, path="labels/classes", zarr_format=3, attributes={"ome": image})
+        _create_array(path, "labels/classes/0", layout)
+
+
+# Okabe and Ito's colours, which people with any kind of colour vision can tell apart.
+_COLOURS = [(0, 0, 0), (86, 180, 233), (230, 159, 0), (0, 158, 115), (204, 121, 167), (213, 94, 0)]
+
+
+def _channel(value: int) -> dict[str, Any]:
+    window = {"min": 0, "max": 255, "start": 0, "end": 255}
+    return {"label": f"label {value}", "color": "FFFFFF", "window": window, "active": True}
+
+
+def _multiscale(name: str, axes: str, scale: Sequence[float], known: bool) -> dict[str, Any]:
+    unit = {"unit": "micrometer"} if known else {}
+    described = [
+        {"name": a, "type": "channel"} if a == "c" else {"name": a, "type": "space", **unit}
+        for a in axes
+    ]
+    numbers = [1.0] * (len(axes) - 3) + [float(v) for v in scale]
+    transform = [{"type": "scale", "scale": numbers}]
+    return {
+        "name": name,
+        "axes": described,
+        "datasets": [{"path": "0", "coordinateTransformations": transform}],
+    }
+
+
+def _create_array(path: Path, name: str, layout: StoreLayout, channels: int = 0) -> None:
+    front = (channels,) if channels else ()
+    zarr.create_array(
+        path,
+        name=name,
+        shape=(*front, *layout.plan.shape),
+        shards=(*front, *layout.plan.core),
+        chunks=(*((1,) if channels else ()), *chunk_of(layout.plan.core)),
+        dtype="uint8",
+        fill_value=0,
+        compressors=[ZstdCodec(level=3), Crc32cCodec()],
+        dimension_names=["c", "z", "y", "x"][0 if channels else 1 :],
+    )
+
+
+def provenance_of(path: Path) -> dict[str, Any] | None:
+    """How the store at `path` was made, or None if there is nothing at `path`.
+
+    Raises:
+        InputError: if what is there is not a store of ours.
+    """
+    if not path.exists():
+        return None
+    try:
+        told = json.loads((path / "zarr.json").read_text())
+        return dict(told["attributes"]["unet_ray"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: exists and is not an output of unet-ray; choose another --out."
+        ) from error
+
+
+class Store:
+    """The arrays of an existing store, opened for writing tiles and reading them back."""
+
+    def __init__(self, path: str | os.PathLike[str], outputs: Sequence[str]) -> None:
+        self.path = Path(path)
+        self._arrays = {
+            name: zarr.open_array(self.path / ARRAYS[name], mode="r+").with_config(
+                # Background is stored like everything else: an absent shard means "not computed".
+                {"write_empty_chunks": True}
+            )
+            for name in outputs
+        }
+
+    def write(self, tile: Tile, results: Mapping[str, NDArray[np.uint8]]) -> None:
+        """Writes the voxels that `tile` owns, whole shards, and waits until they are on disk.
+
+        Args:
+            tile: whose core it is.
+            results: for each output the predicted core, ``(..., z, y, x)`` uint8.
+        """
+        for name, array in self._arrays.items():
+            front = (slice(None),) * (array.ndim - 3)
+            array[(*front, *tile.write.slices)] = results[name][(*front, *tile.crop.slices)]
+            self._sync(name, tile)
+
+    def _sync(self, name: str, tile: Tile) -> None:
+        shard = self.shard(name, tile)
+        for place, flags in ((shard, os.O_RDONLY), (shard.parent, os.O_RDONLY | os.O_DIRECTORY)):
+            descriptor = os.open(place, flags)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def shard(self, name: str, tile: Tile) -> Path:
+        """The file that holds `tile` of one output."""
+        array = self._arrays[name]
+        core = (array.shards or array.chunks)[-3:]
+        place = [a // n for a, n in zip(tile.write.start, core, strict=True)]
+        key = array.metadata.encode_chunk_key((*(0,) * (array.ndim - 3), *place))
+        return self.path / ARRAYS[name] / str(key)
+
+    def read(self, name: str) -> Any:
+        """The array of one output, to be indexed like a NumPy array."""
+        return self._arrays[name]

@@ -1,0 +1,548 @@
+"""Training of the U-Net: the paper's weighted loss, on one process or on workers of Ray Train.
+
+Knows steps, the optimiser, checkpoints and when to stop. Where patches come from is samples.py's;
+what the network looks like is network.py's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from unet_ray import engine as engines
+from unet_ray.checkpoints import (
+    ModelHeader,
+    architecture_of,
+    read_tensors,
+    write_model,
+    write_tensors,
+)
+from unet_ray.errors import InputError, RunError
+from unet_ray.network import Norm, UNet
+from unet_ray.prediction import Precision, best_precision
+from unet_ray.samples import Sample, Sampler, TrainingData, ahead, load_training_data
+from unet_ray.versions import versions
+
+CHECKPOINT_SECONDS = 60.0
+REPORT_STEPS = 10
+KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of a training run; the defaults learn ISBI's membranes in minutes.
+
+    Attributes:
+        recipe: name of the recipe that the rest was filled in from.
+        depth, base_channels, norm, dropout: of the network.
+        patch: size of a patch along y and x, in voxels, as the network reads it.
+        batch: patches of a step and worker; with N workers a step sees N times as many.
+        steps: stop after so many; None for no such bound.
+        minutes: stop after so many minutes of training; None for no such bound.
+        optimiser: ``adamw``, or ``sgd`` with `momentum`.
+        learning_rate: at the start. The loss is the mean over voxels of w * -log p, so it does
+            not depend on the patch size; it is the same for any number of workers.
+        decay: the learning rate falls as (1 - progress) ** decay; 0 keeps it constant.
+        clip: largest norm of the gradient; 0 for no clipping.
+        momentum: of SGD.
+        w0, sigma: of the weight map, eq. 2 of the paper.
+        elastic: standard deviation of the deformation at its nodes, in voxels (sec. 3.1).
+        seed: where chance starts.
+        precision: of the arithmetic; ``auto`` is bfloat16 where the hardware has it.
+    """
+
+    recipe: Literal["default", "paper"] = "default"
+    depth: int = 4
+    base_channels: int = 64
+    norm: Norm = "batch"
+    dropout: float = 0.0
+    patch: tuple[int, int] = (380, 380)
+    batch: int = 1
+    steps: int | None = None
+    minutes: float | None = None
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 1e-3
+    decay: float = 0.9
+    clip: float = 5.0
+    momentum: float = 0.9
+    w0: float = 10.0
+    sigma: float = 5.0
+    elastic: float = 10.0
+    seed: int = 0
+    precision: Precision | Literal["auto"] = "auto"
+
+    @classmethod
+    def of(cls, name: str, **chosen: Any) -> Recipe:
+        """The recipe called `name` with what was chosen otherwise; None means not chosen.
+
+        Raises:
+            InputError: if a number is out of range or the patch does not fit the network.
+        """
+        filled = {**RECIPES[name], **{k: v for k, v in chosen.items() if v is not None}}
+        if filled.get("steps") is None and filled.get("minutes") is None:
+            filled["minutes"] = 15.0
+        made = cls(recipe=name, **filled)  # type: ignore[arg-type]
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        rules = {
+            "batch": (self.batch >= 1, "at least 1"),
+            "steps": (self.steps is None or self.steps >= 1, "at least 1"),
+            "minutes": (self.minutes is None or 0 < self.minutes < math.inf, "above 0"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "above 0"),
+            "momentum": (0 <= self.momentum < 1, "at least 0 and below 1"),
+            "w0": (0 <= self.w0 < math.inf, "at least 0"),
+            "sigma": (0 < self.sigma < math.inf, "above 0"),
+            "elastic": (0 <= self.elastic < math.inf, "at least 0"),
+            "seed": (self.seed >= 0, "at least 0"),
+        }
+        for name, (kept, rule) in rules.items():
+            if not kept:
+                raise InputError(f"{name}={getattr(self, name)} must be {rule}.")
+        _ = self.output
+
+    def network(self, channels: int, classes: int) -> UNet:
+        """A network of these settings."""
+        return UNet(channels, classes, self.base_channels, self.depth, self.norm, self.dropout)
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """Size of what the network returns for a patch."""
+        net = UNet(1, 2, 1, self.depth)
+        return net.output_extent(self.patch[0]), net.output_extent(self.patch[1])
+
+
+# "paper": a single large patch a step, momentum 0.99, dropout, no norm, no decay (sec. 3).
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "norm": "none",
+        "dropout": 0.5,
+        "patch": (572, 572),
+        "optimiser": "sgd",
+        "learning_rate": 1e-3,
+        "momentum": 0.99,
+        "decay": 0.0,
+        "clip": 0.0,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A line of ``metrics.jsonl``.
+
+    Attributes:
+        step: steps done.
+        loss: mean weighted loss over the steps since the last line.
+        learning_rate: of the last step.
+        seconds: of training so far, over all interruptions.
+        progress: 0 to 1.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    seconds: float
+    progress: float
+
+
+Watch = Callable[[Measure], None]
+
+
+@dataclass(frozen=True)
+class _World:
+    """Who trains together: this worker's rank, how many there are, and the device of this one."""
+
+    rank: int
+    size: int
+    device: torch.device
+    threads: int
+
+
+def train(
+    images: list[str],
+    labels: list[str],
+    out: str | os.PathLike[str],
+    recipe: Recipe,
+    engine: engines.EngineName = "local",
+    workers: int | None = None,
+    watch: Watch = lambda measure: None,
+) -> Path:
+    """Trains a network on labelled volumes; goes on where an interrupted run stopped.
+
+    Args:
+        images: paths of the images.
+        labels: paths of their class labels.
+        out: the RUN folder: checkpoints, ``metrics.jsonl`` and, at the end, the model.
+        recipe: all settings.
+        engine: ``local`` trains in this process, ``ray`` on workers of Ray Train.
+        workers: how many train together; by default one, or one per GPU.
+        watch: called with each measure.
+
+    Returns:
+        Path of the model file.
+
+    Raises:
+        InputError: for bad files or settings, or if `out` holds another run.
+        RunError: if training fails.
+    """
+    run = Path(out).absolute()
+    _check_run_folder(run)
+    data = load_training_data(images, labels, recipe.w0, recipe.sigma)
+    about = {"recipe": dataclasses.asdict(recipe), "data": data.identity}
+    model = run / "model.safetensors"
+    _refuse_other_run(run, about)
+    if model.exists():
+        return model
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if engine == "ray":
+        _fit_on_ray(recipe, data, run, workers, watch)
+    else:
+        if workers not in (None, 1):
+            raise InputError(f"workers={workers} needs --engine ray: the local engine has one.")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        _fit(recipe, data, run, _World(0, 1, device, engines.usable_cores()), watch)
+    return model
+
+
+def _check_run_folder(run: Path) -> None:
+    known = ("checkpoints", "metrics.jsonl", "model.safetensors")
+    if run.is_file():
+        raise InputError(f"{run}: is a file; --out of train is a folder.")
+    if run.is_dir() and any(run.iterdir()) and not any((run / name).exists() for name in known):
+        raise InputError(f"{run}: exists and is not a training run; choose another --out.")
+
+
+def _refuse_other_run(run: Path, about: dict[str, Any]) -> None:
+    """Refuses to go on with a run of other settings or data, naming the field that differs."""
+    model = run / "model.safetensors"
+    newest = model if model.exists() else next(iter(_checkpoints(run)), None)
+    if newest is None:
+        return
+    _, header = read_tensors(newest)
+    there = {"recipe": header["training"]["recipe"], "data": header["data"]}
+    here = json.loads(json.dumps(about))
+    for part in here:
+        for field, value in here[part].items():
+            if there[part].get(field) != value:
+                raise InputError(
+                    f"{run}: was trained with another {field} ({there[part].get(field)}, now "
+                    f"{value}); choose another --out."
+                )
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """Checkpoint files, newest first."""
+    return sorted((run / "checkpoints").glob("step-*.safetensors"), reverse=True)
+
+
+class _Clock:
+    """How far training is: by steps, by minutes, whichever bound comes first."""
+
+    def __init__(self, recipe: Recipe, world: _World, elapsed: float) -> None:
+        self._recipe, self._world = recipe, world
+        self._start = time.monotonic() - elapsed
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    def progress(self, step: int) -> float:
+        """0 to 1, the same number on every worker."""
+        minutes = self.seconds / 60 / self._recipe.minutes if self._recipe.minutes else 0.0
+        steps = step / self._recipe.steps if self._recipe.steps else 0.0
+        progress = min(1.0, max(minutes, steps))
+        if self._world.size > 1:
+            shared = torch.tensor([progress], dtype=torch.float64, device=self._world.device)
+            torch.distributed.broadcast(shared, src=0)
+            progress = float(shared)
+        return progress
+
+
+def _fit(recipe: Recipe, data: TrainingData, run: Path, world: _World, watch: Watch) -> None:
+    """The training loop of one worker; rank 0 writes checkpoints, metrics and the model."""
+    torch.set_num_threads(world.threads)
+    torch.manual_seed(recipe.seed)
+    network = recipe.network(data.channels, len(data.class_values))
+    network.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimiser = _optimiser(recipe, network)
+    step, elapsed, precision = _restore(run, network, optimiser, world.device)
+    precision = precision or _precision(recipe, world)
+    learner = _Learner(recipe, network, optimiser, world, precision)
+    header = partial(_header, recipe, data, network, precision)
+    log = _Log(run / "metrics.jsonl", step, watch if world.rank == 0 else None)
+    clock = _Clock(recipe, world, elapsed)
+    saved = time.monotonic()
+    batches = _batches(recipe, data, world, step)
+    while (progress := clock.progress(step)) < 1:
+        loss = learner.step(next(batches), step, progress)
+        step += 1
+        if not math.isfinite(loss):
+            raise RunError(f"step {step}: the loss is {loss}; lower --learning-rate and run again.")
+        log.add(step, loss, learner.rate, clock.seconds, progress)
+        if world.rank == 0 and time.monotonic() - saved > CHECKPOINT_SECONDS:
+            _save(run, step, clock.seconds, network, optimiser, header(step))
+            saved = time.monotonic()
+    log.flush(step, learner.rate, clock.seconds, 1.0)
+    if world.rank == 0:
+        _save(run, step, clock.seconds, network, optimiser, header(step))
+        write_model(run / "model.safetensors", network.cpu(), header(step))
+
+
+class _Learner:
+    """One step of the optimiser on the paper's energy (eq. 1): weighted cross-entropy."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        network: UNet,
+        optimiser: torch.optim.Optimizer,
+        world: _World,
+        precision: Precision,
+    ) -> None:
+        self._recipe, self._world, self._optimiser = recipe, world, optimiser
+        self._network, self._dtype = network.train(), getattr(torch, precision)
+        self._model: nn.Module = DistributedDataParallel(network) if world.size > 1 else network
+        self.rate = 0.0
+
+    def step(self, samples: list[Sample], number: int, progress: float) -> float:
+        """Learns from a batch; returns its loss. Chance (dropout) depends on the number alone."""
+        chance = np.random.SeedSequence([self._recipe.seed, number, self._world.rank])
+        torch.manual_seed(int(chance.generate_state(1)[0]))
+        self.rate = self._recipe.learning_rate * (1 - progress) ** self._recipe.decay
+        for group in self._optimiser.param_groups:
+            group["lr"] = self.rate
+        image, targets, weights = self._tensors(samples)
+        with torch.autocast(self._world.device.type, self._dtype, self._dtype != torch.float32):
+            scores = self._model(image)
+        losses = nn.functional.cross_entropy(scores.float(), targets, reduction="none")
+        loss = (losses * weights).mean()
+        self._optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self._recipe.clip:
+            nn.utils.clip_grad_norm_(self._network.parameters(), self._recipe.clip)
+        self._optimiser.step()
+        return float(loss.detach())
+
+    def _tensors(self, samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+        def stacked(arrays: list[np.ndarray[Any, Any]]) -> Tensor:
+            tensor = torch.from_numpy(np.stack(arrays))
+            if self._world.device.type == "cuda":
+                tensor = tensor.pin_memory()
+            return tensor.to(self._world.device, non_blocking=True)
+
+        image = stacked([s.image for s in samples]).contiguous(memory_format=torch.channels_last)
+        targets = stacked([s.targets for s in samples]).long()
+        return image, targets, stacked([s.weights for s in samples])
+
+
+def _optimiser(recipe: Recipe, network: UNet) -> torch.optim.Optimizer:
+    parameters, rate = network.parameters(), recipe.learning_rate
+    if recipe.optimiser == "sgd":
+        return torch.optim.SGD(parameters, rate, momentum=recipe.momentum)
+    return torch.optim.AdamW(parameters, rate)
+
+
+def _precision(recipe: Recipe, world: _World) -> Precision:
+    if recipe.precision != "auto":
+        return recipe.precision
+    return best_precision("cuda" if world.device.type == "cuda" else "cpu")
+
+
+def _batches(
+    recipe: Recipe, data: TrainingData, world: _World, step: int
+) -> Iterator[list[Sample]]:
+    """The batches of this worker from `step` on: a step's samples are numbered across workers."""
+    sampler = Sampler(data, recipe.patch, recipe.output, recipe.seed, recipe.elastic)
+    numbers = (
+        (s * world.size + world.rank) * recipe.batch + k
+        for s in count(step)
+        for k in range(recipe.batch)
+    )
+    samples = ahead(sampler.__getitem__, numbers)
+    while True:
+        yield [next(samples) for _ in range(recipe.batch)]
+
+
+def _header(
+    recipe: Recipe, data: TrainingData, network: UNet, precision: Precision, step: int
+) -> ModelHeader:
+    return ModelHeader(
+        architecture=architecture_of(network),
+        class_values=list(data.class_values),
+        normalisation={"method": "mean-std"},
+        voxel_size=list(data.voxel_size) if data.voxel_size else None,
+        training={"recipe": dataclasses.asdict(recipe), "precision": precision, "steps": step},
+        data=data.identity,
+        versions=versions(),
+    )
+
+
+def _save(
+    run: Path,
+    step: int,
+    seconds: float,
+    network: UNet,
+    optimiser: torch.optim.Optimizer,
+    header: ModelHeader,
+) -> None:
+    """Writes a checkpoint and drops all but the newest ones."""
+    tensors = {f"model.{name}": t for name, t in network.state_dict().items()}
+    for index, state in optimiser.state_dict()["state"].items():
+        for name, value in state.items():
+            if value is not None:
+                tensors[f"optimiser.{index}.{name}"] = torch.as_tensor(value)
+    told = {**dataclasses.asdict(header), "step": step, "seconds": seconds}
+    write_tensors(run / "checkpoints" / f"step-{step:09d}.safetensors", tensors, told)
+    for old in _checkpoints(run)[KEPT_CHECKPOINTS:]:
+        old.unlink()
+
+
+def _restore(
+    run: Path, network: UNet, optimiser: torch.optim.Optimizer, device: torch.device
+) -> tuple[int, float, Precision | None]:
+    """Loads the newest checkpoint; returns (steps done, seconds trained, precision)."""
+    newest = next(iter(_checkpoints(run)), None)
+    if newest is None:
+        return 0, 0.0, None
+    tensors, header = read_tensors(newest)
+    prefix = "model."
+    network.load_state_dict(
+        {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    )
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimiser."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = tensor
+    groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict({"state": state, "param_groups": groups})
+    return header["step"], header["seconds"], header["training"]["precision"]
+
+
+class _Log:
+    """``metrics.jsonl``: one line per some steps, cut back to the checkpoint on a restart."""
+
+    def __init__(self, path: Path, step: int, watch: Watch | None) -> None:
+        self._path, self._watch = path, watch
+        self._losses: list[float] = []
+        if watch is not None:
+            kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def add(self, step: int, loss: float, rate: float, seconds: float, progress: float) -> None:
+        self._losses.append(loss)
+        if step % REPORT_STEPS == 0:
+            self.flush(step, rate, seconds, progress)
+
+    def flush(self, step: int, rate: float, seconds: float, progress: float) -> None:
+        if not self._losses or self._watch is None:
+            return
+        measure = Measure(step, float(np.mean(self._losses)), rate, round(seconds, 3), progress)
+        with open(self._path, "a") as file:
+            file.write(json.dumps(dataclasses.asdict(measure)) + "\n")
+        self._losses.clear()
+        self._watch(measure)
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of a log; a last one that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    *whole, _ = path.read_text().split("\n")
+    return whole
+
+
+def _fit_on_ray(
+    recipe: Recipe, data: TrainingData, run: Path, workers: int | None, watch: Watch
+) -> None:
+    import ray
+    import ray.train as ray_train
+    from ray.train.torch import TorchTrainer
+
+    gpu = engines.has_gpu("ray")
+    resources = ray.cluster_resources()
+    size = workers or (int(resources["GPU"]) if gpu else 1)
+    threads = max(1, int(resources.get("CPU", 1)) // size)
+    reference = ray.put(data)
+    scratch = run / "checkpoints" / "ray"
+    trainer = TorchTrainer(
+        partial(_ray_worker, recipe, [reference], run, threads),
+        scaling_config=ray_train.ScalingConfig(
+            num_workers=size, use_gpu=gpu, resources_per_worker={"CPU": 1 if gpu else threads}
+        ),
+        run_config=ray_train.RunConfig(
+            # A new name each time: what is resumed is our own newest checkpoint.
+            name=f"attempt-{time.time_ns()}",
+            storage_path=str(scratch),
+            failure_config=ray_train.FailureConfig(max_failures=3),
+        ),
+    )
+    with _following(run / "metrics.jsonl", watch):
+        try:
+            trainer.fit()
+        except ray_train.TrainingFailedError as error:
+            raise RunError(f"training failed on Ray: {_cause(error)}") from error
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _ray_worker(recipe: Recipe, reference: list[Any], run: Path, threads: int) -> None:
+    import ray
+    import ray.train as ray_train
+    from ray.train.torch import get_device
+
+    context = ray_train.get_context()
+    world = _World(context.get_world_rank(), context.get_world_size(), get_device(), threads)
+    _fit(recipe, ray.get(reference[0]), run, world, lambda measure: None)
+
+
+def _cause(error: Any) -> str:
+    """The first worker's own words, without Ray's stack of frames around them."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    return str(next(iter(failures.values()))).strip().splitlines()[-1]
+
+
+@contextmanager
+def _following(path: Path, watch: Watch) -> Iterator[None]:
+    """Calls `watch` with the lines that workers add to a log, while the body runs."""
+    ended, seen = threading.Event(), len(_lines(path))
+
+    def follow() -> None:
+        nonlocal seen
+        while True:
+            last = ended.wait(0.5)
+            lines = _lines(path)
+            # A restarted worker cuts the log back to its checkpoint first.
+            seen = min(seen, len(lines))
+            for line in lines[seen:]:
+                watch(Measure(**json.loads(line)))
+            seen = len(lines)
+            if last:
+                return
+
+    thread = threading.Thread(target=follow, name="metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
