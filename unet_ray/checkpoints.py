@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -62,7 +63,8 @@ def architecture_of(network: UNet) -> dict[str, Any]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Writes tensors and a JSON-able header so that `path` is whole or not there at all."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = save(plain, {"format": FORMAT, "header": json.dumps(header, sort_keys=True)})
+    # One key only: safetensors writes several in random order, and equal models are equal files.
+    data = save(plain, {"header": json.dumps({"format": FORMAT, **header}, sort_keys=True)})
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -86,14 +88,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(f"{path}: {problem}; unet-ray reads only its own .safetensors models.")
     try:
         with safe_open(path, framework="pt") as file:
-            told = file.metadata() or {}
-            if told.get("format") != FORMAT:
+            header = dict(json.loads((file.metadata() or {}).get("header", "{}")))
+            written = header.pop("format", None)
+            if written != FORMAT:
                 raise InputError(
-                    f"{path}: a safetensors file that unet-ray did not write (format "
-                    f"{told.get('format')!r}, not {FORMAT!r}); train one with `unet-ray train`."
+                    f"{path}: a safetensors file that unet-ray did not write (format {written!r}, "
+                    f"not {FORMAT!r}); train one with `unet-ray train`."
                 )
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(told["header"])  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, AttributeError) as error:
         raise InputError(f"{path}: a damaged or truncated model file ({error}).") from error
 
 
@@ -111,9 +114,12 @@ def read_model(path: Path) -> tuple[UNet, ModelHeader]:
     tensors, told = read_tensors(path)
     try:
         header = ModelHeader(**told)
-        network = header.network()
-        network.load_state_dict(tensors)
-    except (TypeError, RuntimeError, ValueError) as error:
+        if len(header.class_values) != header.architecture["classes"]:
+            raise ValueError(f"{len(header.class_values)} class values")
+        with torch.device("meta"):  # no memory for a network that may not fit the file
+            network = header.network()
+        network.load_state_dict(tensors, assign=True)
+    except (TypeError, RuntimeError, ValueError, KeyError) as error:
         first = str(error).splitlines()[0]
         raise InputError(f"{path}: header and weights do not fit each other ({first}).") from error
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]

@@ -17,7 +17,7 @@ import yaml
 
 from unet_ray.boxes import Box
 from unet_ray.errors import InputError, UnetRayError, nearest
-from unet_ray.memory import format_bytes, parse_bytes
+from unet_ray.memory import format_bytes, keep_freed_memory, parse_bytes
 from unet_ray.progress import ProgressLine, format_seconds
 from unet_ray.versions import VERSION
 
@@ -360,9 +360,9 @@ def _describe(outlook: Outlook) -> str:
             f"{outlook.volume.path}: {outlook.volume.dtype}, {outlook.volume.shape} (c, z, y, x)",
             repr(outlook.plan),
             f"  halo    {100 * outlook.halo_overhead:.0f} % more arithmetic than the voxels alone",
-            f"  memory  {format_bytes(memory.total)} per worker: "
-            f"process {format_bytes(memory.process)} + weights {format_bytes(memory.weights)} "
-            f"+ tile {format_bytes(memory.tile)} + pass {format_bytes(memory.forward)}",
+            f"  memory  {format_bytes(memory.total)} per worker (process "
+            f"{format_bytes(memory.process)}, weights {format_bytes(memory.weights)}, tile "
+            f"{format_bytes(memory.tile)}, pass {format_bytes(memory.forward)}, allocator)",
             f"  disk    at most {format_bytes(outlook.disk_bytes)}",
             f"  runs    {outlook.tiles} tiles in {outlook.precision} on {outlook.device}",
         ]
@@ -459,6 +459,7 @@ def main(verb: str | None = None) -> int:
     Args:
         verb: run only this verb, as a job of Ray does.
     """
+    keep_freed_memory()
     command: click.Command = app.commands[verb] if verb else app
     name = f"python jobs/{verb}.py" if verb else "unet-ray"
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from unet_ray.memory import NetworkSize
-from unet_ray.tiles import TilePlan
+from unet_ray.tiles import TilePlan, round_up
 
 
 def pass_multiplications(net: NetworkSize, y: float, x: float) -> float:
@@ -27,8 +27,10 @@ def halo_overhead(net: NetworkSize, plan: TilePlan) -> float:
 
     0.39 says 39 % more. Counts the halo and what cores reach beyond the volume's faces.
     """
-    spent = pass_multiplications(net, *plan.pass_shape[1:])
-    spent *= math.prod(plan.counts[1:]) * -(-plan.shape[0] // plan.passes[0]) * plan.passes[0]
+    slices = round_up(plan.shape[0], plan.passes[0])
+    in_core = math.prod(c // p for c, p in zip(plan.core[1:], plan.passes[1:], strict=True))
+    passes = math.prod(plan.counts[1:]) * in_core
+    spent = slices * passes * pass_multiplications(net, *plan.pass_shape[1:])
     return spent / core_multiplications(net, *plan.shape[1:]) / plan.shape[0] - 1
 
 

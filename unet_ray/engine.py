@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from unet_ray.errors import UnetRayError
+from unet_ray.memory import kept_memory_environment
 
 EngineName = Literal["local", "ray"]
 # Tile numbers go to Ray in waves, so that the driver's memory does not grow with the volume.
@@ -183,9 +184,13 @@ class _TileActor:
         self._stage, self._worker = stage, stage.make_worker()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        tiles = iter([int(tile) for tile in batch["tile"]])
-        threads = 2 if self._stage.device == "cuda" else 1
-        receipts = list(_side_by_side(self._stage, self._worker, tiles, threads))
+        tiles = [int(tile) for tile in batch["tile"]]
+        if self._stage.device == "cuda":
+            receipts = list(_side_by_side(self._stage, self._worker, iter(tiles), threads=2))
+        else:
+            # No threads of our own: the convolution library keeps buffers for each it has seen.
+            torch.set_num_threads(1)
+            receipts = [_attempt(self._worker, tile, nullcontext()) for tile in tiles]
         return {
             "tile": [r.tile for r in receipts],
             "seconds": [r.seconds for r in receipts],
@@ -213,6 +218,7 @@ def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None) -> Iterato
             compute=ActorPoolStrategy(size=min(size, blocks)),
             num_cpus=CPUS_PER_ACTOR,
             num_gpus=1 if gpu else None,
+            runtime_env={"env_vars": kept_memory_environment()},
         )
         for rows in receipts.iter_batches(batch_size=None, prefetch_batches=0):
             for tile, seconds, error in zip(*(rows[k] for k in _COLUMNS), strict=True):

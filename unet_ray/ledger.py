@@ -49,7 +49,11 @@ class Ledger:
 
     def commit(self, tile: int) -> None:
         """Records that the shards of `tile` are on disk; returns when the record is, too."""
-        os.write(self._file, _RECORD.pack(tile, _check(tile)))
+        if not 0 <= tile < self._done.size:
+            raise IndexError(f"Tile {tile} of a ledger of {self._done.size} tiles.")
+        record = _RECORD.pack(tile, _check(tile))
+        while record:  # a full disk may take a part of it, and says so at the next try only
+            record = record[os.write(self._file, record) :]
         os.fsync(self._file)
         self._done[tile] = True
 

@@ -6,19 +6,22 @@ measured peaks by a test.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unet_ray.errors import InputError
 from unet_ray.tiles import TilePlan
 
-# Anonymous memory of a worker process that has loaded torch, zarr and (on Ray) Ray itself, before
-# it holds any weight or voxel. Measured; see tests/test_memory.py.
-PROCESS_BYTES = 200 << 20
-# What the convolution library holds beside its input and output (packed weights, scratch), and
-# what the allocator cannot give back at once: measured over 16 to 64 channels and both dtypes.
-WORKSPACE = 1.10
+# Anonymous memory of a worker process that has loaded torch and zarr, and on Ray also Ray Data,
+# before it holds any weight or voxel. Measured, as the two below; tests/test_memory.py checks.
+PROCESS_BYTES = {"local": 165 << 20, "ray": 250 << 20}
+# What the allocator keeps beyond what lives at the peak (see `keep_freed_memory`): holes between
+# buffers of different sizes, and a fixed part for the convolution library's own code and scratch.
+KEPT = 1.65
+SCRATCH_BYTES = 64 << 20
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{u}i": 1 << 10 * k for k, u in enumerate("kmgt", start=1)}
@@ -31,16 +34,17 @@ def parse_bytes(text: str) -> int:
         InputError: if it is no size or not above zero.
     """
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    if not found or found[2] not in _UNITS or not float(found[1]):
+    size = float(found[1]) * _UNITS.get(found[2], 0) if found else 0.0
+    if not 1 <= size < 2**63:
         raise InputError(f"memory={text!r} is not a size: write a number and a unit, as in 4GiB.")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(size)
 
 
 def format_bytes(count: float) -> str:
-    """A size for people, in powers of 1024: ``1.5 GiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit in ("B", "KiB", "MiB") else f"{count:.2f} {unit}"
+    """A size for people, in powers of 1024: ``900 MiB``, ``1.50 GiB``."""
+    for unit, digits in (("B", 0), ("KiB", 0), ("MiB", 0), ("GiB", 2), ("TiB", 2)):
+        if round(count, digits) < 1024:
+            return f"{count:.{digits}f} {unit}"
         count /= 1024
     return f"{count:.2f} PiB"
 
@@ -93,9 +97,9 @@ def pass_bytes(net: NetworkSize, pass_shape: tuple[int, ...]) -> int:
         skip, held = skips[level], sum(skips[:level])
         below = features(2 * widths[level], _margin(net.depth, level) + 4, level) / 2
         # The joined buffer is twice a skip; the skip goes before the up-convolution comes.
-        peak = max(peak, held + 3 * skip + below, held + 2 * skip + skip)
+        peak = max(peak, held + 3 * skip + below)
     scores = batch * net.classes * y * x * (net.itemsize + 4 + 4)
-    return int(image + max(peak, skips[0] + scores) * WORKSPACE)
+    return int(image + max(peak, skips[0] + scores))
 
 
 def _margin(depth: int, level: int) -> float:
@@ -109,21 +113,35 @@ def _margin(depth: int, level: int) -> float:
 
 @dataclass(frozen=True)
 class WorkerMemory:
-    """What one worker needs, in bytes; `total` is what is promised."""
+    """What one worker needs, in bytes; `total` is what is promised.
+
+    Attributes:
+        process: the interpreter with its libraries.
+        load: peak while the model is loaded: file, network and folded network beside each other.
+        weights: of the network that predicts.
+        tile: voxels read and values to be written.
+        forward: peak of one pass.
+    """
 
     process: int
+    load: int
     weights: int
     tile: int
     forward: int
 
     @property
     def total(self) -> int:
-        """All of it together."""
-        return self.process + self.weights + self.tile + self.forward
+        """All of it together, with what the allocator keeps."""
+        return self.shared_by(1)
+
+    def on(self, engine: str) -> WorkerMemory:
+        """The same for a worker of this engine, ``local`` or ``ray``."""
+        return replace(self, process=PROCESS_BYTES[engine])
 
     def shared_by(self, threads: int) -> int:
         """Bytes of one process in which `threads` workers run side by side."""
-        return self.process + self.weights + threads * (self.tile + self.forward)
+        work = self.weights + threads * (self.tile + self.forward)
+        return self.process + max(self.load, SCRATCH_BYTES + int(KEPT * work))
 
 
 def worker_bytes(net: NetworkSize, plan: TilePlan, voxel_bytes: int, outputs: int) -> WorkerMemory:
@@ -138,7 +156,41 @@ def worker_bytes(net: NetworkSize, plan: TilePlan, voxel_bytes: int, outputs: in
     read = math.prod(plan.read_shape) * voxel_bytes
     write = math.prod(plan.core) * outputs
     forward = pass_bytes(net, (plan.pass_shape[0], plan.pass_shape[1], plan.pass_shape[2]))
-    # While a tile is written the pass is over, and encoding needs about another copy of it.
     return WorkerMemory(
-        PROCESS_BYTES, net.weights * (4 + net.itemsize), read + write, max(forward, write, read)
+        # The larger of the two, or a plan would depend on the engine.
+        process=PROCESS_BYTES["ray"],
+        load=net.weights * (3 * 4 + net.itemsize),
+        weights=net.weights * net.itemsize,
+        tile=read + write,
+        # While a tile is read or written no pass runs, but decoding and encoding need a copy.
+        forward=max(forward, write, read),
     )
+
+
+def keep_freed_memory() -> None:
+    """Tells the C library to keep what is freed for the next pass, for this whole process.
+
+    Every pass asks for the same large buffers again. Handing them back to the system and getting
+    them anew, page by page, takes up to a third of the time of a pass; keeping them costs memory
+    that lies idle between passes, and makes the peak of a worker one number that does not drift.
+    Does nothing where there is no glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        for option, (_, value) in _MALLOC.items():
+            mallopt(option, value)
+
+
+def kept_memory_environment() -> dict[str, str]:
+    """The same as environment variables, for a process that is yet to start."""
+    return {name: str(value) for name, value in _MALLOC.values()}
+
+
+# Options of glibc's malloc.h and the variables that set them: no mapping of its own for a large
+# buffer, nothing given back, growth by 16 MiB, one arena for all threads.
+_MALLOC = {
+    -4: ("MALLOC_MMAP_MAX_", 0),
+    -1: ("MALLOC_TRIM_THRESHOLD_", 2**31 - 1),
+    -2: ("MALLOC_TOP_PAD_", 16 << 20),
+    -8: ("MALLOC_ARENA_MAX", 1),
+}

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from unet_ray.boxes import Box
 from unet_ray.errors import RunError
 from unet_ray.intensity import Intensity
+from unet_ray.memory import keep_freed_memory
 from unet_ray.network import UNet
 from unet_ray.tiles import Tile, TilePlan
 
@@ -54,6 +55,7 @@ class Predictor:
         precision: Precision,
         device: Device,
     ) -> None:
+        keep_freed_memory()
         self._plan, self._intensity = plan, intensity
         self._classes = network.classes
         self._device = torch.device(device)

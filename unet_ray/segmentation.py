@@ -287,6 +287,7 @@ def plan(
     region = settings.region or Box.of(tiles.shape)
     overhead = halo_overhead(size, tiles)
     count = sum(1 for _ in tiles.within(region))
+    memory = memory.on(settings.engine)
     return Outlook(volume, tiles, count, memory, precision, device, overhead, stored)
 
 
@@ -356,7 +357,7 @@ def prepare(
         device=device,
         outputs=outputs,
         class_values=tuple(header.class_values),
-        memory=memory,
+        memory=memory.on(settings.engine),
         provenance={},
         resumed=told is not None,
     )

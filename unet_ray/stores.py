@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
 
 from unet_ray.errors import InputError
 from unet_ray.tiles import Tile, TilePlan
@@ -89,7 +92,7 @@ def _write_metadata(path: Path, layout: StoreLayout, provenance: Mapping[str, An
     if "classes" in layout.outputs:
         labels = {"ome": {"version": "0.5", "labels": ["classes"]}}
         zarr.create_group(path, path="labels", zarr_format=3, attributes=labels)
-        image = {
+        image: dict[str, Any] = {
             "version": "0.5",
             "multiscales": [_multiscale("classes", "zyx", scale, layout.voxel_size is not None)],
             "image-label": {
@@ -101,9 +104,10 @@ def _write_metadata(path: Path, layout: StoreLayout, provenance: Mapping[str, An
                     {"label-value": k, "value-in-training-labels": int(v)}
                     for k, v in enumerate(layout.class_values)
                 ],
-                "source": {"image": "../../"},
             },
         }
+        if "probabilities" in layout.outputs:
+            image["image-label"]["source"] = {"image": "../../"}
         zarr.create_group(path, path="labels/classes", zarr_format=3, attributes={"ome": image})
         _create_array(path, "labels/classes/0", layout)
 
@@ -170,15 +174,17 @@ class Store:
     def __init__(self, path: str | os.PathLike[str], outputs: Sequence[str]) -> None:
         self.path = Path(path)
         self._arrays = {
-            name: zarr.open_array(self.path / ARRAYS[name], mode="r+").with_config(
-                # Background is stored like everything else: an absent shard means "not computed".
-                {"write_empty_chunks": True}
-            )
-            for name in outputs
+            name: zarr.open_array(self.path / ARRAYS[name], mode="r") for name in outputs
+        }
+        self._metadata = {
+            name: (self.path / ARRAYS[name] / "zarr.json").read_bytes() for name in outputs
         }
 
     def write(self, tile: Tile, results: Mapping[str, NDArray[np.uint8]]) -> None:
         """Writes the voxels that `tile` owns, whole shards, and waits until they are on disk.
+
+        A shard is encoded in memory, written beside the arrays, and moved to its place when it is
+        whole: whatever is killed, a shard that is there is complete, and nothing else is there.
 
         Args:
             tile: whose core it is.
@@ -186,26 +192,51 @@ class Store:
         """
         for name, array in self._arrays.items():
             front = (slice(None),) * (array.ndim - 3)
-            array[(*front, *tile.write.slices)] = results[name][(*front, *tile.crop.slices)]
-            self._sync(name, tile)
+            voxels = results[name][(*front, *tile.crop.slices)]
+            shard = self._encoded(name, (*front, *tile.write.slices), voxels, self._key(name, tile))
+            self._put(self.shard(name, tile), shard)
 
-    def _sync(self, name: str, tile: Tile) -> None:
-        shard = self.shard(name, tile)
-        for place, flags in ((shard, os.O_RDONLY), (shard.parent, os.O_RDONLY | os.O_DIRECTORY)):
-            descriptor = os.open(place, flags)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    def _encoded(
+        self, name: str, place: tuple[slice, ...], voxels: NDArray[np.uint8], key: str
+    ) -> bytes:
+        """The bytes of one shard. Nothing of an older shard is read, so damage is no hindrance."""
+        memory = {"zarr.json": default_buffer_prototype().buffer.from_bytes(self._metadata[name])}
+        array = zarr.open_array(MemoryStore(memory), mode="r+")
+        # Background is stored like everything else: an absent shard means "not computed".
+        array.with_config({"write_empty_chunks": True})[place] = voxels
+        return bytes(memory[key].to_bytes())
 
-    def shard(self, name: str, tile: Tile) -> Path:
-        """The file that holds `tile` of one output."""
+    def _put(self, path: Path, data: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path / PRIVATE / f"{uuid.uuid4().hex}.partial"
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+
+    def _key(self, name: str, tile: Tile) -> str:
         array = self._arrays[name]
         core = (array.shards or array.chunks)[-3:]
         place = [a // n for a, n in zip(tile.write.start, core, strict=True)]
-        key = array.metadata.encode_chunk_key((*(0,) * (array.ndim - 3), *place))
-        return self.path / ARRAYS[name] / str(key)
+        return str(array.metadata.encode_chunk_key((*(0,) * (array.ndim - 3), *place)))
+
+    def shard(self, name: str, tile: Tile) -> Path:
+        """The file that holds `tile` of one output."""
+        return self.path / ARRAYS[name] / self._key(name, tile)
 
     def read(self, name: str) -> Any:
         """The array of one output, to be indexed like a NumPy array."""
         return self._arrays[name]
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -113,6 +113,7 @@ def open_tiff(path: str, *, quiet: bool = False) -> TiffImage:
 def reason(error: Exception) -> str:
     """What a library says went wrong, as the end of a sentence."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = repr(error) if isinstance(error, LookupError) else text  # else no more than a key
     return (text.splitlines() or [type(error).__name__])[0].rstrip(". ")
 
 
@@ -178,11 +179,12 @@ class _Directories:
     def _below(self, tags: NDArray[Any]) -> list[int]:
         """Offsets of the sub-directories (pyramid levels) that one directory names."""
         offsets: list[int] = []
-        for tag in tags[tags["tag"] == _SUB_DIRECTORIES]:
-            width = int(_TYPE_BYTES[tag["type"] & 255])
-            length = width * int(tag["count"])
-            near = length <= self.room
-            data = tag["value"].tobytes() if near else self._bytes(int(tag["value"]), length)
+        for i in np.flatnonzero(tags["tag"] == _SUB_DIRECTORIES):
+            width = int(_TYPE_BYTES[tags["type"][i] & 255])
+            length = width * int(tags["count"][i])
+            data = tags["value"][i : i + 1].tobytes()
+            if length > self.room:
+                data = self._bytes(int(tags["value"][i]), length)
             offsets += np.frombuffer(data[:length], f"{self.order}u{width}").tolist()
         return [offset for offset in offsets if offset]
 
@@ -259,11 +261,11 @@ def _refuse_codec(path: str, page: Any) -> None:
         tifffile.TIFF.DECOMPRESSORS[page.compression]
         tifffile.TIFF.UNPREDICTORS[page.predictor]
     except KeyError as error:
-        reason = str(error.args[0])
+        why = str(error.args[0])
         remedy = "export it uncompressed or with deflate"
-        if "imagecodecs" in reason:
+        if "imagecodecs" in why:
             remedy = "pip install 'unet-ray[tiff]'"
-        raise InputError(f"{path} cannot be decompressed: {reason}; {remedy}.") from error
+        raise InputError(f"{path} cannot be decompressed: {why}; {remedy}.") from error
 
 
 def _sizes(tif: Any) -> Sizes:
@@ -300,7 +302,7 @@ def _planes(path: str, tif: Any, series: Any, size: int) -> _Mapped | _Decoded:
     """Finds the stored bytes of every plane and refuses any that lie beyond the end."""
     page, dtype = series.keyframe, series.dtype.newbyteorder(tif.byteorder)
     count = math.prod(series.get_shape(False)) // math.prod(page.shaped)
-    if series.dataoffset is not None:  # one block of bytes; only its first page may have a tag
+    if series.dataoffset:  # one block of bytes; perhaps the first page alone has a directory
         starts = series.dataoffset + np.arange(count, dtype=np.int64) * page.nbytes
     else:
         pages = [page for page in series if page is not None]
@@ -319,9 +321,9 @@ def _planes(path: str, tif: Any, series: Any, size: int) -> _Mapped | _Decoded:
 
 
 def _is_one_block(page: Any) -> bool:
-    """Whether the strips or tiles of an uncompressed page follow each other in the file."""
+    """Whether an uncompressed page is there and its strips or tiles follow each other."""
     offsets, counts = np.asarray(page.dataoffsets), np.asarray(page.databytecounts)
-    return bool((offsets[:-1] + counts[:-1] == offsets[1:]).all())
+    return bool(offsets[0] and (offsets[:-1] + counts[:-1] == offsets[1:]).all())
 
 
 @dataclass(frozen=True, eq=False)

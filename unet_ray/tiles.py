@@ -162,11 +162,15 @@ class TilePlan:
     passes: Ints
 
     def __post_init__(self) -> None:
-        for name, unit in (("step", self.context.step), ("pass", self.passes)):
-            for axis, (n, k) in enumerate(zip(self.core, unit, strict=True)):
+        for what, sizes, name, units in (
+            ("tile", self.core, "step", self.context.step),
+            ("pass", self.passes, "step", self.context.step),
+            ("tile", self.core, "pass", self.passes),
+        ):
+            for axis, (n, k) in enumerate(zip(sizes, units, strict=True)):
                 if n <= 0 or n % k:
                     raise InputError(
-                        f"tile={','.join(map(str, self.core))} does not fit this network: axis "
+                        f"{what}={','.join(map(str, sizes))} does not fit this network: axis "
                         f"{axis} must be a multiple of its {name}, {k}; nearest is "
                         f"{max(k, round(n / k) * k)}."
                     )

@@ -35,6 +35,7 @@ from unet_ray.checkpoints import (
     write_tensors,
 )
 from unet_ray.errors import InputError, RunError
+from unet_ray.memory import keep_freed_memory
 from unet_ray.network import Norm, UNet
 from unet_ray.prediction import Precision, best_precision
 from unet_ray.samples import Sample, Sampler, TrainingData, ahead, load_training_data
@@ -281,6 +282,7 @@ class _Clock:
 def _fit(recipe: Recipe, data: TrainingData, run: Path, world: _World, watch: Watch) -> None:
     """The training loop of one worker; rank 0 writes checkpoints, metrics and the model."""
     torch.set_num_threads(world.threads)
+    keep_freed_memory()
     torch.manual_seed(recipe.seed)
     network = recipe.network(data.channels, len(data.class_values))
     network.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

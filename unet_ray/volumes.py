@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -66,7 +67,7 @@ class _Choice:
         return self.time or 0, slice(self.channel, self.channel + 1)
 
 
-class Volume:
+class Volume(ABC):
     """A stored image; it pickles as this description and opens its file again where it is read.
 
     Attributes:
@@ -102,6 +103,8 @@ class Volume:
         """
         if box.intersect(Box.of(self.shape[1:])) != box:
             raise ValueError(f"Box {box} leaves {self.path} of shape {self.shape[1:]} (z, y, x).")
+        if not box.size:
+            return np.empty((self.shape[0], *box.shape), self.dtype)
         voxels = self._read(box)
         if voxels.shape != (self.shape[0], *box.shape):
             raise RunError(f"{self.path} has become smaller since it was opened.")
@@ -163,19 +166,23 @@ class Volume:
         if len(self.channel_names) != self.shape[0] or len(names) < chosen.stop:
             self.channel_names = ("",) * self.shape[0]
 
+    @abstractmethod
     def _open(self) -> Any:
         """Fills the attributes and gives what `_read` reads from."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _read(self, box: Box) -> NDArray[Any]:
-        raise NotImplementedError
+        """As `read`, of a box that is not empty and lies inside."""
 
     def _files(self) -> list[str]:
         return [self.path]
 
     @cached_property
     def _source(self) -> Any:
-        """What `_read` reads from, opened again after the volume came to another process."""
+        """What `_read` reads from, made again after the volume came to another process."""
+        return self._open_again()
+
+    def _open_again(self) -> Any:
         return _reopen(self.path, self._choice, self.shape, self.dtype)._source
 
     def __getstate__(self) -> dict[str, Any]:
@@ -232,7 +239,7 @@ class _Png(Volume):
                 bits, colours = file.read(26)[24:]
                 file.seek(max(0, os.path.getsize(self.path) - 4096))
                 ends = b"IEND" in file.read()
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # a parser of arbitrary bytes may fail in any way
             raise InputError(
                 f"{self.path} cannot be read as a PNG image: {reason(error)}."
             ) from error
@@ -250,7 +257,7 @@ class _Png(Volume):
         try:
             with PngImageFile(self.path) as image:
                 voxels = np.asarray(image)
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # as above
             raise RunError(f"{self.path} cannot be decoded: {reason(error)}.") from error
         _, channels = self._choice.select(self.path, 1, voxels[0, 0].size)
         voxels = np.moveaxis(np.atleast_3d(voxels), -1, 0)[channels, None]
@@ -300,6 +307,16 @@ class _Folder(Volume):
             slice_ = _reopen(name, self._choice, (c, 1, y, x), self.dtype)
             voxels[:, z] = slice_.read(flat)[:, 0]
         return voxels
+
+    def _open_again(self) -> list[str]:
+        """The list alone: every slice is checked where it is read."""
+        try:
+            names = self._slices()
+        except InputError as error:
+            raise RunError(str(error)) from error
+        if len(names) != self.shape[1]:
+            raise RunError(f"{self.path} now has {len(names)} slices: it had {self.shape[1]}.")
+        return names
 
     def _files(self) -> list[str]:
         return list(self._source)
@@ -479,7 +496,7 @@ def _name_axes(path: str, letters: str, shape: Sequence[int]) -> str:
         axes[i] = axis
     known = sorted(set(axes) & set("tcszyx"))
     once = sorted("".join(axes).replace("-", "")) == known and {"y", "x"} <= set(known)
-    if not once or len(axes) != len(shape):
+    if not once or len(letters) != len(shape):
         raise InputError(
             f"{path} has axes {letters!r} of extents {tuple(shape)}: each of t, c, z may be there "
             "once, y and x must be."

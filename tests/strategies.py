@@ -1,0 +1,54 @@
+"""What hypothesis draws: shapes, boxes, contexts and plans, small enough to check each voxel."""
+
+from hypothesis import strategies as st
+
+from unet_ray.boxes import Box
+from unet_ray.tiles import Context, Level, TilePlan
+
+SLICE = Level((1, 3, 3), (1, 2, 2))  # nothing happens along z: a 2-D network on a volume
+CUBE = Level((3, 3, 3), (2, 2, 2))
+
+
+def flat_levels(depth):
+    """The paper's network."""
+    return (SLICE,) * (depth + 1)
+
+
+def cubic_levels(depth):
+    """The same in 3-D."""
+    return (CUBE,) * (depth + 1)
+
+
+def shapes(most=(20, 70, 70)):
+    return st.tuples(*(st.integers(1, n) for n in most))
+
+
+def boxes(axes=3, low=-60, high=60):
+    """Boxes anywhere, empty ones too."""
+    corner = st.integers(low, high)
+    ranges = st.lists(st.tuples(corner, corner).map(sorted), min_size=axes, max_size=axes)
+    return ranges.map(lambda drawn: Box(*map(tuple, zip(*drawn, strict=True))))
+
+
+@st.composite
+def levels(draw, deepest=4):
+    """U-Nets in 2-D, in 3-D, and anisotropic ones: the first levels flat, the deeper ones cubic."""
+    depth = draw(st.integers(1, deepest))
+    flat = draw(st.sampled_from([0, 1, depth, depth + 1]))
+    return flat_levels(depth)[:flat] + cubic_levels(depth)[flat:]
+
+
+def contexts(deepest=4):
+    return levels(deepest).map(Context.of_levels)
+
+
+@st.composite
+def plans(draw, most=(20, 70, 70), context=None):
+    """Plans of few voxels; passes are parts of a core, and keep to the step as cores do."""
+    chosen = context or draw(contexts())
+    core, passes = [], []
+    for step in chosen.step:
+        parts, steps = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+        passes.append(step * steps)
+        core.append(step * steps * parts)
+    return TilePlan(draw(shapes(most)), tuple(core), chosen, tuple(passes))

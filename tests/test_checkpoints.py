@@ -1,0 +1,268 @@
+"""Model files: what comes back, what is refused and how it is called, and whole or not at all."""
+
+import io
+import json
+import os
+import pickle
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from unet_ray.checkpoints import (
+    FORMAT,
+    ModelHeader,
+    architecture_of,
+    find_model,
+    read_model,
+    read_tensors,
+    sha256_of,
+    write_model,
+    write_tensors,
+)
+from unet_ray.errors import InputError
+from unet_ray.network import UNet
+
+ARCHITECTURE = {
+    "in_channels": 2,
+    "classes": 3,
+    "base_channels": 2,
+    "depth": 1,
+    "norm": "batch",
+    "dropout": 0.25,
+}
+HEADER = ModelHeader(
+    architecture=ARCHITECTURE,
+    class_values=[0, 7, 255],
+    normalisation={"method": "mean-std"},
+    voxel_size=[0.05, 0.004, 0.004],
+    training={"steps": 12, "loss": 0.1 + 0.2, "recipe": "paper"},
+    data={"images": {"name": "noyaux d'été.tif", "hash": "ab"}},
+    versions={"torch": "2.9"},
+)
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return UNet(**ARCHITECTURE)
+
+
+@pytest.fixture
+def path(tmp_path, network):
+    path = tmp_path / "model.safetensors"
+    write_model(path, network, HEADER)
+    return path
+
+
+def refusal(path):
+    """The one sentence that a file is refused with; it names the file."""
+    with pytest.raises(InputError) as refused:
+        read_model(path)
+    said = str(refused.value)
+    assert said.startswith(f"{path}: ") and said.endswith(".") and "\n" not in said
+    return said.removeprefix(f"{path}: ")
+
+
+# What comes back.
+
+
+def test_round_trip(path, network):
+    again, header = read_model(path)
+    assert header == HEADER
+    assert not again.training and architecture_of(again) == ARCHITECTURE
+    wanted, found = network.state_dict(), again.state_dict()
+    assert list(wanted) == list(found)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    image = torch.randn(1, 2, 24, 28)
+    assert torch.equal(network.eval()(image), again(image))
+
+
+def test_the_header_is_plain_json_that_says_everything(path):
+    # Read here by hand, as a program without unet-ray would.
+    data = path.read_bytes()
+    said = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    assert json.loads(said["header"]) == {
+        "format": FORMAT,
+        "architecture": ARCHITECTURE,
+        "class_values": [0, 7, 255],
+        "normalisation": {"method": "mean-std"},
+        "voxel_size": [0.05, 0.004, 0.004],
+        "training": {"steps": 12, "loss": 0.1 + 0.2, "recipe": "paper"},
+        "data": {"images": {"name": "noyaux d'été.tif", "hash": "ab"}},
+        "versions": {"torch": "2.9"},
+    }
+
+
+def test_the_same_model_gives_the_same_bytes(path, network):
+    # A run is bound to its model by this hash. Often, since an order may be right by chance.
+    hashes = {sha256_of(path)}
+    for _ in range(10):
+        write_model(path, network, HEADER)
+        hashes.add(sha256_of(path))
+    assert len(hashes) == 1 and len(hashes.pop()) == 64
+
+
+def test_a_checkpoint_holds_any_tensors(tmp_path):
+    path = tmp_path / "step.safetensors"
+    tensors = {"a": torch.arange(6).reshape(2, 3).t(), "b": torch.tensor(1.5, dtype=torch.float64)}
+    write_tensors(path, tensors, {"step": 3})
+    found, header = read_tensors(path)
+    assert header == {"step": 3} and set(found) == {"a", "b"}
+    assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in tensors.items())
+
+
+def test_a_run_folder_or_its_file_is_named(path, monkeypatch):
+    assert find_model(path.parent) == find_model(path) == path
+    monkeypatch.chdir(path.parent.parent)
+    assert find_model(path.parent.name) == path
+
+
+# What is refused.
+
+
+def saved(legacy):
+    buffer = io.BytesIO()
+    torch.save({"w": torch.zeros(3)}, buffer, _use_new_zipfile_serialization=not legacy)
+    return buffer.getvalue()
+
+
+WEIGHTS = {"weights": [0.1, 0.2, 0.3]}
+FOREIGN = {
+    "pickle": (pickle.dumps(WEIGHTS), "a Python pickle, which could run code"),
+    "old pickle": (pickle.dumps(WEIGHTS, protocol=2), "a Python pickle, which could run code"),
+    "oldest pickle": (pickle.dumps(WEIGHTS, protocol=0), "not a safetensors file"),
+    "torch.save": (saved(legacy=False), r"a PyTorch .pt file holds a pickle"),
+    "old torch.save": (saved(legacy=True), "a Python pickle, which could run code"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(88), "an HDF5 file"),
+    "TIFF": (b"II*\0\x08\0\0\0" + bytes(88), "a TIFF image"),
+    "big-endian TIFF": (b"MM\0*\0\0\0\x08" + bytes(88), "a TIFF image"),
+    "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(88), "not a safetensors file"),
+    "text": (b"model: my best one, honestly\n", "not a safetensors file"),
+    "zeros": (bytes(100), "not a safetensors file"),
+    "empty": (b"", "a file of 0 bytes"),
+    "other safetensors": (save({"w": torch.zeros(3)}), "that unet-ray did not write"),
+    "other format": (
+        save({"w": torch.zeros(3)}, {"header": '{"format": "unet-ray model 9"}'}),
+        r"that unet-ray did not write \(format 'unet-ray model 9'",
+    ),
+    "no object": (save({}, {"header": "[]"}), "did not write"),
+    "no JSON": (save({}, {"header": "{"}), "damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_file_is_called_what_it_is(tmp_path, kind):
+    data, said = FOREIGN[kind]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    assert re.search(said, refusal(path))
+
+
+class Bomb:
+    """A pickle of it makes a folder when it is opened."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("write", [pickle.dump, torch.save])
+def test_nothing_that_a_pickle_holds_is_run(tmp_path, write):
+    path, folder = tmp_path / "model.safetensors", tmp_path / "ran"
+    with open(path, "wb") as file:
+        write(Bomb(folder), file)
+    assert "pickle" in refusal(path)
+    assert not folder.exists()
+    pickle.loads(pickle.dumps(Bomb(folder)))
+    assert folder.exists()  # the bomb is a real one
+
+
+def test_a_missing_file_is_called_missing(tmp_path):
+    assert "no such model file" in refusal(tmp_path / "model.safetensors")
+    assert "no such model file" in refusal(tmp_path)  # a folder
+
+
+def test_a_file_cut_anywhere_is_called_cut(path):
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for length in sorted({*range(0, len(whole), 13), header - 1, header, len(whole) - 1}):
+        path.write_bytes(whole[:length])
+        said = refusal(path)
+        assert f"a file of {length} bytes" in said if length < 10 else "truncated" in said
+        if 10 <= length < header:
+            assert f"its header needs {header} bytes, it has {length}" in said
+
+
+def test_a_damaged_header_never_ends_in_a_traceback(path):
+    whole = path.read_bytes()
+    for at in range(0, 8 + int.from_bytes(whole[:8], "little"), 11):
+        damaged = bytearray(whole)
+        damaged[at] ^= 0x10
+        path.write_bytes(damaged)
+        try:
+            read_model(path)
+        except InputError as error:
+            assert str(error).startswith(f"{path}: ")
+
+
+MISFITS = {
+    "other widths": {"architecture": {**ARCHITECTURE, "base_channels": 3}},
+    "other depth": {"architecture": {**ARCHITECTURE, "depth": 2}},
+    "other norm": {"architecture": {**ARCHITECTURE, "norm": "none"}},
+    "unknown argument": {"architecture": {**ARCHITECTURE, "attention": True}},
+    "number out of range": {"architecture": {**ARCHITECTURE, "classes": 1}},
+    "word for a number": {"architecture": {**ARCHITECTURE, "depth": "four"}},
+    "no architecture": {"architecture": None},
+    "a class without a value": {"class_values": [0, 255]},
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_a_header_that_does_not_fit_the_weights_is_refused(path, network, kind):
+    write_model(path, network, replace(HEADER, **MISFITS[kind]))
+    assert "header and weights do not fit each other" in refusal(path)
+
+
+@pytest.mark.parametrize("header", [{}, {"architecture": ARCHITECTURE}])
+def test_a_header_that_lacks_something_is_refused(path, network, header):
+    write_tensors(path, network.state_dict(), header)
+    assert "header and weights do not fit each other" in refusal(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(path, network, value):
+    with torch.no_grad():
+        network.head.weight[1, 0] = value
+    write_model(path, network, HEADER)
+    assert refusal(path) == "weight 'head.weight' is not finite; train again."
+
+
+# Whole or not at all.
+
+
+@pytest.mark.parametrize("step", ["replace", "fsync"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatch, step):
+    before = path.read_bytes()
+
+    def fails(*arguments):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(os, step, fails)
+    with pytest.raises(OSError, match="the disk is full"):
+        write_model(path, UNet(**ARCHITECTURE), HEADER)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_bytes_are_on_disk_before_the_name_is(path, monkeypatch):
+    done = []
+    fsync, move = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("replace"), move(a, b)))
+    write_model(path, UNet(**ARCHITECTURE), HEADER)
+    assert done[:2] == ["fsync", "replace"]

@@ -1,0 +1,703 @@
+"""The command line: flags, exit codes, one sentence for each mistake, and nothing written by it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import yaml
+import zarr
+
+from tests.test_segmentation import bytes_of, noise, random_model, state_of, write_stack
+from unet_ray import cli, engine, training
+from unet_ray.checkpoints import read_model
+from unet_ray.versions import VERSION
+
+ROOT = Path(__file__).parent.parent
+VERBS = ("demo", "train", "plan", "segment")
+TINY = [
+    *("--depth", "1", "--base-channels", "2", "--patch", "44"),
+    *("--elastic", "2", "--steps", "3", "--engine", "local"),
+]
+RUN_SECONDS = 60
+
+
+@pytest.fixture
+def unet_ray(monkeypatch, capsys):
+    """Runs the command line in this process: gives exit code, stdout and stderr."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(engine, "usable_cores", lambda: 1)
+
+    def call(*args, verb=None):
+        monkeypatch.setattr(sys, "argv", ["unet-ray", *map(str, args)])
+        capsys.readouterr()
+        code = cli.main(verb)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A folder with a volume, labels for it, and a model."""
+    image = noise((2, 40, 44))
+    write_stack(tmp_path / "image.tif", image)
+    write_stack(tmp_path / "labels.tif", np.where(image > 128, 255, 0).astype(np.uint8))
+    random_model(tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def process(*args, cwd=None, **options):
+    """Starts a Python of this environment that finds the package where these tests do."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+    return subprocess.Popen(
+        [sys.executable, *map(str, args)],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def output_of(*args, **options):
+    """Exit code, stdout and stderr of such a process."""
+    with process(*args, **options) as started:
+        out, err = started.communicate(timeout=RUN_SECONDS)
+    return started.returncode, out, err
+
+
+def flags_in(text):
+    return set(re.findall(r"--[a-z][a-z0-9-]*", text))
+
+
+# Help
+
+
+def test_the_overview_shows_every_verb_with_all_its_flags_and_an_example(unet_ray):
+    code, out, err = unet_ray("--help")
+    assert (code, err) == (0, "")
+    for verb in VERBS:
+        assert f"Example: unet-ray {verb} " in out
+        *_, flags = re.split(rf"^  unet-ray {verb} ", out, flags=re.M)
+        shown = flags_in(flags.split("Example:")[0])
+        assert shown == {o for p in cli.app.commands[verb].params for o in p.opts if "-" in o} | {
+            "--help"
+        }
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_a_verb_has_every_flag_explained_and_an_example(unet_ray, verb):
+    code, out, err = unet_ray(verb, "--help")
+    assert (code, err) == (0, "")
+    assert re.search(rf"^ *Example: unet-ray {verb} .*--\w", out, re.M)
+    options = [p for p in cli.app.commands[verb].params if p.param_type_name == "option"]
+    assert options and [p.name for p in options if not p.help] == []
+    assert {p.opts[0] for p in options} <= flags_in(out)
+
+
+@pytest.mark.parametrize("verb", ["train", "segment"])
+def test_a_job_has_the_help_of_its_verb(unet_ray, tmp_path, verb):
+    _, of_verb, _ = unet_ray(verb, "--help")
+    # from elsewhere and with no path set: a job finds the package beside itself
+    script = ROOT / "jobs" / f"{verb}.py"
+    code, of_job, err = output_of(script, "--help", cwd=tmp_path, env={"PYTHONPATH": ""})
+    assert (code, err) == (0, "")
+    assert f"Usage: python jobs/{verb}.py " in of_job and "Example:" in of_job
+    assert of_job.split("Options:")[1] == of_verb.split("Options:")[1]
+
+
+@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["--version"]], ids=str)
+def test_help_loads_neither_torch_nor_ray(args):
+    command = (
+        "import sys; from unet_ray.cli import main; code = main(); "
+        "print(sorted({'torch', 'ray', 'zarr', 'numba'} & set(sys.modules))); sys.exit(code)"
+    )
+    code, out, err = output_of("-c", command, *args)
+    assert (code, err, out.splitlines()[-1]) == (0, "", "[]")
+
+
+def test_version(unet_ray):
+    assert unet_ray("--version") == (0, f"unet-ray {VERSION}\n", "")
+
+
+def test_nothing_at_all_shows_the_overview(unet_ray):
+    code, out, _ = unet_ray()
+    assert code == 2
+    assert out.strip() == unet_ray("--help")[1].strip()
+
+
+def test_the_module_is_the_command(tmp_path):
+    assert output_of("-m", "unet_ray", "--version", cwd=tmp_path) == (
+        0,
+        f"unet-ray {VERSION}\n",
+        "",
+    )
+    code, out, err = output_of("-m", "unet_ray", "sgment", cwd=tmp_path)
+    assert (code, out) == (2, "") and "did you mean 'segment'?" in err
+
+
+def classes_of(store):
+    return zarr.open_array(store / "labels/classes/0", mode="r")
+
+
+# Training
+
+
+def train(files, *args):
+    data = ["--images", files / "image.tif", "--labels", files / "labels.tif"]
+    return ["train", *data, "--out", files / "run", *TINY, *args]
+
+
+def test_train_gives_the_path_of_the_model(unet_ray, files):
+    code, out, err = unet_ray(*train(files))
+    assert (code, out) == (0, f"{files / 'run' / 'model.safetensors'}\n")
+    assert re.fullmatch(r"train: step 3, loss \d\.\d+, [\d.]+ steps/s, 0 s left\n", err)
+    network, header = read_model(files / "run" / "model.safetensors")
+    assert (network.depth, network.base_channels) == (1, 2)
+    told = header.training["recipe"]
+    assert (told["patch"], told["elastic"], told["steps"], told["minutes"]) == (
+        [44, 44],
+        2,
+        3,
+        None,
+    )
+
+
+def test_a_finished_training_says_so(unet_ray, files):
+    unet_ray(*train(files))
+    before = state_of(files)
+    code, out, err = unet_ray(*train(files))
+    assert (code, out) == (0, f"{files / 'run' / 'model.safetensors'}\n")
+    assert err == "already trained; nothing to do.\n"
+    assert state_of(files) == before
+
+
+def test_several_images_and_labels(unet_ray, files):
+    for name in ("image", "labels"):
+        tifffile.imwrite(files / f"{name}2.tif", tifffile.imread(files / f"{name}.tif")[:, ::-1])
+    images = ["--images", files / "image.tif", files / "image2.tif"]
+    labels = [f"--labels={files / 'labels.tif'}", "--labels", files / "labels2.tif"]
+    code, _, err = unet_ray("train", *images, *labels, "--out", files / "run", *TINY)
+    assert code == 0, err
+    data = read_model(files / "run" / "model.safetensors")[1].data
+    assert [d["name"] for d in data["images"]] == ["image.tif", "image2.tif"]
+    assert [d["name"] for d in data["labels"]] == ["labels.tif", "labels2.tif"]
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What training would be called with, instead of training."""
+    calls = []
+
+    def train(images, labels, out, recipe, engine, workers, watch):
+        calls.append((images, labels, out, recipe, engine, workers))
+        return Path(out) / "model.safetensors"
+
+    monkeypatch.setattr(training, "train", train)
+    return calls
+
+
+def test_every_flag_of_train_reaches_the_recipe(unet_ray, trained):
+    flags = {
+        "recipe": "paper",
+        "depth": 3,
+        "base_channels": 5,
+        "norm": "batch",
+        "dropout": 0.25,
+        "batch": 3,
+        "steps": 11,
+        "minutes": 2.5,
+        "learning_rate": 0.125,
+        "momentum": 0.5,
+        "w0": 3.0,
+        "sigma": 4.0,
+        "elastic": 1.5,
+        "seed": 9,
+        "precision": "bfloat16",
+    }
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    more = ["--patch", "1,92,100", "--workers", "3", "--engine", "ray", "--out", "run"]
+    code, _, err = unet_ray("train", "--images", "a", "b", "--labels", "c", "d", *given, *more)
+    assert code == 0, err
+    [(images, labels, out, recipe, name, workers)] = trained
+    assert (images, labels, out, name, workers) == (["a", "b"], ["c", "d"], "run", "ray", 3)
+    assert {name: getattr(recipe, name) for name in flags} == flags
+    assert recipe.patch == (92, 100)
+
+
+def test_a_config_file_gives_flags_and_the_command_line_wins(unet_ray, trained, tmp_path):
+    told = {"images": ["a", "b"], "labels": "c", "out": "run", "depth": 2, "patch": 68}
+    told |= {"base_channels": 7, "learning-rate": 0.5, "steps": 4, "recipe": "paper"}
+    (tmp_path / "flags.yaml").write_text(yaml.safe_dump(told))
+    code, _, err = unet_ray("train", "--config", tmp_path / "flags.yaml", "--steps", "9")
+    assert code == 0, err
+    [(images, labels, out, recipe, name, workers)] = trained
+    assert (images, labels, out, name, workers) == (["a", "b"], ["c"], "run", "local", None)
+    assert (recipe.depth, recipe.patch, recipe.base_channels) == (2, (68, 68), 7)
+    assert (recipe.learning_rate, recipe.steps, recipe.recipe) == (0.5, 9, "paper")
+
+
+def test_an_empty_config_file_changes_nothing(unet_ray, trained, tmp_path):
+    (tmp_path / "flags.yaml").write_text("# nothing\n")
+    data = ["--images", "a", "--labels", "b", "--out", "run"]
+    assert unet_ray("train", "--config", tmp_path / "flags.yaml", *data)[0] == 0
+    assert unet_ray("train", *data)[0] == 0
+    assert trained[0] == trained[1]
+
+
+@pytest.mark.parametrize(
+    "verb, address, asked, engine",
+    [
+        (None, None, [], "local"),
+        (None, "127.0.0.1:1", [], "ray"),
+        ("train", None, [], "ray"),
+        ("train", None, ["--engine", "local"], "local"),
+        (None, "127.0.0.1:1", ["--engine", "local"], "local"),
+        (None, None, ["--engine", "ray"], "ray"),
+    ],
+)
+def test_ray_is_the_engine_of_jobs_and_where_a_cluster_is_named(
+    unet_ray, trained, monkeypatch, verb, address, asked, engine
+):
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    args = [] if verb else ["train"]
+    args += ["--images", "a", "--labels", "b", "--out", "run", *asked]
+    assert unet_ray(*args, verb=verb)[0] == 0
+    assert trained[0][4] == engine
+
+
+# Segmenting
+
+
+def segment(files, *args, out="out.zarr"):
+    flags = ["--model", files / "model.safetensors", "--out", files / out, "--engine", "local"]
+    return ["segment", files / "image.tif", *flags, *args]
+
+
+def test_segment_gives_the_path_of_the_store_and_says_what_it_does(unet_ray, files):
+    code, out, err = unet_ray(*segment(files, "--tile", "1,16,16", "--precision", "float32"))
+    assert (code, out) == (0, f"{files / 'out.zarr'}\n")
+    first, *progress = err.splitlines()
+    assert first.startswith("writing out.zarr: 18 tiles of 1,16,16, float32 on cpu, engine local, ")
+    assert re.fullmatch(r"image\.tif: 18/18 tiles, \d+\.\d{3} Mvoxel/s, 0 s left", progress[-1]), (
+        progress
+    )
+    assert classes_of(files / "out.zarr").shape == (2, 40, 44)
+
+
+def test_a_tile_that_is_fitted_is_told(unet_ray, files):
+    err = unet_ray(*segment(files, "--tile", "99,15,999"))[2]
+    assert "tile 99,15,999 fitted to the network and the volume: 2,16,44" in err
+
+
+def test_a_finished_segmentation_says_so(unet_ray, files):
+    unet_ray(*segment(files))
+    before = bytes_of(files / "out.zarr")
+    code, out, err = unet_ray(*segment(files))
+    assert (code, out) == (0, f"{files / 'out.zarr'}\n")
+    assert "out.zarr: already finished; nothing to do." in err
+    assert bytes_of(files / "out.zarr") == before
+
+
+def test_several_inputs_go_into_a_folder(unet_ray, files):
+    write_stack(files / "other.tif", noise((1, 20, 20), seed=1))
+    names = ["segment", files / "image.tif", files / "other.tif"]
+    model = ["--model", files / "model.safetensors", "--engine", "local"]
+    code, out, err = unet_ray(*names, *model, "--out", files / "all")
+    assert code == 0, err
+    stores = [files / "all" / "image.zarr", files / "all" / "other.zarr"]
+    assert out.splitlines() == [str(store) for store in stores]
+    unet_ray(*segment(files))
+    assert bytes_of(stores[0]) == bytes_of(files / "out.zarr")
+    assert classes_of(stores[1]).shape == (1, 20, 20)
+
+
+def test_flags_of_segment_take_effect(unet_ray, files):
+    tile = ["--tile", "1,16,16", "--precision", "bfloat16", "--workers", "2"]
+    part = ["--outputs", "classes", "--region", "1:2,0:10,20:30", "--memory", "1GiB"]
+    code, _, err = unet_ray(*segment(files, *tile, *part))
+    assert code == 0, err
+    shards = [name for name in bytes_of(files / "out.zarr") if "/c/" in name]
+    assert shards == ["labels/classes/0/c/1/0/1"]
+    assert "1/1 tiles" in err and "bfloat16" in err
+    more = ["--tile", "2,40,44", "--precision", "float32", "--overwrite"]
+    code, _, err = unet_ray(*segment(files, *more))
+    assert code == 0, err
+    assert (files / "out.zarr" / "0").is_dir()
+
+
+def test_the_channel_is_chosen(unet_ray, files):
+    write_stack(files / "image.tif", np.stack([noise((2, 40, 44), seed=n) for n in range(3)]))
+    code, _, err = unet_ray(*segment(files))
+    assert code == 2 and "3 channels" in err and "--channel N" in err
+    assert unet_ray(*segment(files, "--channel", "2"))[0] == 0
+
+
+# Plans
+
+
+def test_plan_for_machines(unet_ray, files):
+    before = state_of(files)
+    flags = ["--model", files / "model.safetensors", "--engine", "local", "--tile", "1,16,16"]
+    code, out, err = unet_ray("plan", files / "image.tif", *flags, "--json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    keys = "tiles tile pass halo_overhead worker_memory_bytes disk_bytes precision device"
+    assert set(keys.split()) <= set(told)
+    assert (told["tiles"], told["tile"], told["pass"]) == (18, [1, 16, 16], [1, 60, 60])
+    assert told["disk_bytes"] == 18 * 256 * 2
+    assert state_of(files) == before
+
+
+def test_plan_for_people(unet_ray, files):
+    flags = ["--model", files / "model.safetensors", "--engine", "local"]
+    code, out, err = unet_ray("plan", files / "image.tif", *flags)
+    assert (code, err) == (0, "")
+    assert "image.tif: uint8, (1, 2, 40, 44) (c, z, y, x)" in out
+    assert "core 44" in out and "halo" in out and "MiB per worker" in out
+
+
+# Mistakes: exit code 2, one line, nothing written
+
+
+def refused(unet_ray, folder, args, *words):
+    before = state_of(folder)
+    code, out, err = unet_ray(*args)
+    assert (code, out) == (2, ""), err
+    assert re.fullmatch(r"unet-ray: [^\n]+\n", err), err
+    assert [word for word in words if word not in err] == [], err
+    assert state_of(folder) == before
+
+
+def test_an_unknown_verb_names_the_nearest(unet_ray, tmp_path):
+    refused(unet_ray, tmp_path, ["segmnt", "x"], "'segmnt'", "did you mean 'segment'?")
+
+
+@pytest.mark.parametrize(
+    "verb, flag, near",
+    [
+        ("train", "--base-chanels", "--base-channels"),
+        ("train", "--learning_rate", "--learning-rate"),
+        ("segment", "--modle", "--model"),
+        ("plan", "--regoin", "--region"),
+    ],
+)
+def test_an_unknown_flag_names_the_nearest(unet_ray, tmp_path, verb, flag, near):
+    refused(unet_ray, tmp_path, [verb, flag, "1"], f"{flag}", f"{near}'")
+
+
+CONFIGS = {
+    "base-chanels: 32": ["'base-chanels'", "did you mean 'base-channels'?"],
+    "- depth": ["must be a list of flags"],
+    "depth: [": ["cannot be read as YAML"],
+    "batch: deep": ["--batch", "'deep'"],
+    "batch: 1.5": ["--batch", "1.5"],
+    "batch: [1, 2]": ["--batch", "[1, 2]"],
+    "recipe: papr": ["papr", "paper"],
+    "config: other.yaml": ["'config'"],
+}
+
+
+@pytest.mark.parametrize("text", CONFIGS)
+def test_a_mistake_in_a_config_file_is_refused(unet_ray, files, text):
+    (files / "flags.yaml").write_text(text)
+    refused(unet_ray, files, train(files, "--config", files / "flags.yaml"), *CONFIGS[text])
+
+
+def test_a_config_file_that_is_not_there_is_refused(unet_ray, files):
+    refused(unet_ray, files, train(files, "--config", files / "no.yaml"), "no.yaml", "No such file")
+
+
+@pytest.mark.parametrize("verb", ["train", "segment", "plan"])
+def test_a_missing_flag_is_named(unet_ray, tmp_path, verb):
+    word = {"train": "--images", "segment": "INPUT", "plan": "INPUT"}[verb]
+    refused(unet_ray, tmp_path, [verb], "Missing", word)
+
+
+MALFORMED = {
+    "--tile": ["1,2", "0,32,32", "-1,32,32", "a,b,c", "1,2,3,4", "", "1.5,2,3", "16"],
+    "--region": [
+        *("1:2", "0:1,0:1", "0:1,0:1,5:5", "5:3,0:1,0:1", "a:b,0:1,0:1", "0:1,0:1,0", ""),
+        *("-1:2,0:1,0:1", "0:1,0:1,0:1,0:1", ":,:,:", "0:3,0:1,0:1", "0:1,0:41,0:1"),
+    ],
+    "--memory": ["banana", "0", "-1", "4 elephants", "", "4GiB!", "1e3MB", "nanGB", "9" * 400],
+    "--workers": ["0", "-3", "two", "1.5"],
+    "--outputs": ["class", "probabilities,", "classes;probabilities"],
+    "--engine": ["dask"],
+    "--precision": ["float16"],
+    "--channel": ["1", "-1", "red"],
+    "--level": ["1", "-1"],
+    "--time": ["1", "-1"],
+}
+
+
+@pytest.mark.parametrize(
+    "flag, text", [(f, text) for f, texts in MALFORMED.items() for text in texts]
+)
+def test_a_malformed_flag_of_segment_is_refused(unet_ray, files, flag, text):
+    refused(unet_ray, files, segment(files, flag, text), flag.removeprefix("--"))
+
+
+def test_memory_that_is_too_little_is_refused(unet_ray, files):
+    refused(unet_ray, files, segment(files, "--memory", "100MiB"), "memory=100 MiB", "needs")
+
+
+BAD_TRAINING = {
+    "--dims": ["3", "4"],
+    "--depth": ["0", "9", "deep"],
+    "--base-channels": ["0", "-2"],
+    "--dropout": ["1", "-0.5"],
+    "--patch": ["0", "-44", "45", "a", "44,44", "2,44,44", "1,44", "", "1,44,45"],
+    "--batch": ["0"],
+    "--steps": ["0", "-1"],
+    "--minutes": ["0", "nan"],
+    "--learning-rate": ["0", "-1", "nan"],
+    "--momentum": ["1"],
+    "--w0": ["-1"],
+    "--sigma": ["0"],
+    "--elastic": ["-1"],
+    "--seed": ["-1"],
+    "--workers": ["0", "2"],
+    "--recipe": ["papr"],
+    "--norm": ["group"],
+}
+
+
+@pytest.mark.parametrize(
+    "flag, text", [(f, text) for f, texts in BAD_TRAINING.items() for text in texts]
+)
+def test_a_bad_flag_of_train_is_refused(unet_ray, files, flag, text):
+    word = "size" if flag == "--patch" and text in ("45", "1,44,45") else flag[2:].split("-")[0]
+    refused(unet_ray, files, train(files, flag, text), word)
+
+
+def test_three_dimensions_are_not_built_yet(unet_ray, files):
+    refused(unet_ray, files, train(files, "--dims", "3"), "dims=3 is not built yet", "--dims 2")
+
+
+def broken_file(files, kind):
+    """Puts something else in place of the image; gives words that its refusal must hold."""
+    path = files / "image.tif"
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "missing":
+        return ["image.tif does not exist"]
+    if kind == "empty":
+        path.touch()
+        return ["image.tif is empty"]
+    if kind == "truncated":
+        path.write_bytes(content[: len(content) * 2 // 3])
+        return ["image.tif", "truncated"]
+    if kind == "empty folder":
+        path.mkdir()
+        return ["image.tif holds neither"]
+    path.write_bytes(b"PK\x03\x04" + content)
+    return ["image.tif", "a zip archive"]
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "truncated", "empty folder", "foreign"])
+@pytest.mark.parametrize("verb", ["train", "plan", "segment"])
+def test_a_file_that_is_no_volume_is_refused(unet_ray, files, verb, kind):
+    words = broken_file(files, kind)
+    model = ["--model", files / "model.safetensors", "--engine", "local"]
+    args = {
+        "train": train(files),
+        "segment": segment(files),
+        "plan": ["plan", files / "image.tif", *model],
+    }
+    refused(unet_ray, files, args[verb], *words)
+
+
+def test_a_truncated_file_is_told_in_one_line_outside_of_tests_too(files):
+    broken_file(files, "truncated")
+    code, out, err = output_of("-m", "unet_ray", *segment(files))
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"unet-ray: .*image\.tif.*truncated.*\n", err), err
+    assert not (files / "out.zarr").exists()
+
+
+@pytest.fixture
+def locked(monkeypatch):
+    """Names of files that cannot be opened, to be filled."""
+
+    # as another user would see it: the one who runs tests may read everything
+    def guarded(path, *args, **options):
+        if isinstance(path, str | os.PathLike) and os.path.basename(path) in locked:
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return opened(path, *args, **options)
+
+    opened, locked = open, []
+    monkeypatch.setattr("builtins.open", guarded)
+    return locked
+
+
+@pytest.mark.parametrize("verb", [train, segment])
+def test_an_unreadable_volume_is_refused(unet_ray, files, locked, verb):
+    locked.append("image.tif")
+    refused(unet_ray, files, verb(files), "image.tif cannot be read", "Permission denied")
+
+
+def test_an_unreadable_model_is_refused(unet_ray, files, locked):
+    locked.append("model.safetensors")
+    refused(unet_ray, files, segment(files), "model.safetensors", "Permission denied")
+
+
+def test_labels_of_another_shape_are_refused(unet_ray, files):
+    write_stack(files / "labels.tif", np.zeros((2, 40, 43), np.uint8))
+    words = ["image.tif", "labels.tif", "2 x 40 x 44", "2 x 40 x 43"]
+    refused(unet_ray, files, train(files), *words)
+
+
+def test_labels_of_one_class_are_refused(unet_ray, files):
+    write_stack(files / "labels.tif", np.full((2, 40, 44), 255, np.uint8))
+    refused(unet_ray, files, train(files), "labels.tif", "255", "one class")
+
+
+def test_more_images_than_labels_are_refused(unet_ray, files):
+    args = train(files, "--images", files / "image.tif")
+    refused(unet_ray, files, args, "--images names 2 files and --labels 1")
+
+
+def test_nan_in_a_training_image_is_refused(unet_ray, files):
+    image = noise((2, 40, 44), "float32")
+    image[0, 0, 0] = np.nan
+    write_stack(files / "image.tif", image)
+    refused(unet_ray, files, train(files), "image.tif", "not finite")
+
+
+def test_nan_in_a_volume_is_a_failure_that_names_tile_and_voxel(unet_ray, files):
+    image = noise((2, 40, 44), "float32")
+    image[1, 7, 9] = np.nan
+    write_stack(files / "image.tif", image)
+    code, out, err = unet_ray(*segment(files))
+    assert (code, out) == (1, "")
+    last = err.splitlines()[-1]
+    assert last.startswith("unet-ray: ") and "voxel (z, y, x) = (1, 7, 9)" in last
+    assert re.search(r"read by tile \d+ \(\d+:\d+,", last)
+
+
+MODELS = {
+    "missing": (None, "no such model file"),
+    "pickle": (b"\x80\x04\x95" + b"0" * 60, "pickle"),
+    "zip": (b"PK\x03\x04" + b"0" * 60, "pickle"),
+    "empty": (b"", "0 bytes"),
+    "truncated": (400, "truncated"),
+    "cut in its weights": (-100, "truncated"),
+    "TIFF": (b"II*\0" + b"0" * 60, "TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_file_that_is_no_model_is_refused(unet_ray, files, kind):
+    path = files / "model.safetensors"
+    content, word = MODELS[kind]
+    if isinstance(content, int):
+        content = path.read_bytes()[:content]
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    refused(unet_ray, files, segment(files), "model.safetensors", word)
+
+
+def test_a_model_whose_channels_do_not_fit_is_refused(unet_ray, files):
+    random_model(files / "model.safetensors", in_channels=3)
+    refused(unet_ray, files, segment(files), "image.tif: has 1 channels", "3")
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=str)
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_an_output_that_is_not_ours_is_refused(unet_ray, files, kind, flags):
+    path = files / "out.zarr"
+    (path.mkdir() if kind == "folder" else path.write_text("years of work"))
+    refused(unet_ray, files, segment(files, *flags), "out.zarr: exists and is not an output")
+
+
+def test_an_output_folder_that_is_a_file_is_refused(unet_ray, files):
+    write_stack(files / "other.tif", noise((1, 20, 20)))
+    args = segment(files, files / "other.tif", out="labels.tif")
+    refused(unet_ray, files, args, "labels.tif")
+    refused(unet_ray, files, segment(files, out="labels.tif/out.zarr"), "labels.tif")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_run_that_is_not_ours_is_refused(unet_ray, files, kind):
+    path = files / "run"
+    if kind == "folder":
+        path.mkdir()
+        (path / "chapter.tex").write_text("years of work")
+    else:
+        path.write_text("years of work")
+    refused(unet_ray, files, train(files), f"{path}: ", "--out")
+
+
+def test_one_bad_input_of_several_writes_nothing_for_the_others(unet_ray, files):
+    (files / "empty.tif").touch()
+    refused(unet_ray, files, segment(files, files / "empty.tif"), "empty.tif is empty")
+
+
+def test_two_inputs_of_one_name_are_refused(unet_ray, files):
+    (files / "b").mkdir()
+    write_stack(files / "b" / "image.tif", noise((1, 20, 20)))
+    refused(unet_ray, files, segment(files, files / "b" / "image.tif"), "'image'")
+
+
+def test_other_settings_on_a_run_are_refused_by_name(unet_ray, files):
+    unet_ray(*train(files))
+    refused(unet_ray, files, train(files, "--seed", "5"), "another seed (0, now 5)")
+    unet_ray(*segment(files, "--tile", "1,16,16"))
+    refused(
+        unet_ray, files, segment(files, "--tile", "2,16,16"), "another plan.core", "--overwrite"
+    )
+
+
+# Ctrl-C
+
+
+def wait_for(condition, started):
+    """Waits until `condition` holds while a process runs."""
+    end = time.monotonic() + RUN_SECONDS
+    while not condition():
+        assert started.poll() is None, started.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_ctrl_c_keeps_what_was_committed_and_a_rerun_finishes(unet_ray, files):
+    write_stack(files / "image.tif", noise((4, 256, 256)))
+    args = segment(files, "--tile", "1,32,32", "--workers", "1", "--precision", "float32")
+    ledger = files / "out.zarr" / ".unet_ray" / "segment.ledger"
+    with process("-m", "unet_ray", *args) as started:
+        wait_for(lambda: ledger.exists() and ledger.stat().st_size > 30 * 12, started)
+        started.send_signal(signal.SIGINT)
+        out, err = started.communicate(timeout=RUN_SECONDS)
+    assert (started.returncode, out) == (130, "")
+    assert err.splitlines()[-1].startswith("unet-ray: interrupted; ")
+    assert "Traceback" not in err
+    committed = ledger.stat().st_size // 12
+    assert 30 < committed < 256
+    code, out, err = unet_ray(*args)
+    assert (code, out) == (0, f"{files / 'out.zarr'}\n")
+    assert "going on with out.zarr" in err and "256/256 tiles" in err
+    assert ledger.stat().st_size == 256 * 12
+
+
+def test_ctrl_c_ends_training(files):
+    args = train(files, "--steps", "1000000")
+    metrics = files / "run" / "metrics.jsonl"
+    with process("-m", "unet_ray", *args, env={"OMP_NUM_THREADS": "1"}) as started:
+        wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0, started)
+        started.send_signal(signal.SIGINT)
+        out, err = started.communicate(timeout=RUN_SECONDS)
+    assert (started.returncode, out) == (130, "")
+    assert err.splitlines()[-1].startswith("unet-ray: interrupted; ")
+    assert "Traceback" not in err

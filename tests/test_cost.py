@@ -1,0 +1,104 @@
+"""The cost of the halo: against the layers of the network itself, and against known numbers."""
+
+import pytest
+import torch
+from torch import nn
+
+from unet_ray.cost import core_multiplications, halo_overhead, pass_multiplications
+from unet_ray.memory import NetworkSize
+from unet_ray.network import UNet
+from unet_ray.tiles import Context, TilePlan
+
+PAPER = Context((0, 92, 92), (0, 96, 96), (1, 16, 16))
+
+
+def paper(base_channels=64):
+    return NetworkSize(1, 2, base_channels, 4, weights=0, itemsize=4)
+
+
+@pytest.mark.parametrize(
+    ("extent", "ratio"),
+    [
+        (252, 5.0),
+        (316, 2.5),
+        (380, 1.89),
+        (444, 1.63),
+        (508, 1.48),
+        (572, 1.39),
+        (700, 1.28),
+        (892, 1.20),
+        (1084, 1.15),
+        (1276, 1.125),
+        (1532, 1.10),
+        (2044, 1.07),
+    ],
+)
+def test_the_cost_of_the_halo(extent, ratio):
+    core = extent - 188
+    spent = pass_multiplications(paper(), extent, extent)
+    digits = len(str(ratio).split(".")[1])
+    assert spent / core_multiplications(paper(), core, core) == pytest.approx(
+        ratio, abs=0.51 * 10**-digits
+    )
+
+
+@pytest.mark.parametrize(("base_channels", "kiloflops"), [(64, 1467.8), (32, 367.3)])
+def test_the_cost_of_a_voxel_without_halo(base_channels, kiloflops):
+    # A multiplication and an addition are two operations.
+    flops = 2 * core_multiplications(paper(base_channels), 512, 512) / 512**2
+    assert round(flops / 1000, 1) == kiloflops
+
+
+@pytest.mark.parametrize(
+    ("options", "y", "x"),
+    [
+        ({}, 572, 572),
+        ({"in_channels": 3, "classes": 5, "base_channels": 7, "depth": 3}, 100, 132),
+        ({"depth": 1}, 20, 30),
+    ],
+)
+def test_multiplications_are_those_of_the_layers(options, y, x):
+    counted = 0
+
+    def count(layer, given, output):
+        nonlocal counted
+        taps = layer.kernel_size[0] ** 2 if isinstance(layer, nn.Conv2d) else 1
+        counted += layer.in_channels * taps * output.numel()
+
+    with torch.device("meta"):  # shapes only
+        network = UNet(**options)
+        for layer in network.modules():
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                layer.register_forward_hook(count)
+        network(torch.empty(1, network.in_channels, y, x))
+    size = NetworkSize(
+        network.in_channels, network.classes, network.base_channels, network.depth, 0, 4
+    )
+    assert pass_multiplications(size, y, x) == counted
+
+
+def test_the_overhead_of_a_plan_that_fits_the_volume():
+    plan = TilePlan((4, 768, 1152), (2, 384, 384), PAPER, (1, 384, 384))
+    assert halo_overhead(paper(), plan) == pytest.approx(0.39, abs=0.01)
+
+
+def test_what_reaches_beyond_the_volume_counts():
+    # 5 slices in passes of 2 are 6; 768 rows in cores of 512 are 1024.
+    core = (2, 512, 384)
+    plan = TilePlan((5, 768, 1152), core, PAPER, core)
+    ratio = pass_multiplications(paper(), 700, 572) / core_multiplications(paper(), 512, 384)
+    assert halo_overhead(paper(), plan) == pytest.approx(ratio * 6 / 5 * 1024 / 768 - 1)
+
+
+def test_passes_beyond_the_volume_are_not_run_and_do_not_count():
+    # The last slab of 4 has one slice in the volume: one pass of 2 is run, the other is not.
+    plan = TilePlan((5, 768, 1152), (4, 384, 384), PAPER, (2, 384, 384))
+    same = TilePlan((6, 768, 1152), (4, 384, 384), PAPER, (2, 384, 384))
+    ran, might = halo_overhead(paper(), plan) + 1, halo_overhead(paper(), same) + 1
+    assert ran * 5 == pytest.approx(might * 6)
+
+
+def test_small_passes_cost_as_much_as_small_cores():
+    plan = TilePlan((1, 768, 768), (1, 768, 768), PAPER, (1, 384, 384))
+    same = TilePlan((1, 768, 768), (1, 384, 384), PAPER, (1, 384, 384))
+    assert halo_overhead(paper(), plan) == pytest.approx(halo_overhead(paper(), same))

@@ -1,0 +1,265 @@
+"""Both engines: every tile once, failures told by receipts, the same bytes, no fear of a kill."""
+
+import dataclasses
+import itertools
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.test_segmentation import FLOAT32, bytes_of, noise, random_model, write_stack
+from unet_ray import engine
+from unet_ray.engine import Stage, run
+from unet_ray.errors import RunError
+from unet_ray.segmentation import prepare, segment
+
+ENGINES = ["local", pytest.param("ray", marks=pytest.mark.ray)]
+
+
+class Marker:
+    """A worker without torch or voxels: writing tile n is adding an empty file to a folder.
+
+    Args:
+        folder: where files are written.
+        bad: what reading, predicting or writing a tile raises, by (step, tile).
+        deadly: the tile whose prediction kills its process, the first time.
+    """
+
+    def __init__(self, folder, bad=None, deadly=None):
+        self.folder, self.bad, self.deadly = folder, bad or {}, deadly
+
+    def step(self, name, tile):
+        if (name, tile) in self.bad:
+            raise self.bad[name, tile]
+
+    def read(self, tile):
+        self.step("read", tile)
+        return np.full(3, tile)
+
+    def predict(self, tile, voxels):
+        self.step("predict", tile)
+        assert voxels.tolist() == [tile] * 3
+        mark = Path(self.folder, "killed")
+        if tile == self.deadly and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return int(voxels.sum())
+
+    def write(self, tile, result):
+        self.step("write", tile)
+        assert result == 3 * tile
+        Path(self.folder, f"{tile} {os.getpid()} {time.monotonic_ns()}").touch()
+
+
+class Watching:
+    """A worker that knows how many of its steps run at the same time; of one process."""
+
+    def __init__(self):
+        self.lock, self.now, self.most, self.started = threading.Lock(), Counter(), Counter(), []
+
+    def during(self, *names):
+        with self.lock:
+            for name in names:
+                self.now[name] += 1
+                self.most[name] = max(self.most[name], self.now[name])
+        time.sleep(0.01)
+
+    def after(self, *names):
+        with self.lock:
+            self.now.subtract(names)
+
+    def read(self, tile):
+        self.started.append(tile)
+        self.during("tile")
+
+    def predict(self, tile, voxels):
+        self.during("predict")
+        self.after("predict")
+
+    def write(self, tile, result):
+        self.after("tile")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "tiles").mkdir()
+    return tmp_path / "tiles"
+
+
+@pytest.fixture
+def ready(request):
+    """A Ray for the tests that need one."""
+    if request.node.get_closest_marker("ray"):
+        request.getfixturevalue("local_ray")
+
+
+def written(folder):
+    return Counter(int(p.name.split()[0]) for p in folder.iterdir() if p.name != "killed")
+
+
+def stage(folder, device="cpu", **chosen):
+    return Stage("mark", partial(Marker, str(folder), **chosen), device)
+
+
+@pytest.mark.usefixtures("ready")
+@pytest.mark.parametrize("name", ENGINES)
+class TestBoth:
+    def test_every_tile_gives_one_receipt_and_a_failure_is_told_by_it(self, folder, name):
+        bad = {
+            ("read", 2): RunError("a.tif: voxel 7 is NaN."),
+            ("predict", 4): ValueError("no such size"),
+            ("write", 35): OSError(28, "No space left on device"),
+        }
+        tiles = [3, 1, 4, 15, 9, 2, 35, 5]
+        receipts = list(run(stage(folder, bad=bad), iter(tiles), name, 2))
+        assert sorted(r.tile for r in receipts) == sorted(tiles)
+        assert {r.tile: r.error for r in receipts if r.error is not None} == {
+            2: "a.tif: voxel 7 is NaN.",
+            4: "tile 4: ValueError: no such size",
+            35: "tile 35: OSError: [Errno 28] No space left on device",
+        }
+        assert written(folder) == Counter([3, 1, 15, 9, 5])
+        assert all(r.seconds >= 0 for r in receipts)
+
+    def test_no_tiles_are_no_work(self, folder, name):
+        assert list(run(stage(folder), [], name, 2)) == []
+
+    def test_closing_early_stops(self, folder, name):
+        receipts = run(stage(folder), range(400), name, 2)
+        assert next(receipts).error is None
+        receipts.close()
+        time.sleep(0.5)  # what was under way may still end
+        done = written(folder).total()
+        assert 0 < done < 300
+        time.sleep(1)
+        assert written(folder).total() == done
+
+
+# The local engine alone
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_never_more_tiles_at_once_than_workers(workers):
+    worker = Watching()
+    assert len(list(run(Stage("watch", lambda: worker, "cpu"), range(20), "local", workers))) == 20
+    assert worker.most["tile"] == worker.most["predict"] == workers
+
+
+def test_one_tile_per_core_unless_told_otherwise(monkeypatch):
+    monkeypatch.setattr(engine, "usable_cores", lambda: 3)
+    worker = Watching()
+    list(run(Stage("watch", lambda: worker, "cpu"), range(12), "local"))
+    assert worker.most["tile"] == 3
+
+
+def test_a_gpu_predicts_one_tile_while_it_reads_or_writes_another():
+    worker = Watching()
+    list(run(Stage("watch", lambda: worker, "cuda"), range(20), "local", 7))
+    assert (worker.most["predict"], worker.most["tile"]) == (1, 2)
+
+
+def test_tiles_are_taken_as_they_are_needed():
+    worker = Watching()
+    receipts = run(Stage("watch", lambda: worker, "cpu"), itertools.count(), "local", 2)
+    assert {next(receipts).tile for _ in range(4)} <= set(range(6))
+    receipts.close()
+    count = len(worker.started)
+    assert count <= 6 and worker.now["tile"] == 0  # ended, not left behind
+    time.sleep(0.1)
+    assert len(worker.started) == count
+
+
+def test_one_worker_is_made_for_all_threads(folder):
+    made = []
+
+    def make():
+        made.append(1)
+        return Marker(str(folder))
+
+    list(run(Stage("mark", make, "cpu"), range(6), "local", 3))
+    assert made == [1]
+
+
+# Ray against the local engine
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A volume, a model, and the store that the local engine makes of them."""
+    folder = tmp_path_factory.mktemp("task")
+    volume = write_stack(folder / "volume.tif", noise((3, 61, 75)))
+    model = random_model(folder / "model.safetensors")
+    settings = dataclasses.replace(FLOAT32, tile=(1, 32, 40))
+    return volume, model, settings, segment(volume, model, folder / "local", settings)
+
+
+def test_the_number_of_local_workers_changes_no_byte(task, tmp_path):
+    volume, model, settings, local = task
+    alone = dataclasses.replace(settings, workers=1)
+    assert bytes_of(segment(volume, model, tmp_path / "one", alone)) == bytes_of(local)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_ray_gives_the_bytes_of_the_local_engine(task, tmp_path):
+    volume, model, settings, local = task
+    on_ray = dataclasses.replace(settings, engine="ray", workers=1)
+    seen = []
+    store = segment(volume, model, tmp_path / "ray", on_ray, seen.append)
+    assert [p.done for p in seen] == list(range(1, 13))
+    assert bytes_of(store) == bytes_of(local)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_two_workers_of_ray_go_on_with_what_the_local_engine_began(task, tmp_path):
+    volume, model, settings, local = task
+    first = prepare(volume, model, tmp_path / "both", settings).plan[3].write
+    segment(volume, model, tmp_path / "both", dataclasses.replace(settings, region=first))
+    on_ray = dataclasses.replace(settings, engine="ray", workers=2)
+    seen = []
+    store = segment(volume, model, tmp_path / "both", on_ray, seen.append)
+    assert [p.done for p in seen] == list(range(2, 13))
+    assert bytes_of(store) == bytes_of(local)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_killed_worker_loses_no_tile(folder, workers):
+    receipts = list(run(stage(folder, deadly=5), range(12), "ray", workers))
+    assert (folder / "killed").exists()
+    assert sorted(r.tile for r in receipts) == list(range(12))
+    assert [r.error for r in receipts if r.error] == []
+    assert set(written(folder)) == set(range(12))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_waves_do_every_tile_once(folder, monkeypatch):
+    monkeypatch.setattr(engine, "WAVE", 4)
+    receipts = list(run(stage(folder), range(10), "ray", 2))
+    assert sorted(r.tile for r in receipts) == list(range(10))
+    assert written(folder) == Counter(range(10))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_bad_tile_fails_a_run_on_ray_with_its_sentence(task, tmp_path):
+    _, model, settings, _ = task
+    image = noise((3, 61, 75), "float32")
+    image[2, 60, 74] = np.nan
+    volume = write_stack(tmp_path / "volume.tif", image)
+    on_ray = dataclasses.replace(settings, engine="ray", workers=1)
+    with pytest.raises(
+        RunError, match=r"voxel \(z, y, x\) = \(2, 60, 74\) .* is nan, read by tile"
+    ):
+        segment(volume, model, tmp_path / "out", on_ray)

@@ -1,0 +1,166 @@
+"""Grey values against NumPy, whatever the volume's dtype and however it is cut into pieces."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from unet_ray import intensity
+from unet_ray.boxes import Box
+from unet_ray.intensity import Intensity, measure
+
+
+class ArrayVolume:
+    """An array as a volume (c, z, y, x); remembers which boxes were read."""
+
+    def __init__(self, voxels, chunk=(1, 1, 1)):
+        self.voxels, self.chunk, self.asked = voxels, chunk, []
+        self.shape, self.dtype = voxels.shape, voxels.dtype
+
+    def read(self, box):
+        self.asked.append(box)
+        return self.voxels[(slice(None), *box.slices)].copy()
+
+
+def close(found, mean, sd):
+    np.testing.assert_allclose(found.mean, mean, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(found.sd, sd, rtol=1e-9, atol=1e-12)
+
+
+def over(voxels, function):
+    return [function(channel.astype(np.float64)) for channel in voxels]
+
+
+@settings(max_examples=30)
+@given(
+    st.sampled_from(["uint8", "uint16", "int16", "int32", "float32", "float64"]),
+    st.tuples(st.integers(1, 3), *[st.integers(1, 40)] * 3),
+    st.integers(0, 99),
+)
+def test_mean_and_deviation_are_those_of_numpy(dtype, shape, seed):
+    rng = np.random.default_rng(seed)
+    voxels = (rng.normal(size=shape) * 20 + rng.integers(60, 120)).clip(0, 255).astype(dtype)
+    found, sd = measure(ArrayVolume(voxels)), over(voxels, np.std)
+    close(found, over(voxels, np.mean), np.where(np.array(sd) == 0, 1, sd))
+
+
+@given(st.data(), st.sampled_from(["uint8", "uint16"]))
+def test_any_whole_numbers(data, dtype):
+    voxels = data.draw(arrays(dtype, (2, 2, 3, 4)))
+    sd = np.array(over(voxels, np.std))
+    close(measure(ArrayVolume(voxels)), over(voxels, np.mean), np.where(sd == 0, 1, sd))
+
+
+def test_values_far_from_zero_keep_their_digits():
+    rng = np.random.default_rng(0)
+    voxels = (rng.normal(size=(1, 20, 30, 40)) + 1e7).astype(np.float64)
+    close(measure(ArrayVolume(voxels)), over(voxels, np.mean), over(voxels, np.std))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_passed_over(bad):
+    voxels = np.random.default_rng(0).normal(7, 3, (2, 20, 9, 11)).astype(np.float32)
+    voxels[0, ::3] = bad
+    voxels[0, 0] = bad  # all of the first pieces, too
+    finite = [channel[np.isfinite(channel)] for channel in voxels]
+    close(measure(ArrayVolume(voxels)), over(finite, np.mean), over(finite, np.std))
+
+
+@pytest.mark.parametrize("value", [0, 7, 255])
+def test_a_constant_channel_becomes_zero(value):
+    voxels = np.full((2, 3, 4, 5), value, np.uint8)
+    voxels[1, 0, 0, 0] ^= 1
+    found = measure(ArrayVolume(voxels))
+    assert found.mean[0] == value and found.sd[0] == 1 and found.sd[1] != 1
+    assert not found.normalise(voxels)[0].any()
+
+
+@settings(max_examples=20)
+@given(st.tuples(*[st.integers(1, 30)] * 3), st.sampled_from(["uint8", "uint16", "float32"]))
+def test_the_values_do_not_depend_on_chunks(chunk, dtype):
+    voxels = np.random.default_rng(1).integers(0, 256, (2, 40, 50, 60)).astype(dtype)
+    volume = ArrayVolume(voxels, chunk)
+    with pytest.MonkeyPatch.context() as small:
+        small.setattr(intensity, "PIECE", (7, 16, 16))
+        found = measure(volume)
+    assert len(volume.asked) > 1
+    close(found, over(voxels, np.mean), over(voxels, np.std))
+    # Chunks are read whole, and once.
+    painted = np.zeros(voxels.shape[1:], int)
+    for box in volume.asked:
+        painted[box.slices] += 1
+        assert all(a % n == 0 for a, n in zip(box.start, chunk, strict=True))
+    assert (painted == 1).all()
+
+
+# Volumes that are too large to be measured whole.
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """A volume of 8 times what is measured exactly, in 256 pieces."""
+    monkeypatch.setattr(intensity, "PIECE", (4, 8, 8))
+    monkeypatch.setattr(intensity, "EXACT_BYTES", 8192)
+    return np.random.default_rng(2).integers(0, 256, (1, 16, 64, 64), np.uint8)
+
+
+def sampled(voxels):
+    volume = ArrayVolume(voxels)
+    return measure(volume), volume.asked
+
+
+def test_a_large_volume_is_measured_on_a_sample(large):
+    found, asked = sampled(large)
+    pieces = list(Box.of(large.shape[1:]).split((4, 8, 8)))
+    assert set(asked) < set(pieces) and len(asked) == len(set(asked))
+    assert asked[0] == pieces[0]
+    assert 16 < len(asked) < 64  # about one in eight of 256
+    read = np.concatenate([large[0][box.slices].ravel() for box in asked]).astype(float)
+    close(found, [read.mean()], [read.std()])
+    assert abs(found.mean[0] - large.mean()) < 3 and abs(found.sd[0] - large.std()) < 3
+
+
+def test_the_sample_is_the_same_every_time_and_for_every_content(large):
+    first, again = sampled(large), sampled(large)
+    assert first == again
+    assert sampled(255 - large)[1] == first[1]
+
+
+def test_a_volume_of_just_the_limit_is_measured_whole(large):
+    voxels = large[:, :2]
+    found, asked = sampled(voxels)
+    assert voxels.nbytes == 8192 and sum(box.size for box in asked) == voxels[0].size
+    close(found, over(voxels, np.mean), over(voxels, np.std))
+    assert sum(box.size for box in sampled(large[:, :3])[1]) < large[0, :3].size
+
+
+def test_the_limit_is_2_GiB():
+    assert intensity.EXACT_BYTES == 2**31
+
+
+# What the values are for.
+
+
+def test_normalised_values_have_mean_0_and_deviation_1():
+    voxels = np.random.default_rng(3).integers(0, 60000, (2, 9, 30, 31)).astype(np.uint16)
+    voxels[1] //= 7
+    normal = measure(ArrayVolume(voxels)).normalise(voxels)
+    assert normal.dtype == np.float32 and normal.shape == voxels.shape
+    exact = [(v - v.mean()) / v.std() for v in voxels.astype(np.float64)]
+    np.testing.assert_allclose(normal, exact, atol=1e-5)
+
+
+def test_normalising_leaves_its_input_alone():
+    voxels = np.ones((1, 2, 2), np.float32)
+    Intensity((5.0,), (2.0,)).normalise(voxels)
+    assert (voxels == 1).all()
+
+
+@given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=3), st.floats(1e-9, 1e9))
+def test_values_survive_json(mean, sd):
+    values = Intensity(tuple(mean), (sd,) * len(mean))
+    told = json.loads(json.dumps(values.to_json()))
+    assert told["method"] == "mean-std" and Intensity.from_json(told) == values

@@ -1,0 +1,297 @@
+"""The paper's network: its layers, its sizes, and the context that its arithmetic needs."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import conv2d, conv_transpose2d, max_pool2d
+
+from unet_ray.errors import InputError
+from unet_ray.network import UNet
+from unet_ray.tiles import Context, Level
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def double():
+    """Float64 by default, so that what differs is wrong and not rounded."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def small(seed=0, **options):
+    torch.manual_seed(seed)
+    return UNet(**{"base_channels": 3, "depth": 2, **options}).eval()
+
+
+def noise(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def convolutions(network):
+    return [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+
+
+def lively_norms(network):
+    """Norm layers as after training: none is the identity that it starts as."""
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.running_mean)
+            nn.init.uniform_(layer.running_var, 0.2, 3.0)
+            nn.init.normal_(layer.weight, 1.0, 0.3)
+            nn.init.normal_(layer.bias)
+    return network
+
+
+# The paper's figure.
+
+
+def test_the_network_of_the_paper():
+    with torch.device("meta"):  # shapes only, no memory
+        network = UNet()
+        assert network(torch.empty(1, 1, 572, 572)).shape == (1, 2, 388, 388)
+    assert len(convolutions(network)) == 23
+    assert sum(p.numel() for p in network.parameters()) == 31_030_658
+    widths = [layer.out_channels for layer in convolutions(network.down)]
+    assert widths == [64, 64, 128, 128, 256, 256, 512, 512, 1024, 1024]
+    assert not any(layer.padding[0] for layer in convolutions(network))
+
+
+def test_the_context_is_read_off_the_layers():
+    with torch.device("meta"):
+        network = UNet()
+    assert network.context == Context((0, 92, 92), (0, 96, 96), (1, 16, 16))
+    assert network.levels == (Level((1, 3, 3), (1, 2, 2)),) * 4 + (Level((1, 3, 3), (1, 1, 1)),)
+    assert small(depth=1).context == Context((0, 8, 8), (0, 12, 12), (1, 2, 2))
+
+
+def as_in_the_paper(network, x):
+    """Figure 1 once more, from the weights alone."""
+    weights = {name: p.detach() for name, p in network.named_parameters()}
+
+    def pair(x, name):
+        for layer in (0, 2):
+            x = conv2d(x, weights[f"{name}.{layer}.weight"], weights[f"{name}.{layer}.bias"]).relu()
+        return x
+
+    skips = []
+    for level in range(network.depth):
+        skips.append(pair(x, f"down.{level}"))
+        x = max_pool2d(skips[-1], 2)
+    x = pair(x, f"down.{network.depth}")
+    for level in reversed(range(network.depth)):
+        x = conv_transpose2d(
+            x, weights[f"up.{level}.weight"], weights[f"up.{level}.bias"], stride=2
+        )
+        skip = skips[level]
+        y0, x0 = (
+            (have - want) // 2 for have, want in zip(skip.shape[2:], x.shape[2:], strict=True)
+        )
+        skip = skip[:, :, y0 : y0 + x.shape[2], x0 : x0 + x.shape[3]]
+        x = pair(torch.cat([skip, x], dim=1), f"join.{level}")
+    return conv2d(x, weights["head.weight"], weights["head.bias"])
+
+
+def test_the_scores_are_those_of_the_papers_figure(double):
+    network, image = small(depth=3, in_channels=2, classes=3), noise(1, 2, 100, 116)
+    nn.init.normal_(network.head.bias)
+    torch.testing.assert_close(network(image), as_in_the_paper(network, image), rtol=0, atol=1e-12)
+
+
+def test_he_initialisation():
+    torch.manual_seed(0)
+    network = UNet(in_channels=3, base_channels=16, depth=3)
+    for layer in convolutions(network):
+        taps = layer.kernel_size[0] ** 2 if isinstance(layer, nn.Conv2d) else 1
+        wanted, count = math.sqrt(2 / (layer.in_channels * taps)), layer.weight.numel()
+        # Five standard errors of a standard deviation and of a mean.
+        assert abs(layer.weight.std().item() / wanted - 1) < 5 / math.sqrt(2 * count)
+        assert abs(layer.weight.mean().item()) < 5 * wanted / math.sqrt(count)
+        assert not layer.bias.any()
+
+
+def test_signals_keep_their_size_on_the_way(double):
+    # What He initialisation is for: as many digits at the end as at the beginning.
+    scores = small(base_channels=16, depth=2)(noise(2, 1, 60, 60))
+    assert 0.1 < scores.std() < 10
+
+
+def test_dropout_is_at_the_end_of_the_contracting_path_and_only_while_training():
+    network, seen = small(depth=3, dropout=0.5), []
+    network.drop.register_forward_hook(lambda layer, given, out: seen.append(given[0].shape[1]))
+    image = noise(1, 1, 92, 92).float()
+    assert torch.equal(network(image), network(image))
+    assert seen == [12, 24] * 2
+    assert not torch.equal(network.train()(image), network(image))
+
+
+# Sizes.
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_every_legal_size_loses_the_same_and_the_others_name_the_nearest(depth):
+    network, step, lost = UNet(base_channels=1, depth=depth), 2**depth, 12 * 2**depth - 8
+    halo = lost + 4
+    for extent in range(1, halo + 4 * step):
+        if extent > lost and (extent - halo) % step == 0:
+            assert network.output_extent(extent) == extent - lost
+            continue
+        with pytest.raises(InputError) as refused:
+            network.output_extent(extent)
+        steps = max(1, (extent - halo) // step)
+        near = f"{halo + step * steps} and {halo + step * (steps + 1)}"
+        rule = f"sizes are {halo} + {step}k (k >= 1); nearest are {near}."
+        assert str(refused.value) == f"size={extent} does not fit this network: {rule}"
+
+
+def test_the_papers_sizes_on_real_layers():
+    network = UNet(base_channels=1)
+    with torch.inference_mode():
+        assert network(torch.zeros(1, 1, 204, 572)).shape == (1, 2, 20, 388)
+        with pytest.raises(InputError, match=r"size=570 .* 188 .* nearest are 556 and 572"):
+            network(torch.zeros(1, 1, 204, 570))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_layers_return_what_the_arithmetic_says(depth, grad):
+    network, halo = small(depth=depth, in_channels=2, classes=3), 12 * 2**depth - 4
+    for y, x in ((0, 1), (1, 2), (3, 1)):
+        image = torch.zeros(2, 2, halo + y * 2**depth, halo + x * 2**depth)
+        with torch.set_grad_enabled(grad):
+            sizes = network(image).shape
+        assert sizes == (2, 3, y * 2**depth + 4, x * 2**depth + 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"classes": 1}, "classes=1 must lie in 2..255; nearest is 2."),
+        ({"classes": 256}, "classes=256 must lie in 2..255; nearest is 255."),
+        ({"in_channels": 0}, "in_channels=0 must lie in"),
+        ({"base_channels": 0}, "base_channels=0 must lie in"),
+        ({"depth": 0}, "depth=0 must lie in 1..8; nearest is 1."),
+        ({"norm": "group"}, "norm='group' is not a norm"),
+        ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1."),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options, said):
+    with pytest.raises(InputError) as refused:
+        UNet(**options)
+    assert said in str(refused.value)
+
+
+# One function, however it is computed.
+
+
+def test_folding_the_norms_changes_nothing(double):
+    network, image = lively_norms(small(norm="batch")), noise(2, 1, 52, 60)
+    folded = network.folded()
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert not folded.training and folded.norm == "none"
+    with torch.inference_mode():
+        scores = network(image)
+        assert scores.std() > 0.01
+        torch.testing.assert_close(folded(image), scores, rtol=1e-12, atol=1e-12)
+
+
+def test_folding_in_single_precision_rounds_once():
+    network = lively_norms(small(norm="batch"))
+    image = noise(1, 1, 60, 60)
+    with torch.inference_mode():
+        folded, exact = network.folded().double()(image), network.double()(image)
+    torch.testing.assert_close(folded, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_folding_without_norms_is_a_copy(double):
+    network, image = small(), noise(1, 1, 60, 60)
+    assert torch.equal(network.folded()(image), network(image))
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_lean_path_of_inference_is_the_path_of_training(double, norm, layout):
+    network = lively_norms(small(norm=norm)).to(memory_format=layout)
+    image = noise(3, 1, 52, 60).contiguous(memory_format=layout)
+    trained = network(image)
+    assert trained.requires_grad
+    with torch.inference_mode():
+        lean = network(image)
+    torch.testing.assert_close(lean, trained.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_what_the_network_is_given_stays_as_it_was(double):
+    image = noise(1, 1, 52, 52)
+    before = image.clone()
+    with torch.inference_mode():
+        small()(image)
+    assert torch.equal(image, before)
+
+
+# What a voxel sees.
+
+
+def eager(depth):
+    """A network with positive weights: whatever raises a voxel that it sees raises its scores."""
+    network = small(base_channels=1, depth=depth).double()
+    with torch.no_grad():
+        for layer in convolutions(network):
+            layer.weight.abs_()
+    return network
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_context_matches_the_networks_arithmetic(depth, axis):
+    network = eager(depth)
+    before, after, step = (n[-1] for n in dataclasses.astuple(network.context))
+    # The core is one step, well inside an image that has `step` voxels more than its halo needs.
+    # Along the other axis the image is as small as can be.
+    first = before + step
+    sizes = [before + step + after] * 2
+    sizes[axis] += 2 * step
+    image = noise(1, 1, *sizes).abs()
+    own = (step, 2 * step)  # the core's voxels in the output: outputs start `before` inside
+
+    def moved(position):
+        """Which voxels of the core, along `axis`, change with one input voxel."""
+        other = image.clone()
+        row = other.select(2 + axis, position)
+        row += 1e3
+        with torch.inference_mode():
+            change = (network(other) - network(image)).abs().amax(dim=(0, 1)).amax(dim=1 - axis)
+        return change[own[0] : own[1]] > 0
+
+    # Below: the first voxel of the core sees the first voxel of the halo and none before it.
+    assert moved(first - before)[0]
+    assert not moved(first - before - 1).any()
+    # Above: sizes come in steps, so at depth 1 and 2 the halo holds 4 voxels that nobody needs.
+    spare = 0 if depth >= 3 else 4
+    assert moved(first + step + after - spare - 1)[-1]
+    assert not moved(first + step + after - spare).any()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_moving_by_the_step_is_exact_and_by_half_of_it_is_not(double, depth):
+    network, step = small(depth=depth), 2**depth
+    extent = 12 * step - 4 + 6 * step
+    image = noise(1, 1, extent + step, extent + step)
+
+    def scores(offset):
+        with torch.inference_mode():
+            seen = network(image[..., offset : offset + extent, offset : offset + extent])
+        there = slice(step - offset, 2 * step - offset)  # the same voxels of the image
+        return seen[..., there, there]
+
+    torch.testing.assert_close(scores(step), scores(0), rtol=0, atol=1e-12)
+    assert (scores(step // 2) - scores(0)).abs().max() > 1e-3

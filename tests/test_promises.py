@@ -1,0 +1,309 @@
+"""The promise: what a voxel becomes depends on no tile, order or repeat, only on the image.
+
+An integer toy network shows it exactly, the real network in double precision, and the tiling of
+the paper, 572 -> 388 pixels at a stride of 388, shows what it costs to break the rule.
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from tests.strategies import CUBE, SLICE, cubic_levels, flat_levels, plans, shapes
+from tests.toynet import PRIME, ToyNet
+from unet_ray.boxes import Box
+from unet_ray.errors import InputError
+from unet_ray.intensity import Intensity
+from unet_ray.mirror import read_mirrored
+from unet_ray.network import UNet
+from unet_ray.prediction import Predictor
+from unet_ray.tiles import TilePlan, round_up
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiled(predict, plan, image, numbers=None):
+    """Runs a plan: read, predict pass by pass, write what the tile owns.
+
+    Args:
+        predict: ``(z, y, x) -> (..., z, y, x)``, what a valid-convolution network returns.
+        plan: the tiles.
+        image: the volume, ``plan.shape``.
+        numbers: which tiles, in which order; all of them, in theirs, if None.
+    """
+    result = None
+    for number in range(len(plan)) if numbers is None else numbers:
+        tile = plan[number]
+        voxels = read_mirrored(lambda box: image[box.slices], plan.shape, tile.read)
+        for part in plan.pass_boxes(tile):
+            scores = predict(voxels[Box.of(plan.pass_shape).shift(part.start).slices])
+            if result is None:
+                result = np.full((*scores.shape[:-3], *plan.shape), -1, scores.dtype)
+            owned = part.intersect(tile.crop)
+            here = owned.shift(tile.write.start).relative_to(tile.crop.start)
+            result[(..., *here.slices)] = scores[(..., *owned.relative_to(part.start).slices)]
+    return result
+
+
+def untiled(predict, context, image):
+    """The whole image in one call, mirrored by NumPy: knows nothing of tiles."""
+    padding = [
+        (before, round_up(n, step) - n + after)
+        for n, before, after, step in zip(
+            image.shape, context.before, context.after, context.step, strict=True
+        )
+    ]
+    scores = predict(np.pad(image, padding, mode="reflect"))
+    return scores[(..., *Box.of(image.shape).slices)]
+
+
+def images(shape):
+    return arrays(np.int64, shape, elements=st.integers(0, PRIME - 1))
+
+
+def noise(shape, seed=0):
+    return np.random.default_rng(seed).integers(0, PRIME, shape)
+
+
+# In integers, exactly.
+
+ANISOTROPIC = (SLICE, CUBE, CUBE)
+
+
+def check_seamless(levels, plan, seed):
+    net, image = ToyNet(levels, seed), noise(plan.shape, seed)
+    np.testing.assert_array_equal(tiled(net, plan, image), untiled(net, plan.context, image))
+
+
+@settings(max_examples=40)
+@given(st.data(), st.integers(1, 3), st.integers(0, 1000))
+def test_segmentation_does_not_depend_on_tile_size(data, depth, seed):
+    net = ToyNet(flat_levels(depth))
+    plan = data.draw(plans(most=(3, 60, 60), context=net.context))
+    check_seamless(net.levels, plan, seed)
+
+
+@settings(max_examples=6)
+@given(st.data(), st.sampled_from([cubic_levels(1), ANISOTROPIC]), st.integers(0, 1000))
+def test_nor_in_three_dimensions(data, levels, seed):
+    context = ToyNet(levels).context
+    plan = data.draw(plans(most=(9, 17, 17), context=context))
+    check_seamless(levels, plan, seed)
+
+
+@settings(max_examples=20)
+@given(st.data(), shapes((2, 25, 25)))
+def test_the_content_of_the_image_does_not_matter(data, shape):
+    net, image = ToyNet(flat_levels(2)), data.draw(images(shape))
+    plan = data.draw(plans(context=net.context).map(lambda p: retiled(p, shape)))
+    np.testing.assert_array_equal(tiled(net, plan, image), untiled(net, net.context, image))
+
+
+def retiled(plan, shape):
+    return TilePlan(shape, plan.core, plan.context, plan.passes)
+
+
+def test_an_image_of_one_voxel():
+    net = ToyNet(flat_levels(4))
+    plan = TilePlan((1, 1, 1), (1, 16, 32), net.context, (1, 16, 16))
+    check_seamless(net.levels, plan, seed=3)
+
+
+@settings(max_examples=15)
+@given(st.data())
+def test_result_does_not_depend_on_tile_order_or_repeats(data):
+    net = ToyNet(flat_levels(2))
+    plan = data.draw(plans(most=(3, 30, 30), context=net.context))
+    again = data.draw(st.lists(st.integers(0, len(plan) - 1), max_size=5))
+    order = data.draw(st.permutations([*range(len(plan)), *again]))
+    image = noise(plan.shape)
+    np.testing.assert_array_equal(tiled(net, plan, image, order), tiled(net, plan, image))
+
+
+@settings(max_examples=15)
+@given(st.data())
+def test_a_region_gives_the_same_as_that_part_of_the_whole(data):
+    net = ToyNet(flat_levels(2))
+    plan = data.draw(plans(most=(3, 40, 40), context=net.context))
+    start = tuple(data.draw(st.integers(0, n - 1)) for n in plan.shape)
+    stop = tuple(data.draw(st.integers(a + 1, n)) for a, n in zip(start, plan.shape, strict=True))
+    region, image = Box(start, stop), noise(plan.shape)
+    part = tiled(net, plan, image, plan.within(region))
+    np.testing.assert_array_equal(part[region.slices], tiled(net, plan, image)[region.slices])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_off_the_step_the_toy_network_shows_it(depth):
+    # The negative control: were this net blind to the phase, the tests above would say nothing.
+    net, step = ToyNet(flat_levels(depth)), 2**depth
+    image = noise((1, 12 * step - 4 + 7 * step, 12 * step - 4 + 7 * step))
+    whole = net(image)
+    for offset in (step // 2, step):
+        part = net(image[:, offset : offset - 2 * step, offset : offset - 2 * step])
+        there = whole[:, offset:, offset:][:, : part.shape[1], : part.shape[2]]
+        differ = np.count_nonzero(part != there) / part.size
+        assert differ == 0 if offset == step else differ > 0.5
+
+
+# The real network, in double precision.
+
+
+def unet(seed=0, dtype=torch.float64, **options):
+    torch.manual_seed(seed)
+    network = UNet(**{"base_channels": 2, "classes": 2, "depth": 2, **options})
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):  # zero at first, as they never are after training
+            torch.nn.init.normal_(parameter, 0, 0.1)
+    return network.eval().to(dtype)
+
+
+def on_slices(network):
+    """A 2-D network as a function of (z, y, x), in the network's own number format."""
+    dtype = next(network.parameters()).dtype
+
+    def predict(voxels):
+        with torch.inference_mode():
+            scores = network(torch.from_numpy(np.ascontiguousarray(voxels))[:, None].to(dtype))
+        return scores.transpose(0, 1).numpy()
+
+    return predict
+
+
+def grey(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+@settings(max_examples=15)
+@given(st.data(), st.sampled_from([(2, 2), (4, 2), (3, 3)]), st.sampled_from(["none", "batch"]))
+def test_the_real_network_does_not_depend_on_tile_size(data, size, norm):
+    network = unet(base_channels=size[0], depth=size[1], classes=3, norm=norm)
+    plan = data.draw(plans(most=(3, 50, 50), context=network.context))
+    image, predict = grey(plan.shape), on_slices(network)
+    whole = untiled(predict, plan.context, image)
+    assert whole.shape == (3, *plan.shape)
+    np.testing.assert_allclose(tiled(predict, plan, image), whole, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_nor_does_the_papers_depth(dtype, rtol):
+    network, image = unet(base_channels=3, depth=4, dtype=dtype), grey((2, 100, 130))
+    predict = on_slices(network)
+    plan = TilePlan(image.shape, (2, 48, 64), network.context, (1, 48, 32))
+    whole = untiled(predict, network.context, image)
+    np.testing.assert_allclose(tiled(predict, plan, image), whole, rtol=rtol, atol=rtol)
+
+
+# The paper's own tiling, for contrast.
+
+
+def overlap_tiles(predict, image, stride):
+    """Ronneberger et al. (2015), Fig. 2: tiles of 572 -> 388 pixels, set side by side."""
+    result = np.empty((2, *image.shape))
+    for y in range(0, image.shape[1], stride):
+        for x in range(0, image.shape[2], stride):
+            read = Box((0, y - 92, x - 92), (1, y + 480, x + 480))
+            voxels = read_mirrored(lambda box: image[box.slices], image.shape, read)
+            target = result[..., y : y + stride, x : x + stride]
+            target[...] = predict(voxels)[..., : target.shape[-2], : target.shape[-1]]
+    return result
+
+
+@pytest.fixture(scope="module")
+def paper():
+    """A network of the paper's depth, an image two tiles wide, and its whole-image scores."""
+    network, image = unet(base_channels=2, depth=4, seed=1), grey((1, 400, 772))
+    predict = on_slices(network)
+    scores = untiled(predict, network.context, image)
+    with torch.no_grad():  # both classes are half of the image
+        network.head.bias[1] -= np.median(scores[1] - scores[0])
+    return predict, image, untiled(predict, network.context, image)
+
+
+def test_unaligned_step_leaves_seams(paper):
+    predict, image, whole = paper
+    assert 0.4 < whole.argmax(0).mean() < 0.6
+    flips = overlap_tiles(predict, image, 388).argmax(0) != whole.argmax(0)
+    assert not flips[:, :388, :388].any()  # the first tile lies on the step
+    assert flips.mean() >= 0.01, f"{flips.sum()} of {flips.size} pixels change class"
+
+
+def test_aligned_step_leaves_none(paper):
+    predict, image, whole = paper
+    scores = overlap_tiles(predict, image, 384)
+    np.testing.assert_allclose(scores, whole, rtol=0, atol=1e-10)
+    assert np.count_nonzero(scores.argmax(0) != whole.argmax(0)) == 0
+
+
+def test_a_plan_refuses_the_papers_stride():
+    with pytest.raises(InputError, match="multiple of its step, 16; nearest is 384"):
+        TilePlan((1, 772, 772), (1, 388, 388), unet(depth=4).context, (1, 388, 388))
+
+
+# What is stored.
+
+
+def stored(network, plan, volume, numbers=None):
+    """Probabilities and classes, as a run stores them: uint8, from a volume (c, z, y, x)."""
+    intensity = Intensity((volume.mean(),), (volume.std(),))
+    predictor = Predictor(network, plan, intensity, "float32", "cpu")
+    arrays = {
+        "probabilities": np.full((network.classes - 1, *plan.shape), 99, np.uint8),
+        "classes": np.full(plan.shape, 99, np.uint8),
+    }
+    for number in range(len(plan)) if numbers is None else numbers:
+        tile = plan[number]
+
+        def read(box):
+            return volume[(slice(None), *box.slices)]
+
+        voxels = read_mirrored(read, plan.shape, tile.read)
+        for name, core in predictor(tile, voxels, tuple(arrays)).items():
+            arrays[name][(..., *tile.write.slices)] = core[(..., *tile.crop.slices)]
+    return arrays
+
+
+@pytest.fixture(scope="module")
+def run():
+    network = unet(dtype=torch.float32, classes=3, base_channels=4, norm="batch")
+    volume = np.random.default_rng(0).integers(0, 256, (1, 5, 70, 90), np.uint8)
+    return network, volume, TilePlan(volume.shape[1:], (2, 24, 32), network.context, (2, 24, 16))
+
+
+def test_stored_bytes_do_not_depend_on_order_or_repeats(run):
+    network, volume, plan = run
+    first = stored(network, plan, volume)
+    backwards = [*reversed(range(len(plan))), 3, 3]
+    again = stored(network, plan, volume, backwards)
+    assert all((first[name] == again[name]).all() for name in first)
+
+
+def test_stored_bytes_of_other_tiles_differ_by_one_at_most(run):
+    network, volume, plan = run
+    few = stored(network, plan, volume)
+    core = (5, 72, 92)
+    one = stored(network, TilePlan(plan.shape, core, plan.context, core), volume)
+    difference = np.abs(few["probabilities"].astype(int) - one["probabilities"])
+    assert difference.max() <= 1 and np.count_nonzero(difference) < 1e-3 * difference.size
+    assert (few["classes"] == one["classes"]).all()
+
+
+def test_what_is_stored_is_the_networks_softmax(run):
+    network, volume, plan = run
+    arrays = stored(network, plan, volume)
+    normal = (volume[0] - volume.mean()) / volume.std()
+    scores = untiled(on_slices(network.double()), plan.context, normal)
+    network.float()
+    exact = np.exp(scores) / np.exp(scores).sum(0)
+    assert np.abs(arrays["probabilities"] / 255 - exact[1:]).max() < 0.5 / 255 + 1e-4
+    top = np.sort(exact, axis=0)
+    clear = top[-1] - top[-2] > 1e-4
+    assert clear.mean() > 0.99 and len(np.unique(arrays["classes"])) == 3
+    assert (arrays["classes"] == exact.argmax(0))[clear].all()

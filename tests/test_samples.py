@@ -1,0 +1,316 @@
+"""Training patches: what a sample depends on, where its labels lie, and which data are refused."""
+
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+import tifffile
+
+from unet_ray import samples
+from unet_ray.errors import InputError
+from unet_ray.intensity import Intensity
+from unet_ray.samples import Sampler, TrainingData, TrainingVolume, ahead, load_training_data
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes an array as a TIFF stack; gives its path."""
+
+    def write(name, array):
+        path = tmp_path / f"{name}.tif"
+        tifffile.imwrite(path, array, photometric="minisblack")
+        return str(path)
+
+    return write
+
+
+def blobs(shape=(2, 96, 80), seed=0):
+    """Labels 0 and 255 in patches of a few voxels, uint8."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 2, (shape[0], -(-shape[1] // 7), -(-shape[2] // 7)), np.uint8)
+    return 255 * coarse.repeat(7, 1).repeat(7, 2)[:, : shape[1], : shape[2]]
+
+
+@pytest.fixture
+def data(write):
+    labels = blobs()
+    return load_training_data([write("image", labels)], [write("labels", labels)])
+
+
+def in_memory(image, targets):
+    """Training data without files: grey values stay as they are."""
+    channels = len(image)
+    volume = TrainingVolume(
+        image,
+        targets,
+        np.ones(targets.shape, np.float32),
+        Intensity((0.0,) * channels, (1.0,) * channels),
+    )
+    return TrainingData((volume,), (0, 1), None, {})
+
+
+def same(a, b):
+    return all(
+        np.array_equal(getattr(a, n), getattr(b, n)) for n in ("image", "targets", "weights")
+    )
+
+
+# What a sample depends on
+
+
+def test_a_sample_is_a_function_of_seed_and_number(data):
+    one, other = (Sampler(data, (60, 60), (20, 20), seed=5, elastic=3) for _ in range(2))
+    forth = [one[n] for n in range(6)]
+    back = [other[n] for n in reversed(range(6))][::-1]
+    assert all(map(same, forth, back))
+    assert not any(same(a, b) for a, b in itertools.combinations(forth, 2))
+    assert not same(Sampler(data, (60, 60), (20, 20), seed=6, elastic=3)[0], forth[0])
+
+
+def test_shapes_and_dtypes_are_those_of_the_network(data):
+    sample = Sampler(data, (60, 76), (20, 36), seed=0, elastic=3)[0]
+    assert (sample.image.shape, sample.image.dtype) == ((1, 60, 76), np.float32)
+    assert (sample.targets.shape, sample.targets.dtype) == ((20, 36), np.uint8)
+    assert (sample.weights.shape, sample.weights.dtype) == ((20, 36), np.float32)
+
+
+def test_a_larger_volume_is_drawn_more_often(write):
+    many, few = np.full((3, 40, 40), 200, np.uint8), np.full((1, 40, 40), 20, np.uint8)
+    labels = [blobs(many.shape), blobs(few.shape)]
+    paths = [
+        [write(f"{n}{i}", a) for i, a in enumerate(x)]
+        for n, x in zip("il", [(many, few), labels], strict=True)
+    ]
+    data = load_training_data(*paths)
+    first, second = data.volumes
+    assert (first.intensity.mean, second.intensity.mean) == ((200.0,), (20.0,))
+    data = TrainingData(
+        tuple(
+            TrainingVolume(v.image, np.full_like(v.targets, n), v.weights, v.intensity)
+            for n, v in enumerate(data.volumes)
+        ),
+        (0, 1),
+        None,
+        {},
+    )
+    sampler = Sampler(data, (24, 24), (4, 4), seed=0, elastic=0)
+    share = np.mean([sampler[n].targets[0, 0] for n in range(400)])
+    assert share == pytest.approx(0.25, abs=0.06)
+
+
+# Where the labels of a patch lie
+
+
+@pytest.mark.parametrize("patch, output", [((60, 60), (20, 20)), ((60, 76), (20, 36))])
+def test_labels_are_those_of_the_middle_of_the_image(data, patch, output):
+    sampler = Sampler(data, patch, output, seed=1, elastic=0)
+    middle = tuple(slice((p - o) // 2, (p + o) // 2) for p, o in zip(patch, output, strict=True))
+    decided = 0
+    for number in range(30):
+        sample = sampler[number]
+        low, high = sample.image.min(), sample.image.max()
+        grey = (sample.image[0][middle] - low) / (high - low)
+        sure = (grey < 1e-3) | (grey > 1 - 1e-3)  # all voxels around have one label
+        np.testing.assert_array_equal(sample.targets[sure], grey[sure] > 0.5)
+        decided += sure.mean() / 30
+    assert decided > 0.5
+
+
+@pytest.mark.parametrize("elastic", [0, 4])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_labels_and_image_are_taken_from_the_same_place(monkeypatch, elastic, axis):
+    # A ramp is exact under linear interpolation, and the label is its nearest whole number.
+    monkeypatch.setattr(samples, "change_grey", lambda image, rng: image)
+    ramp = np.indices((240, 240))[axis][None].astype(np.uint8)
+    data = in_memory(ramp[None].astype(np.float32), ramp)
+    sampler = Sampler(data, (60, 76), (20, 36), seed=3, elastic=elastic)
+    compared = 0
+    for number in range(40):
+        sample = sampler[number]
+        if not 0 < sample.image.min() <= sample.image.max() < 239:
+            continue  # mirrored at a face, where the ramp has a fold
+        middle = sample.image[0, 20:40, 20:56]
+        assert np.abs(middle - sample.targets).max() <= 0.5 + 1e-3
+        compared += 1
+    assert compared >= 10
+
+
+def test_weights_are_those_of_the_labels(write):
+    labels = blobs()
+    data = load_training_data([write("image", labels)], [write("labels", labels)], w0=0)
+    share = np.mean(labels == 0)
+    expected = np.array([0.5 / share, 0.5 / (1 - share)], np.float32)
+    sample = Sampler(data, (60, 60), (20, 20), seed=0, elastic=5)[0]
+    assert set(np.unique(sample.targets)) == {0, 1}
+    np.testing.assert_allclose(sample.weights, expected[sample.targets], rtol=1e-6)
+
+
+def test_corners_of_the_volume_are_drawn():
+    targets = np.zeros((1, 60, 60), np.uint8)
+    corners = list(itertools.product([slice(0, 3), slice(-3, None)], repeat=2))
+    for number, (y, x) in enumerate(corners, start=1):
+        targets[0, y, x] = number
+    sampler = Sampler(in_memory(targets[None], targets), (60, 60), (20, 20), seed=0, elastic=2)
+    drawn = [np.unique(sampler[n].targets) for n in range(600)]
+    counts = [sum(number in found for found in drawn) for number in range(1, 5)]
+    # Starts that are drawn evenly over 41 x 41 places would show each corner about once.
+    assert min(counts) >= 6, counts
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 5), (3, 1, 9), (2, 1, 1), (1, 61, 2), (1, 20, 20)])
+def test_volumes_smaller_than_the_patch_are_mirrored(shape):
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(2, *shape)).astype(np.float32)
+    targets = rng.integers(0, 3, shape).astype(np.uint8)
+    sampler = Sampler(in_memory(image, targets), (60, 60), (20, 20), seed=0, elastic=3)
+    for number in range(5):
+        sample = sampler[number]
+        assert sample.image.shape == (2, 60, 60) and np.isfinite(sample.image).all()
+        assert sample.targets.shape == sample.weights.shape == (20, 20)
+        assert set(np.unique(sample.targets)) <= set(np.unique(targets))
+
+
+# What is read, and what is refused
+
+
+@pytest.mark.parametrize(
+    "values", [(0, 255), (3, 7), (-1, 4), (1, 2, 300), tuple(range(5, 37))], ids=str
+)
+def test_classes_are_the_label_values_in_ascending_order(write, values):
+    labels = np.random.default_rng(0).choice(values, (2, 40, 40)).astype(np.int16)
+    data = load_training_data([write("image", labels)], [write("labels", labels)])
+    assert data.class_values == values
+    np.testing.assert_array_equal(np.array(values)[data.volumes[0].targets], labels)
+    assert data.volumes[0].targets.dtype == np.uint8
+
+
+def test_classes_are_those_of_all_volumes_together(write):
+    labels = [np.full((1, 8, 8), n, np.uint8) for n in (9, 4)]
+    paths = [write(f"labels{n}", array) for n, array in enumerate(labels)]
+    data = load_training_data(paths, paths)
+    assert data.class_values == (4, 9)
+    assert [v.targets.max() for v in data.volumes] == [1, 0]
+    np.testing.assert_allclose([v.weights.mean() for v in data.volumes], 1, rtol=1e-6)
+
+
+def test_a_fingerprint_names_every_file(data, write):
+    assert [d["name"] for d in data.identity["images"] + data.identity["labels"]] == [
+        "image.tif",
+        "labels.tif",
+    ]
+    changed = blobs(seed=1)
+    again = load_training_data([write("image", changed)], [write("labels", changed)])
+    assert again.identity != data.identity
+
+
+def test_every_image_has_its_own_grey_values(write):
+    labels = blobs((1, 40, 40))
+    images = [write("dark", labels // 8), write("bright", labels.astype(np.uint16) * 9)]
+    data = load_training_data(images, [write("labels", labels)] * 2)
+    dark, bright = (v.intensity.normalise(v.image) for v in data.volumes)
+    np.testing.assert_allclose(dark, bright, atol=1e-5)
+
+
+GOOD = blobs((2, 40, 40))
+BAD_LABELS = {
+    "another shape": (GOOD[:, :39], ["image.tif", "labels.tif", "2 x 40 x 40", "2 x 39 x 40"]),
+    "fewer slices": (GOOD[:1], ["image.tif", "labels.tif", "2 x 40 x 40", "1 x 40 x 40"]),
+    "one class": (np.full_like(GOOD, 255), ["labels.tif", "255", "two"]),
+    "33 values": (np.arange(GOOD.size).reshape(GOOD.shape).astype(np.uint16) % 33, ["33", "32"]),
+    "floats": (GOOD / np.float32(255), ["labels.tif", "float32"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LABELS)
+def test_labels_that_do_not_fit_are_refused(write, case):
+    labels, said = BAD_LABELS[case]
+    paths = write("image", GOOD), write("labels", labels)
+    with pytest.raises(InputError) as refused:
+        load_training_data([paths[0]], [paths[1]])
+    assert [word for word in said if word not in str(refused.value)] == []
+
+
+def test_32_label_values_are_classes(write):
+    labels = np.arange(GOOD.size).reshape(GOOD.shape).astype(np.uint16) % 32
+    data = load_training_data([write("image", labels)], [write("labels", labels)])
+    assert len(data.class_values) == 32
+
+
+def test_labels_in_colour_are_refused(write, tmp_path):
+    tifffile.imwrite(tmp_path / "rgb.tif", np.zeros((40, 40, 3), np.uint8), photometric="rgb")
+    with pytest.raises(InputError, match=r"rgb\.tif: labels must be integers of one channel"):
+        load_training_data([write("image", GOOD[0])], [str(tmp_path / "rgb.tif")])
+
+
+def test_images_of_different_channels_are_refused(write, tmp_path):
+    tifffile.imwrite(tmp_path / "rgb.tif", np.zeros((40, 40, 3), np.uint8), photometric="rgb")
+    labels = write("labels", GOOD[0])
+    with pytest.raises(InputError, match=r"rgb\.tif: has 3 channels, .*image\.tif has 1"):
+        load_training_data([write("image", GOOD[0]), str(tmp_path / "rgb.tif")], [labels] * 2)
+
+
+def test_counts_that_differ_are_refused(write):
+    path = write("labels", GOOD)
+    with pytest.raises(InputError, match="--images names 2 files and --labels 1"):
+        load_training_data([path, path], [path])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_image_with_values_that_are_not_finite_is_refused(write, value):
+    image = GOOD.astype(np.float32)
+    image[1, 3, 4] = value
+    with pytest.raises(InputError, match=r"image\.tif: has voxels that are not finite"):
+        load_training_data([write("image", image)], [write("labels", GOOD)])
+
+
+# Samples drawn ahead
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "samples"]
+
+
+def ended():
+    """Waits for the threads that draw; whether they have ended."""
+    for thread in threads():
+        thread.join(timeout=5)
+    return not threads()
+
+
+def test_ahead_yields_in_order_and_ends():
+    assert list(ahead(lambda n: n * n, iter(range(20)))) == [n * n for n in range(20)]
+    assert ended()
+
+
+def test_ahead_draws_no_more_than_its_depth_in_advance():
+    drawn = []
+    stream = ahead(lambda n: drawn.append(n) or n, itertools.count(), depth=3)
+    assert next(stream) == 0
+    time.sleep(0.3)  # all that it would draw by itself
+    assert 4 <= len(drawn) <= 5  # three that wait, and one in the hand
+    stream.close()
+    assert ended()
+
+
+def test_ahead_passes_on_an_error_after_the_samples_before_it():
+    def draw(number):
+        if number == 3:
+            raise ValueError("sample 3 is bad")
+        return number
+
+    seen = []
+    with pytest.raises(ValueError, match="sample 3 is bad"):
+        for sample in ahead(draw, itertools.count()):
+            seen.append(sample)
+    assert seen == [0, 1, 2]
+    assert ended()
+
+
+def test_ahead_stops_its_thread_when_the_caller_stops():
+    stream = ahead(lambda n: n, itertools.count(), depth=2)
+    assert [next(stream) for _ in range(3)] == [0, 1, 2]
+    assert len(threads()) == 1
+    del stream
+    assert ended()

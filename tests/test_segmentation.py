@@ -1,0 +1,581 @@
+"""Segmentation on the local engine: the promises about bytes, and what is refused before them."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import zarr
+
+from unet_ray import segmentation
+from unet_ray.boxes import Box
+from unet_ray.checkpoints import ModelHeader, architecture_of, read_model, write_model
+from unet_ray.errors import InputError, RunError
+from unet_ray.ledger import Ledger
+from unet_ray.network import UNet
+from unet_ray.segmentation import Settings, choose_plan, network_size, output_paths, segment
+from unet_ray.volumes import open_volume
+
+FLOAT32 = Settings(precision="float32", workers=2)
+TILED = dataclasses.replace(FLOAT32, tile=(1, 32, 20))
+COARSE = dataclasses.replace(FLOAT32, tile=(3, 32, 40))
+
+# Measured over 93 random networks (depth 1 to 4, 2 to 32 base channels), each with three or four
+# pairs of tile sizes, on a CPU that multiplies in bfloat16: no difference at all. Where a library
+# sums in another order for another shape, activations may round the other way, which is less than
+# the difference to float32: 3.4 of 255.
+BFLOAT16_BOUND = 4
+
+
+class StoppedError(Exception):
+    """What stands for a kill in the middle of a run."""
+
+
+def random_model(path, values=(0, 255), in_channels=1, depth=2, base=2, seed=0):
+    """Writes an untrained network, with norm layers as if trained, and gives its path."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = UNet(in_channels, len(values), base, depth, "batch", 0.0)
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.running_mean.normal_(0, 0.3)
+                layer.running_var.uniform_(0.5, 2)
+        network.head.weight.data.mul_(2)
+    header = ModelHeader(architecture_of(network), list(values), {"method": "mean-std"})
+    write_model(path, network, header)
+    return path
+
+
+def noise(shape, dtype="uint8", seed=0):
+    """Grey values with some structure, so that every class occurs."""
+    rng = np.random.default_rng(seed)
+    waves = np.add.outer(*(np.sin(np.arange(n) / 5) for n in shape[-2:]))
+    image = 100 + 20 * waves + rng.normal(0, 25, shape)
+    return image.clip(0, 255).astype(dtype)
+
+
+def write_stack(path, array, **options):
+    """Writes (z, y, x), or what ends so, as TIFF; gives its path."""
+    axes = {"axes": "TCZYX"[-array.ndim :]}
+    tifffile.imwrite(path, array, **{"photometric": "minisblack", "metadata": axes, **options})
+    return path
+
+
+def bytes_of(store):
+    """Every file of a store and what is in it, but for what may differ between runs."""
+    files = [p for p in store.rglob("*") if p.is_file() and ".unet_ray" not in p.parts]
+    return {str(p.relative_to(store)): p.read_bytes() for p in files}
+
+
+def shards_of(store):
+    return {name for name in bytes_of(store) if "/c/" in name}
+
+
+def state_of(folder):
+    """Everything under a folder, with inode and time: equal only if nothing was touched."""
+    stats = {p: p.stat() for p in folder.rglob("*")}
+    return {p: (s.st_ino, s.st_size, s.st_mtime_ns) for p, s in stats.items()}
+
+
+def stop_after(tiles):
+    def watch(progress):
+        if progress.finished == tiles:
+            raise StoppedError
+
+    return watch
+
+
+@pytest.fixture
+def model(tmp_path):
+    return random_model(tmp_path / "model.safetensors")
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(array, name="volume.tif", **options):
+        return write_stack(tmp_path / name, array, **options)
+
+    return write
+
+
+@pytest.fixture
+def volume(write):
+    return write(noise((3, 61, 75)))
+
+
+@pytest.fixture
+def predicted(monkeypatch):
+    """Numbers of the tiles that are predicted, in the order of their start."""
+    tiles, predict = [], segmentation.TileWorker.predict
+
+    def counted(worker, tile, voxels):
+        tiles.append(tile)
+        return predict(worker, tile, voxels)
+
+    monkeypatch.setattr(segmentation.TileWorker, "predict", counted)
+    return tiles
+
+
+def in_one_pass(model, image):
+    """Probabilities ``(classes, z, y, x)`` of an image (c, z, y, x): padded once, never tiled."""
+    network, _ = read_model(model)
+    context = network.context
+    grey = image.astype(np.float64)
+    axes = (1, 2, 3)
+    grey = (grey - grey.mean(axes, keepdims=True)) / grey.std(axes, keepdims=True)
+    (_, t, left), (_, b, r), (_, y, x) = context.before, context.after, context.step
+    more = [-n % s for n, s in zip(image.shape[-2:], (y, x), strict=True)]
+    pad = [(0, 0), (0, 0), (t, b + more[0]), (left, r + more[1])]
+    batch = torch.from_numpy(np.pad(grey, pad, mode="reflect").astype(np.float32)).transpose(0, 1)
+    with torch.inference_mode():
+        p = network(batch).softmax(1).transpose(0, 1).numpy()
+    return p[..., : image.shape[-2], : image.shape[-1]]
+
+
+def assert_agrees(store, p, within=1):
+    """Stored maps against probabilities: `within` of 255, classes equal but at ties."""
+    maps, classes = probabilities_of(store), classes_of(store)
+    assert np.abs(maps - np.rint(255 * p[1:])).max() <= within
+    assert (np.abs(maps - 255 * p[1:]) > 0.5 + 1e-3).mean() < 1e-3
+    first, second = np.sort(p, axis=0)[::-1][:2]
+    tie = 255 * (first - second) <= 2
+    np.testing.assert_array_equal(classes[~tie], p.argmax(0)[~tie])
+    assert tie.mean() < 0.2 or classes.size < 100  # or the comparison says nothing
+
+
+def probabilities_of(store):
+    return zarr.open_array(store / "0", mode="r")[:].astype(int)
+
+
+def classes_of(store):
+    return zarr.open_array(store / "labels/classes/0", mode="r")[:]
+
+
+# The result does not depend on the tiles
+
+
+@pytest.mark.parametrize("tile", [(1, 16, 20), (2, 32, 24), (3, 64, 76), (1, 4, 76), None], ids=str)
+def test_float32_equals_a_pass_over_the_whole_image(tmp_path, model, volume, tile):
+    store = segment(volume, model, tmp_path / "out", dataclasses.replace(FLOAT32, tile=tile))
+    p = in_one_pass(model, tifffile.imread(volume)[None])
+    assert 0.1 < p.argmax(0).mean() < 0.9
+    assert_agrees(store, p)
+
+
+def test_float32_differs_by_at_most_one_between_tile_sizes(tmp_path, model, write):
+    volume = write(noise((2, 200, 180)))
+    tiles = [(2, 200, 180), (1, 36, 180), (2, 64, 60)]
+    stores = [
+        segment(volume, model, tmp_path / str(n), dataclasses.replace(FLOAT32, tile=tile))
+        for n, tile in enumerate(tiles)
+    ]
+    maps, classes = zip(*((probabilities_of(s), classes_of(s)) for s in stores), strict=True)
+    for other, labels in zip(maps[1:], classes[1:], strict=True):
+        apart = np.abs(maps[0] - other)
+        assert apart.max() <= 1 and apart.astype(bool).mean() < 1e-3
+        tie = np.abs(maps[0][0] - 127.5) <= 1
+        np.testing.assert_array_equal(labels[~tie], classes[0][~tie])
+        assert tie.mean() < 0.2
+
+
+def test_bfloat16_differs_by_a_few_between_tile_sizes(tmp_path, write):
+    volume, found = write(noise((2, 100, 90))), []
+    for seed in range(2):
+        model = random_model(tmp_path / f"{seed}.safetensors", seed=seed)
+        stores = [
+            segment(volume, model, tmp_path / f"{seed}-{n}", Settings(precision="bfloat16", tile=t))
+            for n, t in enumerate([(2, 100, 92), (1, 16, 16)])
+        ]
+        one, other = map(probabilities_of, stores)
+        found.append(np.abs(one - other).max())
+    assert max(found) <= BFLOAT16_BOUND, found
+    p = in_one_pass(model, tifffile.imread(volume)[None])
+    assert np.abs(probabilities_of(stores[0]) - 255 * p[1:]).mean() < 2
+
+
+IMAGES = {
+    "2-D": noise((61, 75)),
+    "smaller than the halo": noise((2, 9, 11)),
+    "one voxel wide": noise((3, 40, 1)),
+    "one voxel high": noise((3, 1, 40)),
+    "one voxel": noise((1, 2, 1)),
+    "uint16": noise((2, 40, 33), "uint16") * 200,
+    "int16": noise((2, 40, 33), "int16") - 300,
+    "float32": noise((2, 40, 33), "float32") / 1e4,
+    "float64": noise((2, 40, 33), "float64") * 1e6,
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_any_shape_and_dtype_equals_a_pass_over_the_whole_image(tmp_path, model, name):
+    image = IMAGES[name]
+    zarr.create_array(tmp_path / "volume.zarr", data=image)
+    store = segment(tmp_path / "volume.zarr", model, tmp_path / "out", TILED)
+    image = image.reshape(-1, *image.shape[-2:])
+    assert classes_of(store).shape == image.shape
+    assert_agrees(store, in_one_pass(model, image[None]))
+
+
+def test_several_channels_and_classes(tmp_path, write):
+    values = (3, 7, 200)
+    model = random_model(tmp_path / "model.safetensors", values, in_channels=2, base=3, seed=3)
+    image = np.stack([noise((2, 50, 41), seed=n) for n in range(2)])
+    path = write(image, "volume.ome.tif", ome=True)
+    store = segment(path, model, tmp_path / "out", TILED)
+    p = in_one_pass(model, image)
+    assert set(np.unique(p.argmax(0))) == {0, 1, 2}
+    assert probabilities_of(store).shape == (2, 2, 50, 41)
+    assert_agrees(store, p)
+    group = json.loads((store / "zarr.json").read_text())["attributes"]
+    names = [c["label"] for c in group["ome"]["omero"]["channels"]]
+    assert names == ["label 7", "label 200"]
+    assert group["unet_ray"]["model"]["class_values"] == [3, 7, 200]
+
+
+def test_the_chosen_channel_is_segmented(tmp_path, model, write):
+    image = np.stack([noise((2, 30, 41), seed=n) for n in range(2)])
+    path = write(image, "volume.ome.tif", ome=True)
+    store = segment(path, model, tmp_path / "out", dataclasses.replace(TILED, channel=1))
+    assert_agrees(store, in_one_pass(model, image[1:]))
+
+
+def test_the_tile_asked_for_is_rounded_up_and_clamped(tmp_path, model, volume):
+    for n, (asked, fitted) in enumerate(
+        [((1, 1, 1), (1, 4, 4)), ((9, 999, 17), (3, 64, 20)), ((2, 61, 75), (2, 64, 76))]
+    ):
+        settings = dataclasses.replace(FLOAT32, tile=asked)
+        run = segmentation.prepare(volume, model, tmp_path / str(n), settings)
+        assert run.plan.core == fitted
+
+
+# The same bytes again
+
+
+def test_a_second_run_gives_the_same_bytes(tmp_path, model, volume):
+    one, other = (segment(volume, model, tmp_path / n, TILED) for n in ("one", "other"))
+    assert len(shards_of(one)) == 2 * 3 * 2 * 4
+    assert bytes_of(one) == bytes_of(other)
+
+
+@pytest.mark.parametrize("stops", [(1,), (12,), (3, 4, 10), (23,)], ids=str)
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, model, volume, predicted, stops):
+    whole = segment(volume, model, tmp_path / "whole", TILED)
+    assert sorted(predicted) == list(range(24))
+    done = 0
+    for tiles in stops:
+        with pytest.raises(StoppedError):
+            segment(volume, model, tmp_path / "cut", TILED, stop_after(tiles))
+        done += tiles
+    predicted.clear()
+    seen = []
+    store = segment(volume, model, tmp_path / "cut", TILED, seen.append)
+    assert len(predicted) == len(set(predicted)) == len(seen) == 24 - done
+    assert [p.done for p in seen] == list(range(done + 1, 25))
+    assert {p.total for p in seen} == {24}
+    assert bytes_of(store) == bytes_of(whole)
+
+
+def test_only_missing_tiles_are_written_again(tmp_path, model, volume):
+    with pytest.raises(StoppedError):
+        segment(volume, model, tmp_path / "cut", TILED, stop_after(10))
+    with Ledger(tmp_path / "cut" / ".unet_ray" / "segment.ledger", 24) as ledger:
+        committed = [n for n in range(24) if n in ledger]
+    assert len(committed) == 10
+    plan = segmentation.prepare(volume, model, tmp_path / "cut", TILED).plan
+    store = segmentation.Store(tmp_path / "cut", ("probabilities", "classes"))
+    shards = [
+        store.shard(name, plan[n]) for name in ("probabilities", "classes") for n in committed
+    ]
+    before = [shard.stat() for shard in shards]
+    segment(volume, model, tmp_path / "cut", TILED)
+    after = [shard.stat() for shard in shards]
+    assert [(s.st_ino, s.st_mtime_ns) for s in after] == [(s.st_ino, s.st_mtime_ns) for s in before]
+
+
+def test_a_finished_run_does_nothing(tmp_path, model, volume, predicted):
+    store = segment(volume, model, tmp_path / "out", TILED)
+    before, ledger = state_of(tmp_path), store / ".unet_ray" / "segment.ledger"
+    committed = ledger.read_bytes()
+    predicted.clear()
+    assert segment(volume, model, store, TILED) == store
+    after = state_of(tmp_path)
+    assert predicted == [] and ledger.read_bytes() == committed
+    del before[ledger], after[ledger]  # it is opened for more, which may change its time
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    "region",
+    [Box((0, 0, 0), (1, 1, 1)), Box((1, 17, 19), (3, 40, 75)), Box((2, 60, 74), (3, 61, 75))],
+    ids=str,
+)
+def test_a_region_gives_the_bytes_of_that_part_of_the_whole(tmp_path, model, volume, region):
+    whole = bytes_of(segment(volume, model, tmp_path / "whole", TILED))
+    settings = dataclasses.replace(TILED, region=region)
+    part = segment(volume, model, tmp_path / "part", settings)
+    assert {name: content for name, content in whole.items() if name in bytes_of(part)} == bytes_of(
+        part
+    )
+    ranges = zip(region.start, region.stop, (1, 32, 20), strict=True)
+    touched = np.prod([-(-b // n) - a // n for a, b, n in ranges])
+    assert len(shards_of(part)) == 2 * touched
+    there, here = classes_of(tmp_path / "whole"), classes_of(part)
+    assert here.shape == there.shape
+    np.testing.assert_array_equal(here[region.slices], there[region.slices])
+
+
+def test_regions_accumulate(tmp_path, model, volume, predicted):
+    whole = segment(volume, model, tmp_path / "whole", TILED)
+    predicted.clear()
+    for corners in [((0, 0, 0), (3, 20, 75)), ((1, 10, 0), (2, 61, 75)), ((0, 33, 0), (3, 61, 75))]:
+        segment(volume, model, tmp_path / "out", dataclasses.replace(TILED, region=Box(*corners)))
+    assert sorted(predicted) == list(range(24))
+    assert bytes_of(tmp_path / "out") == bytes_of(whole)
+
+
+@pytest.mark.parametrize(
+    "outputs, there, gone",
+    [(("classes",), "labels", "0"), (("probabilities",), "0", "labels")],
+    ids=["classes", "probabilities"],
+)
+def test_only_the_outputs_asked_for_are_stored(tmp_path, model, volume, outputs, there, gone):
+    whole = bytes_of(segment(volume, model, tmp_path / "whole", TILED))
+    settings = dataclasses.replace(TILED, outputs=outputs)
+    store = segment(volume, model, tmp_path / "out", settings)
+    assert (store / there).is_dir() and not (store / gone).exists()
+    shards = shards_of(store)
+    assert len(shards) == 24
+    assert {n: c for n, c in bytes_of(store).items() if n in shards} == {
+        n: whole[n] for n in shards
+    }
+    # the store's own choice is kept where none is made
+    assert segmentation.prepare(volume, model, store, TILED).outputs == outputs
+
+
+@pytest.mark.parametrize("change", [-1, 1 << 30])
+def test_the_plan_in_the_store_wins_over_another_memory(tmp_path, model, volume, predicted, change):
+    opened, (network, _) = open_volume(volume), read_model(model)
+    size = network_size(network, "float32")
+    plan, need = choose_plan(opened, network, size, FLOAT32, 2)
+    _, less = choose_plan(
+        opened, network, size, dataclasses.replace(FLOAT32, memory=need.total - 1), 2
+    )
+    assert less.total < need.total
+    first = dataclasses.replace(FLOAT32, memory=need.total if change > 0 else less.total)
+    # the allowance of the second call would choose another plan for a new store
+    second = dataclasses.replace(FLOAT32, memory=(less if change > 0 else need).total)
+    whole = segment(volume, model, tmp_path / "whole", first)
+    with pytest.raises(StoppedError):
+        segment(volume, model, tmp_path / "cut", first, stop_after(1))
+    if change > 0:
+        with pytest.raises(InputError, match=rf"cut: its plan needs .* --memory {need.total}"):
+            segment(volume, model, tmp_path / "cut", second)
+        second = dataclasses.replace(second, memory=need.total + change)
+    segment(volume, model, tmp_path / "cut", second)
+    assert bytes_of(tmp_path / "cut") == bytes_of(whole)
+    assert segmentation.prepare(volume, model, tmp_path / "cut", second).plan != plan or change > 0
+
+
+# What the store says of itself
+
+
+def test_provenance_does_not_know_who_ran_it_where_and_when(tmp_path, model, volume):
+    one = segment(volume, model, tmp_path / "one", TILED)
+    (tmp_path / "elsewhere").mkdir()
+    moved = [shutil.move(path, tmp_path / "elsewhere" / path.name) for path in (model, volume)]
+    other = dataclasses.replace(
+        TILED, workers=1, memory=7 << 30, region=Box((0, 0, 0), (3, 61, 75))
+    )
+    again = segment(moved[1], moved[0], tmp_path / "elsewhere" / "again", other)
+    assert bytes_of(one) == bytes_of(again)
+    told = json.loads((one / "zarr.json").read_text())["attributes"]["unet_ray"]
+    text = json.dumps(told)
+    assert str(tmp_path) not in text and "/tmp" not in text
+    words = {key for key, _ in segmentation._flat(told)}
+    assert not {w for w in words if re.search("engine|workers|memory|region|path|seconds|host", w)}
+
+
+def test_provenance_says_what_fixes_the_bytes(tmp_path, model, volume):
+    store = segment(volume, model, tmp_path / "out", TILED)
+    told = json.loads((store / "zarr.json").read_text())["attributes"]["unet_ray"]
+    image = tifffile.imread(volume).astype(float)
+    assert told["input"]["name"] == "volume.tif"
+    assert told["plan"]["core"] == [1, 32, 20]
+    assert told["precision"] == "float32" and told["device"] in ("cpu", "cuda")
+    assert told["normalisation"]["mean"] == pytest.approx([image.mean()], rel=1e-12)
+    assert told["normalisation"]["sd"] == pytest.approx([image.std()], rel=1e-12)
+    assert told["model"]["architecture"]["depth"] == 2
+    assert len(told["model"]["sha256"]) == 64
+    assert {"unet-ray", "torch", "numpy", "zarr"} <= set(told["versions"])
+
+
+# What is refused
+
+
+OTHER = {
+    "model.sha256": {"model": {"seed": 1}},
+    "input.": {"image": noise((3, 61, 75), seed=1)},
+    "plan.core": {"settings": {"tile": (1, 16, 16)}},
+    "precision": {"settings": {"precision": "bfloat16"}},
+    "outputs": {"settings": {"outputs": ("classes",)}},
+    "input.channel": {"settings": {"channel": 0}},
+    "input.time": {"settings": {"time": 0}},
+}
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "interrupted"])
+@pytest.mark.parametrize("field", OTHER)
+def test_another_run_on_the_same_store_is_refused_by_name(
+    tmp_path, model, volume, write, field, finished
+):
+    if finished:
+        segment(volume, model, tmp_path / "out", COARSE)
+    else:
+        with pytest.raises(StoppedError):
+            segment(volume, model, tmp_path / "out", COARSE, stop_after(3))
+    other = OTHER[field]
+    if "model" in other:
+        model = random_model(tmp_path / "other.safetensors", **other["model"])
+    if "image" in other:
+        volume = write(other["image"])
+    settings = dataclasses.replace(COARSE, **other.get("settings", {}))
+    before = state_of(tmp_path)
+    with pytest.raises(InputError, match=rf"out: was made with another {field}.*--overwrite"):
+        segment(volume, model, tmp_path / "out", settings)
+    assert state_of(tmp_path) == before
+
+
+def test_overwrite_starts_anew(tmp_path, model, volume):
+    segment(volume, model, tmp_path / "out", TILED)
+    settings = dataclasses.replace(TILED, tile=(3, 64, 40), overwrite=True)
+    segment(volume, model, tmp_path / "out", settings)
+    fresh = segment(
+        volume, model, tmp_path / "fresh", dataclasses.replace(settings, overwrite=False)
+    )
+    assert bytes_of(tmp_path / "out") == bytes_of(fresh)
+    segment(volume, model, tmp_path / "new", settings)
+    assert bytes_of(tmp_path / "new") == bytes_of(fresh)
+
+
+def test_overwrite_deletes_nothing_before_all_is_checked(tmp_path, model, volume):
+    segment(volume, model, tmp_path / "out", COARSE)
+    before = state_of(tmp_path)
+    settings = dataclasses.replace(COARSE, region=Box((0, 0, 0), (4, 1, 1)), overwrite=True)
+    with pytest.raises(InputError, match="region"):
+        segment(volume, model, tmp_path / "out", settings)
+    assert state_of(tmp_path) == before
+
+
+def test_overwrite_never_deletes_its_own_input(tmp_path, volume):
+    model = random_model(tmp_path / "model.safetensors")
+    store = segment(volume, model, tmp_path / "out", COARSE)
+    before = state_of(tmp_path)
+    with pytest.raises(InputError, match="out"):
+        segment(store, model, store, dataclasses.replace(COARSE, overwrite=True))
+    assert state_of(tmp_path) == before
+
+
+FOREIGN = {
+    "folder": lambda path: [path.mkdir(), (path / "chapter.tex").write_text("years of work")],
+    "empty folder": lambda path: path.mkdir(),
+    "file": lambda path: path.write_text("years of work"),
+    "array": lambda path: zarr.create_array(path, shape=(4,), dtype="uint8"),
+    "group": lambda path: zarr.create_group(path, attributes={"ome": {"version": "0.5"}}),
+    "damaged": lambda path: [path.mkdir(), (path / "zarr.json").write_text('{"attributes": {')],
+    "oddity": lambda path: zarr.create_group(path, attributes={"unet_ray": "a word"}),
+}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_not_ours_is_never_touched(tmp_path, model, volume, kind, overwrite):
+    FOREIGN[kind](tmp_path / "out")
+    before = state_of(tmp_path)
+    with pytest.raises(InputError, match="out: exists and is not an output of unet-ray"):
+        segment(volume, model, tmp_path / "out", dataclasses.replace(TILED, overwrite=overwrite))
+    assert state_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("value, place", [(np.nan, (1, 30, 40)), (np.inf, (0, 0, 0))])
+def test_a_value_that_is_not_finite_is_named_with_its_tile(tmp_path, model, write, value, place):
+    image = noise((3, 61, 75), "float32")
+    image[place] = value
+    volume = write(image)
+    with pytest.raises(RunError, match=re.escape(f"voxel (z, y, x) = {place} ")) as told:
+        segment(volume, model, tmp_path / "out", TILED)
+    assert str(volume) in str(told.value) and str(value) in str(told.value)
+    number = int(re.search(r"read by tile (\d+)", str(told.value))[1])
+    plan = segmentation.prepare(volume, model, tmp_path / "out", TILED).plan
+    read = plan[number].read
+    assert all(a <= p < b for a, p, b in zip(read.start, place, read.stop, strict=True))
+    with Ledger(tmp_path / "out" / ".unet_ray" / "segment.ledger", len(plan)) as ledger:
+        assert number not in ledger
+
+
+def test_too_little_memory_is_refused(tmp_path, model, volume):
+    with pytest.raises(InputError, match=r"memory=\d+ MiB is too little .* needs \d+ MiB"):
+        segment(volume, model, tmp_path / "out", dataclasses.replace(FLOAT32, memory=100 << 20))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tile_too_large_for_the_memory_names_one_that_fits(tmp_path, model, write):
+    volume = write(noise((3, 900, 1000)))
+    settings = dataclasses.replace(FLOAT32, tile=(3, 900, 1000), memory=215 << 20)
+    with pytest.raises(InputError, match=r"tile=3,900,1000 needs .* allowed; tile=") as refused:
+        segment(volume, model, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+    named = re.search(r"tile=([\d,]+) needs [^;]*$", str(refused.value))[1]
+    fits = dataclasses.replace(settings, tile=tuple(map(int, named.split(","))))
+    run = segmentation.prepare(volume, model, tmp_path / "out", fits)
+    assert run.plan.core == fits.tile and run.memory.total <= settings.memory
+
+
+def test_channels_that_do_not_fit_are_refused(tmp_path, model, write, volume):
+    colour = write(noise((40, 40, 3)), "colour.tif", photometric="rgb", metadata=None)
+    with pytest.raises(InputError, match=r"colour\.tif: has 3 channels, .* on 1; .*--channel N"):
+        segment(colour, model, tmp_path / "out", TILED)
+    three = random_model(tmp_path / "three.safetensors", in_channels=3)
+    with pytest.raises(InputError, match=r"volume\.tif: has 1 channels, .*three.* on 3\."):
+        segment(volume, three, tmp_path / "out", TILED)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stop", [(4, 61, 75), (3, 62, 75), (3, 61, 76)], ids=str)
+def test_a_region_outside_is_refused(tmp_path, model, volume, stop):
+    settings = dataclasses.replace(TILED, region=Box((0, 0, 0), stop))
+    with pytest.raises(InputError, match=r"region=0:.* inside the volume, 0:3,0:61,0:75"):
+        segment(volume, model, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_output_is_refused(tmp_path, model, volume):
+    settings = dataclasses.replace(TILED, outputs=("probability",))
+    with pytest.raises(InputError, match=r"'probability' .* \(did you mean 'probabilities'\?\)"):
+        segment(volume, model, tmp_path / "out", settings)
+
+
+# Where several inputs go
+
+
+def test_one_input_goes_to_the_path_itself_and_several_into_a_folder():
+    assert list(map(str, output_paths(["a/x.tif"], "out.zarr"))) == ["out.zarr"]
+    named = output_paths(["a/x.tif", "y.OME.TIFF", "z.ome.zarr", "folder/", "p.png"], "out")
+    assert [path.name for path in named] == ["x.zarr", "y.zarr", "z.zarr", "folder.zarr", "p.zarr"]
+    assert {str(path.parent) for path in named} == {"out"}
+    with pytest.raises(InputError, match="Two inputs are named 'x'"):
+        output_paths(["a/x.tif", "b/x.zarr"], "out")
+
+
+def test_a_plan_says_what_a_run_does_and_writes_nothing(tmp_path, model, volume):
+    before = state_of(tmp_path)
+    settings = dataclasses.replace(TILED, region=Box((0, 0, 0), (1, 61, 75)))
+    outlook = segmentation.plan(volume, model, settings)
+    assert state_of(tmp_path) == before
+    assert (outlook.tiles, outlook.plan.core) == (8, (1, 32, 20))
+    store = segment(volume, model, tmp_path / "out", TILED)
+    assert sum(os.path.getsize(store / name) for name in shards_of(store)) <= outlook.disk_bytes

@@ -1,0 +1,365 @@
+"""The result on disk: the layout of OME-Zarr 0.5, one file per tile, checksums, rewrites."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaozarrs
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unet_ray.errors import InputError
+from unet_ray.stores import (
+    ARRAYS,
+    LARGEST_CHUNK,
+    PRIVATE,
+    Store,
+    StoreLayout,
+    chunk_of,
+    create_store,
+    provenance_of,
+)
+from unet_ray.tiles import Context, TilePlan
+
+CONTEXT = Context((0, 8, 8), (0, 12, 12), (1, 2, 2))
+# Twelve tiles; those at the far faces of every axis are cut.
+PLAN = TilePlan((5, 70, 100), (2, 64, 64), CONTEXT, (1, 64, 64))
+PROVENANCE = {"format": 1, "model": {"sha256": "ab"}, "mean": [0.1, 1e-12], "who": "Müller"}
+BOTH = ("probabilities", "classes")
+
+
+def layout(outputs=BOTH, voxel_size=(0.05, 0.004, 0.004), plan=PLAN, class_values=(0, 7, 255)):
+    return StoreLayout(plan, class_values, outputs, voxel_size)
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "out.zarr"
+    create_store(path, layout(), PROVENANCE)
+    return path
+
+
+def predicted(plan=PLAN, seed=0):
+    """What is predicted for each tile: whole cores, also where they leave the volume."""
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "probabilities": rng.integers(0, 256, (2, *plan.core), np.uint8),
+            "classes": rng.integers(0, 3, plan.core).astype(np.uint8),
+        }
+        for _ in range(len(plan))
+    ]
+
+
+def write_all(path, results, numbers=None, outputs=BOTH):
+    store = Store(path, outputs)
+    for number in range(len(PLAN)) if numbers is None else numbers:
+        store.write(PLAN[number], results[number])
+    return store
+
+
+def files(path):
+    """Every file of a store and its bytes, without what is private to a run."""
+    found = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
+    return {name: p.read_bytes() for name, p in found.items() if not name.startswith(PRIVATE)}
+
+
+# The layout.
+
+
+def test_the_layout_is_what_the_design_says(path):
+    probabilities, classes = (zarr.open_array(path / ARRAYS[name], mode="r") for name in BOTH)
+    assert ARRAYS == {"probabilities": "0", "classes": "labels/classes/0"}
+    assert probabilities.shape == (2, 5, 70, 100) and classes.shape == (5, 70, 100)
+    for array, axes in ((probabilities, "czyx"), (classes, "zyx")):
+        assert array.dtype == np.uint8 and array.metadata.zarr_format == 3
+        assert array.metadata.dimension_names == tuple(axes)
+        assert array.shards[-3:] == PLAN.core and array.chunks[-3:] == chunk_of(PLAN.core)
+    assert probabilities.shards[0] == 2 and probabilities.chunks[0] == 1
+    assert list(files(path)) == [
+        "0/zarr.json",
+        "labels/classes/0/zarr.json",
+        "labels/classes/zarr.json",
+        "labels/zarr.json",
+        "zarr.json",
+    ]
+    assert (path / PRIVATE).is_dir() and not any((path / PRIVATE).iterdir())
+
+
+def test_the_metadata_of_the_image(path):
+    said = json.loads((path / "zarr.json").read_text())
+    assert said["zarr_format"] == 3 and said["node_type"] == "group"
+    (image,) = said["attributes"]["ome"]["multiscales"]
+    assert [axis["name"] for axis in image["axes"]] == ["c", "z", "y", "x"]
+    assert [axis["type"] for axis in image["axes"]] == ["channel", "space", "space", "space"]
+    assert {axis.get("unit") for axis in image["axes"][1:]} == {"micrometer"}
+    (level,) = image["datasets"]
+    assert level["path"] == "0"
+    assert level["coordinateTransformations"] == [
+        {"type": "scale", "scale": [1, 0.05, 0.004, 0.004]}
+    ]
+    assert len(said["attributes"]["ome"]["omero"]["channels"]) == 2
+    label = json.loads((path / "labels/classes/zarr.json").read_text())["attributes"]["ome"]
+    told = label["image-label"]["properties"]
+    assert [(p["label-value"], p["value-in-training-labels"]) for p in told] == [
+        (0, 0),
+        (1, 7),
+        (2, 255),
+    ]
+
+
+def test_a_voxel_size_that_nobody_knows_has_no_unit(tmp_path):
+    create_store(tmp_path / "out.zarr", layout(voxel_size=None), {})
+    (image,) = zarr.open_group(tmp_path / "out.zarr", mode="r").attrs["ome"]["multiscales"]
+    assert image["datasets"][0]["coordinateTransformations"][0]["scale"] == [1, 1, 1, 1]
+    assert not any("unit" in axis for axis in image["axes"])
+
+
+@pytest.mark.parametrize("voxel_size", [None, (0.05, 0.004, 0.004)])
+@pytest.mark.parametrize("outputs", [BOTH, ("probabilities",)])
+def test_the_store_is_valid_ome_zarr(tmp_path, outputs, voxel_size):
+    path = tmp_path / "out.zarr"
+    create_store(path, layout(outputs, voxel_size), PROVENANCE)
+    yaozarrs.validate_zarr_store(path)
+    if "classes" in outputs:
+        yaozarrs.validate_zarr_store(path / "labels")
+        yaozarrs.validate_zarr_store(path / "labels/classes")
+
+
+def test_classes_alone_are_valid_ome_zarr(tmp_path):
+    # There is no image whose labels they could be.
+    path = tmp_path / "out.zarr"
+    create_store(path, layout(("classes",)), PROVENANCE)
+    yaozarrs.validate_zarr_store(path / "labels/classes")
+
+
+cores = st.tuples(st.integers(1, 64), *[st.integers(1, 84).map(lambda k: 16 * k)] * 2)
+
+
+@given(cores)
+def test_chunks_are_halved_shards_small_enough_for_viewers(core):
+    chunk = chunk_of(core)
+    for whole, part, largest in zip(core, chunk, LARGEST_CHUNK, strict=True):
+        parts, rest = divmod(whole, part)
+        assert rest == 0 and parts & (parts - 1) == 0
+        assert part <= largest or part % 2
+        assert parts == 1 or 2 * part > largest
+
+
+# Tiles.
+
+
+def test_what_is_written_is_read_back(path):
+    results = predicted()
+    store = write_all(path, results)
+    for name in BOTH:
+        whole = store.read(name)[:]
+        for tile in PLAN:
+            expected = results[tile.index][name][(..., *tile.crop.slices)]
+            np.testing.assert_array_equal(whole[(..., *tile.write.slices)], expected)
+        np.testing.assert_array_equal(zarr.open_array(path / ARRAYS[name], mode="r")[:], whole)
+
+
+def test_one_tile_is_one_file_per_output(path):
+    results, empty = predicted(), set(files(path))
+    store = Store(path, BOTH)
+    shards = set()
+    for tile in PLAN:
+        before = files(path)
+        store.write(tile, results[tile.index])
+        after = files(path)
+        new = {store.shard(name, tile).relative_to(path).as_posix() for name in BOTH}
+        assert set(after) - set(before) == new and len(new) == 2
+        assert all(after[name] == before[name] for name in before)
+        shards |= new
+    assert len(shards) == 2 * len(PLAN) and set(files(path)) == empty | shards
+
+
+def test_a_tile_of_background_is_written(path):
+    store, tile = Store(path, BOTH), PLAN[len(PLAN) - 1]
+    nothing = {name: np.zeros_like(core) for name, core in predicted()[0].items()}
+    for name in BOTH:
+        assert not store.shard(name, tile).exists()
+    store.write(tile, nothing)
+    for name in BOTH:
+        # Stored voxels, not only an index that says that there are none.
+        data = zarr.open_array(path / ARRAYS[name], mode="r")
+        index = (
+            16 * int(np.prod([s // c for s, c in zip(data.shards, data.chunks, strict=True)])) + 4
+        )
+        assert store.shard(name, tile).stat().st_size > index
+
+
+def test_only_the_outputs_that_are_asked_for_are_written(tmp_path):
+    path = tmp_path / "out.zarr"
+    create_store(path, layout(("classes",)), {})
+    write_all(path, predicted(), outputs=("classes",))
+    assert not (path / "0").exists() and (path / "labels/classes/0/c/2/1/1").is_file()
+
+
+def test_bytes_do_not_depend_on_order_or_repeats(path, tmp_path):
+    results, other = predicted(), tmp_path / "other.zarr"
+    create_store(other, layout(), PROVENANCE)
+    write_all(path, results)
+    write_all(other, results, [*reversed(range(len(PLAN))), 5, 5, 11])
+    assert files(other) == files(path)
+
+
+def test_the_bytes_of_a_tile_do_not_depend_on_what_was_there(path):
+    results = predicted()
+    write_all(path, predicted(seed=1))
+    again = write_all(path, results)
+    fresh = path.with_name("fresh.zarr")
+    create_store(fresh, layout(), PROVENANCE)
+    write_all(fresh, results)
+    assert files(path) == files(fresh)
+    assert (again.read("classes")[:] == Store(fresh, BOTH).read("classes")[:]).all()
+
+
+DAMAGES = {
+    "cut short": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "zeros": lambda data: bytes(len(data)),
+    "index": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    "voxels": lambda data: data[:5] + bytes([data[5] ^ 1]) + data[6:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("number", [0, len(PLAN) - 1], ids=["inner tile", "edge tile"])
+def test_a_damaged_shard_is_written_anew(path, number, damage):
+    # A rerun must heal what a crash or a bad disk left, whatever that is.
+    results = predicted()
+    write_all(path, results)
+    sound = files(path)
+    for name in BOTH:
+        shard = Store(path, BOTH).shard(name, PLAN[number])
+        shard.write_bytes(DAMAGES[damage](shard.read_bytes()))
+    Store(path, BOTH).write(PLAN[number], results[number])
+    assert files(path) == sound
+
+
+def test_a_write_that_was_killed_leaves_nothing_when_it_is_repeated(path, monkeypatch):
+    results = predicted()
+    store = write_all(path, results)
+    sound = files(path)
+
+    class Killed(BaseException):
+        """Nobody handles it, as nobody handles a kill."""
+
+    def killed(*arguments):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        for owner, name in ((Path, "replace"), (Path, "rename"), (os, "replace"), (os, "rename")):
+            patched.setattr(owner, name, killed)
+        with pytest.raises(Killed):
+            store.write(PLAN[3], results[3])
+    write_all(path, results)
+    assert sorted(files(path)) == sorted(sound)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_flipped_bit_anywhere_is_noticed_when_read(path, name):
+    store = write_all(path, predicted())
+    tile = PLAN[5]
+    shard = store.shard(name, tile)
+    sound = shard.read_bytes()
+    where = (..., *tile.write.slices)
+    for at in {*range(0, len(sound), len(sound) // 40), len(sound) - 1}:
+        damaged = bytearray(sound)
+        damaged[at] ^= 0x10
+        shard.write_bytes(damaged)
+        with pytest.raises(ValueError, match="checksum"):
+            zarr.open_array(path / ARRAYS[name], mode="r")[where]
+    shard.write_bytes(sound)
+    zarr.open_array(path / ARRAYS[name], mode="r")[where]
+
+
+def test_a_tile_is_on_disk_when_write_returns(path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def watched(file):
+        fsync(file)
+        synced.append(os.fstat(file).st_ino)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    store = write_all(path, predicted(), [2])
+    for name in BOTH:
+        shard = store.shard(name, PLAN[2])
+        assert {shard.stat().st_ino, shard.parent.stat().st_ino} <= set(synced)
+
+
+# Whole or not at all, ours or not.
+
+
+@pytest.mark.parametrize("step", ["rename", "replace"])
+def test_a_store_that_cannot_be_finished_is_not_there(tmp_path, monkeypatch, step):
+    # Metadata files are put in place by one of them, the whole store by the other.
+    def fails(*arguments):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(os, step, fails)
+    with pytest.raises(OSError, match="the disk is full"):
+        create_store(tmp_path / "out.zarr", layout(), PROVENANCE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_appears_complete(tmp_path, monkeypatch):
+    path, seen = tmp_path / "deep" / "out.zarr", []
+
+    def watched(move):
+        def moved(source, target):
+            if Path(target) == path:
+                seen.append((path.exists(), sorted(files(Path(source)))))
+            move(source, target)
+
+        return moved
+
+    for step in ("rename", "replace"):
+        monkeypatch.setattr(os, step, watched(getattr(os, step)))
+    create_store(path, layout(), PROVENANCE)
+    assert seen == [(False, sorted(files(path)))]
+
+
+def test_a_store_is_not_made_over_another(path):
+    before = files(path)
+    with pytest.raises(InputError, match=r"out\.zarr: already exists; .* --overwrite\.$"):
+        create_store(path, layout(), {})
+    assert files(path) == before
+
+
+def test_how_a_store_was_made_can_be_read(path):
+    assert provenance_of(path) == PROVENANCE
+    assert provenance_of(path.with_name("none.zarr")) is None
+
+
+FOREIGN = {
+    "empty folder": {},
+    "photos": {"cat.jpg": "meow"},
+    "another image": {"zarr.json": json.dumps({"zarr_format": 3, "attributes": {"ome": {}}})},
+    "no attributes": {"zarr.json": json.dumps({"zarr_format": 3})},
+    "no group": {"zarr.json": "[]"},
+    "no JSON": {"zarr.json": "{"},
+    "no text": {"zarr.json": b"\xff\xfe"},
+    "a word for provenance": {"zarr.json": json.dumps({"attributes": {"unet_ray": "mine"}})},
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_folder_is_refused(tmp_path, kind):
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    for name, content in FOREIGN[kind].items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=r"thesis: exists and is not an output of unet-ray; .*\.$"):
+        provenance_of(folder)
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    (tmp_path / "thesis.doc").write_bytes(b"words")
+    with pytest.raises(InputError, match="not an output of unet-ray"):
+        provenance_of(tmp_path / "thesis.doc")

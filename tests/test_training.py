@@ -1,0 +1,396 @@
+"""Training on the local engine: it learns, repeats itself, goes on, and refuses what differs."""
+
+import dataclasses
+import json
+import threading
+
+import numpy as np
+import pytest
+import tifffile
+
+from unet_ray import engine, training
+from unet_ray.checkpoints import find_model, read_model, read_tensors, write_model
+from unet_ray.errors import InputError, RunError
+from unet_ray.training import Recipe, train
+from unet_ray.versions import VERSION
+
+
+class StoppedError(Exception):
+    """What stands for a kill in the middle of training."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Threads that wait for each other on a busy machine take many times as long."""
+    monkeypatch.setattr(engine, "usable_cores", lambda: 1)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Paths of an image that equals its labels but for noise, and of the labels."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    labels = 255 * rng.integers(0, 2, (2, 10, 10), np.uint8).repeat(7, 1).repeat(7, 2)
+    image = (labels // 4 + rng.integers(60, 90, labels.shape)).astype(np.uint8)
+    for name, array in {"image": image, "labels": labels}.items():
+        tifffile.imwrite(folder / f"{name}.tif", array, resolution=(1e4, 1e4), resolutionunit=3)
+    return str(folder / "image.tif"), str(folder / "labels.tif")
+
+
+def recipe(name="default", **chosen):
+    tiny = {"base_channels": 2, "depth": 1, "patch": (44, 48), "steps": 40, "elastic": 2.0}
+    return Recipe.of(name, **{**tiny, "learning_rate": 0.02, **chosen})
+
+
+def run(files, out, watch=lambda measure: None, **chosen):
+    return train([files[0]], [files[1]], out, recipe(**chosen), watch=watch)
+
+
+def measures(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def stop_at(step):
+    def watch(measure):
+        if measure.step == step:
+            raise StoppedError
+
+    return watch
+
+
+def told_by(model):
+    """All that a model file says, comparable: header, and bytes of every tensor."""
+    tensors, header = read_tensors(model)
+    return header, {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def files_in(folder):
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+# Learning
+
+
+def test_loss_falls_on_a_trivial_image(files, tmp_path):
+    run(files, tmp_path / "run", steps=60)
+    losses = [m["loss"] for m in measures(tmp_path / "run")]
+    assert len(losses) == 6
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_a_network_of_depth_two_learns_from_batches_in_bfloat16(files, tmp_path):
+    chosen = {"depth": 2, "patch": (64, 68), "batch": 2, "precision": "bfloat16", "dropout": 0.1}
+    model = run(files, tmp_path / "run", steps=40, **chosen)
+    losses = [m["loss"] for m in measures(tmp_path / "run")]
+    assert losses[-1] < 0.8 * losses[0]
+    network, header = read_model(model)
+    assert (network.depth, header.training["precision"]) == (2, "bfloat16")
+
+
+def test_measures_are_told_and_kept(files, tmp_path):
+    told = []
+    run(files, tmp_path / "run", told.append, steps=25)
+    assert [m.step for m in told] == [10, 20, 25]
+    assert [dataclasses.asdict(m) for m in told] == measures(tmp_path / "run")
+    assert [m.progress for m in told] == pytest.approx([0.4, 0.8, 1.0], abs=0.041)
+    rates = [0.02 * (1 - step / 25) ** 0.9 for step in (9, 19, 24)]
+    assert [m.learning_rate for m in told] == pytest.approx(rates)
+    assert sorted(m.seconds for m in told) == [m.seconds for m in told]
+
+
+@pytest.mark.parametrize("steps", [7, 20])
+def test_the_last_measure_says_that_all_is_done(files, tmp_path, steps):
+    told = []
+    run(files, tmp_path / "run", told.append, steps=steps)
+    assert (told[-1].step, told[-1].progress) == (steps, 1.0)
+
+
+def test_minutes_end_training_too(files, tmp_path):
+    told = []
+    model = run(files, tmp_path / "run", told.append, steps=None, minutes=0.01)
+    assert read_model(model)[1].training["steps"] == told[-1].step > 1
+    assert told[-1].progress > 0.5
+    assert 0.5 < told[-1].seconds < 5
+
+
+def test_the_bound_that_comes_first_ends_training(files, tmp_path):
+    model = run(files, tmp_path / "run", steps=5, minutes=60.0)
+    assert read_model(model)[1].training["steps"] == 5
+
+
+def test_no_thread_is_left(files, tmp_path):
+    run(files, tmp_path / "run", steps=3)
+    left = [t for t in threading.enumerate() if t.name == "samples"]
+    for thread in left:
+        thread.join(timeout=5)
+    assert not any(t.is_alive() for t in left)
+
+
+# The same again
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [{"dropout": 0.3, "batch": 2}, {"name": "paper", "learning_rate": 1e-3}],
+    ids=["adamw", "sgd"],
+)
+class TestRepeats:
+    def test_same_seed_same_weights(self, files, tmp_path, chosen):
+        models = [told_by(run(files, tmp_path / n, steps=15, **chosen)) for n in "ab"]
+        assert models[0] == models[1]
+
+    @pytest.mark.parametrize("step", [10, 20, 30])
+    def test_interrupted_and_resumed_equals_uninterrupted(
+        self, files, tmp_path, monkeypatch, chosen, step
+    ):
+        monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+        whole = run(files, tmp_path / "whole", steps=35, **chosen)
+        with pytest.raises(StoppedError):
+            run(files, tmp_path / "cut", stop_at(step), steps=35, **chosen)
+        kept = [p.name for p in sorted((tmp_path / "cut" / "checkpoints").iterdir())]
+        assert kept == [f"step-{n:09d}.safetensors" for n in (step - 2, step - 1)]
+        told = []
+        resumed = run(files, tmp_path / "cut", told.append, steps=35, **chosen)
+        assert told[0].step == step  # the steps before the checkpoint are not done again
+        assert told_by(resumed) == told_by(whole)
+
+    def test_interrupted_before_a_checkpoint_starts_anew(self, files, tmp_path, chosen):
+        whole = run(files, tmp_path / "whole", steps=15, **chosen)
+        with pytest.raises(StoppedError):
+            run(files, tmp_path / "cut", stop_at(10), steps=15, **chosen)
+        assert told_by(run(files, tmp_path / "cut", steps=15, **chosen)) == told_by(whole)
+        assert [m["step"] for m in measures(tmp_path / "cut")] == [10, 15]
+
+
+def test_same_seed_same_weights_on_all_cores(files, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    models = [told_by(run(files, tmp_path / n, steps=3)) for n in "ab"]
+    assert models[0] == models[1]
+
+
+def test_another_seed_gives_other_weights(files, tmp_path):
+    models = [run(files, tmp_path / str(n), steps=2, seed=n) for n in (0, 1)]
+    one, other = (read_model(model)[0].state_dict() for model in models)
+    assert not (one["head.weight"] == other["head.weight"]).any()
+
+
+def test_metrics_go_on_without_doubled_steps(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    out = tmp_path / "run"
+    for step in (20, 30):
+        with pytest.raises(StoppedError):
+            run(files, out, stop_at(step))
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write('{"step": 1')  # what a kill may leave of a line
+    run(files, out)
+    told = measures(out)
+    assert [m["step"] for m in told] == [10, 20, 30, 40]
+    assert [m["progress"] for m in told] == sorted(m["progress"] for m in told)
+    assert [m["seconds"] for m in told] == sorted(m["seconds"] for m in told)
+
+
+def test_time_already_trained_counts(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    with pytest.raises(StoppedError):
+        run(files, tmp_path / "run", stop_at(10), steps=None, minutes=60.0)
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    tensors, header = read_tensors(newest)
+    training.write_tensors(newest, tensors, {**header, "seconds": 3600.0})
+    model = run(files, tmp_path / "run", steps=None, minutes=60.0)
+    assert read_model(model)[1].training["steps"] == 9
+
+
+def test_a_finished_run_does_nothing(files, tmp_path):
+    model = run(files, tmp_path / "run", steps=3)
+    before = files_in(tmp_path)
+    assert run(files, tmp_path / "run", lambda measure: pytest.fail("a step"), steps=3) == model
+    assert files_in(tmp_path) == before
+
+
+def test_a_model_lost_after_the_last_step_is_written_again(files, tmp_path):
+    model = run(files, tmp_path / "run", steps=3)
+    told = told_by(model)
+    model.unlink()
+    assert told_by(run(files, tmp_path / "run", steps=3)) == told
+    assert [m["step"] for m in measures(tmp_path / "run")] == [3]
+
+
+# What is refused
+
+
+OTHER = {
+    "steps": 9,
+    "depth": 2,
+    "base_channels": 3,
+    "norm": "none",
+    "dropout": 0.2,
+    "patch": (48, 48),
+    "batch": 2,
+    "minutes": 5.0,
+    "learning_rate": 0.5,
+    "momentum": 0.5,
+    "w0": 2.0,
+    "sigma": 2.0,
+    "elastic": 0.0,
+    "seed": 4,
+    "precision": "bfloat16",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    run(files, out, steps=2)
+    return out
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_other_settings_are_refused_by_name(files, finished, field):
+    before = files_in(finished)
+    chosen = {"steps": 2, field: OTHER[field]}
+    if field == "depth":
+        chosen["patch"] = (44, 48)
+    with pytest.raises(InputError, match=rf"another {field} \("):
+        run(files, finished, **chosen)
+    assert files_in(finished) == before
+
+
+def test_another_recipe_is_refused_by_name(files, finished):
+    with pytest.raises(InputError, match=r"another recipe \(default, now paper\)"):
+        run(files, finished, steps=2, name="paper")
+
+
+@pytest.mark.parametrize("which, field", [(0, "images"), (1, "labels")])
+def test_other_data_are_refused_by_name(files, finished, tmp_path, which, field):
+    changed = tifffile.imread(files[which])
+    changed[0, :10, :10] = np.where(changed[0, :10, :10] < 128, 255, 0)
+    other = list(files)
+    other[which] = str(tmp_path / f"{field}.tif")
+    tifffile.imwrite(other[which], changed)
+    with pytest.raises(InputError, match=rf"another {field} \("):
+        run(other, finished, steps=2)
+
+
+def test_an_interrupted_run_is_refused_as_a_finished_one_is(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    with pytest.raises(StoppedError):
+        run(files, tmp_path / "run", stop_at(10))
+    before = files_in(tmp_path)
+    with pytest.raises(InputError, match=r"another seed \(0, now 1\)"):
+        run(files, tmp_path / "run", seed=1)
+    assert files_in(tmp_path) == before
+
+
+def test_what_is_not_a_run_is_refused(files, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    before = files_in(tmp_path)
+    with pytest.raises(InputError, match="thesis: exists and is not a training run"):
+        run(files, tmp_path / "thesis")
+    with pytest.raises(InputError, match="file: is a file"):
+        run(files, tmp_path / "file")
+    assert files_in(tmp_path) == before
+
+
+def test_a_folder_with_a_model_from_elsewhere_is_refused(files, tmp_path):
+    network, header = read_model(run(files, tmp_path / "run", steps=2))
+    (tmp_path / "gift").mkdir()
+    bare = dataclasses.replace(header, training={}, data={})
+    write_model(tmp_path / "gift" / "model.safetensors", network, bare)
+    with pytest.raises(InputError, match="gift"):
+        run(files, tmp_path / "gift", steps=2)
+
+
+def test_an_empty_folder_becomes_a_run(files, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert run(files, tmp_path / "run", steps=1) == find_model(tmp_path / "run")
+
+
+def test_several_workers_need_ray_and_leave_nothing_behind(files, tmp_path):
+    with pytest.raises(InputError, match="workers=2 needs --engine ray"):
+        train([files[0]], [files[1]], tmp_path / "run", recipe(), workers=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_is_no_number_ends_training(files, tmp_path):
+    with pytest.raises(RunError, match=r"step \d+: the loss is (nan|inf); lower --learning-rate"):
+        run(files, tmp_path / "run", learning_rate=1e30)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+# Recipes and what the model says of itself
+
+
+def test_the_default_recipe_is_what_its_description_says():
+    made = Recipe.of("default")
+    assert (made.optimiser, made.norm, made.dropout, made.decay) == ("adamw", "batch", 0.0, 0.9)
+    assert (made.patch, made.output, made.minutes, made.steps) == ((380, 380), (196, 196), 15, None)
+    assert Recipe.of("default", steps=7).minutes is None
+
+
+def test_the_paper_recipe_has_the_papers_settings(files, tmp_path):
+    made = Recipe.of("paper", steps=1)
+    assert (made.optimiser, made.momentum, made.batch) == ("sgd", 0.99, 1)
+    assert (made.depth, made.base_channels, made.norm, made.dropout) == (4, 64, "none", 0.5)
+    assert (made.patch, made.output) == ((572, 572), (388, 388))
+    assert (made.w0, made.sigma, made.elastic) == (10, 5, 10)
+    small = recipe("paper", steps=1)
+    model = train([files[0]], [files[1]], tmp_path / "run", small)
+    network, header = read_model(model)
+    assert (network.norm, network.dropout) == ("none", 0.5)
+    assert header.training["recipe"]["momentum"] == 0.99
+    tensors, _ = read_tensors(max((tmp_path / "run" / "checkpoints").iterdir()))
+    kept = {name.split(".")[-1] for name in tensors if name.startswith("optimiser")}
+    assert kept == {"momentum_buffer"}
+
+
+BAD = {
+    "batch": [0, -1],
+    "steps": [0],
+    "minutes": [0, -1.0, float("nan"), float("inf")],
+    "learning_rate": [0, -1.0, float("nan"), float("inf")],
+    "momentum": [-0.1, 1.0, float("nan")],
+    "w0": [-1.0, float("nan")],
+    "sigma": [0, -1.0],
+    "elastic": [-1.0, float("inf")],
+    "seed": [-1],
+    "depth": [0, 9],
+    "base_channels": [0, 5000],
+    "dropout": [-0.1, 1.0],
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, v) for name, values in BAD.items() for v in values])
+def test_a_setting_out_of_range_is_refused_with_its_rule(name, value):
+    with pytest.raises(InputError, match=f"{name}={value} must"):
+        Recipe.of("default", **{name: value})
+
+
+def test_a_patch_that_does_not_fit_names_the_nearest_that_do():
+    with pytest.raises(InputError, match=r"570 does not fit .*188 \+ 16k.*556 and 572"):
+        Recipe.of("default", patch=(380, 570))
+
+
+def test_the_model_says_how_it_was_made(files, tmp_path):
+    model = run(files, tmp_path / "run", steps=2, precision="float32")
+    network, header = read_model(model)
+    assert header.architecture == {
+        "in_channels": 1,
+        "classes": 2,
+        "base_channels": 2,
+        "depth": 1,
+        "norm": "batch",
+        "dropout": 0.0,
+    }
+    assert header.class_values == [0, 255]
+    assert header.normalisation == {"method": "mean-std"}
+    assert header.voxel_size is None  # z is not known of a stack without it
+    settings = dataclasses.asdict(recipe(steps=2, precision="float32"))
+    assert header.training["recipe"] == json.loads(json.dumps(settings))
+    assert (header.training["precision"], header.training["steps"]) == ("float32", 2)
+    assert [header.data[k][0]["name"] for k in ("images", "labels")] == ["image.tif", "labels.tif"]
+    assert len(header.data["images"][0]["sampled_sha256"]) == 64
+    assert header.versions["unet-ray"] == VERSION
+    assert {"torch", "numpy"} <= set(header.versions)
+    assert not network.training

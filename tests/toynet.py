@@ -1,0 +1,59 @@
+"""A U-Net in integers: valid convolutions, max-pooling, up-convolutions and skips, all exact.
+
+One channel, numbers modulo a prime instead of ReLU: nothing is rounded and nothing dies out, so
+whatever a tile sees otherwise than the whole image does shows in its output.
+"""
+
+import numpy as np
+
+from unet_ray.tiles import Context
+
+PRIME = 251
+
+
+class ToyNet:
+    """A network of some `levels` (`unet_ray.tiles.Level`): a function of int64 (z, y, x)."""
+
+    def __init__(self, levels, seed=0):
+        rng = np.random.default_rng(seed)
+        self.levels = levels
+        self.context = Context.of_levels(levels)
+        self._down = [rng.integers(1, PRIME, (2, *v.kernel)) for v in levels]
+        self._join = [rng.integers(1, PRIME, (2, *v.kernel)) for v in levels]
+        self._up = [rng.integers(1, PRIME, v.pool) for v in levels]
+
+    def __call__(self, voxels):
+        """What the valid convolutions leave of `voxels`; ValueError if the sizes do not fit."""
+        return self._from(0, voxels)
+
+    def _from(self, level, x):
+        x = convolved(x, self._down[level])
+        if level == len(self.levels) - 1:
+            return x
+        below = self._from(level + 1, pooled(x, self.levels[level].pool))
+        below = np.kron(below, self._up[level])
+        return convolved(2 * middle(x, below.shape) + below, self._join[level])
+
+
+def convolved(x, kernels):
+    for kernel in kernels:
+        size = [n - k + 1 for n, k in zip(x.shape, kernel.shape, strict=True)]
+        total = np.zeros(size, np.int64)
+        for at in np.ndindex(kernel.shape):
+            window = tuple(slice(a, a + n) for a, n in zip(at, size, strict=True))
+            total += kernel[at] * x[window]
+        x = total % PRIME
+    return x
+
+
+def pooled(x, widths):
+    pairs = [(n // p, p) for n, p in zip(x.shape, widths, strict=True)]
+    cells = x.reshape([number for pair in pairs for number in pair])
+    return cells.max(axis=tuple(range(1, 2 * x.ndim, 2)))
+
+
+def middle(x, shape):
+    excess = [have - want for have, want in zip(x.shape, shape, strict=True)]
+    if any(n < 0 or n % 2 for n in excess):
+        raise ValueError(f"{shape} has no place in the middle of {x.shape}")
+    return x[tuple(slice(n // 2, n // 2 + want) for n, want in zip(excess, shape, strict=True))]

@@ -1,0 +1,142 @@
+"""The demonstration: a phantom, a network trained on it, a larger phantom segmented on Ray.
+
+Uses the same functions as the command line; knows nothing that a user could not do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+import zarr
+from numpy.typing import NDArray
+
+from unet_ray.metrics import accuracy, confusion, iou
+from unet_ray.phantom import Phantom, make_phantom
+from unet_ray.pictures import (
+    colour_classes,
+    colour_map,
+    overlay,
+    side_by_side,
+    to_grey,
+    write_png,
+)
+from unet_ray.progress import ProgressLine, format_seconds
+from unet_ray.segmentation import Progress, Settings, segment
+from unet_ray.stores import ARRAYS
+from unet_ray.training import Measure, Recipe, train
+
+TRAINING_SHAPE, TEST_SHAPE = (8, 512, 512), (12, 768, 768)
+TRAINING_SEED, TEST_SEED = 1, 2
+RECIPE = {"base_channels": 16, "patch": (316, 316), "minutes": 3.0}
+SHOWN_SLICE = 6
+
+Say = Callable[[str], None]
+
+
+def run(out: Path, say: Say) -> None:
+    """Runs the demonstration in folder `out`; the same call again goes on or shows it again.
+
+    Args:
+        out: folder of phantoms, run, store and pictures.
+        say: takes lines about progress; results go to standard output.
+    """
+    say(f"Making two phantoms, {_by(TRAINING_SHAPE)} to learn from and {_by(TEST_SHAPE)} to test.")
+    learn = _phantom(out / "phantom" / "train", TRAINING_SHAPE, TRAINING_SEED)[1]
+    truth, test = _phantom(out / "phantom" / "test", TEST_SHAPE, TEST_SEED)
+    say("Training a U-Net on the first.")
+    model = train(
+        [str(learn / "volume.tif")],
+        [str(learn / "labels.tif")],
+        out / "run",
+        Recipe.of("default", **RECIPE),
+        watch=_watch_training(ProgressLine("train")),
+    )
+    say("Segmenting the second on Ray.")
+    settings = Settings(engine="ray")
+    watch = _watch_tiles(ProgressLine("segment"))
+    store = segment(test / "volume.tif", model, out / "test.zarr", settings, watch)
+    classes = zarr.open_array(store / ARRAYS["classes"], mode="r")[:]
+    probability = zarr.open_array(store / ARRAYS["probabilities"], mode="r")[0]
+    print(_score_table(truth, np.asarray(classes)))
+    for path in _draw(out / "pictures", truth, np.asarray(probability), np.asarray(classes)):
+        print(path)
+
+
+def _phantom(folder: Path, shape: tuple[int, int, int], seed: int) -> tuple[Phantom, Path]:
+    """The phantom and the folder with its files, which are written if they are not there."""
+    phantom = make_phantom(shape, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, voxels in (("volume", phantom.image), ("labels", phantom.classes)):
+        path = folder / f"{name}.tif"
+        if not path.exists():
+            partial = path.with_suffix(".partial.tif")
+            tifffile.imwrite(partial, voxels, compression="zlib", metadata={"axes": "ZYX"})
+            os.replace(partial, path)
+    return phantom, folder
+
+
+def _watch_training(line: ProgressLine) -> Callable[[Measure], None]:
+    def watch(now: Measure) -> None:
+        left = now.seconds / max(now.progress, 1e-9) * (1 - now.progress)
+        text = f"step {now.step}, loss {now.loss:.3f}, {format_seconds(left)} left"
+        line.show(now.progress, text)
+
+    return watch
+
+
+def _watch_tiles(line: ProgressLine) -> Callable[[Progress], None]:
+    def watch(now: Progress) -> None:
+        line.show(now.done / now.total, f"{now.done}/{now.total} tiles")
+
+    return watch
+
+
+def _score_table(truth: Phantom, classes: NDArray[np.uint8]) -> str:
+    """The network beside two answers that need none: everything is cell, and the best threshold."""
+    right = (truth.classes > 0).astype(np.uint8)
+    answers = {
+        "U-Net": classes,
+        "best threshold": _best_threshold(truth.image, right),
+        "all cell": np.ones_like(right),
+    }
+    lines = [f"{'':16}{'accuracy':>10}{'IoU membrane':>15}{'IoU cell':>11}"]
+    for name, answer in answers.items():
+        counts = confusion(answer, right, 2)
+        membrane, cell = iou(counts)
+        lines.append(f"{name:16}{accuracy(counts):>10.4f}{membrane:>15.4f}{cell:>11.4f}")
+    return "\n".join(lines)
+
+
+def _best_threshold(image: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Cell where the image is brighter than the threshold of the best mean IoU."""
+    answers: list[Any] = [(image > level).astype(np.uint8) for level in range(16, 240, 8)]
+    return max(answers, key=lambda answer: float(iou(confusion(answer, right, 2)).mean()))
+
+
+def _draw(
+    folder: Path, truth: Phantom, probability: NDArray[np.uint8], classes: NDArray[np.uint8]
+) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    z = SHOWN_SLICE
+    image, right = to_grey(truth.image[z]), truth.classes[z] > 0
+    panels = {
+        "input": np.repeat(image[..., None], 3, axis=2),
+        "probability": colour_map(probability[z]),
+        "classes": colour_classes(classes[z]),
+        "truth": colour_classes(right.astype(np.uint8)),
+        "overlay": overlay(image, classes[z] == 0),
+    }
+    captions = ["input", "probability of cell", "classes", "truth", "membrane found, over input"]
+    panels["all"] = side_by_side(list(panels.values()), captions)
+    for name, picture in panels.items():
+        write_png(folder / f"{name}.png", picture)
+    return [folder / f"{name}.png" for name in panels]
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
