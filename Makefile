@@ -17,7 +17,7 @@ help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  (VENV=DIR: the environment to use or make; PYTHON=FILE: the Python to make it from)"
 
-demo: $(STAMP) ## make synthetic microscopy, train, segment and score it; the report is in demo/
+demo: $(STAMP) ## make synthetic microscopy, train, segment on Ray and score it, in demo/
 	$(RUN) unet_ray demo --out demo
 
 test: $(STAMP) ## run the tests, a few minutes

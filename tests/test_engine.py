@@ -58,10 +58,15 @@ class Marker:
 
 
 class Watching:
-    """A worker that knows how many of its steps run at the same time; of one process."""
+    """A worker that knows how many of its steps run at the same time; of one process.
 
-    def __init__(self):
+    Args:
+        together: how many tiles wait for each other before any goes on; fewer is an error.
+    """
+
+    def __init__(self, together=1):
         self.lock, self.now, self.most, self.started = threading.Lock(), Counter(), Counter(), []
+        self.meeting = threading.Barrier(together, timeout=20)
 
     def during(self, *names):
         with self.lock:
@@ -77,6 +82,7 @@ class Watching:
     def read(self, tile):
         self.started.append(tile)
         self.during("tile")
+        self.meeting.wait()
 
     def predict(self, tile, voxels):
         self.during("predict")
@@ -145,16 +151,18 @@ class TestBoth:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
-def test_never_more_tiles_at_once_than_workers(workers):
-    worker = Watching()
-    assert len(list(run(Stage("watch", lambda: worker, "cpu"), range(20), "local", workers))) == 20
-    assert worker.most["tile"] == worker.most["predict"] == workers
+def test_as_many_tiles_at_once_as_workers_and_never_more(workers):
+    worker = Watching(together=workers)
+    receipts = list(run(Stage("watch", lambda: worker, "cpu"), range(20), "local", workers))
+    assert [r.error for r in receipts] == [None] * 20
+    assert worker.most["tile"] == workers
 
 
 def test_one_tile_per_core_unless_told_otherwise(monkeypatch):
     monkeypatch.setattr(engine, "usable_cores", lambda: 3)
-    worker = Watching()
-    list(run(Stage("watch", lambda: worker, "cpu"), range(12), "local"))
+    worker = Watching(together=3)
+    receipts = list(run(Stage("watch", lambda: worker, "cpu"), range(12), "local"))
+    assert [r.error for r in receipts] == [None] * 12
     assert worker.most["tile"] == 3
 
 

@@ -1,11 +1,19 @@
 """Sizes as people write them, and sums that grow with what they are sums of."""
 
+import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unet_ray.checkpoints import ModelHeader, architecture_of, write_model
 from unet_ray.errors import InputError
 from unet_ray.memory import (
     PROCESS_BYTES,
@@ -15,6 +23,8 @@ from unet_ray.memory import (
     pass_bytes,
     worker_bytes,
 )
+from unet_ray.network import UNet
+from unet_ray.segmentation import Settings, plan
 from unet_ray.tiles import Context, TilePlan
 
 # Sizes of people.
@@ -138,3 +148,86 @@ def test_a_larger_tile_needs_more_and_smaller_passes_less(z, y, x):
         more = tuple(n + step * (a == axis) for a, n in enumerate(core))
         assert needs < worker_bytes(NET, planned(more), 1, 2).total
     assert worker_bytes(NET, planned(core, (1, *core[1:])), 1, 2).total <= needs
+
+
+# Measured: anonymous memory of real processes against the plan.
+
+
+def anonymous(pid):
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"RssAnon:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0
+
+
+def workers_of(driver, engine):
+    """Process ids of the predicting workers: the command itself, or its Ray actors."""
+    if engine == "local":
+        return [driver]
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if "_TileActor" in (folder / "cmdline").read_text():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def measured_peak(arguments, engine):
+    """Largest anonymous memory of any worker while `segment` runs, in bytes."""
+    command = [sys.executable, "-m", "unet_ray", "segment", *map(str, arguments)]
+    command += ["--engine", engine, "--workers", "1" if engine == "local" else "2"]
+    peak = 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as running:
+        while running.poll() is None:
+            peak = max([peak, *(anonymous(pid) for pid in workers_of(running.pid, engine))])
+            time.sleep(0.05)
+    assert running.returncode == 0
+    return peak
+
+
+def make_case(folder, shape, channels):
+    """A volume of noise written slab by slab, and a random model."""
+    volume = zarr.create_array(
+        folder / "volume.zarr", shape=shape, chunks=(16, 256, 256), dtype="uint8"
+    )
+    noise = np.random.default_rng(0).integers(0, 255, (16, *shape[1:]), dtype=np.uint8)
+    for z in range(0, shape[0], 16):
+        volume[z : z + 16] = noise[: shape[0] - z]
+    network = UNet(1, 2, channels)
+    header = ModelHeader(architecture_of(network), [0, 255], {"method": "mean-std"})
+    write_model(folder / "model.safetensors", network, header)
+    return folder / "volume.zarr", folder / "model.safetensors"
+
+
+def check_peak(folder, shape, channels, engine):
+    volume, model = make_case(folder, shape, channels)
+    planned = plan(volume, model, Settings(engine=engine)).memory.total
+    peak = measured_peak([volume, "--model", model, "--out", folder / "out.zarr"], engine)
+    print(f"{engine}, {channels} channels, {shape}: {peak / planned:.2f} of {planned >> 20} MiB")
+    assert 0.7 <= peak / planned <= 1.0
+    return peak
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_stays_under_the_plan(tmp_path):
+    check_peak(tmp_path, (32, 1024, 1024), 4, "local")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("channels", [4, 16])
+def test_peak_memory_does_not_grow_with_the_volume(tmp_path, engine, channels):
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.mkdir()
+    large.mkdir()
+    first = check_peak(small, (48, 2048, 2048), channels, engine)
+    # 2 GB with few channels; with more, 800 MB, or it would take a quarter of an hour.
+    slices = 480 if channels == 4 else 192
+    second = check_peak(large, (slices, 2048, 2048), channels, engine)
+    assert second <= 1.05 * first

@@ -525,7 +525,10 @@ def test_too_little_memory_is_refused(tmp_path, model, volume):
 
 def test_a_tile_too_large_for_the_memory_names_one_that_fits(tmp_path, model, write):
     volume = write(noise((3, 900, 1000)))
-    settings = dataclasses.replace(FLOAT32, tile=(3, 900, 1000), memory=215 << 20)
+    opened, (network, _) = open_volume(volume), read_model(model)
+    half = dataclasses.replace(FLOAT32, tile=(3, 452, 1000))
+    _, need = choose_plan(opened, network, network_size(network, "float32"), half, 2)
+    settings = dataclasses.replace(FLOAT32, tile=(3, 900, 1000), memory=need.total)
     with pytest.raises(InputError, match=r"tile=3,900,1000 needs .* allowed; tile=") as refused:
         segment(volume, model, tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()

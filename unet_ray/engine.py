@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from unet_ray.errors import UnetRayError
+from unet_ray.errors import InputError, UnetRayError
 from unet_ray.memory import kept_memory_environment
 
 EngineName = Literal["local", "ray"]
@@ -32,6 +32,7 @@ CPUS_PER_ACTOR = 0.9
 TILES_PER_GPU_BATCH = 8
 # Only tile numbers and receipts cross the object store while segmenting.
 OBJECT_STORE_BYTES = 1 << 30
+UNBOUNDED = 1 << 20
 # What Ray says on every start and users can do nothing about.
 _RAY_LOGS = {
     "ray.data": logging.WARNING,
@@ -105,14 +106,45 @@ def run(
     return _side_by_side(stage, stage.make_worker(), iter(tiles), threads)
 
 
-def has_gpu(engine: EngineName) -> bool:
-    """Whether tiles would run on a GPU: of this machine, or of the cluster as it stands."""
-    if engine == "local":
-        return torch.cuda.is_available()
-    import ray
+def find_device(engine: EngineName, workers: int | None = None) -> str:
+    """``cuda`` if this machine, or the cluster as it is or may grow, has GPUs; else ``cpu``.
 
-    connect()
-    return bool(ray.cluster_resources().get("GPU", 0) >= 1)
+    Raises:
+        InputError: if the cluster can never hold so many workers.
+    """
+    if engine == "local":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    connect(workers)
+    device = "cuda" if cluster_size("GPU") >= 1 else "cpu"
+    pool_size(device, workers)
+    return device
+
+
+def pool_size(device: str, workers: int | None) -> int:
+    """How many workers to start on the connected cluster: those asked for, or all that fit.
+
+    Raises:
+        InputError: if it can never hold so many: Ray would wait for ever.
+    """
+    resource = "GPU" if device == "cuda" else "CPU"
+    most = max(1, cluster_size(resource))
+    if workers and workers > most:
+        raise InputError(
+            f"workers={workers} is more than this Ray cluster can hold: it has {most} {resource}s; "
+            f"the most is {most}."
+        )
+    return workers or most
+
+
+def cluster_size(resource: str) -> int:
+    """How much of a resource (``CPU`` or ``GPU``) the cluster has, or can start machines for."""
+    import ray
+    from ray._private.state import state  # as Ray Train does: there is no public way to ask
+
+    may_have = (state.get_max_resources_from_cluster_config() or {}).get(resource, 0)
+    has = int(ray.cluster_resources().get(resource, 0))
+    # A cluster without an upper bound says so with a huge number: then what is there counts.
+    return max(has, int(may_have)) if may_have < UNBOUNDED else max(has, 1)
 
 
 def connect(workers: int | None = None) -> None:
@@ -204,8 +236,7 @@ def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None) -> Iterato
 
     connect(workers)
     gpu = stage.device == "cuda"
-    total = ray.cluster_resources().get("GPU" if gpu else "CPU", 1)
-    size = workers or max(1, int(total))
+    size = pool_size(stage.device, workers)
     batch = TILES_PER_GPU_BATCH if gpu else 1
     while wave := list(itertools.islice(tiles, WAVE)):
         blocks = -(-len(wave) // batch)

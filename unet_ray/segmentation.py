@@ -278,7 +278,7 @@ def plan(
         InputError: for anything wrong with input, model or settings.
     """
     volume, network, _ = _open(source, model, settings)
-    device = _device(settings.engine)
+    device = _device(settings)
     precision = settings.precision or best_precision(device)
     values = _stored_values(network.classes, _checked_outputs(settings.outputs))
     size = network_size(network, precision)
@@ -337,7 +337,7 @@ def prepare(
     told = provenance_of(path)  # also refuses a path that is not ours, whatever is asked
     if settings.overwrite:
         told = None
-    device: Device = told["device"] if told else _device(settings.engine)
+    device: Device = told["device"] if told else _device(settings)
     precision = settings.precision or (told["precision"] if told else best_precision(device))
     outputs = _checked_outputs(settings.outputs or (tuple(told["outputs"]) if told else None))
     size, values = network_size(network, precision), _stored_values(network.classes, outputs)
@@ -379,8 +379,8 @@ def network_size(network: UNet, precision: Precision) -> NetworkSize:
     )
 
 
-def _device(engine: engines.EngineName) -> Device:
-    return "cuda" if engines.has_gpu(engine) else "cpu"
+def _device(settings: Settings) -> Device:
+    return "cuda" if engines.find_device(settings.engine, settings.workers) == "cuda" else "cpu"
 
 
 def _checked_outputs(asked: tuple[str, ...] | None) -> tuple[str, ...]:

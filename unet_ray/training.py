@@ -481,10 +481,10 @@ def _fit_on_ray(
     import ray.train as ray_train
     from ray.train.torch import TorchTrainer
 
-    gpu = engines.has_gpu("ray")
-    resources = ray.cluster_resources()
-    size = workers or (int(resources["GPU"]) if gpu else 1)
-    threads = max(1, int(resources.get("CPU", 1)) // size)
+    device = engines.find_device("ray", workers)
+    gpu = device == "cuda"
+    size = engines.pool_size(device, workers) if gpu or workers else 1
+    threads = max(1, engines.cluster_size("CPU") // size)
     reference = ray.put(data)
     scratch = run / "checkpoints" / "ray"
     trainer = TorchTrainer(

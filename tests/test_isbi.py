@@ -1,0 +1,54 @@
+"""ISBI 2012 end to end: a network trained on real membranes, and tile sizes that do not matter."""
+
+import numpy as np
+import pytest
+import zarr
+
+from unet_ray.segmentation import Settings, segment
+from unet_ray.stores import ARRAYS
+from unet_ray.training import Recipe, train
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+TILES = [None, (4, 256, 256), (8, 384, 384), (1, 176, 512)]
+# Largest difference of the stored map, and the part of its voxels that differ by more than 1.
+BOUNDS = {"float32": (1, 0.0), "bfloat16": (48, 0.02)}
+
+
+@pytest.fixture(scope="module")
+def data(shared_data):
+    return shared_data / "isbi2012"
+
+
+@pytest.fixture(scope="module")
+def model(data, tmp_path_factory):
+    images, labels = [str(data / f"train-{name}.tif") for name in ("volume", "labels")]
+    recipe = Recipe.of("default", base_channels=16, steps=400)
+    return train([images], [labels], tmp_path_factory.mktemp("isbi") / "run", recipe)
+
+
+def maps(store):
+    return [zarr.open_array(store / ARRAYS[name], mode="r")[:] for name in ARRAYS]
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_other_tile_sizes_give_the_same_map(model, data, tmp_path, precision):
+    results = []
+    for number, tile in enumerate(TILES):
+        settings = Settings(tile=tile, precision=precision)
+        out = tmp_path / f"{number}.zarr"
+        results.append(maps(segment(data / "test-volume.tif", model, out, settings)))
+    (whole, classes), *others = results
+    assert 0.1 < (classes == 0).mean() < 0.4, "membranes are about a fifth of the volume"
+    most, share = BOUNDS[precision]
+    for tile, (map_, found) in zip(TILES[1:], others, strict=True):
+        apart = np.abs(map_.astype(int) - whole)
+        flipped = found != classes
+        print(
+            f"{precision} {tile}: at most {apart.max()} of 255, {(apart > 0).mean():.2e} of the "
+            f"voxels differ, {(apart > 1).mean():.2e} by more than 1, {flipped.sum()} classes"
+        )
+        assert apart.max() <= most and (apart > 1).mean() <= share
+        if precision == "float32":
+            assert (apart > 0).mean() < 1e-3
+            assert np.all(np.abs(whole[0][flipped] - 127.5) <= 1), "classes flip at ties only"
