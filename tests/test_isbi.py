@@ -10,9 +10,7 @@ from unet_ray.training import Recipe, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-TILES = [None, (4, 256, 256), (8, 384, 384), (1, 176, 512)]
-# Largest difference of the stored map, and the part of its voxels that differ by more than 1.
-BOUNDS = {"float32": (1, 0.0), "bfloat16": (48, 0.02)}
+TILES = [None, (4, 256, 256), (8, 384, 384), (1, 176, 512), (8, 128, 128), (16, 64, 64)]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +29,7 @@ def maps(store):
     return [zarr.open_array(store / ARRAYS[name], mode="r")[:] for name in ARRAYS]
 
 
-@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_other_tile_sizes_give_the_same_map(model, data, tmp_path, precision):
     results = []
     for number, tile in enumerate(TILES):
@@ -40,15 +38,12 @@ def test_other_tile_sizes_give_the_same_map(model, data, tmp_path, precision):
         results.append(maps(segment(data / "test-volume.tif", model, out, settings)))
     (whole, classes), *others = results
     assert 0.1 < (classes == 0).mean() < 0.4, "membranes are about a fifth of the volume"
-    most, share = BOUNDS[precision]
     for tile, (map_, found) in zip(TILES[1:], others, strict=True):
         apart = np.abs(map_.astype(int) - whole)
         flipped = found != classes
         print(
             f"{precision} {tile}: at most {apart.max()} of 255, {(apart > 0).mean():.2e} of the "
-            f"voxels differ, {(apart > 1).mean():.2e} by more than 1, {flipped.sum()} classes"
+            f"voxels differ, {flipped.sum()} classes"
         )
-        assert apart.max() <= most and (apart > 1).mean() <= share
-        if precision == "float32":
-            assert (apart > 0).mean() < 1e-3
-            assert np.all(np.abs(whole[0][flipped] - 127.5) <= 1), "classes flip at ties only"
+        assert apart.max() <= 1 and (apart > 0).mean() < 1e-3
+        assert np.all(np.abs(whole[0][flipped] - 127.5) <= 1), "classes flip at ties only"

