@@ -136,15 +136,20 @@ class TestBoth:
     def test_no_tiles_are_no_work(self, folder, name):
         assert list(run(stage(folder), [], name, 2)) == []
 
-    def test_closing_early_stops(self, folder, name):
-        receipts = run(stage(folder), range(400), name, 2)
-        assert next(receipts).error is None
-        receipts.close()
-        time.sleep(0.5)  # what was under way may still end
-        done = written(folder).total()
-        assert 0 < done < 300
-        time.sleep(1)
-        assert written(folder).total() == done
+
+@pytest.mark.usefixtures("ready")
+@pytest.mark.parametrize(
+    "name", ["local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])]
+)
+def test_closing_early_stops(folder, name):
+    receipts = run(stage(folder), range(400), name, 2)
+    assert next(receipts).error is None
+    receipts.close()
+    time.sleep(0.5)  # what was under way may still end
+    done = written(folder).total()
+    assert 0 < done < 300
+    time.sleep(1)
+    assert written(folder).total() == done
 
 
 # The local engine alone

@@ -14,7 +14,7 @@ from unet_ray.segmentation import Settings, segment
 
 ROOT = Path(__file__).parent.parent
 RECORD = 12  # bytes of a record of the ledger
-TILES = 256
+TILES = 128
 SECONDS = 120
 
 
@@ -22,7 +22,7 @@ SECONDS = 120
 def task(tmp_path_factory):
     """A folder with a volume of many tiles, a model, and the store of an undisturbed run."""
     folder = tmp_path_factory.mktemp("kill")
-    write_stack(folder / "volume.tif", noise((4, 512, 256)))
+    write_stack(folder / "volume.tif", noise((2, 512, 256)))
     random_model(folder / "model.safetensors", base=4, depth=3)
     settings = Settings(precision="float32", tile=(1, 64, 32))
     segment(folder / "volume.tif", folder / "model.safetensors", folder / "whole.zarr", settings)
@@ -75,9 +75,9 @@ def committed_shards(store):
 @pytest.mark.parametrize(
     "engine, counts",
     [
-        ("local", [60]),
-        pytest.param("local", [1, 100, 220], marks=pytest.mark.slow),
-        pytest.param("ray", [60], marks=[pytest.mark.slow, pytest.mark.ray]),
+        ("local", [40]),
+        pytest.param("local", [1, 50, 100], marks=pytest.mark.slow),
+        pytest.param("ray", [40], marks=[pytest.mark.slow, pytest.mark.ray]),
     ],
     ids=lambda v: v if isinstance(v, str) else f"after {v}",
 )

@@ -84,9 +84,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such model file; give a RUN folder or a .safetensors file.")
-    if problem := _foreign(path):
-        raise InputError(f"{path}: {problem}; unet-ray reads only its own .safetensors models.")
     try:
+        if problem := _foreign(path):
+            raise InputError(f"{path}: {problem}; unet-ray reads only its own .safetensors models.")
         with safe_open(path, framework="pt") as file:
             header = dict(json.loads((file.metadata() or {}).get("header", "{}")))
             written = header.pop("format", None)
@@ -96,6 +96,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                     f"not {FORMAT!r}); train one with `unet-ray train`."
                 )
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
     except (SafetensorError, json.JSONDecodeError, AttributeError) as error:
         raise InputError(f"{path}: a damaged or truncated model file ({error}).") from error
 

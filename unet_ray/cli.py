@@ -123,8 +123,14 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, value: str | No
         flag = flags.get(str(key).replace("_", "-"))
         if flag is None or flag.name is None:
             raise InputError(f"{value}: {key!r} is not a flag of train{nearest(str(key), flags)}.")
+        # As text, so that a value is checked as it would be on the command line.
+        values = [str(item) for item in (setting if isinstance(setting, list) else [setting])]
         many = getattr(flag, "multiple", False)
-        defaults[flag.name] = [setting] if many and isinstance(setting, str) else setting
+        if not many and isinstance(setting, list):
+            raise InputError(
+                f"{value}: {key!r} takes one value, not {setting}; see {flag.opts[0]}."
+            )
+        defaults[flag.name] = values if many else values[0]
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UnetRayError(Exception):
@@ -28,3 +29,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Gives ``" (did you mean 'x'?)"`` for the known word nearest to `word`, or ``""``."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def refuse_below_file(path: Path) -> None:
+    """Refuses an output path one of whose folders is a file.
+
+    Raises:
+        InputError: naming that file.
+    """
+    for folder in path.parents:
+        if folder.is_file():
+            raise InputError(f"{path}: cannot be written, since {folder} is a file, not a folder.")

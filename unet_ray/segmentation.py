@@ -25,7 +25,7 @@ from unet_ray import engine as engines
 from unet_ray.boxes import Box
 from unet_ray.checkpoints import ModelHeader, find_model, read_model, sha256_of
 from unet_ray.cost import halo_overhead
-from unet_ray.errors import InputError, RunError, nearest
+from unet_ray.errors import InputError, RunError, nearest, refuse_below_file
 from unet_ray.intensity import Intensity, measure
 from unet_ray.ledger import Ledger
 from unet_ray.memory import NetworkSize, WorkerMemory, format_bytes, worker_bytes
@@ -334,6 +334,7 @@ def prepare(
     """
     volume, network, header = _open(source, model, settings)
     path = Path(out).absolute()
+    _check_output(path, volume)
     told = provenance_of(path)  # also refuses a path that is not ours, whatever is asked
     if settings.overwrite:
         told = None
@@ -365,6 +366,13 @@ def prepare(
     if told:
         _refuse_difference(path, told, run.provenance)
     return run
+
+
+def _check_output(path: Path, volume: Volume) -> None:
+    refuse_below_file(path)
+    there, source = path.resolve(), Path(volume.path).resolve()
+    if there == source or there in source.parents or source in there.parents:
+        raise InputError(f"{path}: overlaps the input, {volume.path}; choose another --out.")
 
 
 def network_size(network: UNet, precision: Precision) -> NetworkSize:

@@ -34,7 +34,7 @@ from unet_ray.checkpoints import (
     write_model,
     write_tensors,
 )
-from unet_ray.errors import InputError, RunError
+from unet_ray.errors import InputError, RunError, refuse_below_file
 from unet_ray.memory import keep_freed_memory
 from unet_ray.network import Norm, UNet
 from unet_ray.prediction import Precision, best_precision
@@ -118,7 +118,10 @@ class Recipe:
         for name, (kept, rule) in rules.items():
             if not kept:
                 raise InputError(f"{name}={getattr(self, name)} must be {rule}.")
-        _ = self.output
+        with torch.device("meta"):  # checks the numbers of the network without its memory
+            network = self.network(1, 2)
+        for extent in self.patch:
+            network.output_extent(extent)
 
     def network(self, channels: int, classes: int) -> UNet:
         """A network of these settings."""
@@ -127,8 +130,8 @@ class Recipe:
     @property
     def output(self) -> tuple[int, int]:
         """Size of what the network returns for a patch."""
-        net = UNet(1, 2, 1, self.depth)
-        return net.output_extent(self.patch[0]), net.output_extent(self.patch[1])
+        network = UNet(1, 2, 1, self.depth)
+        return network.output_extent(self.patch[0]), network.output_extent(self.patch[1])
 
 
 # "paper": a single large patch a step, momentum 0.99, dropout, no norm, no decay (sec. 3).
@@ -208,6 +211,8 @@ def train(
     """
     run = Path(out).absolute()
     _check_run_folder(run)
+    if engine == "local" and workers not in (None, 1):
+        raise InputError(f"workers={workers} needs --engine ray: the local engine has one.")
     data = load_training_data(images, labels, recipe.w0, recipe.sigma)
     about = {"recipe": dataclasses.asdict(recipe), "data": data.identity}
     model = run / "model.safetensors"
@@ -218,8 +223,6 @@ def train(
     if engine == "ray":
         _fit_on_ray(recipe, data, run, workers, watch)
     else:
-        if workers not in (None, 1):
-            raise InputError(f"workers={workers} needs --engine ray: the local engine has one.")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         _fit(recipe, data, run, _World(0, 1, device, engines.usable_cores()), watch)
     return model
@@ -227,6 +230,7 @@ def train(
 
 def _check_run_folder(run: Path) -> None:
     known = ("checkpoints", "metrics.jsonl", "model.safetensors")
+    refuse_below_file(run)
     if run.is_file():
         raise InputError(f"{run}: is a file; --out of train is a folder.")
     if run.is_dir() and any(run.iterdir()) and not any((run / name).exists() for name in known):
@@ -240,6 +244,8 @@ def _refuse_other_run(run: Path, about: dict[str, Any]) -> None:
     if newest is None:
         return
     _, header = read_tensors(newest)
+    if "recipe" not in header.get("training", {}):
+        raise InputError(f"{run}: holds a model that was not trained here; choose another --out.")
     there = {"recipe": header["training"]["recipe"], "data": header["data"]}
     here = json.loads(json.dumps(about))
     for part in here:
@@ -295,9 +301,11 @@ def _fit(recipe: Recipe, data: TrainingData, run: Path, world: _World, watch: Wa
     clock = _Clock(recipe, world, elapsed)
     saved = time.monotonic()
     batches = _batches(recipe, data, world, step)
-    while (progress := clock.progress(step)) < 1:
+    progress = clock.progress(step)
+    while progress < 1:
         loss = learner.step(next(batches), step, progress)
         step += 1
+        progress = clock.progress(step)
         if not math.isfinite(loss):
             raise RunError(f"step {step}: the loss is {loss}; lower --learning-rate and run again.")
         log.add(step, loss, learner.rate, clock.seconds, progress)
