@@ -12,6 +12,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 
+from unet_ray.boxes import Ints
 from unet_ray.errors import InputError
 from unet_ray.tiles import TilePlan
 
@@ -22,6 +23,8 @@ PROCESS_BYTES = {"local": 165 << 20, "ray": 250 << 20}
 # buffers of different sizes, and a fixed part for the convolution library's own code and scratch.
 KEPT = 1.65
 SCRATCH_BYTES = 64 << 20
+# Chunks that zarr decodes side by side (its setting async.concurrency).
+DECODED_AT_ONCE = 10
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{u}i": 1 << 10 * k for k, u in enumerate("kmgt", start=1)}
@@ -144,7 +147,9 @@ class WorkerMemory:
         return self.process + max(self.load, SCRATCH_BYTES + int(KEPT * work))
 
 
-def worker_bytes(net: NetworkSize, plan: TilePlan, voxel_bytes: int, outputs: int) -> WorkerMemory:
+def worker_bytes(
+    net: NetworkSize, plan: TilePlan, voxel_bytes: int, outputs: int, chunk: Ints = (1, 1, 1)
+) -> WorkerMemory:
     """What a worker needs that reads, predicts and writes one tile at a time.
 
     Args:
@@ -152,18 +157,21 @@ def worker_bytes(net: NetworkSize, plan: TilePlan, voxel_bytes: int, outputs: in
         plan: the tiles.
         voxel_bytes: bytes of one voxel of the volume, all channels.
         outputs: uint8 values stored per voxel.
+        chunk: (z, y, x) of the input's storage; a chunk is decoded whole.
     """
     read = math.prod(plan.read_shape) * voxel_bytes
     write = math.prod(plan.core) * outputs
     forward = pass_bytes(net, (plan.pass_shape[0], plan.pass_shape[1], plan.pass_shape[2]))
+    touched = math.prod(-(-n // c) + 1 for n, c in zip(plan.read_shape, chunk, strict=True))
+    decoded = min(DECODED_AT_ONCE, touched) * math.prod(chunk) * voxel_bytes
     return WorkerMemory(
         # The larger of the two, or a plan would depend on the engine.
         process=PROCESS_BYTES["ray"],
         load=net.weights * (3 * 4 + net.itemsize),
         weights=net.weights * net.itemsize,
         tile=read + write,
-        # While a tile is read or written no pass runs, but decoding and encoding need a copy.
-        forward=max(forward, write, read),
+        # While a tile is read or written no pass runs; mirroring and encoding need a copy.
+        forward=max(forward, write, read, decoded),
     )
 
 

@@ -172,35 +172,45 @@ def choose_plan(
         InputError: if the tile asked for, or even the smallest, needs more memory than allowed.
     """
     shape, context = volume.shape[1:], network.context
-    voxel = volume.shape[0] * volume.dtype.itemsize
 
     def planned(core: tuple[int, ...]) -> tuple[TilePlan, WorkerMemory]:
-        plan = TilePlan(shape, core, context, (_batch(core, context), *core[1:]))
-        return plan, worker_bytes(size, plan, voxel, outputs)
+        tiles = TilePlan(shape, core, context, (_batch(core, context), *core[1:]))
+        return tiles, worker_bytes(size, tiles, _voxel_bytes(volume), outputs, volume.chunk)
 
-    asked = planned(_fitted(settings.tile, shape, context)) if settings.tile else None
+    def here(chosen: tuple[TilePlan, WorkerMemory]) -> tuple[TilePlan, WorkerMemory]:
+        return chosen[0], chosen[1].on(settings.engine)
+
+    allowed = format_bytes(settings.memory)
+    asked = here(planned(_fitted(settings.tile, shape, context))) if settings.tile else None
     if asked and asked[1].total <= settings.memory:
         return asked
-    for largest in range(LARGEST_CORE, 0, -context.step[-1]):
-        plan, memory = planned(_core(volume, context, largest))
-        if memory.total <= settings.memory:
-            break
-    else:
+    found = (
+        planned((slab, *_plane(volume, context, largest)))
+        for slab in dict.fromkeys((_slab(volume), 1))
+        for largest in range(LARGEST_CORE, 0, -context.step[-1])
+    )
+    # By the needs of a Ray worker, the larger ones, so that both engines choose the same tiles.
+    smallest = planned((1, *context.step[1:]))
+    tiles, memory = here(next((f for f in found if f[1].total <= settings.memory), smallest))
+    if memory.total > settings.memory:
         raise InputError(
-            f"memory={format_bytes(settings.memory)} is too little for this model: the smallest "
-            f"tile needs {format_bytes(memory.total)} per worker."
+            f"memory={allowed} is too little for this model: the smallest tile needs "
+            f"{format_bytes(memory.total)} per worker; give --memory {memory.total} or more."
         )
     if asked:
         raise InputError(
             f"tile={_commas(asked[0].core)} needs {format_bytes(asked[1].total)} per worker, "
-            f"{format_bytes(settings.memory)} allowed; tile={_commas(plan.core)} needs "
-            f"{format_bytes(memory.total)}."
+            f"{allowed} allowed; tile={_commas(tiles.core)} needs {format_bytes(memory.total)}."
         )
-    return plan, memory
+    return tiles, memory
 
 
 def _commas(numbers: Sequence[int]) -> str:
     return ",".join(map(str, numbers))
+
+
+def _voxel_bytes(volume: Volume) -> int:
+    return volume.shape[0] * volume.dtype.itemsize
 
 
 def _fitted(tile: Sequence[int], shape: Sequence[int], context: Context) -> tuple[int, ...]:
@@ -209,19 +219,21 @@ def _fitted(tile: Sequence[int], shape: Sequence[int], context: Context) -> tupl
     return tuple(round_up(t, s) for t, s in zip(clamped, context.step, strict=True))
 
 
-def _core(volume: Volume, context: Context, largest: int) -> tuple[int, int, int]:
-    """The core for a 2-D network, at most `largest` along y and x."""
-    depth, height, width = volume.shape[1:]
-    unit = volume.chunk[0]
+def _slab(volume: Volume) -> int:
+    """Slices of a tile for a 2-D network."""
+    depth, unit = volume.shape[1], volume.chunk[0]
     if unit > 1:
         # Whole chunks along z, so that none is decoded for two tiles.
-        z = min(round_up(min(SLAB, depth), unit), depth)
-    else:
-        z = equal_core(depth, min(SLAB, max(1, math.ceil(depth / SLABS))), 1)
+        return min(round_up(min(SLAB, depth), unit), depth)
+    return equal_core(depth, min(SLAB, max(1, math.ceil(depth / SLABS))), 1)
+
+
+def _plane(volume: Volume, context: Context, largest: int) -> tuple[int, int]:
+    """Rows and columns of a tile, at most `largest` each."""
     y, x = (
-        equal_core(n, largest, s) for n, s in zip((height, width), context.step[1:], strict=True)
+        equal_core(n, largest, s) for n, s in zip(volume.shape[2:], context.step[1:], strict=True)
     )
-    return z, y, x
+    return y, x
 
 
 def _batch(core: Sequence[int], context: Context) -> int:
@@ -287,7 +299,6 @@ def plan(
     region = settings.region or Box.of(tiles.shape)
     overhead = halo_overhead(size, tiles)
     count = sum(1 for _ in tiles.within(region))
-    memory = memory.on(settings.engine)
     return Outlook(volume, tiles, count, memory, precision, device, overhead, stored)
 
 
@@ -344,7 +355,8 @@ def prepare(
     size, values = network_size(network, precision), _stored_values(network.classes, outputs)
     if told and not settings.tile:
         tiles = _plan_from_json(told["plan"])
-        memory = worker_bytes(size, tiles, volume.shape[0] * volume.dtype.itemsize, values)
+        memory = worker_bytes(size, tiles, _voxel_bytes(volume), values, volume.chunk)
+        memory = memory.on(settings.engine)
         _check_memory(memory, settings, path)
     else:
         tiles, memory = choose_plan(volume, network, size, settings, values)
@@ -358,7 +370,7 @@ def prepare(
         device=device,
         outputs=outputs,
         class_values=tuple(header.class_values),
-        memory=memory.on(settings.engine),
+        memory=memory,
         provenance={},
         resumed=told is not None,
     )
