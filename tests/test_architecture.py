@@ -13,7 +13,7 @@ PACKAGE = ROOT / "unet_ray"
 
 # A file imports only from the rungs below its own and from the files before it on its own rung.
 RUNGS = (
-    "errors versions boxes mirror progress",
+    "errors versions files boxes mirror progress",
     "tiles memory cost tiff volumes intensity stores ledger "
     "weights augment metrics phantom pictures",
     "network checkpoints prediction",

@@ -123,7 +123,10 @@ def test_image_agrees_with_scipy(seed):
     np.testing.assert_allclose(warp_image(image, centre, bend), expected, atol=1e-4)
     labels = rng.integers(0, 1000, image.shape[1:])
     expected = ndimage.map_coordinates(labels, places, order=0)
-    np.testing.assert_array_equal(warp_labels(labels, centre, bend), expected)
+    # Halfway between two voxels, float32 and float64 may each round to another.
+    clear = (np.abs(places % 1 - 0.5) > 1e-4).all(axis=0)
+    np.testing.assert_array_equal(warp_labels(labels, centre, bend)[clear], expected[clear])
+    assert clear.mean() > 0.99
 
 
 def test_image_and_labels_move_alike():

@@ -150,6 +150,7 @@ FOREIGN = {
     ),
     "no object": (save({}, {"header": "[]"}), "did not write"),
     "no JSON": (save({}, {"header": "{"}), "damaged"),
+    "null": (save({}, {"header": "null"}), "did not write"),
 }
 
 
@@ -211,6 +212,9 @@ def test_a_damaged_header_never_ends_in_a_traceback(path):
 
 
 MISFITS = {
+    "values of another kind": {"class_values": ["a", "b", "c"]},
+    "values out of order": {"class_values": [0, 255, 7]},
+    "another normalisation": {"normalisation": {"method": "percentiles"}},
     "other widths": {"architecture": {**ARCHITECTURE, "base_channels": 3}},
     "other depth": {"architecture": {**ARCHITECTURE, "depth": 2}},
     "other norm": {"architecture": {**ARCHITECTURE, "norm": "none"}},

@@ -225,13 +225,13 @@ def test_every_flag_of_train_reaches_the_recipe(unet_ray, trained):
         "precision": "bfloat16",
     }
     given = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    more = ["--patch", "1,92,100", "--workers", "3", "--engine", "ray", "--out", "run"]
+    more = ["--patch", "1,100,108", "--workers", "3", "--engine", "ray", "--out", "run"]
     code, _, err = unet_ray("train", "--images", "a", "b", "--labels", "c", "d", *given, *more)
     assert code == 0, err
     [(images, labels, out, recipe, name, workers)] = trained
     assert (images, labels, out, name, workers) == (["a", "b"], ["c", "d"], "run", "ray", 3)
     assert {name: getattr(recipe, name) for name in flags} == flags
-    assert recipe.patch == (92, 100)
+    assert recipe.patch == (100, 108)
 
 
 def test_a_config_file_gives_flags_and_the_command_line_wins(unet_ray, trained, tmp_path):
@@ -702,3 +702,8 @@ def test_ctrl_c_ends_training(files):
     assert (started.returncode, out) == (130, "")
     assert err.splitlines()[-1].startswith("unet-ray: interrupted; ")
     assert "Traceback" not in err
+
+
+def test_a_dashboard_is_not_a_ray_to_join(unet_ray, files, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+    refused(unet_ray, files, [*segment(files), "--engine", "ray"], "RAY_ADDRESS=http://127.0.0.1:1")

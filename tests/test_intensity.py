@@ -164,3 +164,10 @@ def test_values_survive_json(mean, sd):
     values = Intensity(tuple(mean), (sd,) * len(mean))
     told = json.loads(json.dumps(values.to_json()))
     assert told["method"] == "mean-std" and Intensity.from_json(told) == values
+
+
+def test_values_far_from_zero_keep_their_distances():
+    values = np.arange(8, dtype=np.int32).reshape(1, 1, 2, 4)
+    far = Intensity((1e9 + 3.5,), (2.0,))
+    wanted = (values - 3.5) / 2
+    assert np.allclose(far.normalise(values + np.int32(10**9)), wanted, atol=1e-6)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unet_ray.errors import InputError
 from unet_ray.ledger import Ledger
 
 TILES, RECORD = 9, 12
@@ -126,3 +127,12 @@ def test_a_tile_that_is_not_in_the_plan_leaves_no_record(path):
             ledger.commit(TILES)
         ledger.commit(3)
     assert committed(path) == [3]
+
+
+def test_a_ledger_that_is_open_elsewhere_is_refused(tmp_path):
+    with Ledger(tmp_path / "ledger", 3) as ledger:
+        with pytest.raises(InputError, match="another run is writing here"):
+            Ledger(tmp_path / "ledger", 3)
+        ledger.commit(1)
+    with Ledger(tmp_path / "ledger", 3) as ledger:
+        assert 1 in ledger

@@ -424,8 +424,6 @@ OTHER = {
     "plan.core": {"settings": {"tile": (1, 16, 16)}},
     "precision": {"settings": {"precision": "bfloat16"}},
     "outputs": {"settings": {"outputs": ("classes",)}},
-    "input.channel": {"settings": {"channel": 0}},
-    "input.time": {"settings": {"time": 0}},
 }
 
 
@@ -489,6 +487,8 @@ FOREIGN = {
     "group": lambda path: zarr.create_group(path, attributes={"ome": {"version": "0.5"}}),
     "damaged": lambda path: [path.mkdir(), (path / "zarr.json").write_text('{"attributes": {')],
     "oddity": lambda path: zarr.create_group(path, attributes={"unet_ray": "a word"}),
+    "nothing told": lambda path: zarr.create_group(path, attributes={"unet_ray": {}}),
+    "later format": lambda path: zarr.create_group(path, attributes={"unet_ray": {"format": 2}}),
 }
 
 
@@ -583,3 +583,35 @@ def test_a_plan_says_what_a_run_does_and_writes_nothing(tmp_path, model, volume)
     assert (outlook.tiles, outlook.plan.core) == (8, (1, 32, 20))
     store = segment(volume, model, tmp_path / "out", TILED)
     assert sum(os.path.getsize(store / name) for name in shards_of(store)) <= outlook.disk_bytes
+
+
+def test_naming_the_only_channel_and_time_point_changes_nothing(tmp_path, model, volume):
+    store = segment(volume, model, tmp_path / "out", FLOAT32)
+    named = dataclasses.replace(FLOAT32, channel=0, time=0)
+    assert segmentation.prepare(volume, model, store, named).resumed
+
+
+def test_another_channel_on_the_same_store_is_refused(tmp_path, model):
+    path = write_stack(tmp_path / "two.tif", noise((2, 3, 40, 40)))
+    store = segment(path, model, tmp_path / "out", dataclasses.replace(FLOAT32, channel=0))
+    with pytest.raises(InputError, match="another input"):
+        segment(path, model, store, dataclasses.replace(FLOAT32, channel=1))
+
+
+def test_an_input_inside_the_output_of_another_is_refused(tmp_path, model, volume):
+    stem = volume.name.removesuffix(".tif")
+    first = segment(volume, model, tmp_path / "many" / f"{stem}.zarr", FLOAT32)
+    inside = first / "labels" / "classes" / "0"
+    before = state_of(tmp_path)
+    again = dataclasses.replace(FLOAT32, overwrite=True)
+    with pytest.raises(InputError, match="which is read"):
+        segmentation.prepare_all([str(volume), str(inside)], model, str(tmp_path / "many"), again)
+    assert state_of(tmp_path) == before
+
+
+def test_overwriting_beside_a_live_run_is_refused(tmp_path, model, volume):
+    store = segment(volume, model, tmp_path / "out", FLOAT32)
+    before = bytes_of(store)
+    with Ledger(store / segmentation.LEDGER, 1), pytest.raises(InputError, match="another run"):
+        segment(volume, model, store, dataclasses.replace(FLOAT32, overwrite=True))
+    assert bytes_of(store) == before

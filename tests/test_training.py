@@ -249,7 +249,7 @@ def test_other_settings_are_refused_by_name(files, finished, field):
     before = files_in(finished)
     chosen = {"steps": 2, field: OTHER[field]}
     if field == "depth":
-        chosen["patch"] = (44, 48)
+        chosen["patch"] = (48, 52)
     with pytest.raises(InputError, match=rf"another {field} \("):
         run(files, finished, **chosen)
     assert files_in(finished) == before
@@ -394,3 +394,16 @@ def test_the_model_says_how_it_was_made(files, tmp_path):
     assert header.versions["unet-ray"] == VERSION
     assert {"torch", "numpy"} <= set(header.versions)
     assert not network.training
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    files, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    whole = run(files, tmp_path / "whole", steps=30)
+    cut = run(files, tmp_path / "cut", steps=30)
+    cut.unlink()
+    newest = max((tmp_path / "cut" / "checkpoints").glob("*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert read_model(run(files, tmp_path / "cut", steps=30))[1] == read_model(whole)[1]
+    assert newest.name in capsys.readouterr().err

@@ -1128,3 +1128,12 @@ def test_empty_arrays_are_refused(tmp_path, caplog):
         tifffile.imwrite(tmp_path / "i.tif", np.zeros((0, 13, 17), "uint8"))
     with pytest.raises(InputError, match=r"i\.tif"):
         open_volume(tmp_path / "i.tif")
+
+
+def test_slices_that_change_places_make_another_input(tmp_path):
+    for number in range(40):
+        tifffile.imwrite(tmp_path / f"{number}.tif", np.full((8, 8), number, np.uint8))
+    before = open_volume(tmp_path).identity()
+    for old, new in (("5", "x"), ("6", "5"), ("x", "6")):
+        (tmp_path / f"{old}.tif").rename(tmp_path / f"{new}.tif")
+    assert open_volume(tmp_path).identity() != before

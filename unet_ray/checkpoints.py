@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from unet_ray.errors import InputError
+from unet_ray.files import write_whole
 from unet_ray.network import UNet
 
 FORMAT = "unet-ray model 1"
@@ -49,6 +50,20 @@ class ModelHeader:
     data: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Refuses what this version could not honour.
+
+        Raises:
+            ValueError: naming what.
+        """
+        values = self.class_values
+        if not all(isinstance(v, int) for v in values) or sorted(set(values)) != values:
+            raise ValueError(f"class values {values} are not ascending integers")
+        if len(values) != self.architecture["classes"]:
+            raise ValueError(f"{len(values)} class values")
+        if self.normalisation.get("method") != "mean-std":
+            raise ValueError(f"normalisation {self.normalisation} is not mean-std")
+
     def network(self) -> UNet:
         """An untrained network of this architecture."""
         return UNet(**self.architecture)
@@ -65,15 +80,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One key only: safetensors writes several in random order, and equal models are equal files.
     data = save(plain, {"header": json.dumps({"format": FORMAT, **header}, sort_keys=True)})
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, data)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -88,8 +95,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if problem := _foreign(path):
             raise InputError(f"{path}: {problem}; unet-ray reads only its own .safetensors models.")
         with safe_open(path, framework="pt") as file:
-            header = dict(json.loads((file.metadata() or {}).get("header", "{}")))
-            written = header.pop("format", None)
+            header = json.loads((file.metadata() or {}).get("header", "{}"))
+            written = header.pop("format", None) if isinstance(header, dict) else None
             if written != FORMAT:
                 raise InputError(
                     f"{path}: a safetensors file that unet-ray did not write (format {written!r}, "
@@ -116,12 +123,11 @@ def read_model(path: Path) -> tuple[UNet, ModelHeader]:
     tensors, told = read_tensors(path)
     try:
         header = ModelHeader(**told)
-        if len(header.class_values) != header.architecture["classes"]:
-            raise ValueError(f"{len(header.class_values)} class values")
+        header.check()
         with torch.device("meta"):  # no memory for a network that may not fit the file
             network = header.network()
         network.load_state_dict(tensors, assign=True)
-    except (TypeError, RuntimeError, ValueError, KeyError) as error:
+    except (TypeError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         first = str(error).splitlines()[0]
         raise InputError(f"{path}: header and weights do not fit each other ({first}).") from error
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]

@@ -321,10 +321,7 @@ def segment(
     settings = _settings(ctx, flags, overwrite)
     from unet_ray import segmentation
 
-    stores = segmentation.output_paths(inputs, out)
-    pairs = zip(inputs, stores, strict=True)
-    runs = [segmentation.prepare(source, model, store, settings) for source, store in pairs]
-    for run in runs:
+    for run in segmentation.prepare_all(inputs, model, out, settings):
         _announce(run, settings)
         done = segmentation.execute(run, settings, _watch(Path(run.volume.path).name))
         if not done:
@@ -355,8 +352,17 @@ def _announce(run: Segmentation, settings: Settings) -> None:
     verb = "going on with" if run.resumed else "writing"
     _say(
         f"{verb} {run.out.name}: {len(tiles)} tiles of {_commas(tiles.core)}, {run.precision} on "
-        f"{run.device}, engine {settings.engine}, {format_bytes(run.memory.total)} per worker"
+        f"{run.device}, engine {settings.engine}, {_memory(run, settings)}"
     )
+
+
+def _memory(run: Segmentation, settings: Settings) -> str:
+    if settings.engine == "ray":
+        return f"{format_bytes(run.memory.total)} per worker"
+    from unet_ray.engine import usable_cores
+
+    threads = settings.workers or usable_cores()
+    return f"{format_bytes(run.memory.shared_by(threads))} for {threads} workers in this process"
 
 
 def _describe(outlook: Outlook) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ from unet_ray.errors import InputError, UnetRayError
 from unet_ray.memory import kept_memory_environment
 
 EngineName = Literal["local", "ray"]
+Answer = TypeVar("Answer")
 # Tile numbers go to Ray in waves, so that the driver's memory does not grow with the volume.
 WAVE = 4096
 # Below one, so that Ray always finds room for its own reading and writing beside the actors.
@@ -120,6 +121,14 @@ def find_device(engine: EngineName, workers: int | None = None) -> str:
     return device
 
 
+def ask_gpu(question: Callable[[], Answer]) -> Answer:
+    """Asks something on a machine of the connected cluster that has a GPU; waits until there is."""
+    import ray
+
+    answer: Answer = ray.get(ray.remote(num_gpus=1)(question).remote())
+    return answer
+
+
 def pool_size(device: str, workers: int | None) -> int:
     """How many workers to start on the connected cluster: those asked for, or all that fit.
 
@@ -158,8 +167,14 @@ def connect(workers: int | None = None) -> None:
         logging.getLogger(name).setLevel(level)
     if ray.is_initialized():
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"RAY_ADDRESS={address}: cannot join that Ray ({str(error).splitlines()[0]}); a "
+                f"dashboard's http address is for `ray job submit` only; unset it to run here."
+            ) from error
         return
     # Ray's own core prints an error about every actor pool of Ray Data, whatever its arguments.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -196,6 +211,7 @@ def _side_by_side(
     alone = threading.Lock() if stage.device == "cuda" else nullcontext()
     waiting: set[Future[Receipt]] = set()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    patient = True
     try:
         while True:
             for tile in itertools.islice(tiles, threads - len(waiting)):
@@ -205,8 +221,11 @@ def _side_by_side(
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             for future in done:
                 yield future.result()
+    except KeyboardInterrupt:
+        patient = False
+        raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=patient, cancel_futures=True)
 
 
 class _TileActor:

@@ -15,10 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.boxes import Box
+from unet_ray.tiles import round_up
 from unet_ray.volumes import Volume
 
 EXACT_BYTES = 2 << 30
 PIECE = (16, 512, 512)
+PIECE_BYTES = 32 << 20
+BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Intensity:
     def normalise(self, voxels: NDArray[Any]) -> NDArray[np.float32]:
         """``(voxels - mean) / sd`` in float32, for an array ``(c, ...)``."""
         shape = (-1,) + (1,) * (voxels.ndim - 1)
+        if voxels.dtype.itemsize > 2 and voxels.dtype != np.float32:
+            # float32 cannot hold these values, but their distances from the mean.
+            about: NDArray[np.float64] = voxels - np.asarray(self.mean).reshape(shape)
+            about /= np.asarray(self.sd).reshape(shape)
+            return about.astype(np.float32)
         result = voxels.astype(np.float32)
         result -= np.asarray(self.mean, np.float32).reshape(shape)
         result *= (1 / np.asarray(self.sd)).astype(np.float32).reshape(shape)
@@ -74,6 +82,11 @@ def measure(volume: Volume) -> Intensity:
 
 def _moments(voxels: NDArray[Any], shift: NDArray[np.float64]) -> NDArray[np.float64]:
     """Number, sum and sum of squares of the finite `voxels` (c, n) about `shift`: (3, c)."""
+    if voxels.shape[1] > BLOCK:
+        # In blocks, since sums need copies of eight bytes a voxel.
+        parts = (voxels[:, a : a + BLOCK] for a in range(0, voxels.shape[1], BLOCK))
+        total: NDArray[np.float64] = np.sum([_moments(part, shift) for part in parts], axis=0)
+        return total
     if voxels.dtype == np.uint8:
         levels = np.arange(256) - shift[:, None]
         counts = np.stack([np.bincount(v, minlength=256) for v in voxels])
@@ -87,7 +100,9 @@ def _moments(voxels: NDArray[Any], shift: NDArray[np.float64]) -> NDArray[np.flo
 def _pieces(volume: Volume) -> Iterator[Box]:
     """The boxes that are measured: all, or every k-th by a hash of its number."""
     # Whole storage chunks, so that none is decoded twice where chunks are larger than a piece.
-    size = [-(-p // c) * c for p, c in zip(PIECE, volume.chunk, strict=True)]
+    z, y, x = (round_up(p, c) for p, c in zip(PIECE, volume.chunk, strict=True))
+    plane = y * x * volume.shape[0] * volume.dtype.itemsize
+    size = max(volume.chunk[0], min(z, PIECE_BYTES // plane)), y, x
     total = int(np.prod(volume.shape)) * volume.dtype.itemsize
     every = -(-total // EXACT_BYTES)
     for number, box in enumerate(Box.of(volume.shape[1:]).split(size)):

@@ -6,6 +6,7 @@ that a kill cut short does not check out and counts as not written.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 import zlib
@@ -15,6 +16,8 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
+
+from unet_ray.errors import InputError
 
 _NUMBER = struct.Struct("<Q")
 _RECORD = struct.Struct("<QI")
@@ -26,12 +29,23 @@ class Ledger:
     Args:
         path: the ledger's file; made if it is not there.
         tiles: number of tiles of the plan.
+
+    Raises:
+        InputError: if another process has it open.
     """
 
     def __init__(self, path: Path, tiles: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._done = np.zeros(tiles, bool)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            # Held until the file is closed, also by a kill.
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._file)
+            raise InputError(
+                f"{path.parent.parent}: another run is writing here; wait for it or end it."
+            ) from error
         whole = self._replay()
         # What a kill left half-written goes, so that records stay at multiples of their size.
         os.ftruncate(self._file, whole)

@@ -12,7 +12,6 @@ import os
 import re
 from dataclasses import dataclass, replace
 
-from unet_ray.boxes import Ints
 from unet_ray.errors import InputError
 from unet_ray.tiles import TilePlan
 
@@ -23,8 +22,6 @@ PROCESS_BYTES = {"local": 165 << 20, "ray": 250 << 20}
 # buffers of different sizes, and a fixed part for the convolution library's own code and scratch.
 KEPT = 1.65
 SCRATCH_BYTES = 64 << 20
-# Chunks that zarr decodes side by side (its setting async.concurrency).
-DECODED_AT_ONCE = 10
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{u}i": 1 << 10 * k for k, u in enumerate("kmgt", start=1)}
@@ -148,7 +145,7 @@ class WorkerMemory:
 
 
 def worker_bytes(
-    net: NetworkSize, plan: TilePlan, voxel_bytes: int, outputs: int, chunk: Ints = (1, 1, 1)
+    net: NetworkSize, plan: TilePlan, voxel_bytes: int, outputs: int, decoded: int = 0
 ) -> WorkerMemory:
     """What a worker needs that reads, predicts and writes one tile at a time.
 
@@ -157,13 +154,11 @@ def worker_bytes(
         plan: the tiles.
         voxel_bytes: bytes of one voxel of the volume, all channels.
         outputs: uint8 values stored per voxel.
-        chunk: (z, y, x) of the input's storage; a chunk is decoded whole.
+        decoded: bytes of the storage units that are decoded at the same time.
     """
     read = math.prod(plan.read_shape) * voxel_bytes
     write = math.prod(plan.core) * outputs
     forward = pass_bytes(net, (plan.pass_shape[0], plan.pass_shape[1], plan.pass_shape[2]))
-    touched = math.prod(-(-n // c) + 1 for n, c in zip(plan.read_shape, chunk, strict=True))
-    decoded = min(DECODED_AT_ONCE, touched) * math.prod(chunk) * voxel_bytes
     return WorkerMemory(
         # The larger of the two, or a plan would depend on the engine.
         process=PROCESS_BYTES["ray"],

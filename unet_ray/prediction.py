@@ -33,6 +33,13 @@ def best_precision(device: Device) -> Precision:
     return "bfloat16" if native else "float32"
 
 
+def instructions(device: Device) -> str:
+    """The kind of arithmetic unit, as far as it decides the last bits of a result."""
+    if device == "cuda":
+        return "cuda"
+    return f"{torch.backends.cpu.get_cpu_capability()}, {best_precision('cpu')}"
+
+
 class Predictor:
     """A network at inference, for tiles of one plan.
 
@@ -56,6 +63,8 @@ class Predictor:
         device: Device,
     ) -> None:
         keep_freed_memory()
+        # Else "float32" would mean numbers of 10 bits on recent GPUs.
+        torch.backends.cudnn.allow_tf32 = False
         self._plan, self._intensity = plan, intensity
         self._classes = network.classes
         self._device = torch.device(device)

@@ -10,11 +10,9 @@ import json
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,19 +24,32 @@ from unet_ray.boxes import Box
 from unet_ray.checkpoints import ModelHeader, find_model, read_model, sha256_of
 from unet_ray.cost import halo_overhead
 from unet_ray.errors import InputError, RunError, nearest, refuse_below_file
+from unet_ray.files import remove_partial
 from unet_ray.intensity import Intensity, measure
 from unet_ray.ledger import Ledger
 from unet_ray.memory import NetworkSize, WorkerMemory, format_bytes, worker_bytes
 from unet_ray.mirror import read_mirrored, reflect
 from unet_ray.network import UNet
-from unet_ray.prediction import Device, Precision, Predictor, best_precision
-from unet_ray.stores import ARRAYS, PRIVATE, Store, StoreLayout, create_store, provenance_of
+from unet_ray.prediction import Device, Precision, Predictor, best_precision, instructions
+from unet_ray.stores import (
+    ARRAYS,
+    FORMAT,
+    PRIVATE,
+    Store,
+    StoreLayout,
+    create_store,
+    delete_store,
+    provenance_of,
+)
 from unet_ray.tiles import Context, TilePlan, equal_core, round_up
 from unet_ray.versions import versions
 from unet_ray.volumes import Volume, open_volume
 
 # Beyond a read of about 1532 voxels a larger pass gains nothing: the halo is 10 % of the work.
 LARGEST_CORE = 1344
+LEDGER = f"{PRIVATE}/segment.ledger"
+# Told in the store, but another version of these gives the same bytes.
+UNCOMPARED = ("versions.numpy", "versions.zarr")
 # Slices of a tile where the input is not chunked along z: a tile is then about 16 MiB of output.
 SLAB = 16
 # A small stack is cut into about this many slabs, so that its tiles keep several workers busy.
@@ -113,20 +124,13 @@ class Segmentation:
 
 
 class TileWorker:
-    """Reads, predicts and writes tiles of one run. Opens files and the model when first needed."""
+    """Reads, predicts and writes tiles of one run; may be shared by threads."""
 
     def __init__(self, run: Segmentation) -> None:
         self._run = run
-
-    @cached_property
-    def _predictor(self) -> Predictor:
-        network, _ = read_model(self._run.model)
-        run = self._run
-        return Predictor(network, run.plan, run.intensity, run.precision, run.device)
-
-    @cached_property
-    def _store(self) -> Store:
-        return Store(self._run.out, self._run.outputs)
+        network, _ = read_model(run.model)
+        self._predictor = Predictor(network, run.plan, run.intensity, run.precision, run.device)
+        self._store = Store(run.out, run.outputs)
 
     def read(self, tile: int) -> NDArray[Any]:
         """The voxels that a tile reads, ``(c, z, y, x)``, mirrored beyond the volume's faces.
@@ -175,7 +179,7 @@ def choose_plan(
 
     def planned(core: tuple[int, ...]) -> tuple[TilePlan, WorkerMemory]:
         tiles = TilePlan(shape, core, context, (_batch(core, context), *core[1:]))
-        return tiles, worker_bytes(size, tiles, _voxel_bytes(volume), outputs, volume.chunk)
+        return tiles, _needed(size, tiles, volume, outputs)
 
     def here(chosen: tuple[TilePlan, WorkerMemory]) -> tuple[TilePlan, WorkerMemory]:
         return chosen[0], chosen[1].on(settings.engine)
@@ -209,8 +213,11 @@ def _commas(numbers: Sequence[int]) -> str:
     return ",".join(map(str, numbers))
 
 
-def _voxel_bytes(volume: Volume) -> int:
-    return volume.shape[0] * volume.dtype.itemsize
+def _needed(size: NetworkSize, tiles: TilePlan, volume: Volume, outputs: int) -> WorkerMemory:
+    voxel = volume.shape[0] * volume.dtype.itemsize
+    extents = zip(tiles.read_shape, volume.chunk, strict=True)
+    units = min(volume.decoded_at_once, math.prod(-(-n // c) + 1 for n, c in extents))
+    return worker_bytes(size, tiles, voxel, outputs, units * math.prod(volume.chunk) * voxel)
 
 
 def _fitted(tile: Sequence[int], shape: Sequence[int], context: Context) -> tuple[int, ...]:
@@ -291,7 +298,7 @@ def plan(
     """
     volume, network, _ = _open(source, model, settings)
     device = _device(settings)
-    precision = settings.precision or best_precision(device)
+    precision = settings.precision or _best(device, settings)
     values = _stored_values(network.classes, _checked_outputs(settings.outputs))
     size = network_size(network, precision)
     tiles, memory = choose_plan(volume, network, size, settings, values)
@@ -345,17 +352,20 @@ def prepare(
     """
     volume, network, header = _open(source, model, settings)
     path = Path(out).absolute()
-    _check_output(path, volume)
+    refuse_below_file(path)
+    _check_output(path, Path(volume.path))
     told = provenance_of(path)  # also refuses a path that is not ours, whatever is asked
     if settings.overwrite:
         told = None
     device: Device = told["device"] if told else _device(settings)
-    precision = settings.precision or (told["precision"] if told else best_precision(device))
+    if told and device == "cuda" and _device(settings) != "cuda":
+        raise InputError(f"{path}: was begun on a GPU, and there is none here; run it on one.")
+    precision = settings.precision or (told["precision"] if told else _best(device, settings))
     outputs = _checked_outputs(settings.outputs or (tuple(told["outputs"]) if told else None))
     size, values = network_size(network, precision), _stored_values(network.classes, outputs)
     if told and not settings.tile:
         tiles = _plan_from_json(told["plan"])
-        memory = worker_bytes(size, tiles, _voxel_bytes(volume), values, volume.chunk)
+        memory = _needed(size, tiles, volume, values)
         memory = memory.on(settings.engine)
         _check_memory(memory, settings, path)
     else:
@@ -380,11 +390,11 @@ def prepare(
     return run
 
 
-def _check_output(path: Path, volume: Volume) -> None:
-    refuse_below_file(path)
-    there, source = path.resolve(), Path(volume.path).resolve()
+def _check_output(path: Path, read: Path) -> None:
+    """Refuses a store that would lie in, or hold, something that is read."""
+    there, source = path.resolve(), read.resolve()
     if there == source or there in source.parents or source in there.parents:
-        raise InputError(f"{path}: overlaps the input, {volume.path}; choose another --out.")
+        raise InputError(f"{path}: overlaps {read}, which is read; choose another --out.")
 
 
 def network_size(network: UNet, precision: Precision) -> NetworkSize:
@@ -401,6 +411,13 @@ def network_size(network: UNet, precision: Precision) -> NetworkSize:
 
 def _device(settings: Settings) -> Device:
     return "cuda" if engines.find_device(settings.engine, settings.workers) == "cuda" else "cpu"
+
+
+def _best(device: Device, settings: Settings) -> Precision:
+    if device == "cuda" and settings.engine == "ray":
+        # The head of a cluster need not have the GPU that its workers have.
+        return engines.ask_gpu(lambda: best_precision("cuda"))
+    return best_precision(device)
 
 
 def _checked_outputs(asked: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -424,8 +441,9 @@ def _check_memory(memory: WorkerMemory, settings: Settings, path: Path) -> None:
 
 def _provenance(run: Segmentation, header: ModelHeader, settings: Settings) -> dict[str, Any]:
     """Everything that fixes the bytes of a store, and nothing that does not."""
+    channels = run.volume.shape[0]
     told = {
-        "format": 1,
+        "format": FORMAT,
         "model": {
             "sha256": sha256_of(run.model),
             "architecture": header.architecture,
@@ -434,8 +452,9 @@ def _provenance(run: Segmentation, header: ModelHeader, settings: Settings) -> d
         },
         "input": {
             **run.volume.identity(),
-            "channel": settings.channel,
-            "time": settings.time,
+            # Not naming the only channel or time point is naming it.
+            "channel": 0 if settings.channel is None and channels == 1 else settings.channel,
+            "time": settings.time or 0,
             "level": settings.level,
         },
         "outputs": list(run.outputs),
@@ -443,6 +462,7 @@ def _provenance(run: Segmentation, header: ModelHeader, settings: Settings) -> d
         "precision": run.precision,
         "normalisation": run.intensity.to_json(),
         "device": run.device,
+        "instructions": instructions(run.device),
         "threads_per_pass": 1,
         "versions": versions(),
     }
@@ -456,6 +476,9 @@ def _plan_from_json(told: dict[str, Any]) -> TilePlan:
 
 def _refuse_difference(path: Path, told: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     there, here = dict(_flat(told)), dict(_flat(now))
+    for field in UNCOMPARED:
+        there.pop(field, None)
+        here.pop(field, None)
     for field in [*here, *there]:
         if there.get(field) != here.get(field):
             raise InputError(
@@ -503,13 +526,15 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
     """
     if not run.resumed:
         if settings.overwrite and run.out.exists():
-            shutil.rmtree(run.out)
+            with Ledger(run.out / LEDGER, len(run.plan)):  # refuses beside a live run
+                delete_store(run.out)
         layout = StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)
         create_store(run.out, layout, run.provenance)
     stage = engines.Stage("segment", run.make_worker, run.device)
     region = settings.region or Box.of(run.plan.shape)
     start, done, voxels = time.monotonic(), 0, 0
-    with Ledger(run.out / PRIVATE / "segment.ledger", len(run.plan)) as ledger:
+    with Ledger(run.out / LEDGER, len(run.plan)) as ledger:
+        remove_partial(run.out / PRIVATE)
         total = sum(1 for _ in run.plan.within(region))
         missing = list(ledger.missing(run.plan.within(region)))
         before = total - len(missing)
@@ -551,6 +576,25 @@ def segment(
     run = prepare(source, model, out, settings)
     execute(run, settings, watch)
     return run.out
+
+
+def prepare_all(
+    sources: Sequence[str], model: str, out: str, settings: Settings
+) -> list[Segmentation]:
+    """Prepares every input before any is run; see `prepare` and `output_paths`.
+
+    Raises:
+        InputError: also if a store would overlap the input of another, or the model.
+    """
+    stores = output_paths(sources, out)
+    runs = [
+        prepare(source, model, store, settings)
+        for source, store in zip(sources, stores, strict=True)
+    ]
+    for run in runs:
+        for other in [run.model, *(Path(each.volume.path) for each in runs)]:
+            _check_output(run.out, other)
+    return runs
 
 
 def output_paths(sources: Sequence[str], out: str) -> list[Path]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,11 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from unet_ray.errors import InputError
+from unet_ray.files import write_whole
 from unet_ray.tiles import Tile, TilePlan
 
 PRIVATE = ".unet_ray"
+FORMAT = 1
 ARRAYS = {"probabilities": "0", "classes": "labels/classes/0"}
 LARGEST_CHUNK = (32, 256, 256)
 
@@ -151,6 +152,13 @@ def _create_array(path: Path, name: str, layout: StoreLayout, channels: int = 0)
     )
 
 
+def delete_store(path: Path) -> None:
+    """Removes a store. It goes under another name first: a kill leaves none that is half there."""
+    gone = path.with_name(f".{path.name}.{os.getpid()}.deleted")
+    os.rename(path, gone)
+    shutil.rmtree(gone)
+
+
 def provenance_of(path: Path) -> dict[str, Any] | None:
     """How the store at `path` was made, or None if there is nothing at `path`.
 
@@ -160,8 +168,10 @@ def provenance_of(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        told = json.loads((path / "zarr.json").read_text())
-        return dict(told["attributes"]["unet_ray"])
+        told = json.loads((path / "zarr.json").read_text())["attributes"]["unet_ray"]
+        if told["format"] != FORMAT or not (path / PRIVATE).is_dir():
+            raise ValueError(f"format {told['format']}")
+        return dict(told)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: exists and is not an output of unet-ray; choose another --out."
@@ -194,7 +204,7 @@ class Store:
             front = (slice(None),) * (array.ndim - 3)
             voxels = results[name][(*front, *tile.crop.slices)]
             shard = self._encoded(name, (*front, *tile.write.slices), voxels, self._key(name, tile))
-            self._put(self.shard(name, tile), shard)
+            write_whole(self.shard(name, tile), shard, self.path / PRIVATE)
 
     def _encoded(
         self, name: str, place: tuple[slice, ...], voxels: NDArray[np.uint8], key: str
@@ -205,19 +215,6 @@ class Store:
         # Background is stored like everything else: an absent shard means "not computed".
         array.with_config({"write_empty_chunks": True})[place] = voxels
         return bytes(memory[key].to_bytes())
-
-    def _put(self, path: Path, data: bytes) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path / PRIVATE / f"{uuid.uuid4().hex}.partial"
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        _sync_folder(path.parent)
 
     def _key(self, name: str, tile: Tile) -> str:
         array = self._arrays[name]
@@ -232,11 +229,3 @@ class Store:
     def read(self, name: str) -> Any:
         """The array of one output, to be indexed like a NumPy array."""
         return self._arrays[name]
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -222,7 +222,10 @@ def _load(path: str, tif: Any, size: int) -> TiffImage:
     dtype = np.dtype(np.uint8) if series.dtype.kind == "b" else series.dtype.newbyteorder("=")
     sizes, names = _ome_metadata(tif) if series.kind == "ome" else (_sizes(tif), ())
     planes = _planes(path, tif, series, size)
-    return TiffImage(path, axes, shape, dtype, sizes, names, _segment(page), planes)
+    # Of mapped voxels any part can be had alone; a large strip would only look costly.
+    mapped = 1, min(64, page.imagelength), page.imagewidth
+    segment = mapped if isinstance(planes, _Mapped) else _segment(page)
+    return TiffImage(path, axes, shape, dtype, sizes, names, segment, planes)
 
 
 def _segment(page: Any) -> tuple[int, int, int]:

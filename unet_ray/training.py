@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from unet_ray.checkpoints import (
     write_tensors,
 )
 from unet_ray.errors import InputError, RunError, refuse_below_file
+from unet_ray.files import write_whole
 from unet_ray.memory import keep_freed_memory
 from unet_ray.network import Norm, UNet
 from unet_ray.prediction import Precision, best_precision
@@ -42,6 +44,8 @@ from unet_ray.samples import Sample, Sampler, TrainingData, ahead, load_training
 from unet_ray.versions import versions
 
 CHECKPOINT_SECONDS = 60.0
+# Size of what a patch gives back, in steps of the network, where no patch is asked for.
+PATCH_STEPS = {"default": 12, "paper": 24}
 REPORT_STEPS = 10
 KEPT_CHECKPOINTS = 2
 
@@ -53,7 +57,8 @@ class Recipe:
     Attributes:
         recipe: name of the recipe that the rest was filled in from.
         depth, base_channels, norm, dropout: of the network.
-        patch: size of a patch along y and x, in voxels, as the network reads it.
+        patch: size of a patch along y and x, in voxels, as the network reads it; (0, 0) stands
+            for that of the recipe at this depth.
         batch: patches of a step and worker; with N workers a step sees N times as many.
         steps: stop after so many; None for no such bound.
         minutes: stop after so many minutes of training; None for no such bound.
@@ -74,7 +79,7 @@ class Recipe:
     base_channels: int = 64
     norm: Norm = "batch"
     dropout: float = 0.0
-    patch: tuple[int, int] = (380, 380)
+    patch: tuple[int, int] = (0, 0)
     batch: int = 1
     steps: int | None = None
     minutes: float | None = None
@@ -100,8 +105,16 @@ class Recipe:
         if filled.get("steps") is None and filled.get("minutes") is None:
             filled["minutes"] = 15.0
         made = cls(recipe=name, **filled)  # type: ignore[arg-type]
+        if not any(made.patch):
+            made = dataclasses.replace(made, patch=made._default_patch())
         made._check()
         return made
+
+    def _default_patch(self) -> tuple[int, int]:
+        """380 at depth 4, the paper's 572 in its recipe; as many steps at other depths."""
+        context = UNet(1, 2, 1, self.depth).context
+        extent = context.halo[-1] + PATCH_STEPS[self.recipe] * context.step[-1]
+        return extent, extent
 
     def _check(self) -> None:
         rules = {
@@ -120,8 +133,11 @@ class Recipe:
                 raise InputError(f"{name}={getattr(self, name)} must be {rule}.")
         with torch.device("meta"):  # checks the numbers of the network without its memory
             network = self.network(1, 2)
+        least = network.context.halo[-1] + network.context.step[-1]
         for extent in self.patch:
             network.output_extent(extent)
+            if extent < least:
+                raise InputError(f"patch={extent} is too small for this network: {least} or more.")
 
     def network(self, channels: int, classes: int) -> UNet:
         """A network of these settings."""
@@ -140,7 +156,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "paper": {
         "norm": "none",
         "dropout": 0.5,
-        "patch": (572, 572),
         "optimiser": "sgd",
         "learning_rate": 1e-3,
         "momentum": 0.99,
@@ -240,10 +255,10 @@ def _check_run_folder(run: Path) -> None:
 def _refuse_other_run(run: Path, about: dict[str, Any]) -> None:
     """Refuses to go on with a run of other settings or data, naming the field that differs."""
     model = run / "model.safetensors"
-    newest = model if model.exists() else next(iter(_checkpoints(run)), None)
-    if newest is None:
+    whole = (model, read_tensors(model)) if model.exists() else _newest(run)
+    if whole is None:
         return
-    _, header = read_tensors(newest)
+    header = whole[1][1]
     if "recipe" not in header.get("training", {}):
         raise InputError(f"{run}: holds a model that was not trained here; choose another --out.")
     there = {"recipe": header["training"]["recipe"], "data": header["data"]}
@@ -260,6 +275,16 @@ def _refuse_other_run(run: Path, about: dict[str, Any]) -> None:
 def _checkpoints(run: Path) -> list[Path]:
     """Checkpoint files, newest first."""
     return sorted((run / "checkpoints").glob("step-*.safetensors"), reverse=True)
+
+
+def _newest(run: Path) -> tuple[Path, tuple[dict[str, Tensor], dict[str, Any]]] | None:
+    """The newest checkpoint that is whole, and what it holds; a damaged one is passed over."""
+    for path in _checkpoints(run):
+        try:
+            return path, read_tensors(path)
+        except InputError as error:
+            print(f"unet-ray: {error} The one before it is used.", file=sys.stderr)
+    return None
 
 
 class _Clock:
@@ -431,10 +456,10 @@ def _restore(
     run: Path, network: UNet, optimiser: torch.optim.Optimizer, device: torch.device
 ) -> tuple[int, float, Precision | None]:
     """Loads the newest checkpoint; returns (steps done, seconds trained, precision)."""
-    newest = next(iter(_checkpoints(run)), None)
+    newest = _newest(run)
     if newest is None:
         return 0, 0.0, None
-    tensors, header = read_tensors(newest)
+    tensors, header = newest[1]
     prefix = "model."
     network.load_state_dict(
         {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -457,7 +482,7 @@ class _Log:
         self._losses: list[float] = []
         if watch is not None:
             kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-            path.write_text("".join(line + "\n" for line in kept))
+            write_whole(path, "".join(line + "\n" for line in kept).encode())
 
     def add(self, step: int, loss: float, rate: float, seconds: float, progress: float) -> None:
         self._losses.append(loss)
@@ -492,7 +517,9 @@ def _fit_on_ray(
     device = engines.find_device("ray", workers)
     gpu = device == "cuda"
     size = engines.pool_size(device, workers) if gpu or workers else 1
-    threads = max(1, engines.cluster_size("CPU") // size)
+    # A worker lives on one machine, however many the cluster has.
+    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+    threads = max(1, int(min(engines.cluster_size("CPU") // size, largest)))
     reference = ray.put(data)
     scratch = run / "checkpoints" / "ray"
     trainer = TorchTrainer(

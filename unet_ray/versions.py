@@ -9,5 +9,5 @@ VERSION = "0.1.0"
 
 def versions() -> dict[str, str]:
     """Version by package name, without a build's local suffix (``+cpu``, ``+cu130``)."""
-    found = {name: metadata.version(name) for name in ("torch", "numpy", "zarr")}
+    found = {name: metadata.version(name) for name in ("torch", "numcodecs", "numpy", "zarr")}
     return {"unet-ray": VERSION, **{n: v.split("+")[0] for n, v in found.items()}}

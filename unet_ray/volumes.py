@@ -78,9 +78,11 @@ class Volume(ABC):
             single plane of which only y and x are known, z counts as 1.
         channel_names: one per channel, "" if unknown.
         chunk: (z, y, x) extent of the storage unit: inner chunk of Zarr, strip or tile of TIFF.
+        decoded_at_once: storage units that one `read` holds decoded at the same time.
     """
 
     kind: ClassVar[str]
+    decoded_at_once: ClassVar[int] = 1
     path: str
     shape: tuple[int, int, int, int]
     dtype: np.dtype[Any]
@@ -114,10 +116,15 @@ class Volume(ABC):
         """What tells this input from another, for JSON; the same on every call.
 
         Size and time are those of the image files, but for Zarr of the metadata files alone: an
-        array may have millions of chunks. The hash covers 16 storage units at most, evenly
-        spread, of at most 1 MiB each.
+        array may have millions of chunks. One hash covers names, sizes and times of all these
+        files; the other 16 storage units at most, evenly spread, of at most 1 MiB each.
         """
-        stats = [os.stat(name) for name in self._files()]
+        files = sorted(self._files())
+        stats = [os.stat(name) for name in files]
+        listed = [
+            f"{os.path.basename(name)} {stat.st_size} {stat.st_mtime_ns}\n"
+            for name, stat in zip(files, stats, strict=True)
+        ]
         return {
             "name": os.path.basename(self.path),
             "kind": self.kind,
@@ -125,6 +132,7 @@ class Volume(ABC):
             "dtype": str(self.dtype),
             "bytes": sum(stat.st_size for stat in stats),
             "modified_ns": max(stat.st_mtime_ns for stat in stats),
+            "files_sha256": hashlib.sha256("".join(listed).encode()).hexdigest(),
             "sampled_sha256": self._sampled_hash(),
         }
 
@@ -331,6 +339,7 @@ class _Zarr(Volume):
     """A Zarr array, or one level of the first image of an OME-Zarr group."""
 
     kind = "zarr"
+    decoded_at_once = 10  # zarr's setting async.concurrency
 
     def _open(self) -> tuple[Any, str, int, slice]:
         try:
