@@ -33,7 +33,7 @@ from unet_ray.training import Measure, Recipe, train
 TRAINING_SHAPE, TEST_SHAPE = (8, 512, 512), (12, 768, 768)
 TRAINING_SEED, TEST_SEED = 1, 2
 RECIPE = {"base_channels": 16, "patch": (316, 316), "minutes": 3.0}
-SHOWN_SLICE = 6
+SHOWN_SLICE, SHOWN_CORNER = 6, 384
 
 Say = Callable[[str], None]
 
@@ -132,7 +132,8 @@ def _draw(
         "overlay": overlay(image, classes[z] == 0),
     }
     captions = ["input", "probability of cell", "classes", "truth", "membrane found, over input"]
-    panels["all"] = side_by_side(list(panels.values()), captions)
+    corner = [panel[:SHOWN_CORNER, :SHOWN_CORNER] for panel in panels.values()]
+    panels["all"] = side_by_side(corner, captions)
     for name, picture in panels.items():
         write_png(folder / f"{name}.png", picture)
     return [folder / f"{name}.png" for name in panels]
