@@ -16,9 +16,9 @@ RUNGS = (
     "errors versions files boxes mirror progress",
     "tiles memory cost tiff volumes intensity stores ledger "
     "weights augment metrics phantom pictures",
-    "network checkpoints prediction",
+    "network checkpoints prediction recipes",
     "samples engine",
-    "training segmentation demo",
+    "training planning segmentation demo",
     "__init__ cli __main__",
 )
 LADDER = [name for rung in RUNGS for name in rung.split()]

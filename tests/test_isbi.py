@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import zarr
 
-from unet_ray.segmentation import Settings, segment
+from unet_ray.planning import Settings
+from unet_ray.recipes import Recipe
+from unet_ray.segmentation import segment
 from unet_ray.stores import ARRAYS
-from unet_ray.training import Recipe, train
+from unet_ray.training import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -20,7 +20,8 @@ from tests.test_training import measures, told_by
 from unet_ray import engine
 from unet_ray.checkpoints import find_model, read_model
 from unet_ray.errors import RunError
-from unet_ray.training import Recipe, train
+from unet_ray.recipes import Recipe
+from unet_ray.training import train
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 240

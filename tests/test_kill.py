@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.test_segmentation import bytes_of, noise, random_model, write_stack
-from unet_ray.segmentation import Settings, segment
+from unet_ray.planning import Settings
+from unet_ray.segmentation import segment
 
 ROOT = Path(__file__).parent.parent
 RECORD = 12  # bytes of a record of the ledger

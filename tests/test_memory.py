@@ -24,7 +24,7 @@ from unet_ray.memory import (
     worker_bytes,
 )
 from unet_ray.network import UNet
-from unet_ray.segmentation import Settings, plan
+from unet_ray.planning import Settings, plan
 from unet_ray.tiles import Context, TilePlan
 
 # Sizes of people.
@@ -65,7 +65,7 @@ def test_what_is_no_size_above_zero_is_refused(text):
 def test_a_size_that_was_written_can_be_read(count):
     text = format_bytes(count)
     unit = parse_bytes("1" + text.split()[1])
-    assert unit <= count
+    assert unit <= count * 1.001  # 1023.7 MiB is written 1.00 GiB
     assert abs(parse_bytes(text) - count) <= unit * (0.006 if "." in text else 0.5)
 
 

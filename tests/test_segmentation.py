@@ -12,13 +12,14 @@ import tifffile
 import torch
 import zarr
 
-from unet_ray import segmentation
+from unet_ray import planning, segmentation
 from unet_ray.boxes import Box
 from unet_ray.checkpoints import ModelHeader, architecture_of, read_model, write_model
 from unet_ray.errors import InputError, RunError
 from unet_ray.ledger import Ledger
 from unet_ray.network import UNet
-from unet_ray.segmentation import Settings, choose_plan, network_size, output_paths, segment
+from unet_ray.planning import Settings, choose_plan, network_size
+from unet_ray.segmentation import output_paths, segment
 from unet_ray.volumes import open_volume
 
 FLOAT32 = Settings(precision="float32", workers=2)
@@ -578,7 +579,7 @@ def test_one_input_goes_to_the_path_itself_and_several_into_a_folder():
 def test_a_plan_says_what_a_run_does_and_writes_nothing(tmp_path, model, volume):
     before = state_of(tmp_path)
     settings = dataclasses.replace(TILED, region=Box((0, 0, 0), (1, 61, 75)))
-    outlook = segmentation.plan(volume, model, settings)
+    outlook = planning.plan(volume, model, settings)
     assert state_of(tmp_path) == before
     assert (outlook.tiles, outlook.plan.core) == (8, (1, 32, 20))
     store = segment(volume, model, tmp_path / "out", TILED)

@@ -11,7 +11,8 @@ import tifffile
 from unet_ray import engine, training
 from unet_ray.checkpoints import find_model, read_model, read_tensors, write_model
 from unet_ray.errors import InputError, RunError
-from unet_ray.training import Recipe, train
+from unet_ray.recipes import Recipe
+from unet_ray.training import train
 from unet_ray.versions import VERSION
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from unet_ray.checkpoints import read_model as read_model
     from unet_ray.network import UNet as UNet
     from unet_ray.phantom import make_phantom as make_phantom
-    from unet_ray.segmentation import plan as plan
+    from unet_ray.planning import plan as plan
     from unet_ray.segmentation import segment as segment
     from unet_ray.tiles import Context as Context
     from unet_ray.tiles import TilePlan as TilePlan
@@ -32,7 +32,7 @@ _ROOMS = {
     "UNet": "network",
     "make_phantom": "phantom",
     "open_volume": "volumes",
-    "plan": "segmentation",
+    "plan": "planning",
     "read_model": "checkpoints",
     "segment": "segmentation",
     "train": "training",

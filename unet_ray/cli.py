@@ -22,7 +22,8 @@ from unet_ray.progress import ProgressLine, format_seconds
 from unet_ray.versions import VERSION
 
 if TYPE_CHECKING:
-    from unet_ray.segmentation import Outlook, Progress, Segmentation, Settings
+    from unet_ray.planning import Outlook, Settings
+    from unet_ray.segmentation import Progress, Segmentation
     from unet_ray.training import Measure
 
 Function = Callable[..., Any]
@@ -251,7 +252,8 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
     if flags.pop("dims") == 3:
         raise InputError("dims=3 is not built yet: choose --dims 2, which takes stacks by slices.")
     patch = _parse_patch(flags.pop("patch"))
-    from unet_ray.training import Recipe, train
+    from unet_ray.recipes import Recipe
+    from unet_ray.training import train
 
     images, labels, out, engine, workers, recipe = (
         flags.pop(name) for name in ("images", "labels", "out", "engine", "workers", "recipe")
@@ -286,9 +288,9 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
 def plan(ctx: click.Context, /, input: str, model: str, as_json: bool, **flags: Any) -> None:
     """Shows tiles, halo cost, memory and disk of a run before it starts; writes nothing."""
     settings = _settings(ctx, flags)
-    from unet_ray import segmentation
+    from unet_ray import planning
 
-    outlook = segmentation.plan(input, model, settings)
+    outlook = planning.plan(input, model, settings)
     click.echo(json.dumps(outlook.to_json(), indent=2) if as_json else _describe(outlook))
 
 
@@ -387,7 +389,7 @@ def _settings(ctx: click.Context, flags: dict[str, Any], overwrite: bool = False
     tile = None if flags["tile"] is None else _parse_tile(flags["tile"])
     region = None if flags["region"] is None else _parse_region(flags["region"])
     memory = parse_bytes(flags["memory"])
-    from unet_ray.segmentation import Settings
+    from unet_ray.planning import Settings
 
     return Settings(
         outputs=tuple(flags["outputs"].split(",")) if flags["outputs"] else None,

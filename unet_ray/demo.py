@@ -25,14 +25,16 @@ from unet_ray.pictures import (
     to_grey,
     write_png,
 )
+from unet_ray.planning import Settings
 from unet_ray.progress import ProgressLine, format_seconds
-from unet_ray.segmentation import Progress, Settings, segment
+from unet_ray.recipes import Recipe
+from unet_ray.segmentation import Progress, segment
 from unet_ray.stores import ARRAYS
-from unet_ray.training import Measure, Recipe, train
+from unet_ray.training import Measure, train
 
 TRAINING_SHAPE, TEST_SHAPE = (8, 512, 512), (12, 768, 768)
 TRAINING_SEED, TEST_SEED = 1, 2
-RECIPE = {"base_channels": 16, "patch": (316, 316), "minutes": 3.0}
+RECIPE = {"base_channels": 16, "patch": (316, 316), "steps": 3000, "minutes": 4.0}
 SHOWN_SLICE, SHOWN_CORNER = 6, 384
 
 Say = Callable[[str], None]

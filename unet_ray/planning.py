@@ -1,0 +1,278 @@
+"""What a run would do and need, before it starts: tiles chosen from volume, network and memory.
+
+Knows metadata and arithmetic: reads no voxel and writes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from unet_ray import engine as engines
+from unet_ray.boxes import Box
+from unet_ray.checkpoints import ModelHeader, find_model, read_model
+from unet_ray.cost import halo_overhead
+from unet_ray.errors import InputError, nearest
+from unet_ray.memory import NetworkSize, WorkerMemory, format_bytes, worker_bytes
+from unet_ray.network import UNet
+from unet_ray.prediction import Device, Precision, best_precision
+from unet_ray.stores import ARRAYS
+from unet_ray.tiles import Context, TilePlan, equal_core, round_up
+from unet_ray.volumes import Volume, open_volume
+
+# Beyond a read of about 1532 voxels a larger pass gains nothing: the halo is 10 % of the work.
+LARGEST_CORE = 1344
+# Slices of a tile where the input is not chunked along z: a tile is then about 16 MiB of output.
+SLAB = 16
+# A small stack is cut into about this many slabs, so that its tiles keep several workers busy.
+SLABS = 8
+# Voxels of one pass up to which slices are put together in a batch.
+BATCH_VOXELS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user may ask of `segment`; None means: choose, or keep what the store has.
+
+    Attributes:
+        outputs: which of ``probabilities`` and ``classes`` to store.
+        region: the part of the volume to do, (z, y, x); None is all of it.
+        channel, time, level: which part of the input file is the volume.
+        tile: core in voxels (z, y, x).
+        memory: bytes that one worker may use.
+        workers: how many tiles side by side.
+        engine: who runs the tiles.
+        precision: number format of the network.
+        overwrite: delete what is at the output path first.
+    """
+
+    outputs: tuple[str, ...] | None = None
+    region: Box | None = None
+    channel: int | None = None
+    time: int | None = None
+    level: int = 0
+    tile: tuple[int, int, int] | None = None
+    memory: int = 4 << 30
+    workers: int | None = None
+    engine: engines.EngineName = "local"
+    precision: Precision | None = None
+    overwrite: bool = False
+
+
+def choose_plan(
+    volume: Volume, network: UNet, size: NetworkSize, settings: Settings, outputs: int
+) -> tuple[TilePlan, WorkerMemory]:
+    """The tiles of a run: as asked for, or the largest that pay within the memory allowed.
+
+    Depends on the volume, the network and the allowance only, never on the machine.
+
+    Raises:
+        InputError: if the tile asked for, or even the smallest, needs more memory than allowed.
+    """
+    shape, context = volume.shape[1:], network.context
+
+    def planned(core: tuple[int, ...]) -> tuple[TilePlan, WorkerMemory]:
+        tiles = TilePlan(shape, core, context, (_batch(core, context), *core[1:]))
+        return tiles, needed_memory(size, tiles, volume, outputs)
+
+    def here(chosen: tuple[TilePlan, WorkerMemory]) -> tuple[TilePlan, WorkerMemory]:
+        return chosen[0], chosen[1].on(settings.engine)
+
+    allowed = format_bytes(settings.memory)
+    asked = here(planned(_fitted(settings.tile, shape, context))) if settings.tile else None
+    if asked and asked[1].total <= settings.memory:
+        return asked
+    found = (
+        planned((slab, *_plane(volume, context, largest)))
+        for slab in dict.fromkeys((_slab(volume), 1))
+        for largest in range(LARGEST_CORE, 0, -context.step[-1])
+    )
+    # By the needs of a Ray worker, the larger ones, so that both engines choose the same tiles.
+    smallest = planned((1, *context.step[1:]))
+    tiles, memory = here(next((f for f in found if f[1].total <= settings.memory), smallest))
+    if memory.total > settings.memory:
+        raise InputError(
+            f"memory={allowed} is too little for this model: the smallest tile needs "
+            f"{format_bytes(memory.total)} per worker; give --memory {memory.total} or more."
+        )
+    if asked:
+        raise InputError(
+            f"tile={_commas(asked[0].core)} needs {format_bytes(asked[1].total)} per worker, "
+            f"{allowed} allowed; tile={_commas(tiles.core)} needs {format_bytes(memory.total)}."
+        )
+    return tiles, memory
+
+
+def _commas(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def needed_memory(size: NetworkSize, tiles: TilePlan, volume: Volume, outputs: int) -> WorkerMemory:
+    """What a worker needs for `tiles` of `volume`, with `outputs` bytes stored per voxel."""
+    voxel = volume.shape[0] * volume.dtype.itemsize
+    extents = zip(tiles.read_shape, volume.chunk, strict=True)
+    units = min(volume.decoded_at_once, math.prod(-(-n // c) + 1 for n, c in extents))
+    return worker_bytes(size, tiles, voxel, outputs, units * math.prod(volume.chunk) * voxel)
+
+
+def _fitted(tile: Sequence[int], shape: Sequence[int], context: Context) -> tuple[int, ...]:
+    """A core that a user asked for, clamped to the volume and rounded up to the step."""
+    clamped = (min(t, n) for t, n in zip(tile, shape, strict=True))
+    return tuple(round_up(t, s) for t, s in zip(clamped, context.step, strict=True))
+
+
+def _slab(volume: Volume) -> int:
+    """Slices of a tile for a 2-D network."""
+    depth, unit = volume.shape[1], volume.chunk[0]
+    if unit > 1:
+        # Whole chunks along z, so that none is decoded for two tiles.
+        return min(round_up(min(SLAB, depth), unit), depth)
+    return equal_core(depth, min(SLAB, max(1, math.ceil(depth / SLABS))), 1)
+
+
+def _plane(volume: Volume, context: Context, largest: int) -> tuple[int, int]:
+    """Rows and columns of a tile, at most `largest` each."""
+    y, x = (
+        equal_core(n, largest, s) for n, s in zip(volume.shape[2:], context.step[1:], strict=True)
+    )
+    return y, x
+
+
+def _batch(core: Sequence[int], context: Context) -> int:
+    """Slices of one pass: small slices are put together, since a larger pass runs faster."""
+    area = math.prod(c + h for c, h in zip(core[1:], context.halo[1:], strict=True))
+    most = max(1, BATCH_VOXELS // area)
+    return max(n for n in range(1, min(most, core[0]) + 1) if core[0] % n == 0)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a run would do and need, known before it starts.
+
+    Attributes:
+        volume: the input.
+        plan: the tiles.
+        tiles: how many of them the region touches.
+        memory: what one worker needs.
+        precision, device: of the network.
+        halo_overhead: arithmetic spent on the halo, as a part of what the cores alone would cost.
+        disk_bytes: upper bound of what is stored.
+    """
+
+    volume: Volume
+    plan: TilePlan
+    tiles: int
+    memory: WorkerMemory
+    precision: Precision
+    device: Device
+    halo_overhead: float
+    disk_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys that ``unet-ray plan --json`` prints; sizes in voxels and bytes."""
+        return {
+            "tiles": self.tiles,
+            "tile": list(self.plan.core),
+            "read": list(self.plan.read_shape),
+            "pass": list(self.plan.pass_shape),
+            "halo_overhead": round(self.halo_overhead, 4),
+            "worker_memory_bytes": self.memory.total,
+            "disk_bytes": self.disk_bytes,
+            "precision": self.precision,
+            "device": self.device,
+        }
+
+
+def plan(
+    source: str | os.PathLike[str], model: str | os.PathLike[str], settings: Settings
+) -> Outlook:
+    """What `segment` would do with these settings and a new store; reads metadata only.
+
+    Raises:
+        InputError: for anything wrong with input, model or settings.
+    """
+    volume, network, _ = open_inputs(source, model, settings)
+    device = device_of(settings)
+    precision = settings.precision or precision_of(device, settings)
+    values = stored_values(network.classes, checked_outputs(settings.outputs))
+    size = network_size(network, precision)
+    tiles, memory = choose_plan(volume, network, size, settings, values)
+    stored = math.prod(tiles.core) * values * len(tiles)
+    region = settings.region or Box.of(tiles.shape)
+    overhead = halo_overhead(size, tiles)
+    count = sum(1 for _ in tiles.within(region))
+    return Outlook(volume, tiles, count, memory, precision, device, overhead, stored)
+
+
+def open_inputs(
+    source: str | os.PathLike[str], model: str | os.PathLike[str], settings: Settings
+) -> tuple[Volume, UNet, ModelHeader]:
+    """Opens input and model and checks that they fit each other and the region."""
+    volume = open_volume(source, channel=settings.channel, time=settings.time, level=settings.level)
+    file = find_model(model)
+    network, header = read_model(file)
+    if volume.shape[0] != network.in_channels:
+        hint = "; choose one with --channel N" if network.in_channels == 1 else ""
+        raise InputError(
+            f"{volume.path}: has {volume.shape[0]} channels, but {file} was trained on "
+            f"{network.in_channels}{hint}."
+        )
+    whole = Box.of(volume.shape[1:])
+    region = settings.region
+    if region and (region.size == 0 or region.intersect(whole) != region):
+        raise InputError(
+            f"region={region} must be a box of at least one voxel inside the volume, {whole}."
+        )
+    return volume, network, header
+
+
+def stored_values(classes: int, outputs: Sequence[str]) -> int:
+    """Bytes stored per voxel."""
+    return (classes - 1) * ("probabilities" in outputs) + ("classes" in outputs)
+
+
+def network_size(network: UNet, precision: Precision) -> NetworkSize:
+    """The numbers of a network that memory depends on."""
+    return NetworkSize(
+        network.in_channels,
+        network.classes,
+        network.base_channels,
+        network.depth,
+        sum(p.numel() for p in network.parameters()),
+        {"float32": 4, "bfloat16": 2}[precision],
+    )
+
+
+def device_of(settings: Settings) -> Device:
+    """Where tiles would run: on a GPU where there are any, of this machine or of the cluster.
+
+    Raises:
+        InputError: if the cluster can never hold so many workers.
+    """
+    return "cuda" if engines.find_device(settings.engine, settings.workers) == "cuda" else "cpu"
+
+
+def precision_of(device: Device, settings: Settings) -> Precision:
+    """The number format that is fastest where tiles would run."""
+    if device == "cuda" and settings.engine == "ray":
+        # The head of a cluster need not have the GPU that its workers have.
+        return engines.ask_gpu(lambda: best_precision("cuda"))
+    return best_precision(device)
+
+
+def checked_outputs(asked: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The outputs to store, in the store's order; all of them if none are asked for.
+
+    Raises:
+        InputError: for a name that is not an output; names the nearest.
+    """
+    for name in asked or ():
+        if name not in ARRAYS:
+            raise InputError(
+                f"outputs={name!r} is not an output: choose from {', '.join(ARRAYS)}"
+                f"{nearest(name, ARRAYS)}."
+            )
+    return tuple(name for name in ARRAYS if asked is None or name in asked)
