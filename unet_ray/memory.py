@@ -21,7 +21,7 @@ PROCESS_BYTES = {"local": 165 << 20, "ray": 250 << 20}
 # What the allocator keeps beyond what lives at the peak (see `keep_freed_memory`): holes between
 # buffers of different sizes, and a fixed part for the convolution library's own code and scratch.
 KEPT = 1.65
-SCRATCH_BYTES = 80 << 20
+SCRATCH_BYTES = 96 << 20
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{u}i": 1 << 10 * k for k, u in enumerate("kmgt", start=1)}
