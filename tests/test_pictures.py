@@ -180,7 +180,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
 
     def fail(self, target, **_):
         if step == "save":
-            target.write_bytes(b"half")
+            target.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(

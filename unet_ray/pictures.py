@@ -6,8 +6,8 @@ shape (y, x) in grey or (y, x, 3) in red, green, blue.
 
 from __future__ import annotations
 
+import io
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from unet_ray.errors import InputError
+from unet_ray.files import write_whole
 
 Picture = NDArray[np.uint8]
 
@@ -193,10 +194,6 @@ def write_png(path: str | os.PathLike[str], picture: Picture) -> None:
         )
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder {path.parent} does not exist; make it first.")
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        Image.fromarray(picture).save(part, format="PNG")
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    encoded = io.BytesIO()
+    Image.fromarray(picture).save(encoded, format="PNG")
+    write_whole(path, encoded.getvalue())
