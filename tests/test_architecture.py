@@ -13,12 +13,12 @@ PACKAGE = ROOT / "unet_ray"
 
 # A file imports only from the rungs below its own and from the files before it on its own rung.
 RUNGS = (
-    "errors versions files boxes mirror progress",
-    "tiles memory cost tiff volumes intensity stores ledger "
-    "weights augment metrics phantom pictures",
+    "errors versions files compiled boxes mirror progress",
+    "tiles memory cost tiff volumes intensity stores ledger events "
+    "weights augment warping thinning overlaps metrics phantom pictures charts",
     "network checkpoints prediction recipes",
     "samples engine",
-    "training planning segmentation demo",
+    "training planning segmentation evaluation report demo",
     "__init__ cli __main__",
 )
 LADDER = [name for rung in RUNGS for name in rung.split()]

@@ -18,7 +18,7 @@ from scipy.interpolate import CubicSpline
 
 from unet_ray.boxes import Box
 from unet_ray.errors import InputError
-from unet_ray.weights import compiled
+from unet_ray.compiled import compiled
 
 Value = TypeVar("Value", bound=np.generic)
 

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from unet_ray.errors import InputError
 
@@ -46,20 +47,11 @@ class Ledger:
             raise InputError(
                 f"{path.parent.parent}: another run is writing here; wait for it or end it."
             ) from error
-        whole = self._replay()
+        data = os.read(self._file, os.fstat(self._file).st_size)
+        whole = _replay(data, self._done)
         # What a kill left half-written goes, so that records stay at multiples of their size.
         os.ftruncate(self._file, whole)
         os.lseek(self._file, whole, os.SEEK_SET)
-
-    def _replay(self) -> int:
-        """Marks what the file holds; returns the length of its sound part, in bytes."""
-        data = os.read(self._file, os.fstat(self._file).st_size)
-        for at in range(0, len(data) - _RECORD.size + 1, _RECORD.size):
-            number, check = _RECORD.unpack_from(data, at)
-            if check != _check(number) or number >= self._done.size:
-                return at
-            self._done[number] = True
-        return len(data) // _RECORD.size * _RECORD.size
 
     def commit(self, tile: int) -> None:
         """Records that the shards of `tile` are on disk; returns when the record is, too."""
@@ -91,6 +83,24 @@ class Ledger:
         trace: TracebackType | None,
     ) -> None:
         os.close(self._file)
+
+
+def committed(path: Path, tiles: int) -> NDArray[np.bool_]:
+    """Which of so many tiles a ledger holds, also while another process has it open: (tiles,)."""
+    done = np.zeros(tiles, bool)
+    if path.exists():
+        _replay(path.read_bytes(), done)
+    return done
+
+
+def _replay(data: bytes, done: NDArray[np.bool_]) -> int:
+    """Marks in `done` what a ledger's bytes hold; returns the length of their sound part."""
+    for at in range(0, len(data) - _RECORD.size + 1, _RECORD.size):
+        number, check = _RECORD.unpack_from(data, at)
+        if check != _check(number) or number >= done.size:
+            return at
+        done[number] = True
+    return len(data) // _RECORD.size * _RECORD.size
 
 
 def _check(number: int) -> int:

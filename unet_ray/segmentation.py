@@ -22,6 +22,7 @@ from unet_ray import engine as engines
 from unet_ray.boxes import Box
 from unet_ray.checkpoints import ModelHeader, find_model, read_model, sha256_of
 from unet_ray.errors import InputError, RunError, refuse_below_file
+from unet_ray.events import EventLog
 from unet_ray.files import remove_partial
 from unet_ray.intensity import Intensity, measure
 from unet_ray.ledger import Ledger
@@ -52,7 +53,7 @@ from unet_ray.tiles import Context, TilePlan
 from unet_ray.versions import versions
 from unet_ray.volumes import Volume
 
-LEDGER = f"{PRIVATE}/segment.ledger"
+LEDGER, EVENTS = f"{PRIVATE}/segment.ledger", f"{PRIVATE}/events.jsonl"
 # Told in the store, but another version of these gives the same bytes.
 UNCOMPARED = ("versions.numpy", "versions.zarr")
 
@@ -308,12 +309,23 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
         before = total - len(missing)
         if not missing:
             return 0
+        log = EventLog(run.out / EVENTS)
+        log.add(
+            "start",
+            input=str(run.volume.path),
+            engine=settings.engine,
+            workers=settings.workers,
+            missing=len(missing),
+        )
         for receipt in engines.run(stage, missing, settings.engine, settings.workers):
             if receipt.error:
+                log.add("failed", tile=receipt.tile, error=receipt.error)
                 raise RunError(receipt.error)
             ledger.commit(receipt.tile)
+            log.add("tile", tile=receipt.tile, seconds=round(receipt.seconds, 4))
             done, voxels = done + 1, voxels + run.plan[receipt.tile].write.size
             watch(Progress(before + done, total, done, voxels, time.monotonic() - start))
+        log.add("end", tiles=done, seconds=round(time.monotonic() - start, 3))
     return done
 
 

@@ -47,6 +47,7 @@ from unet_ray.versions import versions
 CHECKPOINT_SECONDS = 60.0
 REPORT_STEPS = 10
 KEPT_CHECKPOINTS = 2
+PATCHES, KEPT_PATCHES = "patches.safetensors", 4
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def train(
     if model.exists():
         return model
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    _keep_patches(run / PATCHES, recipe, data)
     if engine == "ray":
         _fit_on_ray(recipe, data, run, workers, watch)
     else:
@@ -169,6 +171,20 @@ def _newest(run: Path) -> tuple[Path, tuple[dict[str, Tensor], dict[str, Any]]] 
         except InputError as error:
             print(f"unet-ray: {error} The one before it is used.", file=sys.stderr)
     return None
+
+
+def _keep_patches(path: Path, recipe: Recipe, data: TrainingData) -> None:
+    """Keeps the first patches of the run, as the network sees them, for people to look at."""
+    if path.exists():
+        return
+    sampler = Sampler(data, recipe.patch, recipe.output, recipe.seed, recipe.elastic)
+    tensors = {}
+    for number in range(KEPT_PATCHES):
+        sample = sampler[number]
+        tensors[f"image.{number}"] = torch.from_numpy(sample.image).half()
+        tensors[f"targets.{number}"] = torch.from_numpy(sample.targets)
+        tensors[f"weights.{number}"] = torch.from_numpy(sample.weights)
+    write_tensors(path, tensors, {"classes": len(data.class_values)})
 
 
 class _Clock:

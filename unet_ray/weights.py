@@ -9,32 +9,17 @@ from, how a patch is cut or what the loss does with the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from unet_ray.compiled import compiled
 from unet_ray.errors import InputError
 
 NEGLIGIBLE = 1e-8  # a border term below this is set to 0: it is lost in float32 beside w_c anyway
 FAR = 1 << 62  # squared distance to a cell that is not there
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def compiled(function: Function) -> Function:
-    """Compiles `function` at its first call; it runs without the GIL.
-
-    The machine code is kept on disk. Where no folder can be written (an install that is
-    read-only, and no home) each process compiles for itself, which takes it about a second.
-    """
-    try:
-        return cast(Function, numba.njit(cache=True, nogil=True)(function))
-    except RuntimeError:  # numba finds no place for its cache, and says so while decorating
-        return cast(Function, numba.njit(nogil=True)(function))
 
 
 def class_weights(targets: NDArray[np.uint8], classes: int) -> NDArray[np.float32]:
