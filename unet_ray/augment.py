@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline
 
 from unet_ray.boxes import Box
-from unet_ray.errors import InputError
 from unet_ray.compiled import compiled
+from unet_ray.errors import InputError
 
 Value = TypeVar("Value", bound=np.generic)
 

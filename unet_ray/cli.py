@@ -16,7 +16,8 @@ import click
 import yaml
 
 from unet_ray.boxes import Box
-from unet_ray.errors import InputError, UnetRayError, nearest
+from unet_ray.errors import InputError, UnetRayError, nearest, refuse_below_file
+from unet_ray.files import write_whole
 from unet_ray.memory import format_bytes, keep_freed_memory, parse_bytes
 from unet_ray.progress import ProgressLine, format_seconds
 from unet_ray.versions import VERSION
@@ -329,6 +330,63 @@ def segment(
         if not done:
             _say(f"{run.out.name}: already finished; nothing to do.")
         click.echo(run.out)
+
+
+@app.command(
+    cls=Verb,
+    epilog="\b\nExample: unet-ray evaluate volume.zarr truth.tif --as isbi --json scores.json",
+    short_help="Score a prediction against the truth.",
+)
+@click.argument("prediction", metavar="PREDICTION")
+@click.argument("truth", metavar="TRUTH")
+@click.option(
+    "--as",
+    "kind",
+    type=click.Choice(["isbi", "instances", "classes"]),
+    required=True,
+    help="isbi: membranes, from probabilities of cell. instances: labelled objects. "
+    "classes: class maps.",
+)
+@click.option("--per-slice", is_flag=True, help="Each slice is an image of its own; ids too.")
+@click.option("--json", "file", metavar="FILE", help="Also write the scores as JSON; - for stdout.")
+def evaluate(prediction: str, truth: str, kind: Any, per_slice: bool, file: str | None) -> None:
+    """Scores a prediction against the truth: TIFF, a folder of slices, Zarr or our own store.
+
+    Of a store, what --as needs is taken. docs/scores.md explains every score.
+    """
+    if file not in (None, "-"):
+        refuse_below_file(Path(file))
+    from unet_ray.evaluation import evaluate as score
+
+    line = ProgressLine("evaluate")
+
+    def watch(done: int, total: int) -> None:
+        line.show(done / total, f"{done}/{total}")
+
+    found = score(prediction, truth, kind, per_slice, watch)
+    if found.note:
+        _say(found.note)
+    text = json.dumps(found.to_json(), indent=2) + "\n"
+    if file not in (None, "-"):
+        write_whole(Path(file), text.encode())
+    click.echo(text if file == "-" else found.table(), nl=file != "-")
+
+
+@app.command(
+    cls=Verb,
+    epilog="\b\nExample: unet-ray report volume.zarr --truth truth.tif",
+    short_help="Write a page with pictures about a run.",
+)
+@click.argument("path", metavar="RUN|OUT.zarr")
+@click.option("--truth", metavar="PATH", help="Class labels of the volume: adds scores, borders.")
+def report(path: str, truth: str | None) -> None:
+    """Writes one page, report.html, with curves, pictures, scores and how it was made.
+
+    It needs no network. Of a run it lies in RUN, of a store beside it: OUT.report.html.
+    """
+    from unet_ray.report import write_report
+
+    click.echo(write_report(Path(path), Path(truth) if truth else None))
 
 
 def _watch(label: str) -> Callable[[Progress], None]:

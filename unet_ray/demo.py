@@ -15,7 +15,7 @@ import tifffile
 import zarr
 from numpy.typing import NDArray
 
-from unet_ray.metrics import accuracy, confusion, iou
+from unet_ray.metrics import accuracy, iou
 from unet_ray.phantom import Phantom, make_phantom
 from unet_ray.pictures import (
     colour_classes,
@@ -108,16 +108,15 @@ def _score_table(truth: Phantom, classes: NDArray[np.uint8]) -> str:
     }
     lines = [f"{'':16}{'accuracy':>10}{'IoU membrane':>15}{'IoU cell':>11}"]
     for name, answer in answers.items():
-        counts = confusion(answer, right, 2)
-        membrane, cell = iou(counts)
-        lines.append(f"{name:16}{accuracy(counts):>10.4f}{membrane:>15.4f}{cell:>11.4f}")
+        share, overlap = accuracy(answer, right), dict(iou(answer, right).classes)
+        lines.append(f"{name:16}{share.value:>10.4f}{overlap[0]:>15.4f}{overlap[1]:>11.4f}")
     return "\n".join(lines)
 
 
 def _best_threshold(image: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Cell where the image is brighter than the threshold of the best mean IoU."""
     answers: list[Any] = [(image > level).astype(np.uint8) for level in range(16, 240, 8)]
-    return max(answers, key=lambda answer: float(iou(confusion(answer, right, 2)).mean()))
+    return max(answers, key=lambda answer: iou(answer, right).value)
 
 
 def _draw(

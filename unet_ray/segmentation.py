@@ -41,7 +41,9 @@ from unet_ray.planning import (
 )
 from unet_ray.prediction import Device, Precision, Predictor, instructions
 from unet_ray.stores import (
+    EVENTS,
     FORMAT,
+    LEDGER,
     PRIVATE,
     Store,
     StoreLayout,
@@ -49,11 +51,11 @@ from unet_ray.stores import (
     delete_store,
     provenance_of,
 )
-from unet_ray.tiles import Context, TilePlan
+from unet_ray.tiles import TilePlan
 from unet_ray.versions import versions
 from unet_ray.volumes import Volume
 
-LEDGER, EVENTS = f"{PRIVATE}/segment.ledger", f"{PRIVATE}/events.jsonl"
+_plan_from_json = TilePlan.from_json
 # Told in the store, but another version of these gives the same bytes.
 UNCOMPARED = ("versions.numpy", "versions.zarr")
 
@@ -166,7 +168,7 @@ def prepare(
     outputs = checked_outputs(settings.outputs or (tuple(told["outputs"]) if told else None))
     size, values = network_size(network, precision), stored_values(network.classes, outputs)
     if told and not settings.tile:
-        tiles = _plan_from_json(told["plan"])
+        tiles = TilePlan.from_json(told["plan"])
         memory = needed_memory(size, tiles, volume, values)
         memory = memory.on(settings.engine)
         _check_memory(memory, settings, path)
@@ -236,11 +238,6 @@ def _provenance(run: Segmentation, header: ModelHeader, settings: Settings) -> d
         "versions": versions(),
     }
     return cast(dict[str, Any], json.loads(json.dumps(told)))  # tuples become lists, as when read
-
-
-def _plan_from_json(told: dict[str, Any]) -> TilePlan:
-    context = Context(**{name: tuple(v) for name, v in told["context"].items()})
-    return TilePlan(tuple(told["shape"]), tuple(told["core"]), context, tuple(told["passes"]))
 
 
 def _refuse_difference(path: Path, told: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -14,8 +14,9 @@ for, so every voxel is owned by one tile and computed from the same numbers in e
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from unet_ray.boxes import Box, Ints
 from unet_ray.errors import InputError
@@ -174,6 +175,12 @@ class TilePlan:
                         f"{axis} must be a multiple of its {name}, {k}; nearest is "
                         f"{max(k, round(n / k) * k)}."
                     )
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> TilePlan:
+        """The plan that `dataclasses.asdict` and JSON made `told` of."""
+        context = Context(**{name: tuple(sizes) for name, sizes in told["context"].items()})
+        return cls(tuple(told["shape"]), tuple(told["core"]), context, tuple(told["passes"]))
 
     @property
     def counts(self) -> Ints:

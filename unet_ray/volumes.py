@@ -136,6 +136,10 @@ class Volume(ABC):
             "sampled_sha256": self._sampled_hash(),
         }
 
+    def slice_files(self) -> list[str]:
+        """Name of the file of each slice, for a folder of slices; empty for anything else."""
+        return []
+
     def _sampled_hash(self) -> str:
         digest = hashlib.sha256(f"{self.shape} {self.dtype}".encode())
         grid = [-(-n // m) for n, m in zip(self.shape[1:], self.chunk, strict=True)]
@@ -295,6 +299,10 @@ class _Folder(Volume):
         self._describe((c, len(names), y, x), first.dtype, first.chunk, sizes)
         self.channel_names = first.channel_names
         return names
+
+    def slice_files(self) -> list[str]:
+        """Name of the file of each slice."""
+        return [os.path.basename(name) for name in self._source]
 
     def _slices(self) -> list[str]:
         """Paths of the slices, so sorted that t2 comes before t10."""
