@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python -m
 export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check clean
+.PHONY: help demo test test-slow bench check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test: $(STAMP) ## run the tests, a few minutes
 
 test-slow: $(STAMP) ## run the tests that take minutes each
 	$(RUN) pytest -m slow
+
+bench: $(STAMP) ## measure speed, beside other libraries where they do the same
+	$(RUN) tests.bench_scores
 
 check: $(STAMP) ## lint, formatting and types
 	$(RUN) ruff check

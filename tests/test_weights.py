@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
-from unet_ray.errors import InputError
 from unet_ray.compiled import compiled
+from unet_ray.errors import InputError
 from unet_ray.weights import border_term, class_weights, weight_map
 
 ISBI = Path(__file__).parents[1] / "../shared/data/isbi2012/train-labels.tif"

@@ -14,9 +14,11 @@ from unet_ray.versions import VERSION
 if TYPE_CHECKING:
     from unet_ray.boxes import Box as Box
     from unet_ray.checkpoints import read_model as read_model
+    from unet_ray.evaluation import evaluate as evaluate
     from unet_ray.network import UNet as UNet
     from unet_ray.phantom import make_phantom as make_phantom
     from unet_ray.planning import plan as plan
+    from unet_ray.report import write_report as write_report
     from unet_ray.segmentation import segment as segment
     from unet_ray.tiles import Context as Context
     from unet_ray.tiles import TilePlan as TilePlan
@@ -30,12 +32,14 @@ _ROOMS = {
     "Context": "tiles",
     "TilePlan": "tiles",
     "UNet": "network",
+    "evaluate": "evaluation",
     "make_phantom": "phantom",
     "open_volume": "volumes",
     "plan": "planning",
     "read_model": "checkpoints",
     "segment": "segmentation",
     "train": "training",
+    "write_report": "report",
 }
 __all__ = sorted(_ROOMS)
 

@@ -275,6 +275,10 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
     model = train(list(images), list(labels), out, chosen, _engine(ctx, engine), workers, watch)
     if finished:
         _say("already trained; nothing to do.")
+    else:
+        from unet_ray.report import write_report
+
+        _say(f"report: {write_report(Path(out))}")
     click.echo(model)
 
 

@@ -15,6 +15,7 @@ import tifffile
 import zarr
 from numpy.typing import NDArray
 
+from unet_ray.evaluation import evaluate
 from unet_ray.metrics import accuracy, iou
 from unet_ray.phantom import Phantom, make_phantom
 from unet_ray.pictures import (
@@ -28,6 +29,7 @@ from unet_ray.pictures import (
 from unet_ray.planning import Settings
 from unet_ray.progress import ProgressLine, format_seconds
 from unet_ray.recipes import Recipe
+from unet_ray.report import write_report
 from unet_ray.segmentation import Progress, segment
 from unet_ray.stores import ARRAYS
 from unet_ray.training import Measure, train
@@ -65,8 +67,11 @@ def run(out: Path, say: Say) -> None:
     classes = zarr.open_array(store / ARRAYS["classes"], mode="r")[:]
     probability = zarr.open_array(store / ARRAYS["probabilities"], mode="r")[0]
     print(_score_table(truth, np.asarray(classes)))
+    print(evaluate(store, test / "labels.tif", "isbi").table())
     for path in _draw(out / "pictures", truth, np.asarray(probability), np.asarray(classes)):
         print(path)
+    print(write_report(out / "run"))
+    print(write_report(store, test / "labels.tif"))
 
 
 def _phantom(folder: Path, shape: tuple[int, int, int], seed: int) -> tuple[Phantom, Path]:

@@ -71,7 +71,8 @@ def warping_error(prediction: Scored, truth: Scored) -> Score:
     """How many pixels split or merge cells, after every shift of a border has been forgiven.
 
     It counts errors of topology only: a membrane in a slightly wrong place costs nothing, and a
-    gap of one pixel costs one pixel. It does not see how large the merged cells are. 0 is best.
+    gap of one pixel costs one pixel. It does not see how large the merged cells are, nor cells
+    that vanish: a prediction without any cell scores 0. 0 is best.
 
     Formula: (split pixels + merger pixels) / all pixels, after flipping simple points of the
     truth towards the prediction; least over 10 thresholds. Source: Fiji

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
 
 from unet_ray.errors import InputError
 from unet_ray.files import write_whole
@@ -55,6 +54,10 @@ OKABE_ITO = np.array(
 CYAN = np.array((0, 255, 255))
 YELLOW = np.array((255, 255, 0), np.uint8)
 CYAN_SHARE = 0.4
+# Twelve colours over so many greys, and black, fit the palette of a PNG.
+CELL_GREYS = 20
+# How light the part of a picture outside a frame is.
+OUTSIDE = 0.6
 FONT_SIZE = 16
 LINE_HEIGHT = 20
 INDENT = 2
@@ -101,8 +104,59 @@ def colour_classes(classes: NDArray[np.integer[Any]]) -> Picture:
     return OKABE_ITO[index]
 
 
+def colour_cells(labels: NDArray[np.integer[Any]], image: Picture | None = None) -> Picture:
+    """Lays a colour of chance over each object of a grey image; the same ones for the same labels.
+
+    The colours differ in lightness too, so that neighbours also differ in grey.
+
+    Args:
+        labels: objects (y, x), 0 is background and black.
+        image: uint8 (y, x), shown through the colours, in few levels, which keeps the file small;
+            plain colours if not given.
+    """
+    light = [(colour.astype(int) + 255) // 2 for colour in OKABE_ITO[[1, 3, 5, 6, 7]]]
+    colours = np.array([*OKABE_ITO[1:], *light])
+    _, ranks = np.unique(labels, return_inverse=True)
+    ranks = ranks.reshape(labels.shape)
+    draws = np.random.default_rng(0).integers(len(colours), size=int(ranks.max(initial=0)) + 1)
+    rgb = colours[draws[ranks]]
+    if image is not None:
+        rgb = (rgb + few_greys(image, CELL_GREYS)[..., None]) // 2
+    rgb[labels == 0] = 0
+    return rgb.astype(np.uint8)
+
+
+def few_greys(image: Picture, levels: int) -> Picture:
+    """A grey picture (y, x) in so many evenly spaced levels, black and white among them."""
+    steps = np.rint(image.astype(np.float64) / 255 * (levels - 1))
+    return np.rint(steps * 255 / (levels - 1)).astype(np.uint8)
+
+
+def frame(image: Picture, top: int, left: int, height: int, width: int) -> Picture:
+    """Marks a part of a picture: a yellow line around it, black on both sides, and dim without."""
+    rgb = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)
+    framed = (rgb * OUTSIDE).astype(np.uint8)
+    for margin, colour in ((3, OKABE_ITO[0]), (2, OKABE_ITO[4]), (1, OKABE_ITO[0])):
+        edge = max(0, top - margin), max(0, left - margin)
+        framed[edge[0] : top + height + margin, edge[1] : left + width + margin] = colour
+    inside = slice(top, top + height), slice(left, left + width)
+    framed[inside] = rgb[inside]
+    return framed
+
+
+def strike_out(picture: Picture, where: NDArray[np.bool_]) -> Picture:
+    """Shows in light grey with oblique lines what there is no picture of: (y, x, 3)."""
+    struck = picture.copy() if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=-1)
+    rows, columns = np.indices(where.shape)
+    struck[where] = 230
+    struck[where & ((rows + columns) % 12 < 2)] = 120
+    return struck
+
+
 def overlay(
-    image: Picture, mask: NDArray[np.bool_], truth: NDArray[np.bool_] | None = None
+    image: Picture,
+    mask: NDArray[np.bool_],
+    truth: NDArray[np.bool_ | np.integer[Any]] | None = None,
 ) -> Picture:
     """Lays a mask in cyan over a grey image, and the border of the truth in yellow.
 
@@ -111,8 +165,9 @@ def overlay(
     Args:
         image: uint8 (y, x), shown as it is; see `to_grey`.
         mask: what was found, bool (y, x).
-        truth: what should have been found, bool (y, x). Its border is its pixels with one of
-            the 4 neighbours outside it; the edge of the picture is no border.
+        truth: what should have been found (y, x): 0 is nothing, other numbers are objects. The
+            border is the pixels of objects with another number in one of the 4 neighbours; the
+            edge of the picture is no border.
 
     Returns:
         uint8 (y, x, 3).
@@ -120,8 +175,19 @@ def overlay(
     rgb = np.repeat(image[..., None], 3, axis=-1)
     rgb[mask] = np.rint(rgb[mask] * (1 - CYAN_SHARE) + CYAN * CYAN_SHARE)
     if truth is not None:
-        rgb[truth & ~ndimage.binary_erosion(truth, border_value=1)] = YELLOW
+        rgb[_borders(truth)] = YELLOW
     return rgb
+
+
+def _borders(labels: NDArray[Any]) -> NDArray[np.bool_]:
+    """Pixels that are not 0 and have a 4-neighbour of another number."""
+    found = np.zeros(labels.shape, bool)
+    for near, far in ((labels, found), (labels.T, found.T)):
+        differ = near[1:] != near[:-1]
+        far[1:] |= differ
+        far[:-1] |= differ
+    border: NDArray[np.bool_] = found & (labels != 0)
+    return border
 
 
 def side_by_side(panels: Sequence[Picture], captions: Sequence[str], gap: int = 8) -> Picture:
@@ -194,6 +260,18 @@ def write_png(path: str | os.PathLike[str], picture: Picture) -> None:
         )
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder {path.parent} does not exist; make it first.")
+    write_whole(path, encode_png(picture))
+
+
+def encode_png(picture: Picture) -> bytes:
+    """A picture as the bytes of a PNG file; of up to 256 colours as a palette, which is smaller."""
+    image = Image.fromarray(picture)
+    if picture.ndim == 3:
+        packed = picture.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+        colours, index = np.unique(packed, return_inverse=True)
+        if len(colours) <= 256:
+            image = Image.fromarray(index.reshape(packed.shape).astype(np.uint8))
+            image.putpalette([int(c >> shift & 255) for c in colours for shift in (16, 8, 0)])
     encoded = io.BytesIO()
-    Image.fromarray(picture).save(encoded, format="PNG")
-    write_whole(path, encoded.getvalue())
+    image.save(encoded, format="PNG")
+    return encoded.getvalue()

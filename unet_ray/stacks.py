@@ -52,7 +52,7 @@ class Stack:
             )
         if not isinstance(source, Volume):
             source = np.asarray(source)
-            if not 2 <= source.ndim <= 4 or source.dtype.kind not in "biuf":
+            if not 2 <= source.ndim <= 4 or source.dtype.kind not in "biuf" or not source.size:
                 raise InputError(
                     f"{self.name}: {source.dtype} of shape {shape} is not an image; scores need "
                     "numbers of shape (y, x) or (z, y, x)."
@@ -119,7 +119,7 @@ class Stack:
         """
         scale = self.scale()
         for z, plane in enumerate(self.slices()):
-            values = plane / scale
+            values = np.divide(plane, scale, dtype=np.float64)
             with np.errstate(invalid="ignore"):
                 wrong = ~((values >= 0) & (values <= 1))
             if wrong.any():

@@ -141,6 +141,7 @@ def _count(
     height, width = labels.shape
     splits = mergers = 0
     around = np.empty(8, np.int32)
+    queue = np.empty((labels.size, 2), np.int64)
     for i in range(len(mismatches)):
         y, x = mismatches[i, 0], mismatches[i, 1]
         kinds = 0
@@ -155,7 +156,7 @@ def _count(
                     kinds += 1
         if labels[y, x] == 0:
             mergers += kinds > 2
-        elif kinds > 2 or (kinds == 2 and _tears(labels, seen, i + 1, y, x, radius, ring)):
+        elif kinds > 2 or (kinds == 2 and _tears(labels, seen, queue, i + 1, y, x, radius, ring)):
             splits += 1
     return splits, mergers
 
@@ -164,35 +165,41 @@ def _count(
 def _tears(
     labels: NDArray[np.int32],
     seen: NDArray[np.int32],
+    queue: NDArray[np.int64],
     mark: int,
     y: int,
     x: int,
     radius: int,
     ring: NDArray[np.int64],
 ) -> bool:
-    """Whether the window around (y, x) has several cells next to it once it is membrane."""
+    """Whether cell pixels around (y, x) lose touch, within the window, once it is membrane.
+
+    Floods from one of them, nearest pixels first, until all the others are reached.
+    """
     height, width = labels.shape
     top, bottom = max(0, y - radius), min(height, y + radius + 1)
     left, right = max(0, x - radius), min(width, x + radius + 1)
-    stack = [(y, x)]
-    stack.pop()
     seen[y, x] = mark
-    pieces = 0
+    first = last = wanted = 0
     for k in range(8):
         v, u = y + ring[k, 0], x + ring[k, 1]
-        if not (top <= v < bottom and left <= u < right):
-            continue
-        if labels[v, u] == 0 or seen[v, u] == mark:
-            continue
-        pieces += 1
-        seen[v, u] = mark
-        stack.append((v, u))
-        while len(stack) > 0:
-            b, a = stack.pop()
-            for side in range(0, 8, 2):
-                d, c = b + ring[side, 0], a + ring[side, 1]
-                inside = top <= d < bottom and left <= c < right
-                if inside and labels[d, c] != 0 and seen[d, c] != mark:
-                    seen[d, c] = mark
-                    stack.append((d, c))
-    return pieces > 1
+        if top <= v < bottom and left <= u < right and labels[v, u] != 0:
+            wanted += 1
+            queue[0] = v, u
+            last = 1
+    if last == 1:
+        seen[queue[0, 0], queue[0, 1]] = mark
+    while first < last:
+        b, a = queue[first]
+        first += 1
+        wanted -= max(abs(b - y), abs(a - x)) == 1
+        if wanted == 0:
+            return False
+        for side in range(0, 8, 2):
+            d, c = b + ring[side, 0], a + ring[side, 1]
+            inside = top <= d < bottom and left <= c < right
+            if inside and labels[d, c] != 0 and seen[d, c] != mark:
+                seen[d, c] = mark
+                queue[last] = d, c
+                last += 1
+    return wanted > 0
