@@ -16,12 +16,12 @@ import yaml
 import zarr
 
 from tests.test_segmentation import bytes_of, noise, random_model, state_of, write_stack
-from unet_ray import cli, engine, training
+from unet_ray import cli, engine, report, training
 from unet_ray.checkpoints import read_model
 from unet_ray.versions import VERSION
 
 ROOT = Path(__file__).parent.parent
-VERBS = ("demo", "train", "plan", "segment")
+VERBS = ("demo", "train", "plan", "segment", "evaluate", "report")
 TINY = [
     *("--depth", "1", "--base-channels", "2", "--patch", "44"),
     *("--elastic", "2", "--steps", "3", "--engine", "local"),
@@ -117,7 +117,9 @@ def test_a_job_has_the_help_of_its_verb(unet_ray, tmp_path, verb):
     assert of_job.split("Options:")[1] == of_verb.split("Options:")[1]
 
 
-@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["--version"]], ids=str)
+@pytest.mark.parametrize(
+    "args", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["--version"]], ids=str
+)
 def test_help_loads_neither_torch_nor_ray(args):
     command = (
         "import sys; from unet_ray.cli import main; code = main(); "
@@ -162,7 +164,10 @@ def train(files, *args):
 def test_train_gives_the_path_of_the_model(unet_ray, files):
     code, out, err = unet_ray(*train(files))
     assert (code, out) == (0, f"{files / 'run' / 'model.safetensors'}\n")
-    assert re.fullmatch(r"train: step 3, loss \d\.\d+, [\d.]+ steps/s, 0 s left\n", err)
+    report = files / "run" / "report.html"
+    first, last = err.splitlines()
+    assert re.fullmatch(r"train: step 3, loss \d\.\d+, [\d.]+ steps/s, 0 s left", first)
+    assert last == f"report: {report}" and report.is_file()
     network, header = read_model(files / "run" / "model.safetensors")
     assert (network.depth, network.base_channels) == (1, 2)
     told = header.training["recipe"]
@@ -205,6 +210,7 @@ def trained(monkeypatch):
         return Path(out) / "model.safetensors"
 
     monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(report, "write_report", lambda path: path / "report.html")
     return calls
 
 
@@ -370,6 +376,117 @@ def test_plan_for_people(unet_ray, files):
     assert "core 44" in out and "halo" in out and "MiB per worker" in out
 
 
+# Scores
+
+
+SCORES = {
+    "isbi": [
+        *("pixel_error", "rand_error", "rand_error_foreground"),
+        *("warping_error", "v_rand", "v_info"),
+    ],
+    "instances": ["seg", "ap50", "ap_mean", "adapted_rand_error", "voi_split", "voi_merge"],
+    "classes": ["accuracy", "iou", "dice"],
+}
+
+
+def evaluate(files, kind, *args, prediction="labels.tif", truth="labels.tif"):
+    return ["evaluate", files / prediction, files / truth, "--as", kind, *args]
+
+
+def strict(text):
+    """JSON as its standard has it: no NaN."""
+    return json.loads(text, parse_constant=lambda word: pytest.fail(word))
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_evaluate_shows_a_table(unet_ray, files, kind):
+    before = state_of(files)
+    code, out, err = unet_ray(*evaluate(files, kind))
+    assert code == 0, err
+    head, *rows = out.splitlines()
+    assert head.split()[:3] == ["score", "at", "best"]
+    assert [row.split()[0] for row in rows if not row.startswith(" ")] == SCORES[kind]
+    # a prediction against itself: each score is its best value, which stands beside it
+    for row in rows:
+        words = row.split()
+        if words[0] != "class":
+            best = words[3] if kind == "isbi" else words[2]
+            assert float(words[1]) == float(best), row
+    assert re.search(r"^evaluate: (\d+)/\1\n\Z", err, re.M)
+    assert state_of(files) == before
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_evaluate_writes_json_beside_the_table(unet_ray, files, kind):
+    # the folder is made, as that of every output is
+    path = files / "new" / "deep" / "scores.json"
+    code, out, err = unet_ray(*evaluate(files, kind, "--json", path, "--per-slice"))
+    assert code == 0, err
+    assert out.splitlines()[0].split()[:3] == ["score", "at", "best"]
+    *_, blank, names, first, second = out.splitlines()
+    assert (blank, names.split()) == ("", ["slice", *SCORES[kind]])
+    assert (first[0], second[0]) == ("0", "1")
+    told = strict(path.read_text())
+    assert list(told) == [*SCORES[kind], "slices"]
+    assert [list(row) for row in told["slices"]] == [SCORES[kind]] * 2
+    assert sorted(p.name for p in path.parent.iterdir()) == ["scores.json"]
+    for name, score in told.items():
+        if kind == "isbi" and name != "slices":
+            assert list(score) == ["value", "threshold", "curve"]
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_evaluate_gives_nothing_but_json_on_stdout_if_asked(unet_ray, files, kind):
+    code, out, err = unet_ray(*evaluate(files, kind, "--json", "-"))
+    assert code == 0, err
+    assert list(strict(out)) == SCORES[kind] and out.endswith("}\n")
+    unet_ray(*evaluate(files, kind, "--json", files / "scores.json"))
+    assert (files / "scores.json").read_text() == out
+
+
+def test_evaluate_replaces_scores_that_are_there(unet_ray, files):
+    (files / "scores.json").write_text("old")
+    assert unet_ray(*evaluate(files, "instances", "--json", files / "scores.json"))[0] == 0
+    assert strict((files / "scores.json").read_text())["seg"] == 1
+
+
+def test_what_is_not_defined_is_null_and_undefined(unet_ray, files):
+    write_stack(files / "labels.tif", np.zeros((2, 40, 44), np.uint8))
+    code, out, _ = unet_ray(*evaluate(files, "instances"))
+    assert code == 0 and out.count("undefined") == 6
+    code, out, _ = unet_ray(*evaluate(files, "instances", "--json", "-"))
+    assert code == 0 and set(strict(out).values()) == {None}
+
+
+def test_evaluate_scores_a_store(unet_ray, files):
+    unet_ray(*segment(files))
+    for kind in ("isbi", "classes"):
+        args = evaluate(files, kind, "--json", "-", prediction="out.zarr")
+        code, out, err = unet_ray(*args)
+        assert code == 0, err
+        assert list(strict(out)) == SCORES[kind]
+
+
+def test_evaluate_says_which_slices_have_a_truth(unet_ray, files):
+    for folder, numbers in (("masks", range(4)), ("truth", (1, 3))):
+        (files / folder).mkdir()
+        for n in numbers:
+            tifffile.imwrite(files / folder / f"m{n:03}.tif", np.full((5, 6), n, np.uint8))
+    args = evaluate(files, "instances", "--json", "-", prediction="masks", truth="truth")
+    code, out, err = unet_ray(*args)
+    assert (code, strict(out)["seg"]) == (0, 1)
+    assert "2 of 4 slices have a truth, found by their numbers.\n" in err
+
+
+def test_evaluate_loads_neither_torch_nor_ray(files):
+    command = (
+        "import sys; from unet_ray.cli import main; code = main(); "
+        "print(sorted({'torch', 'ray'} & set(sys.modules))); sys.exit(code)"
+    )
+    code, out, err = output_of("-c", command, *evaluate(files, "isbi"))
+    assert (code, out.splitlines()[-1]) == (0, "[]"), err
+
+
 # Mistakes: exit code 2, one line, nothing written
 
 
@@ -393,6 +510,7 @@ def test_an_unknown_verb_names_the_nearest(unet_ray, tmp_path):
         ("train", "--learning_rate", "--learning-rate"),
         ("segment", "--modle", "--model"),
         ("plan", "--regoin", "--region"),
+        ("evaluate", "--per-slices", "--per-slice"),
     ],
 )
 def test_an_unknown_flag_names_the_nearest(unet_ray, tmp_path, verb, flag, near):
@@ -421,10 +539,19 @@ def test_a_config_file_that_is_not_there_is_refused(unet_ray, files):
     refused(unet_ray, files, train(files, "--config", files / "no.yaml"), "no.yaml", "No such file")
 
 
-@pytest.mark.parametrize("verb", ["train", "segment", "plan"])
-def test_a_missing_flag_is_named(unet_ray, tmp_path, verb):
-    word = {"train": "--images", "segment": "INPUT", "plan": "INPUT"}[verb]
-    refused(unet_ray, tmp_path, [verb], "Missing", word)
+@pytest.mark.parametrize(
+    "verb, word",
+    [
+        ("train", "--images"),
+        ("segment", "INPUT"),
+        ("plan", "INPUT"),
+        ("evaluate", "PREDICTION"),
+        ("evaluate prediction.tif", "TRUTH"),
+        ("evaluate prediction.tif truth.tif", "--as"),
+    ],
+)
+def test_a_missing_flag_is_named(unet_ray, tmp_path, verb, word):
+    refused(unet_ray, tmp_path, verb.split(), "Missing", word)
 
 
 MALFORMED = {
@@ -661,6 +788,74 @@ def test_other_settings_on_a_run_are_refused_by_name(unet_ray, files):
     refused(
         unet_ray, files, segment(files, "--tile", "2,16,16"), "another plan.core", "--overwrite"
     )
+
+
+# Mistakes of evaluate
+
+
+def test_an_unknown_kind_of_score_is_refused(unet_ray, files):
+    refused(unet_ray, files, evaluate(files, "cells"), "--as", "'cells'", "instances")
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "truncated", "empty folder", "foreign"])
+@pytest.mark.parametrize("side", ["prediction", "truth"])
+def test_a_file_that_cannot_be_scored_is_refused(unet_ray, files, side, kind):
+    words = broken_file(files, kind)
+    refused(unet_ray, files, evaluate(files, "isbi", **{side: "image.tif"}), *words)
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_images_of_other_shapes_are_not_compared(unet_ray, files, kind):
+    write_stack(files / "other.tif", np.zeros((2, 40, 43), np.uint8))
+    words = ["other.tif", "labels.tif", "2 x 40 x 43", "2 x 40 x 44"]
+    refused(unet_ray, files, evaluate(files, kind, prediction="other.tif"), *words)
+
+
+def test_a_number_that_is_no_probability_is_refused_with_its_voxel(unet_ray, files):
+    image = np.full((2, 40, 44), 0.5, np.float32)
+    image[1, 7, 9] = np.nan
+    write_stack(files / "image.tif", image)
+    before = state_of(files)
+    args = evaluate(files, "isbi", "--json", files / "scores.json", prediction="image.tif")
+    code, out, err = unet_ray(*args)
+    assert (code, out) == (2, "")
+    # slices before it were scored, which may be told
+    assert "image.tif: voxel (z, y, x) = (1, 7, 9) is nan; " in err.splitlines()[-1]
+    assert state_of(files) == before
+
+
+def test_a_truth_of_grey_values_is_refused(unet_ray, files):
+    words = ["image.tif: slice 0 holds", "0 (membrane)", "1 or 255 (cell)"]
+    refused(unet_ray, files, evaluate(files, "isbi", truth="image.tif"), *words)
+
+
+def test_an_unfinished_store_is_refused(unet_ray, files):
+    unet_ray(*segment(files, "--tile", "1,16,16", "--region", "0:1,0:16,0:16"))
+    words = ["out.zarr: 17 of 18 tiles are not done", "unet-ray segment"]
+    refused(unet_ray, files, evaluate(files, "isbi", prediction="out.zarr"), *words)
+
+
+def test_a_store_without_objects_is_refused(unet_ray, files):
+    unet_ray(*segment(files))
+    words = ["out.zarr: holds probabilities and classes, no instances", "--as instances"]
+    refused(unet_ray, files, evaluate(files, "instances", prediction="out.zarr"), *words)
+
+
+@pytest.mark.parametrize("name", ["labels.tif", "labels.tif/scores.json", "", "folder"])
+def test_scores_are_not_written_where_no_file_can_be(unet_ray, files, monkeypatch, name):
+    (files / "folder").mkdir()
+    monkeypatch.chdir(files)
+    refused(unet_ray, files, evaluate(files, "isbi", "--json", name), name or "'.'")
+
+
+def test_scores_are_not_written_over_what_is_scored(unet_ray, files, monkeypatch):
+    unet_ray(*segment(files))
+    monkeypatch.chdir(files)
+    for name in ("image.tif", files / "labels.tif", "out.zarr/zarr.json", "out.zarr/new.json"):
+        for side in ("prediction", "truth"):
+            scored = str(name).split("/zarr")[0].split("/new")[0]
+            args = evaluate(files, "isbi", "--json", name, **{side: scored})
+            refused(unet_ray, files, args, "which is scored")
 
 
 # Ctrl-C

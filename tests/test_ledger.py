@@ -2,12 +2,14 @@
 
 import os
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unet_ray.errors import InputError
 from unet_ray.ledger import Ledger
+from unet_ray.ledger import committed as committed_without_lock
 
 TILES, RECORD = 9, 12
 
@@ -136,3 +138,38 @@ def test_a_ledger_that_is_open_elsewhere_is_refused(tmp_path):
         ledger.commit(1)
     with Ledger(tmp_path / "ledger", 3) as ledger:
         assert 1 in ledger
+
+
+# Looking without a lock
+
+
+def looked_at(path, tiles=TILES):
+    done = committed_without_lock(path, tiles)
+    assert done.dtype == bool and done.shape == (tiles,)
+    return np.flatnonzero(done).tolist()
+
+
+def test_looking_sees_what_a_run_commits_and_does_not_disturb_it(path):
+    assert looked_at(path) == [] and not path.parent.exists()
+    with Ledger(path, TILES) as ledger:
+        for number in (4, 2):
+            ledger.commit(number)
+            assert number in looked_at(path)
+        assert looked_at(path) == [2, 4]
+        ledger.commit(8)
+    assert committed(path) == looked_at(path) == [2, 4, 8]
+
+
+def test_looking_at_a_torn_tail_counts_what_is_whole_and_leaves_it(path):
+    commit(path, 7, 0, 5)
+    whole = path.read_bytes()
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        assert looked_at(path) == sorted([7, 0, 5][: cut // RECORD])
+        assert path.read_bytes() == whole[:cut]
+
+
+def test_looking_does_not_believe_a_number_beyond_the_plan(path):
+    commit(path, 1, 8, 3)
+    assert looked_at(path, tiles=5) == committed(path, tiles=5)
+    assert 8 not in looked_at(path, tiles=5)

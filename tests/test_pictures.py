@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,10 +10,16 @@ from PIL import Image
 from unet_ray import pictures
 from unet_ray.errors import InputError
 from unet_ray.pictures import (
+    colour_cells,
     colour_classes,
+    colour_log,
     colour_map,
+    encode_png,
+    few_greys,
+    frame,
     overlay,
     side_by_side,
+    strike_out,
     to_grey,
     write_png,
 )
@@ -84,6 +92,70 @@ def test_class_colours_differ_and_background_is_black():
     np.testing.assert_array_equal(rgb[0, 8], rgb[0, 1])
 
 
+def test_logarithmic_colours():
+    values = np.array([[0.1, 1.0, 10.0, 100.0, 0.0, -1.0, 1000.0]])
+    rgb = colour_log(values, 1.0, 100.0)
+    expected = colour_map(np.array([[0, 0, 128, 255, 0, 0, 255]], np.uint8))
+    expected[0, 4:6] = 0
+    np.testing.assert_array_equal(rgb, expected)
+    assert colour_log(np.ones((2, 2)), 1.0, 1.0).shape == (2, 2, 3)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint64])
+def test_cells_have_colours_of_chance_on_black(dtype):
+    labels = np.arange(64, dtype=dtype).reshape(8, 8).repeat(4, 0).repeat(4, 1)
+    rgb = colour_cells(labels)
+    assert (rgb[labels == 0] == 0).all()
+    assert rgb[labels > 0].any(-1).all()
+    colours = np.unique(rgb[labels > 0], axis=0)
+    assert len(colours) == 12
+    assert np.ptp(luminance(colours)) > 0.5
+    for label in (1, 40, 63):
+        assert len(np.unique(rgb[labels == label], axis=0)) == 1
+    np.testing.assert_array_equal(rgb, colour_cells(labels))
+
+
+def test_an_image_shows_through_the_cells_and_the_file_stays_a_palette():
+    rng = np.random.default_rng(0)
+    image = rng.integers(256, size=(60, 60), dtype=np.uint8)
+    labels = np.ones((60, 60), int) + np.arange(60) // 3
+    rgb = colour_cells(labels, image)
+    seen = np.corrcoef(image[:, :3].ravel(), rgb[:, :3].mean(-1).ravel())[0, 1]
+    assert seen > 0.99
+    assert len(np.unique(rgb.reshape(-1, 3), axis=0)) <= 241
+    assert (colour_cells(np.zeros((4, 4), int), image[:4, :4]) == 0).all()
+
+
+@given(grey_pictures, st.integers(2, 256))
+def test_few_greys_are_few_and_near(image, levels):
+    fewer = few_greys(image, levels)
+    assert fewer.dtype == np.uint8
+    assert len(np.unique(fewer)) <= levels
+    assert np.abs(fewer.astype(int) - image).max() <= 127 / (levels - 1) + 1
+    np.testing.assert_array_equal(few_greys(image, 256), image)
+
+
+def test_a_frame_keeps_what_is_inside_and_dims_the_rest():
+    image = np.full((20, 30), 200, np.uint8)
+    framed = frame(image, 5, 8, 6, 10)
+    assert (framed[5:11, 8:18] == 200).all()
+    np.testing.assert_array_equal(framed[0, 0], (120, 120, 120))
+    np.testing.assert_array_equal(framed[3, 10], (240, 228, 66))
+    np.testing.assert_array_equal(framed[[4, 2], 10], np.zeros((2, 3)))
+    assert (image == 200).all()
+    np.testing.assert_array_equal(frame(image, 0, 0, 20, 30), np.stack([image] * 3, -1))
+
+
+def test_what_is_struck_out_is_grey_with_lines():
+    image = np.full((24, 24), 7, np.uint8)
+    where = np.zeros((24, 24), bool)
+    where[:, 12:] = True
+    struck = strike_out(image, where)
+    assert (struck[:, :12] == 7).all()
+    assert set(np.unique(struck[:, 12:])) == {120, 230}
+    assert (image == 7).all()
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint32, np.uint64])
 def test_ids_of_any_size_are_coloured(dtype):
     greatest = np.array([[0, np.iinfo(dtype).max // 2]], dtype)
@@ -109,6 +181,14 @@ def test_overlay_of_nothing_is_the_grey_image(image):
     nothing = np.zeros(image.shape, bool)
     for truth in (None, nothing, ~nothing):
         np.testing.assert_array_equal(overlay(image, nothing, truth), np.stack([image] * 3, -1))
+
+
+def test_touching_objects_of_the_truth_have_a_border_between_them():
+    truth = np.zeros((3, 6), np.uint16)
+    truth[:, :3], truth[:, 3:5] = 300, 7
+    rgb = overlay(np.zeros((3, 6), np.uint8), np.zeros((3, 6), bool), truth)
+    yellow = (rgb == (255, 255, 0)).all(-1)
+    np.testing.assert_array_equal(yellow, [[False, False, True, True, True, False]] * 3)
 
 
 def test_overlay_leaves_its_image_alone():
@@ -168,8 +248,23 @@ def test_png_round_trip(tmp_path, shape):
     write_png(str(path), picture)
     with Image.open(path) as image:
         assert image.format == "PNG"
-        np.testing.assert_array_equal(np.asarray(image), picture)
+        np.testing.assert_array_equal(pixels(image, picture.ndim), picture)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def pixels(image, axes):
+    """What a picture shows, however it is stored."""
+    return np.asarray(image.convert("RGB" if axes == 3 else "L"))
+
+
+@pytest.mark.parametrize("colours", [1, 256, 257, 5000])
+def test_few_colours_are_a_palette_and_all_are_kept(colours):
+    rng = np.random.default_rng(colours)
+    table = rng.integers(256, size=(colours, 3), dtype=np.uint8)
+    picture = table[rng.permutation(np.arange(100 * 100) % colours).reshape(100, 100)]
+    with Image.open(io.BytesIO(encode_png(picture))) as image:
+        assert image.mode == ("P" if colours <= 256 else "RGB")
+        np.testing.assert_array_equal(pixels(image, 3), picture)
 
 
 @pytest.mark.parametrize("step", ["replace", "save"])

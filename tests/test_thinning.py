@@ -13,7 +13,7 @@ from unet_ray import thinning
 from unet_ray.thinning import thin
 
 LINE, MASK, INQUEUE = 0, "mask", "in queue"
-ORDER = ((-1, 0), (0, -1), (0, 1), (1, 0))  # neighbours as steps along (x, y)
+ORDER = ((-1, 0), (0, -1), (1, 0), (0, 1))  # neighbours as steps along (x, y)
 
 
 def slow_thin(cells):

@@ -1,5 +1,7 @@
 """Tiles: who owns and who reads which voxel, and the numbers that make tiling exact."""
 
+import dataclasses
+import json
 import pickle
 
 import numpy as np
@@ -71,6 +73,15 @@ def test_plan_survives_pickle_in_less_than_2_kB(plan):
     assert len(data) < 2000
     again = pickle.loads(data)
     assert again == plan and list(again) == list(plan)
+
+
+@given(plans())
+def test_plan_survives_json(plan):
+    told = json.loads(json.dumps(dataclasses.asdict(plan)))
+    again = TilePlan.from_json(told)
+    # tuples again, not lists: a plan is compared, and is a key
+    assert again == plan and hash(again) == hash(plan)
+    assert list(again) == list(plan)
 
 
 def test_the_pickle_of_a_huge_plan_is_as_small():

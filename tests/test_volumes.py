@@ -609,6 +609,27 @@ def test_a_folder_of_slices_in_natural_order(tmp_path, dtype):
     assert (volume.kind, volume.chunk) == ("folder", (1, 13, 17))
 
 
+def test_a_folder_names_the_file_of_each_slice(tmp_path):
+    folder, plane = tmp_path / "slices", noise((13, 17))
+    folder.mkdir()
+    names = ["a.TIFF", "mask2.tif", "mask010.png", "mask10.tif", "mask011.tif"]
+    for name in reversed(names):
+        (save_png if name.endswith("png") else tifffile.imwrite)(folder / name, plane)
+    volume = open_volume(folder)
+    assert volume.slice_files() == names
+    # of the planes in the same order, and in another process too
+    assert len(names) == volume.shape[1]
+    assert pickle.loads(pickle.dumps(volume)).slice_files() == names
+
+
+def test_what_is_no_folder_has_no_files_of_slices(tmp_path):
+    tifffile.imwrite(tmp_path / "stack.tif", noise((5, 13, 17)))
+    save_png(tmp_path / "one.png", noise((13, 17)))
+    zarr.create_array(tmp_path / "stack.zarr", data=noise((3, 13, 17)))
+    for name in ("stack.tif", "one.png", "stack.zarr"):
+        assert open_volume(tmp_path / name).slice_files() == []
+
+
 def test_slices_of_colours(tmp_path):
     want = noise((3, 13, 17, 3))
     for z, plane in enumerate(want):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,15 @@ class Overview(click.Group):
         for name, command in self.commands.items():
             formatter.write(f"\n{command.get_short_help_str(90)}\n")
             synopsis = command.synopsis() if isinstance(command, Verb) else ""
-            formatter.write_usage(f"unet-ray {name}", synopsis, prefix="  ")
+            # Not `formatter.write_usage`, which breaks lines within flags, at their hyphens.
+            usage = textwrap.fill(
+                f"unet-ray {name} {synopsis}",
+                formatter.width,
+                initial_indent="  ",
+                subsequent_indent=" " * len(f"  unet-ray {name} "),
+                break_on_hyphens=False,
+            )
+            formatter.write(f"{usage}\n")
             formatter.write(f"    {command.epilog}\n".replace("\b\n", ""))
         formatter.write(f"\nversion {VERSION}\n")
 
@@ -359,7 +368,7 @@ def evaluate(prediction: str, truth: str, kind: Any, per_slice: bool, file: str 
     Of a store, what --as needs is taken. docs/scores.md explains every score.
     """
     if file not in (None, "-"):
-        refuse_below_file(Path(file))
+        _refuse_json(Path(file), (prediction, truth))
     from unet_ray.evaluation import evaluate as score
 
     line = ProgressLine("evaluate")
@@ -391,6 +400,16 @@ def report(path: str, truth: str | None) -> None:
     from unet_ray.report import write_report
 
     click.echo(write_report(Path(path), Path(truth) if truth else None))
+
+
+def _refuse_json(file: Path, inputs: Sequence[str]) -> None:
+    """Refuses to write scores where no file can be, or in place of what is scored."""
+    refuse_below_file(file)
+    if file.is_dir():
+        raise InputError(f"json={str(file)!r} is a folder; name a file in it, as in scores.json.")
+    for path in inputs:
+        if file.resolve().is_relative_to(Path(path).resolve()):
+            raise InputError(f"json={str(file)!r} would be written into {path}, which is scored.")
 
 
 def _watch(label: str) -> Callable[[Progress], None]:
@@ -546,7 +565,7 @@ def main(verb: str | None = None) -> int:
         click.echo(error.format_message())
         return 2
     except click.ClickException as error:
-        _say(f"unet-ray: {error.format_message()}")
+        _say(f"unet-ray: {' '.join(error.format_message().split())}")
         return 2
     except UnetRayError as error:
         _say(f"unet-ray: {error}")

@@ -209,7 +209,8 @@ def _side_by_side(found: _Opened, right: _Opened) -> tuple[Stack, str]:
     if len(results) == len(truths) or not results or not truths:
         return found.stack(), ""
     by_number = {_last_number(name): z for z, name in enumerate(results)}
-    if len(by_number) < len(results) or None in by_number:
+    once = len(by_number) == len(results) and len({*map(_last_number, truths)}) == len(truths)
+    if not once or None in by_number:
         return found.stack(), ""
     for name in truths:
         if _last_number(name) not in by_number:
@@ -230,6 +231,12 @@ def _numbered(tables: Sequence[Overlaps], found: _Opened, right: _Opened) -> lis
     """The tables with class numbers, 0, 1, ..., in place of label values."""
     theirs = np.unique(np.concatenate([table.truth for table in tables])).tolist()
     ours = np.unique(np.concatenate([table.prediction for table in tables])).tolist()
+    for opened, labels in ((found, ours), (right, theirs)):
+        if len(labels) > LARGEST_CLASS + 1:
+            raise InputError(
+                f"{opened.path}: holds {len(labels)} labels, too many for a class map; objects "
+                "are scored with --as instances."
+            )
     values = _class_values(theirs, found, right)
     numbers = _numbers(ours, values, stored=found.class_values is not None)
     if numbers is None and max(ours + values) <= LARGEST_CLASS:
@@ -256,6 +263,11 @@ def _class_values(theirs: list[int], found: _Opened, right: _Opened) -> list[int
         for values in (found.class_values, list(range(len(found.class_values)))):
             if set(theirs) <= set(values):
                 return values
+        if len(theirs) != len(found.class_values):
+            raise InputError(
+                f"{right.path}: holds {_few(theirs)}, but the classes of {found.path} are "
+                f"{_few(found.class_values)}; --as classes compares class maps."
+            )
     return theirs
 
 

@@ -7,6 +7,7 @@ shape (y, x) in grey or (y, x, 3) in red, green, blue.
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,6 +95,18 @@ def colour_map(probability: NDArray[np.uint8]) -> Picture:
     levels = np.arange(256) * (len(VIRIDIS) - 1) / 255
     table = [np.interp(levels, np.arange(len(VIRIDIS)), channel) for channel in VIRIDIS.T]
     rgb: Picture = np.rint(np.stack(table, axis=1)).astype(np.uint8)[probability]
+    return rgb
+
+
+def colour_log(values: NDArray[np.floating[Any]], low: float, high: float) -> Picture:
+    """Shows positive numbers (y, x) in viridis: `low` is violet, `high` yellow, ratios are even.
+
+    Numbers of 0 and less are black. (y, x, 3).
+    """
+    span = math.log(high / low) or 1.0
+    shares = np.log(np.clip(values, low, high) / low) / span
+    rgb = colour_map(np.rint(shares * 255).astype(np.uint8))
+    rgb[values <= 0] = 0
     return rgb
 
 

@@ -143,8 +143,8 @@ class Stack:
                     white = value
                 if value not in (0, white) or (white is not None and white not in self._whites()):
                     raise InputError(
-                        f"{self.name}: slice {z} holds {value}; a truth of membranes holds only 0 "
-                        f"(membrane) and {' or '.join(map(str, self._whites()))} (cell)."
+                        f"{self.name}: slice {z} holds {value}; a truth holds 0 (membrane) and one "
+                        f"other value, {' or '.join(map(str, self._whites()))} (cell)."
                     )
             yield plane != 0
 

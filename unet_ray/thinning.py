@@ -15,7 +15,7 @@ from unet_ray.compiled import compiled
 
 LINE, WAITING, QUEUED = 0, -1, -2
 # Neighbours (y, x) in the order in which a pixel looks at them.
-SIDES = np.array([(0, -1), (-1, 0), (1, 0), (0, 1)])
+SIDES = np.array([(0, -1), (-1, 0), (0, 1), (1, 0)])
 
 
 def thin(cells: NDArray[np.bool_]) -> NDArray[np.int32]:

@@ -1,0 +1,100 @@
+"""The event log: lines that are only added, and a reader that passes over what a kill cut short."""
+
+import json
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unet_ray.events import EventLog, read_events
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "events.jsonl"
+
+
+def named(path):
+    return [event["event"] for event in read_events(path)]
+
+
+def test_a_log_that_is_not_there_has_no_events(path):
+    assert list(read_events(path)) == []
+    EventLog(path)
+    assert not path.exists()
+
+
+def test_events_are_read_in_their_order_with_their_facts_and_times(path):
+    log, before = EventLog(path), time.time()
+    log.add("start", tiles=24, name="Größe\nzwei Zeilen", region=None)
+    log.add("tile", index=3, seconds=0.25)
+    first, second = read_events(path)
+    assert before - 0.001 <= first.pop("time") <= second.pop("time") <= time.time() + 0.001
+    assert first == {"event": "start", "tiles": 24, "name": "Größe\nzwei Zeilen", "region": None}
+    assert second == {"event": "tile", "index": 3, "seconds": 0.25}
+
+
+def test_a_line_is_one_json_object(path):
+    log = EventLog(path)
+    for n in range(3):
+        log.add("tile", index=n)
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [0, 1, 2]
+    assert path.read_bytes().endswith(b"\n")
+
+
+def test_another_run_goes_on_where_the_first_ended(path):
+    EventLog(path).add("one")
+    before = path.read_bytes()
+    EventLog(path).add("two")
+    assert path.read_bytes().startswith(before)
+    assert named(path) == ["one", "two"]
+
+
+def test_a_tail_torn_at_any_byte_costs_its_own_line_alone(path):
+    log = EventLog(path)
+    for name in ("one", "two"):
+        log.add(name, text="ä" * 3)
+    whole = path.read_bytes()
+    end = whole.index(b"\n") + 1
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        # a line is there as soon as all of it but its end is
+        complete = ["one"] * (cut >= end - 1) + ["two"] * (cut >= len(whole) - 1)
+        assert named(path) == complete
+        log.add("three")
+        assert named(path) == [*complete, "three"]
+        assert path.read_bytes().startswith(whole[:cut])
+
+
+def test_lines_that_are_no_events_are_passed_over(path):
+    EventLog(path).add("one")
+    with open(path, "ab") as file:
+        file.write(b'\n\xff\xfe\n[1, 2]\n"word"\n{"event": \nnull\n{}\n')
+    EventLog(path).add("two")
+    assert [event.get("event") for event in read_events(path)] == ["one", None, "two"]
+
+
+@settings(max_examples=50)
+@given(st.binary(max_size=60))
+def test_no_content_keeps_events_from_being_read(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("events") / "events.jsonl"
+    path.write_bytes(content)
+    EventLog(path).add("last")
+    assert named_last(path) == "last"
+    assert path.read_bytes().startswith(content)
+
+
+def named_last(path):
+    *_, last = read_events(path)
+    return last["event"]
+
+
+def test_a_reader_beside_the_writer_sees_what_is_whole(path):
+    log = EventLog(path)
+    log.add("one")
+    events = read_events(path)
+    assert next(events)["event"] == "one"
+    log.add("two")
+    assert named(path) == ["one", "two"]

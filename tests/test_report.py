@@ -1,0 +1,561 @@
+"""The report is read back: what it shows, what it leaves out, and that it needs nothing else."""
+
+import base64
+import dataclasses
+import io
+import json
+import math
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from tests.test_charts import paths, points
+from tests.test_segmentation import FLOAT32, TILED, bytes_of, noise, random_model, write_stack
+from tests.test_training import recipe
+from unet_ray import engine, report
+from unet_ray.boxes import Box
+from unet_ray.errors import InputError, RunError
+from unet_ray.evaluation import Evaluation, evaluate
+from unet_ray.ledger import Ledger
+from unet_ray.metrics import ClassScore, Score
+from unet_ray.pictures import few_greys, overlay, to_grey
+from unet_ray.report import write_report
+from unet_ray.segmentation import segment
+from unet_ray.stores import ARRAYS, LEDGER, Store, StoreLayout, create_store
+from unet_ray.tiles import Context, TilePlan
+from unet_ray.training import train
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+EVIL = "<script>alert(1)<"
+
+
+class Page(HTMLParser):
+    """A page as tags with their attributes, and its text; tags must balance."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.tags, self.open, self.words = [], [], []
+        self.feed(self.source)
+        self.close()
+        assert self.open == []
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+        self.charts = re.findall(r'<svg class="chart".*?</svg>', self.source, re.S)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    def pictures(self, alt=""):
+        """Pixels of the pictures whose description begins so."""
+        found = [a for a in self.all("img") if a["alt"].startswith(alt)]
+        data = [base64.b64decode(a["src"].removeprefix("data:image/png;base64,")) for a in found]
+        return [np.asarray(Image.open(io.BytesIO(each)).convert("RGB")) for each in data]
+
+    def chart(self, title):
+        return next(c for c in self.charts if f"<title>{title}</title>" in c)
+
+
+# A training run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    labels = 255 * np.random.default_rng(0).integers(0, 2, (2, 10, 10), np.uint8)
+    labels = labels.repeat(7, 1).repeat(7, 2)
+    for name, array in {"image": labels // 4 + 60, "labels": labels}.items():
+        tifffile.imwrite(folder / f"{name}.tif", array)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engine, "usable_cores", lambda: 1)
+        files = [str(folder / "image.tif")], [str(folder / "labels.tif")]
+        train(*files, folder / "run", recipe(steps=40))
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def add_lines(run, lines):
+    with open(run / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def measured(step, **more):
+    rest = {"learning_rate": 0.1, "seconds": step / 10, "progress": 0.5}
+    return {"step": step, "loss": 1 / step, **rest, **more}
+
+
+def test_a_run_is_reported_in_its_folder(run):
+    assert write_report(run) == run / "report.html"
+    page = Page(run / "report.html")
+    assert page.text.count("Patch ") >= 4
+    assert len(page.all("img")) == 12
+    assert "A U-Net was trained: 40 steps" in page.text
+    for words in ("learning rate 0.02", "patch 44 x 48", "w0 10.0", "label value of each class"):
+        assert words in page.text
+    assert "image.tif" in page.text
+    assert "There is no model yet" not in page.text
+    assert "Validation" not in page.text
+
+
+def test_the_loss_curve_has_every_line_of_the_log(run):
+    page = Page(write_report(run))
+    assert len(points(paths(page.chart("Training loss"), "line")[0])) == 4
+
+
+def test_patches_are_shown_as_they_are_kept(run):
+    page = Page(write_report(run))
+    image, classes, weights = page.pictures("Patch 0")
+    assert image.shape == (44, 48, 3)
+    assert classes.shape == weights.shape == (28, 32, 3)
+    assert {tuple(c) for c in classes.reshape(-1, 3)} == {(0, 0, 0), (230, 159, 0)}
+    assert len(np.unique(weights.reshape(-1, 3), axis=0)) >= 2
+    assert "Weight of a pixel" in page.text
+
+
+def test_a_large_patch_is_thinned_out_and_says_so(run, monkeypatch):
+    monkeypatch.setattr(report, "WINDOW", 20)
+    page = Page(write_report(run))
+    assert page.pictures("Patch 0")[0].shape == (15, 16, 3)
+    assert "44 x 48 pixels, one in 3 along each axis" in page.text
+
+
+def test_any_validation_score_is_drawn(run):
+    added = [
+        measured(s, validation={"iou": s / 100, "accuracy": 0.9, "energy": 7.0 * s, "odd": None})
+        for s in (50, 60, 70)
+    ]
+    add_lines(run, added)
+    page = Page(write_report(run))
+    charts = [c for c in page.charts if "<title>Validation" in c]
+    assert ["iou" in charts[0], "accuracy" in charts[0], "energy" in charts[1]] == [True] * 3
+    assert len(charts) == 2
+    assert [len(points(p)) for p in paths(charts[0], "line")] == [3, 3]
+
+
+def test_a_run_in_progress_is_shown_from_its_newest_checkpoint(run):
+    (run / "model.safetensors").unlink()
+    text = Page(write_report(run)).text
+    assert "Training is under way, or was interrupted" in text
+    assert "There is no model yet" in text
+    assert "learning rate 0.02" in text
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "patches.safetensors"])
+def test_a_run_that_has_only_begun_shows_what_there_is(run, left):
+    for path in run.iterdir():
+        if path.name != left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (run / "checkpoints").mkdir()
+    page = Page(write_report(run))
+    told = {
+        "metrics.jsonl": ["This run kept no patches", "written with the first checkpoint"],
+        "patches.safetensors": ["No step has been logged", "written with the first checkpoint"],
+    }
+    assert all(words in page.text for words in told[left])
+    assert len(page.all("img")) == (12 if left == "patches.safetensors" else 0)
+
+
+def test_a_line_that_a_kill_cut_short_is_passed_over(run):
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 50, "lo')
+    assert "40 steps" in Page(write_report(run)).text
+
+
+def test_a_long_run_stays_small(run):
+    before = write_report(run).stat().st_size
+    add_lines(run, [measured(s) for s in range(50, 200_050, 10)])
+    page = Page(write_report(run))
+    assert len(page.source) < before + 30_000
+    assert len(points(paths(page.chart("Training loss"), "line")[0])) <= 200
+
+
+def test_pixels_without_weight_are_black(run, monkeypatch):
+    read = report.read_tensors
+
+    def some_ignored(path):
+        tensors, header = read(path)
+        for name in tensors:
+            if name.startswith("weights."):
+                tensors[name][:5] = 0
+        return tensors, header
+
+    monkeypatch.setattr(report, "read_tensors", some_ignored)
+    page = Page(write_report(run))
+    assert (page.pictures("Patch 0")[2][:5] == 0).all()
+    assert "black does not count" in page.text
+
+
+# A segmentation
+
+
+@pytest.fixture(scope="module")
+def segmented(tmp_path_factory):
+    """A volume, its truth and its store, of 3 x 2 x 4 tiles."""
+    folder = tmp_path_factory.mktemp("segmented")
+    image = noise((3, 61, 75))
+    write_stack(folder / "volume.tif", image)
+    write_stack(folder / "truth.tif", np.where(image > 110, 255, 0).astype(np.uint8))
+    model = random_model(folder / "model.safetensors")
+    segment(folder / "volume.tif", model, folder / "out.zarr", TILED)
+    return folder
+
+
+@pytest.fixture
+def folder(segmented, tmp_path):
+    """A copy of all that, whose event log names the copy of the volume."""
+    copy = shutil.copytree(segmented, tmp_path / "work")
+    edit_events(copy / "out.zarr", lambda e: e.update(input=str(copy / "volume.tif")))
+    return copy
+
+
+def edit_events(store, edit):
+    path = store / ".unet_ray" / "events.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    for event in events:
+        if event["event"] == "start":
+            edit(event)
+    write_events(store, events)
+
+
+def write_events(store, events):
+    lines = "".join(json.dumps(event) + "\n" for event in events)
+    (store / ".unet_ray" / "events.jsonl").write_text(lines)
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Stands for evaluate, whose own tests say whether scores are right; gives its calls."""
+    calls = []
+    curve = ((0.0, 0.5), (0.1, 0.03), (0.2, math.nan))
+    isbi = {"pixel_error": Score(0.03, 0.1, curve), "v_info": Score(math.nan, None, curve)}
+    classes = {"iou": ClassScore(0.625, classes=((0, 0.25), (1, 1.0)))}
+
+    def fake(prediction, truth, kind):
+        calls.append((str(prediction), str(truth), kind))
+        return Evaluation(kind, isbi if kind == "isbi" else classes, (3, 61, 75))
+
+    monkeypatch.setattr(report, "evaluate", fake)
+    return calls
+
+
+def test_a_store_is_reported_beside_it_and_left_as_it_was(folder):
+    store = folder / "out.zarr"
+    before, log = bytes_of(store), (store / ".unet_ray" / "events.jsonl").read_bytes()
+    assert write_report(f"{store}/") == folder / "out.report.html"
+    assert bytes_of(store) == before
+    assert (store / ".unet_ray" / "events.jsonl").read_bytes() == log
+    page = Page(folder / "out.report.html")
+    for words in ("24 of 24", "Slice z = 0", "Slice z = 2", "core 1 x 32 x 20", "volume.tif"):
+        assert words in page.text
+    assert len(page.all("img")) == 3 * 4
+    assert "Scores" not in page.text
+
+
+def test_the_overlay_is_that_of_the_stored_classes(folder, scored):
+    page = Page(write_report(folder / "out.zarr", folder / "truth.tif"))
+    classes = Store(folder / "out.zarr", ["classes"]).read("classes")[1]
+    truth = tifffile.imread(folder / "truth.tif")[1]
+    image = to_grey(tifffile.imread(folder / "volume.tif")[1])
+    shown, found, probability, parts = page.pictures()[4:8]  # the second of three slices
+    np.testing.assert_array_equal(shown, np.stack([image] * 3, -1))
+    np.testing.assert_array_equal(found, overlay(few_greys(image, 64), classes == 1, truth == 255))
+    np.testing.assert_array_equal(parts.any(-1), classes == 1)
+    assert probability.shape == (61, 75, 3)
+
+
+def test_scores_are_told_with_what_they_mean(folder, scored):
+    store = folder / "out.zarr"
+    page = Page(write_report(store, folder / "truth.tif"))
+    truth = str(folder / "truth.tif")
+    assert scored == [(str(store), truth, "isbi"), (str(store), truth, "classes")]
+    assert "0.0300 0.1 How many pixels are wrong." in page.text
+    assert "Lower is better; 0 is best." in page.text
+    assert "V_info undefined \N{EN DASH}" in page.text
+    assert "class 0 0.250" in page.text
+    curve = page.chart("pixel error")
+    assert "best 0.0300 at 0.1" in curve
+    assert len(points(paths(curve, "line")[0])) == 2
+
+
+def test_real_scores_are_those_of_evaluate(folder):
+    store, truth = folder / "out.zarr", folder / "truth.tif"
+    page = Page(write_report(store, truth))
+    scores = evaluate(store, truth, "classes").scores
+    assert f"Accuracy {scores['accuracy'].value:#.3g}" in page.text
+    assert page.text.count("is best.") == 9
+
+
+def test_a_kind_that_does_not_fit_is_said_on_the_page(folder, monkeypatch):
+    def refuse(*_):
+        raise InputError("truth.tif: holds <3> values.")
+
+    monkeypatch.setattr(report, "evaluate", refuse)
+    text = Page(write_report(folder / "out.zarr", folder / "truth.tif")).text
+    assert text.count("Not scored. truth.tif: holds <3> values.") == 2
+
+
+@pytest.mark.parametrize("lost", ["gone", "another shape", "other voxels", "no log"])
+def test_without_the_image_the_slices_are_shown_all_the_same(folder, lost):
+    volume = folder / "volume.tif"
+    if lost == "gone":
+        volume.unlink()
+    elif lost == "no log":
+        write_events(folder / "out.zarr", [])
+    else:
+        write_stack(volume, noise((3, 61, 74 if lost == "another shape" else 75), seed=5))
+    page = Page(write_report(folder / "out.zarr"))
+    assert len(page.all("img")) == 3 * 3
+    assert "shown without the image" in page.text
+    words = {"gone": "does not exist", "no log": "does not say", "another shape": "another shape"}
+    assert words.get(lost, "other voxels") in page.text
+    if lost == "no log":
+        assert "nothing is known of times" in page.text
+
+
+def test_a_part_of_a_store_is_reported_as_a_part(segmented, tmp_path):
+    region = dataclasses.replace(TILED, region=Box((1, 0, 0), (2, 32, 40)))
+    model, volume = segmented / "model.safetensors", segmented / "volume.tif"
+    store = segment(volume, model, tmp_path / "part.zarr", region)
+    page = Page(write_report(store, segmented / "truth.tif"))
+    assert "2 of 24" in page.text
+    assert "22 of 24 tiles are not done" in page.text
+    assert "Slice z = 1" in page.text
+    assert "Slice z = 0" not in page.text
+    found = page.pictures("Found")[0]
+    assert {tuple(c) for c in found[32:].reshape(-1, 3)} == {(230,) * 3, (120,) * 3}
+    assert not (found[:32, :40] == 230).all(-1).any()
+    assert page.text.count("Not scored.") == 2
+    assert "2 of 8 cells are done." in "".join(page.charts)
+
+
+def test_a_window_lies_where_tiles_are_done(segmented, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "WINDOW", 24)
+    region = dataclasses.replace(TILED, region=Box((0, 32, 0), (3, 61, 40)))
+    model, volume = segmented / "model.safetensors", segmented / "volume.tif"
+    store = segment(volume, model, tmp_path / "part.zarr", region)
+    page = Page(write_report(store))
+    # Two tiles, y 32 to 61 and x 0 to 40; the nearer to the middle of the slice is the second.
+    assert "(1:2,36:60,16:40)" in page.text
+    grey = to_grey(tifffile.imread(volume)[1][36:60, 16:40])
+    np.testing.assert_array_equal(page.pictures("Image")[1][..., 0], grey)
+    assert not any((picture == 230).all(-1).any() for picture in page.pictures("Found"))
+
+
+def test_a_store_without_a_tile_says_that_there_is_nothing(segmented, tmp_path):
+    told = json.loads((segmented / "out.zarr" / "zarr.json").read_text())["attributes"]["unet_ray"]
+    layout = StoreLayout(TilePlan.from_json(told["plan"]), (0, 255), told["outputs"], None)
+    create_store(tmp_path / "new.zarr", layout, told)
+    page = Page(write_report(tmp_path / "new.zarr"))
+    assert "No tile is done yet" in page.text
+    assert page.all("img") == []
+
+
+def test_times_of_all_starts_are_put_together(folder):
+    start = {"event": "start", "input": "x", "engine": "ray", "workers": 3, "missing": 24}
+    events = [
+        {"time": 100, **start},
+        {"time": 104, "event": "tile", "tile": 0, "seconds": 4.0},
+        {"time": 106, "event": "tile", "tile": 1, "seconds": 2.0},
+        {"time": 9000, **start},
+        {"time": 9004, "event": "tile", "tile": 2, "seconds": 3.0},
+        {"time": 9005, "event": "failed", "tile": 3, "error": "full <disk>"},
+    ]
+    write_events(folder / "out.zarr", events)
+    page = Page(write_report(folder / "out.zarr"))
+    # Tiles 0 to 2 are 32 x 20 voxels each; 6 s, then 5 s.
+    assert f"Throughput {3 * 32 * 20 / 11e6:#.3g} Mvoxel/s" in page.text
+    assert "Time at work 11 s" in page.text
+    assert "median 3.00, least 2.00, most 4.00" in page.text
+    assert "2, the last on engine ray with 3 workers" in page.text
+    assert "1 tile failed; the last said: full <disk>" in page.text
+    assert "1970-01-01 00:01 UTC to 1970-01-01 02:30 UTC" in page.text
+
+
+def test_the_histogram_counts_what_is_stored(folder):
+    chart = Page(write_report(folder / "out.zarr")).chart("class 1")
+    stored = Store(folder / "out.zarr", ["probabilities"]).read("probabilities")[0]
+    counts = np.bincount(np.asarray(stored).ravel() // 8, minlength=32)
+    bars = re.findall(r"V([\d.]+)H", paths(chart, "bars")[0])
+    heights = 180 - np.array(bars, float)
+    np.testing.assert_allclose(heights / heights.sum(), counts / counts.sum(), atol=0.002)
+
+
+@pytest.mark.parametrize("output", ["probabilities", "classes"])
+def test_a_store_of_one_output_shows_what_it_has(folder, scored, output):
+    settings = dataclasses.replace(FLOAT32, outputs=(output,))
+    model, volume = folder / "model.safetensors", folder / "volume.tif"
+    store = segment(volume, model, folder / "one.zarr", settings)
+    page = Page(write_report(store, folder / "truth.tif"))
+    assert [kind for *_, kind in scored] == [{"probabilities": "isbi"}.get(output, "classes")]
+    assert len(page.pictures("Probability")) == (3 if output == "probabilities" else 0)
+    whole = Page(write_report(folder / "out.zarr", folder / "truth.tif"))
+    for one, other in zip(page.pictures("Found"), whole.pictures("Found"), strict=True):
+        assert (one == other).all(-1).mean() > 0.98  # 127.5 of 255 is either class
+
+
+def test_several_classes_have_a_key_and_a_histogram_each(segmented, tmp_path):
+    model = random_model(tmp_path / "model.safetensors", values=(0, 7, 9))
+    store = segment(segmented / "volume.tif", model, tmp_path / "out.zarr", FLOAT32)
+    page = Page(write_report(store))
+    assert "class 1 (label 7)" in page.text
+    assert "every class but class 0" in page.text
+    assert page.chart("class 2")
+    assert len(page.pictures("Classes")) == 3
+
+
+def test_damage_is_named(folder):
+    for path in (folder / "out.zarr" / ARRAYS["classes"] / "c").rglob("*"):
+        if path.is_file():
+            data = bytearray(path.read_bytes())
+            data[: len(data) // 2] = bytes(len(data) // 2)
+            path.write_bytes(data)
+    with pytest.raises(RunError, match=r"classes at .* cannot be read .* verify"):
+        write_report(folder / "out.zarr")
+    assert not (folder / "out.report.html").exists()
+
+
+# What must not happen
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A store of 83 Gvoxel of which every third tile is committed, and none is on disk."""
+    core = (16, 960, 960)
+    plan = TilePlan(
+        (960, 9300, 9300), core, Context((0, 4, 4), (0, 8, 8), (1, 2, 2)), (1, 960, 960)
+    )
+    told = {
+        "format": 1,
+        "model": {"sha256": "0" * 64, "architecture": {}, "training": {}, "class_values": [0, 255]},
+        "input": {"name": "big", "kind": "zarr", "shape": [1, *plan.shape], "dtype": "uint8"},
+        "outputs": ["probabilities", "classes"],
+        "plan": dataclasses.asdict(plan),
+        "normalisation": {"mean": [1.0], "sd": [1.0]},
+        "versions": {},
+    }
+    path = tmp_path / "large.zarr"
+    create_store(path, StoreLayout(plan, (0, 255), told["outputs"], None), told)
+    monkeypatch.setattr("os.fsync", lambda file: None)
+    with Ledger(path / LEDGER, len(plan)) as ledger:
+        for tile in range(0, len(plan), 3):
+            ledger.commit(tile)
+    times = [{"time": t, "event": "tile", "tile": 3 * t, "seconds": t % 7} for t in range(2000)]
+    write_events(path, times)
+    return path
+
+
+def test_a_large_store_is_read_in_a_few_places_only(large, monkeypatch):
+    boxes, read = [], report._Result.read
+
+    def counted(result, output, box):
+        boxes.append(box)
+        return read(result, output, box)
+
+    monkeypatch.setattr(report._Result, "read", counted)
+    page = Page(write_report(large))
+    assert 60 < len(boxes) <= 5 * 2 + 64
+    assert sum(box.size for box in boxes) < 200e6
+    assert len(page.source) < 5e6
+    assert "2000 of 6000" in page.text
+    chunks = {box for box in boxes if box.shape[0] > 1}
+    assert len(chunks) == len(boxes) - 10
+    assert (
+        len({tuple(a % n for a, n in zip(b.start, (16, 960, 960), strict=True)) for b in chunks})
+        > 9
+    )
+    slices = sorted({box.start[0] for box in boxes if box.shape[0] == 1})
+    assert len(slices) == 5
+    np.testing.assert_allclose(np.diff(slices), 960 / 5, atol=16)
+    assert "a part of each" in page.text
+    assert f"{len(boxes) - 10} storage chunks drawn by chance" in page.text
+    assert len([c for c in page.charts if "cells are done" in c]) == 4
+    for picture in page.pictures():
+        assert max(picture.shape) <= 640
+        assert not (picture == 230).all(-1).all()  # something of it is done
+
+
+@pytest.mark.parametrize("kind", ["run", "store"])
+def test_nothing_is_loaded_from_elsewhere(run, folder, scored, kind):
+    path = (
+        write_report(run)
+        if kind == "run"
+        else write_report(folder / "out.zarr", folder / "truth.tif")
+    )
+    page = Page(path)
+    policy = next(a for a in page.all("meta") if "http-equiv" in a)
+    assert policy["http-equiv"] == "Content-Security-Policy"
+    assert policy["content"] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    source = re.sub(r'xmlns="http://www.w3.org/2000/svg"|base64,[^"]*', "", page.source)
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|<script|<link|javascript:", source)
+    for _, attributes in page.tags:
+        assert not {"href", "srcset", "action", "background"} & set(attributes)
+        assert not any(name.startswith("on") for name in attributes)
+        assert attributes.get("src", "data:image/png;").startswith("data:image/png;")
+    assert all(a.get("alt") for a in page.all("img"))
+    assert len(page.all("h1")) == 1
+    assert page.all("html")[0]["lang"] == "en"
+
+
+def test_names_from_files_are_harmless(segmented, tmp_path, run, scored):
+    name = f"{EVIL}.tif"
+    shutil.copy(segmented / "volume.tif", tmp_path / name)
+    shutil.copy(segmented / "truth.tif", tmp_path / f"truth{name}")
+    model = segmented / "model.safetensors"
+    store = segment(tmp_path / name, model, tmp_path / f"{EVIL}.zarr", FLOAT32)
+    (tmp_path / name).unlink()
+    add_lines(run, [measured(50, validation={EVIL: 0.5})])
+    for path in (write_report(store, tmp_path / f"truth{name}"), write_report(run)):
+        page = Page(path)
+        assert EVIL in page.text
+        assert "<script" not in page.source
+        assert not page.all("script")
+
+
+def test_what_is_no_run_and_no_store_is_refused(run, folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "file.zarr").write_text("x")
+    for path, words in {
+        "nowhere": "does not exist",
+        "empty": "neither a training run nor an output",
+        "file.zarr": "neither a training run nor an output",
+        "begun": "nothing has been trained here yet",
+    }.items():
+        with pytest.raises(InputError, match=words):
+            write_report(tmp_path / path)
+    with pytest.raises(InputError, match="is a training run; --truth is for"):
+        write_report(run, folder / "truth.tif")
+    assert not list(tmp_path.rglob("*report.html"))
+
+
+@pytest.mark.parametrize("shape", [(3, 61, 74), (2, 3, 61, 75), (2, 61, 75)])
+def test_a_truth_of_another_shape_is_refused(folder, shape):
+    write_stack(folder / "truth.tif", np.zeros(shape, np.uint8))
+    with pytest.raises(InputError, match=r"1 x 3 x 61 x 75|--time"):
+        write_report(folder / "out.zarr", folder / "truth.tif")
+    with pytest.raises(InputError, match="does not exist"):
+        write_report(folder / "out.zarr", folder / "nothing.tif")
+    assert not (folder / "out.report.html").exists()

@@ -1,0 +1,546 @@
+"""The page about a training run or a segmentation: one HTML file with pictures, without a network.
+
+Knows what is worth showing and where it is stored, and reads a bounded part of any volume. How it
+is drawn is charts.py's and pictures.py's; the words are in report.html.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment
+from markupsafe import Markup
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from unet_ray import charts
+from unet_ray.boxes import Box
+from unet_ray.checkpoints import read_tensors
+from unet_ray.errors import InputError, RunError
+from unet_ray.evaluation import MEANINGS, Evaluation, Kind, evaluate
+from unet_ray.events import read_events
+from unet_ray.files import write_whole
+from unet_ray.ledger import committed
+from unet_ray.pictures import (
+    Picture,
+    colour_cells,
+    colour_classes,
+    colour_log,
+    colour_map,
+    encode_png,
+    few_greys,
+    frame,
+    overlay,
+    strike_out,
+    to_grey,
+)
+from unet_ray.progress import format_seconds
+from unet_ray.stores import EVENTS, LEDGER, Store, provenance_of
+from unet_ray.tiles import TilePlan
+from unet_ray.training import PATCHES
+from unet_ray.versions import VERSION
+from unet_ray.volumes import Volume, open_volume
+
+# What bounds the page and the reading, whatever the volume.
+SLICES, WINDOW, CHUNKS, CHANNELS = 5, 640, 64, 6
+# Maps of slabs of tiles, and cells along each side of a map.
+LARGEST_MAP = (4, 64)
+# Enough under a colour, and small as a file.
+OVERLAY_GREYS = 64
+
+MODEL = "model.safetensors"
+
+Facts = dict[str, Any]
+
+
+def write_report(path: str | os.PathLike[str], truth: str | os.PathLike[str] | None = None) -> Path:
+    """Writes the page about a RUN folder, into it, or about an output store, beside it.
+
+    The page is one file that loads nothing from elsewhere. Its size and what is read for it are
+    bounded, but for the scores, which read all of the store and of the truth.
+
+    Args:
+        path: RUN folder of `train`, or store of `segment`; either may be unfinished.
+        truth: labels of the volume that was segmented, to draw and to score.
+
+    Returns:
+        Path of the page: ``RUN/report.html``, or ``NAME.report.html`` beside ``NAME.zarr``.
+
+    Raises:
+        InputError: if `path` is neither, or holds nothing yet; if `truth` does not fit.
+        RunError: if what is stored is damaged.
+    """
+    found = Path(os.path.abspath(path))
+    if any((found / name).exists() for name in (MODEL, "metrics.jsonl", "checkpoints")):
+        if truth is not None:
+            raise InputError(f"{found}: is a training run; --truth is for an output of segment.")
+        page, facts = found / "report.html", _about_run(found)
+    else:
+        page, facts = found.with_name(f"{found.stem}.report.html"), _about_store(found, truth)
+    text = _rendered({"name": found.name, "version": VERSION, **facts})
+    write_whole(page, text.encode("utf-8", "replace"))  # a file's name need not be UTF-8
+    return page
+
+
+def _rendered(facts: Facts) -> str:
+    pages = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    pages.filters |= {
+        "by": _by,
+        "digits": _digits,
+        "seconds": lambda s: format_seconds(s) if s >= 10 else f"{_digits(s)} s",
+        "json": lambda told: json.dumps(told, indent=2, ensure_ascii=False),
+    }
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    return pages.from_string(template).render(facts)
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return " x ".join(map(str, sizes))
+
+
+def _digits(value: float, digits: int = 3) -> str:
+    """A number with so many significant digits, or all of those before the point."""
+    if math.isnan(value):
+        return "undefined"
+    if abs(value) >= 10**digits:
+        return charts.number(round(value))
+    return f"{value:#.{digits}g}".rstrip(".")
+
+
+def _figure(picture: Picture, caption: str) -> Facts:
+    data = base64.b64encode(encode_png(picture)).decode()
+    return {
+        "source": f"data:image/png;base64,{data}",
+        "caption": caption,
+        "width": picture.shape[1],
+        "height": picture.shape[0],
+    }
+
+
+# A training run
+
+
+def _about_run(run: Path) -> Facts:
+    measures = [m for m in read_events(run / "metrics.jsonl") if "loss" in m]
+    header = _header(run)
+    patches = _patches(run / PATCHES)
+    if not (measures or header or patches):
+        raise InputError(f"{run}: nothing has been trained here yet; come back when it has.")
+    return {
+        "kind": "run",
+        "measures": measures,
+        "finished": (run / MODEL).exists(),
+        "loss": _loss_chart(measures) if measures else None,
+        "validation": _validation_charts(measures),
+        "header": header,
+        **patches,
+    }
+
+
+def _header(run: Path) -> Facts:
+    """What the model, or else the newest checkpoint, says of itself; nothing if there is none."""
+    checkpoints = sorted((run / "checkpoints").glob("step-*.safetensors"), reverse=True)
+    newest = next((path for path in [run / MODEL, *checkpoints] if path.exists()), None)
+    return read_tensors(newest)[1] if newest else {}
+
+
+def _loss_chart(measures: Sequence[Facts]) -> Markup:
+    steps, losses = [m["step"] for m in measures], [m["loss"] for m in measures]
+    line = charts.binned_series("loss", steps, losses)
+    return Markup(charts.line_chart("Training loss", [line], "step", "loss", log=True))
+
+
+def _validation_charts(measures: Sequence[Facts]) -> list[Markup]:
+    """Scores from 0 to 1 share charts, six a chart; any other number has a chart of its own."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for measure in measures:
+        for name, value in (measure.get("validation") or {}).items():
+            if value is not None:
+                lines.setdefault(name, []).append((measure["step"], value))
+    shares: list[charts.Series] = []
+    others: list[charts.Series] = []
+    for name, points in lines.items():
+        series = charts.binned_series(name, *np.array(points, np.float64).T)
+        within = ((series.y >= 0) & (series.y <= 1)).all()
+        (shares if within else others).append(series)
+    groups = [shares[i : i + 6] for i in range(0, len(shares), 6)] + [[s] for s in others]
+    return [
+        Markup(charts.line_chart("Validation", group, "step", "score", names=True))
+        for group in groups
+    ]
+
+
+def _patches(path: Path) -> Facts:
+    """The kept patches as pictures, each an image, its classes and its weights."""
+    if not path.exists():
+        return {}
+    tensors = {name: tensor.numpy() for name, tensor in read_tensors(path)[0].items()}
+    images, targets, weights = (
+        [tensors[name] for name in sorted(tensors) if name.startswith(what)]
+        for what in ("image.", "targets.", "weights.")
+    )
+    every = np.concatenate([each.ravel() for each in weights])
+    counted = every[every > 0] if (every > 0).any() else np.ones(1)
+    ends = float(counted.min()), float(counted.max())
+    return {
+        "patches": [_patch(*each, ends) for each in zip(images, targets, weights, strict=True)],
+        "patch_colours": _colours(1 + max(int(each.max()) for each in targets)),
+        "weight_bar": Markup(charts.colour_bar("Weight of a pixel", ends, "", log=True)),
+        "weightless": bool((every <= 0).any()),
+    }
+
+
+def _patch(
+    image: NDArray[Any], targets: NDArray[Any], weights: NDArray[Any], ends: tuple[float, float]
+) -> list[Facts]:
+    step = -(-max(image.shape[-2:]) // WINDOW)
+    grey, inner = to_grey(image[0]), weights.shape
+    top, left = ((a - b) // 2 for a, b in zip(grey.shape, inner, strict=True))
+    shown = f", one in {step} along each axis" if step > 1 else ""
+    return [
+        _figure(
+            frame(grey, top, left, *inner)[::step, ::step],
+            f"Image, {_by(grey.shape)} pixels{shown}; framed: what the network returns.",
+        ),
+        _figure(colour_classes(targets)[::step, ::step], "Classes of the framed part."),
+        _figure(colour_log(weights, *ends)[::step, ::step], "Weights of the framed part."),
+    ]
+
+
+def _colours(classes: int) -> list[str]:
+    """How the colours of so many classes are written in HTML."""
+    return ["#" + bytes(colour).hex() for colour in colour_classes(np.arange(classes)[None])[0]]
+
+
+# A segmentation
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A store that is looked at: how it was made, which tiles are there, and its arrays."""
+
+    path: Path
+    told: Mapping[str, Any]
+    plan: TilePlan
+    done: NDArray[np.bool_]
+    store: Store
+
+    @property
+    def class_values(self) -> list[int]:
+        return list(self.told["model"]["class_values"])
+
+    def read(self, output: str, box: Box) -> NDArray[Any]:
+        """The voxels of an output, (..., z, y, x)."""
+        try:
+            voxels: NDArray[Any] = np.asarray(self.store.read(output)[(..., *box.slices)])
+        except (ValueError, RuntimeError, OSError) as error:
+            raise RunError(
+                f"{self.path}: {output} at {box} cannot be read ({error}); see `unet-ray verify`."
+            ) from error
+        return voxels
+
+    def probabilities(self, box: Box) -> NDArray[np.uint8]:
+        """Of all classes, the first one included: (classes, z, y, x)."""
+        stored = self.read("probabilities", box)
+        rest = np.maximum(255 - stored.sum(0, dtype=np.int64, keepdims=True), 0)
+        return np.concatenate([rest.astype(np.uint8), stored])
+
+    def classes(self, box: Box) -> NDArray[Any]:
+        """Class numbers, (z, y, x)."""
+        if "classes" in self.told["outputs"]:
+            return self.read("classes", box)
+        classes: NDArray[np.int64] = self.probabilities(box).argmax(0)
+        return classes
+
+    def known(self, box: Box) -> NDArray[np.bool_]:
+        """Which voxels of a box are computed, (z, y, x)."""
+        known = np.zeros(box.shape, bool)
+        for tile in self.plan.within(box):
+            inside = self.plan[tile].write.intersect(box).relative_to(box.start)
+            known[inside.slices] = self.done[tile]
+        return known
+
+
+def _open_result(path: Path) -> _Result:
+    try:
+        told = provenance_of(path)
+    except InputError as error:
+        raise InputError(f"{path}: is neither a training run nor an output of segment.") from error
+    if told is None:
+        raise InputError(f"{path}: does not exist; name a folder of train or segment.")
+    plan = TilePlan.from_json(told["plan"])
+    done = committed(path / LEDGER, len(plan))
+    return _Result(path, told, plan, done, Store(path, told["outputs"]))
+
+
+def _about_store(path: Path, truth: str | os.PathLike[str] | None) -> Facts:
+    result = _open_result(path)
+    right = _open_truth(truth, result) if truth is not None else None
+    log = _read_log(path / EVENTS, result.plan)
+    boxes = _windows(result)
+    images, no_image = _images(result, log, boxes)
+    plan, counts = result.plan, result.plan.counts
+    maps, bar, grouped = charts.tile_maps(
+        log.seconds.reshape(counts), result.done.reshape(counts), plan.shape, plan.core, LARGEST_MAP
+    )
+    return {
+        "kind": "store",
+        "told": result.told,
+        "values": result.class_values,
+        "class_colours": _colours(len(result.class_values)),
+        "tiles": len(plan),
+        "done": int(result.done.sum()),
+        "log": log,
+        "no_image": no_image,
+        "slices": [
+            _slice(result, box, image, right) for box, image in zip(boxes, images, strict=True)
+        ],
+        "probability_bar": Markup(charts.colour_bar("Probability", (0.0, 1.0), "")),
+        "truth": Path(right.path) if right else None,
+        **_histograms(result),
+        "tile_maps": [(title, Markup(svg)) for title, svg in maps],
+        "tile_bar": Markup(bar),
+        "grouped": grouped,
+        "evaluations": _evaluations(result, right) if right else [],
+    }
+
+
+def _open_truth(truth: str | os.PathLike[str], result: _Result) -> Volume:
+    volume = open_volume(truth)
+    if volume.shape != (1, *result.plan.shape):
+        raise InputError(
+            f"{volume.path}: its shape (c, z, y, x) is {_by(volume.shape)}, but truth for "
+            f"{result.path} must be {_by((1, *result.plan.shape))}."
+        )
+    return volume
+
+
+@dataclass
+class _RunLog:
+    """What the event log says of all starts together.
+
+    Attributes:
+        seconds: of each tile, NaN if unknown.
+        starts: number of times that `segment` was started.
+        start: the facts of the last start.
+        began, ended: times of the first and of the last event, or None.
+        working: seconds from each start to the last event before the next, summed.
+        voxels: written in that time.
+        failed: number of tiles that failed; each ended a run.
+        failure: what the last of them failed with.
+    """
+
+    seconds: NDArray[np.float64]
+    starts: int = 0
+    start: Mapping[str, Any] | None = None
+    began: str | None = None
+    ended: str | None = None
+    working: float = 0.0
+    voxels: int = 0
+    failed: int = 0
+    failure: str = ""
+
+    @property
+    def known(self) -> NDArray[np.float64]:
+        """Seconds of the tiles of which they are known, ascending."""
+        return np.sort(self.seconds[np.isfinite(self.seconds)])
+
+
+def _read_log(path: Path, plan: TilePlan) -> _RunLog:
+    log = _RunLog(np.full(len(plan), np.nan))
+    last = 0.0
+    for event in read_events(path):
+        now = event["time"]
+        log.began, log.ended = log.began or _date(now), _date(now)
+        if event["event"] == "start":
+            log.starts, log.start = log.starts + 1, event
+        else:
+            log.working += max(0.0, now - last)
+        if event["event"] == "tile":
+            log.seconds[event["tile"]] = event["seconds"]
+            log.voxels += plan[event["tile"]].write.size
+        elif event["event"] == "failed":
+            log.failed, log.failure = log.failed + 1, event["error"]
+        last = now
+    return log
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _windows(result: _Result) -> list[Box]:
+    """Up to `SLICES` windows of one slice each, evenly spaced over what is committed."""
+    depth, core = result.plan.shape[0], result.plan.core[0]
+    slabs = np.flatnonzero(result.done.reshape(result.plan.counts).any((1, 2)))
+    planes = (slabs[:, None] * core + np.arange(core)).ravel()
+    planes = planes[planes < depth]
+    count = min(SLICES, len(planes))
+    return [
+        _window(result, int(planes[(2 * i + 1) * len(planes) // (2 * count)])) for i in range(count)
+    ]
+
+
+def _window(result: _Result, z: int) -> Box:
+    """At most `WINDOW` square voxels of a slice, where tiles are committed: near its middle."""
+    core, extents = np.array(result.plan.core[1:]), np.array(result.plan.shape[1:])
+    tiles = np.argwhere(result.done.reshape(result.plan.counts)[z // result.plan.core[0]])
+    centres = np.minimum(tiles * core + core // 2, extents)
+    centre = centres[np.abs(centres - extents / 2).max(1).argmin()]
+    low, high = tiles.min(0) * core, (tiles.max(0) + 1) * core
+    size = np.minimum(extents, WINDOW)
+    start = np.clip(centre - size // 2, low, np.maximum(low, high - size))
+    start = np.clip(start, 0, extents - size)
+    return Box((z, *start.tolist()), (z + 1, *(start + size).tolist()))
+
+
+def _images(
+    result: _Result, log: _RunLog, boxes: Sequence[Box]
+) -> tuple[list[Picture | None], str]:
+    """The windows of the image that was segmented; or none, and a sentence that says why."""
+    nothing: list[Picture | None] = [None] * len(boxes)
+    source = result.told["input"]
+    if log.start is None:
+        return nothing, "The event log of this store does not say where its image lies."
+    choice = {name: source[name] for name in ("channel", "time", "level")}
+    try:
+        volume = open_volume(log.start["input"], **choice)
+        if list(volume.shape) != source["shape"]:
+            return nothing, f"{volume.path} has another shape now, {volume.shape} (c, z, y, x)."
+        if volume.identity()["sampled_sha256"] != source["sampled_sha256"]:
+            return nothing, f"{volume.path} holds other voxels now than when it was segmented."
+        return [to_grey(volume.read(box)[0, 0]) for box in boxes], ""
+    except (InputError, RunError) as error:
+        return nothing, str(error)
+
+
+def _slice(result: _Result, box: Box, image: Picture | None, truth: Volume | None) -> Facts:
+    """The panels of one slice; what is not computed in it is struck out."""
+    known, classes = result.known(box)[0], result.classes(box)[0]
+    grey = np.zeros(classes.shape, np.uint8) if image is None else few_greys(image, OVERLAY_GREYS)
+    border = None if truth is None else _objects_of(truth.read(box)[0, 0], result.class_values)
+    drawn = {"found": overlay(grey, classes != 0, border)}
+    if "probabilities" in result.told["outputs"]:
+        drawn["probability"] = colour_map(_shown_probability(result, box))
+    drawn |= _parts(result, box, classes, image)
+    if not known.all():
+        drawn = {name: strike_out(picture, ~known) for name, picture in drawn.items()}
+    if image is not None:
+        drawn = {"image": image, **drawn}
+    whole = classes.shape == result.plan.shape[1:]
+    return {
+        "z": box.start[0],
+        "window": "" if whole else str(box),
+        "panels": [_figure(picture, name) for name, picture in drawn.items()],
+    }
+
+
+def _objects_of(labels: NDArray[Any], class_values: Sequence[int]) -> NDArray[Any]:
+    """Truth with 0 where it is of the first class, whether it holds label values or other ids."""
+    if set(np.unique(labels).tolist()) <= set(class_values):
+        return np.where(labels == class_values[0], 0, labels)
+    return labels
+
+
+def _shown_probability(result: _Result, box: Box) -> NDArray[np.uint8]:
+    """Of class 1 where there are two; of whichever is largest where there are more."""
+    every = result.probabilities(box)[:, 0]
+    shown: NDArray[np.uint8] = every[1] if len(every) == 2 else every.max(0)
+    return shown
+
+
+def _parts(
+    result: _Result, box: Box, classes: NDArray[Any], image: Picture | None
+) -> dict[str, Picture]:
+    if "instances" in result.told["outputs"]:
+        return {"instances": colour_cells(result.read("instances", box)[0], image)}
+    if len(result.class_values) == 2:
+        return {"parts": colour_cells(ndimage.label(classes == 1)[0], image)}
+    return {"classes": colour_classes(classes)}
+
+
+def _histograms(result: _Result) -> Facts:
+    """How often each probability is stored, in some storage chunks drawn by chance."""
+    if "probabilities" not in result.told["outputs"] or not result.done.any():
+        return {"histograms": []}
+    counts = np.zeros((len(result.class_values) - 1, 256), np.int64)
+    boxes, every = _sampled_chunks(result)
+    for box in boxes:
+        for channel, voxels in enumerate(result.read("probabilities", box)):
+            counts[channel] += np.bincount(voxels.ravel(), minlength=256)
+    shares = 100 * counts.reshape(len(counts), 32, 8).sum(2) / counts[0].sum()
+    edges = np.linspace(0, 1, 33)
+    drawn = [
+        charts.histogram(f"class {k}", edges, share, "probability", "% of the voxels")
+        for k, share in enumerate(shares[:CHANNELS], start=1)
+    ]
+    return {
+        "histograms": [Markup(svg) for svg in drawn],
+        "sampled": len(boxes),
+        "chunks": every,
+        "all_chunks": every <= CHUNKS,
+    }
+
+
+def _sampled_chunks(result: _Result) -> tuple[list[Box], int]:
+    """Boxes of at most `CHUNKS` committed storage chunks, and how many there are of these."""
+    chunk = result.store.read("probabilities").chunks[-3:]
+    grid = [n // m for n, m in zip(result.plan.core, chunk, strict=True)]
+    tiles, each = np.flatnonzero(result.done), math.prod(grid)
+    every = len(tiles) * each
+    picks = np.random.default_rng(0).choice(every, min(CHUNKS, every), replace=False)
+    boxes = []
+    for pick in np.sort(picks).tolist():
+        write = result.plan[int(tiles[pick // each])].write
+        place = np.unravel_index(pick % each, grid)
+        start = [a + int(i) * n for a, i, n in zip(write.start, place, chunk, strict=True)]
+        boxes.append(Box.of(chunk).shift(start).intersect(write))
+    return [box for box in boxes if box.size], every
+
+
+def _evaluations(result: _Result, truth: Volume) -> list[Facts]:
+    """The scores of each kind that fits the store, or a sentence on why there are none."""
+    outputs = result.told["outputs"]
+    kinds: list[Kind] = []
+    if "probabilities" in outputs and len(result.class_values) == 2:
+        kinds.append("isbi")
+    kinds += [kind for kind in ("instances", "classes") if kind in outputs]
+    found = []
+    for kind in kinds:
+        try:
+            found.append(_scored(evaluate(result.path, truth.path, kind)))
+        except InputError as error:
+            found.append({"kind": kind, "refused": str(error)})
+    return found
+
+
+def _scored(evaluation: Evaluation) -> Facts:
+    rows = []
+    for name, score in evaluation.scores.items():
+        across = "IoU threshold" if name == "ap_mean" else "threshold"
+        x, y = np.array(score.curve).reshape(-1, 2).T
+        mark = None
+        if score.threshold is not None:
+            told = f"best {_digits(score.value)} at {score.threshold:.1f}"
+            mark = score.threshold, score.value, told
+        label = name.replace("_", " ")
+        curve = charts.line_chart(label, [charts.Series(label, x, y)], across, label, mark=mark)
+        rows.append(
+            {
+                "name": name,
+                "score": score,
+                "rises": MEANINGS[name][0] == 1,
+                "curve": Markup(curve) if len(x) > 1 else None,
+                "classes": getattr(score, "classes", ()),
+            }
+        )
+    return {"kind": evaluation.kind, "rows": rows, "note": evaluation.note}
