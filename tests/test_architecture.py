@@ -15,7 +15,8 @@ PACKAGE = ROOT / "unet_ray"
 RUNGS = (
     "errors versions files compiled boxes mirror progress",
     "tiles memory cost tiff volumes intensity stores ledger events "
-    "weights augment warping thinning overlaps cuts stacks scores metrics phantom pictures charts",
+    "weights augment warping thinning overlaps cuts stacks scores metrics "
+    "phantom pictures charts results",
     "network checkpoints prediction recipes",
     "samples engine",
     "training planning segmentation evaluation report demo",

@@ -17,7 +17,7 @@ from PIL import Image
 from tests.test_charts import paths, points
 from tests.test_segmentation import FLOAT32, TILED, bytes_of, noise, random_model, write_stack
 from tests.test_training import recipe
-from unet_ray import engine, report
+from unet_ray import engine, report, results
 from unet_ray.boxes import Box
 from unet_ray.errors import InputError, RunError
 from unet_ray.evaluation import Evaluation, evaluate
@@ -352,7 +352,7 @@ def test_a_part_of_a_store_is_reported_as_a_part(segmented, tmp_path):
 
 
 def test_a_window_lies_where_tiles_are_done(segmented, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "WINDOW", 24)
+    monkeypatch.setattr(results, "WINDOW", 24)
     region = dataclasses.replace(TILED, region=Box((0, 32, 0), (3, 61, 40)))
     model, volume = segmented / "model.safetensors", segmented / "volume.tif"
     store = segment(volume, model, tmp_path / "part.zarr", region)
@@ -468,13 +468,13 @@ def large(tmp_path, monkeypatch):
 
 
 def test_a_large_store_is_read_in_a_few_places_only(large, monkeypatch):
-    boxes, read = [], report._Result.read
+    boxes, read = [], results.Result.read
 
     def counted(result, output, box):
         boxes.append(box)
         return read(result, output, box)
 
-    monkeypatch.setattr(report._Result, "read", counted)
+    monkeypatch.setattr(results.Result, "read", counted)
     page = Page(write_report(large))
     assert 60 < len(boxes) <= 5 * 2 + 64
     assert sum(box.size for box in boxes) < 200e6

@@ -1,6 +1,6 @@
 """The page about a training run or a segmentation: one HTML file with pictures, without a network.
 
-Knows what is worth showing and where it is stored, and reads a bounded part of any volume. How it
+Knows what is worth showing. Which parts of a store stand for the whole is in results.py; how it
 is drawn is charts.py's and pictures.py's; the words are in report.html.
 """
 
@@ -10,9 +10,7 @@ import base64
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,10 @@ from scipy import ndimage
 from unet_ray import charts
 from unet_ray.boxes import Box
 from unet_ray.checkpoints import read_tensors
-from unet_ray.errors import InputError, RunError
+from unet_ray.errors import InputError
 from unet_ray.evaluation import MEANINGS, Evaluation, Kind, evaluate
 from unet_ray.events import read_events
 from unet_ray.files import write_whole
-from unet_ray.ledger import committed
 from unet_ray.pictures import (
     Picture,
     colour_cells,
@@ -44,14 +41,23 @@ from unet_ray.pictures import (
     to_grey,
 )
 from unet_ray.progress import format_seconds
-from unet_ray.stores import EVENTS, LEDGER, Store, provenance_of
-from unet_ray.tiles import TilePlan
+from unet_ray.results import (
+    CHUNKS,
+    WINDOW,
+    Result,
+    image_windows,
+    open_result,
+    open_truth,
+    read_log,
+    sampled_chunks,
+    windows,
+)
+from unet_ray.stores import EVENTS
 from unet_ray.training import PATCHES
 from unet_ray.versions import VERSION
-from unet_ray.volumes import Volume, open_volume
+from unet_ray.volumes import Volume
 
-# What bounds the page and the reading, whatever the volume.
-SLICES, WINDOW, CHUNKS, CHANNELS = 5, 640, 64, 6
+CHANNELS = 6  # histograms, of as many classes
 # Maps of slabs of tiles, and cells along each side of a map.
 LARGEST_MAP = (4, 64)
 # Enough under a colour, and small as a file.
@@ -224,70 +230,12 @@ def _colours(classes: int) -> list[str]:
 # A segmentation
 
 
-@dataclass(frozen=True)
-class _Result:
-    """A store that is looked at: how it was made, which tiles are there, and its arrays."""
-
-    path: Path
-    told: Mapping[str, Any]
-    plan: TilePlan
-    done: NDArray[np.bool_]
-    store: Store
-
-    @property
-    def class_values(self) -> list[int]:
-        return list(self.told["model"]["class_values"])
-
-    def read(self, output: str, box: Box) -> NDArray[Any]:
-        """The voxels of an output, (..., z, y, x)."""
-        try:
-            voxels: NDArray[Any] = np.asarray(self.store.read(output)[(..., *box.slices)])
-        except (ValueError, RuntimeError, OSError) as error:
-            raise RunError(
-                f"{self.path}: {output} at {box} cannot be read ({error}); see `unet-ray verify`."
-            ) from error
-        return voxels
-
-    def probabilities(self, box: Box) -> NDArray[np.uint8]:
-        """Of all classes, the first one included: (classes, z, y, x)."""
-        stored = self.read("probabilities", box)
-        rest = np.maximum(255 - stored.sum(0, dtype=np.int64, keepdims=True), 0)
-        return np.concatenate([rest.astype(np.uint8), stored])
-
-    def classes(self, box: Box) -> NDArray[Any]:
-        """Class numbers, (z, y, x)."""
-        if "classes" in self.told["outputs"]:
-            return self.read("classes", box)
-        classes: NDArray[np.int64] = self.probabilities(box).argmax(0)
-        return classes
-
-    def known(self, box: Box) -> NDArray[np.bool_]:
-        """Which voxels of a box are computed, (z, y, x)."""
-        known = np.zeros(box.shape, bool)
-        for tile in self.plan.within(box):
-            inside = self.plan[tile].write.intersect(box).relative_to(box.start)
-            known[inside.slices] = self.done[tile]
-        return known
-
-
-def _open_result(path: Path) -> _Result:
-    try:
-        told = provenance_of(path)
-    except InputError as error:
-        raise InputError(f"{path}: is neither a training run nor an output of segment.") from error
-    if told is None:
-        raise InputError(f"{path}: does not exist; name a folder of train or segment.")
-    plan = TilePlan.from_json(told["plan"])
-    done = committed(path / LEDGER, len(plan))
-    return _Result(path, told, plan, done, Store(path, told["outputs"]))
-
-
 def _about_store(path: Path, truth: str | os.PathLike[str] | None) -> Facts:
-    result = _open_result(path)
-    right = _open_truth(truth, result) if truth is not None else None
-    log = _read_log(path / EVENTS, result.plan)
-    boxes = _windows(result)
-    images, no_image = _images(result, log, boxes)
+    result = open_result(path)
+    right = open_truth(truth, result) if truth is not None else None
+    log = read_log(path / EVENTS, result.plan)
+    boxes = windows(result)
+    images, no_image = image_windows(result, log, boxes)
     plan, counts = result.plan, result.plan.counts
     maps, bar, grouped = charts.tile_maps(
         log.seconds.reshape(counts), result.done.reshape(counts), plan.shape, plan.core, LARGEST_MAP
@@ -314,116 +262,7 @@ def _about_store(path: Path, truth: str | os.PathLike[str] | None) -> Facts:
     }
 
 
-def _open_truth(truth: str | os.PathLike[str], result: _Result) -> Volume:
-    volume = open_volume(truth)
-    if volume.shape != (1, *result.plan.shape):
-        raise InputError(
-            f"{volume.path}: its shape (c, z, y, x) is {_by(volume.shape)}, but truth for "
-            f"{result.path} must be {_by((1, *result.plan.shape))}."
-        )
-    return volume
-
-
-@dataclass
-class _RunLog:
-    """What the event log says of all starts together.
-
-    Attributes:
-        seconds: of each tile, NaN if unknown.
-        starts: number of times that `segment` was started.
-        start: the facts of the last start.
-        began, ended: times of the first and of the last event, or None.
-        working: seconds from each start to the last event before the next, summed.
-        voxels: written in that time.
-        failed: number of tiles that failed; each ended a run.
-        failure: what the last of them failed with.
-    """
-
-    seconds: NDArray[np.float64]
-    starts: int = 0
-    start: Mapping[str, Any] | None = None
-    began: str | None = None
-    ended: str | None = None
-    working: float = 0.0
-    voxels: int = 0
-    failed: int = 0
-    failure: str = ""
-
-    @property
-    def known(self) -> NDArray[np.float64]:
-        """Seconds of the tiles of which they are known, ascending."""
-        return np.sort(self.seconds[np.isfinite(self.seconds)])
-
-
-def _read_log(path: Path, plan: TilePlan) -> _RunLog:
-    log = _RunLog(np.full(len(plan), np.nan))
-    last = 0.0
-    for event in read_events(path):
-        now = event["time"]
-        log.began, log.ended = log.began or _date(now), _date(now)
-        if event["event"] == "start":
-            log.starts, log.start = log.starts + 1, event
-        else:
-            log.working += max(0.0, now - last)
-        if event["event"] == "tile":
-            log.seconds[event["tile"]] = event["seconds"]
-            log.voxels += plan[event["tile"]].write.size
-        elif event["event"] == "failed":
-            log.failed, log.failure = log.failed + 1, event["error"]
-        last = now
-    return log
-
-
-def _date(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _windows(result: _Result) -> list[Box]:
-    """Up to `SLICES` windows of one slice each, evenly spaced over what is committed."""
-    depth, core = result.plan.shape[0], result.plan.core[0]
-    slabs = np.flatnonzero(result.done.reshape(result.plan.counts).any((1, 2)))
-    planes = (slabs[:, None] * core + np.arange(core)).ravel()
-    planes = planes[planes < depth]
-    count = min(SLICES, len(planes))
-    return [
-        _window(result, int(planes[(2 * i + 1) * len(planes) // (2 * count)])) for i in range(count)
-    ]
-
-
-def _window(result: _Result, z: int) -> Box:
-    """At most `WINDOW` square voxels of a slice, where tiles are committed: near its middle."""
-    core, extents = np.array(result.plan.core[1:]), np.array(result.plan.shape[1:])
-    tiles = np.argwhere(result.done.reshape(result.plan.counts)[z // result.plan.core[0]])
-    centres = np.minimum(tiles * core + core // 2, extents)
-    centre = centres[np.abs(centres - extents / 2).max(1).argmin()]
-    low, high = tiles.min(0) * core, (tiles.max(0) + 1) * core
-    size = np.minimum(extents, WINDOW)
-    start = np.clip(centre - size // 2, low, np.maximum(low, high - size))
-    start = np.clip(start, 0, extents - size)
-    return Box((z, *start.tolist()), (z + 1, *(start + size).tolist()))
-
-
-def _images(
-    result: _Result, log: _RunLog, boxes: Sequence[Box]
-) -> tuple[list[Picture | None], str]:
-    """The windows of the image that was segmented; or none, and a sentence that says why."""
-    nothing: list[Picture | None] = [None] * len(boxes)
-    source = result.told["input"]
-    if log.start is None:
-        return nothing, "The event log of this store does not say where its image lies."
-    choice = {name: source[name] for name in ("channel", "time", "level")}
-    try:
-        volume = open_volume(log.start["input"], **choice)
-        if list(volume.shape) != source["shape"]:
-            return nothing, f"{volume.path} has another shape now, {volume.shape} (c, z, y, x)."
-        if volume.identity()["sampled_sha256"] != source["sampled_sha256"]:
-            return nothing, f"{volume.path} holds other voxels now than when it was segmented."
-        return [to_grey(volume.read(box)[0, 0]) for box in boxes], ""
-    except (InputError, RunError) as error:
-        return nothing, str(error)
-
-
-def _slice(result: _Result, box: Box, image: Picture | None, truth: Volume | None) -> Facts:
+def _slice(result: Result, box: Box, image: Picture | None, truth: Volume | None) -> Facts:
     """The panels of one slice; what is not computed in it is struck out."""
     known, classes = result.known(box)[0], result.classes(box)[0]
     grey = np.zeros(classes.shape, np.uint8) if image is None else few_greys(image, OVERLAY_GREYS)
@@ -451,7 +290,7 @@ def _objects_of(labels: NDArray[Any], class_values: Sequence[int]) -> NDArray[An
     return labels
 
 
-def _shown_probability(result: _Result, box: Box) -> NDArray[np.uint8]:
+def _shown_probability(result: Result, box: Box) -> NDArray[np.uint8]:
     """Of class 1 where there are two; of whichever is largest where there are more."""
     every = result.probabilities(box)[:, 0]
     shown: NDArray[np.uint8] = every[1] if len(every) == 2 else every.max(0)
@@ -459,7 +298,7 @@ def _shown_probability(result: _Result, box: Box) -> NDArray[np.uint8]:
 
 
 def _parts(
-    result: _Result, box: Box, classes: NDArray[Any], image: Picture | None
+    result: Result, box: Box, classes: NDArray[Any], image: Picture | None
 ) -> dict[str, Picture]:
     if "instances" in result.told["outputs"]:
         return {"instances": colour_cells(result.read("instances", box)[0], image)}
@@ -468,12 +307,12 @@ def _parts(
     return {"classes": colour_classes(classes)}
 
 
-def _histograms(result: _Result) -> Facts:
+def _histograms(result: Result) -> Facts:
     """How often each probability is stored, in some storage chunks drawn by chance."""
     if "probabilities" not in result.told["outputs"] or not result.done.any():
         return {"histograms": []}
     counts = np.zeros((len(result.class_values) - 1, 256), np.int64)
-    boxes, every = _sampled_chunks(result)
+    boxes, every = sampled_chunks(result)
     for box in boxes:
         for channel, voxels in enumerate(result.read("probabilities", box)):
             counts[channel] += np.bincount(voxels.ravel(), minlength=256)
@@ -491,23 +330,7 @@ def _histograms(result: _Result) -> Facts:
     }
 
 
-def _sampled_chunks(result: _Result) -> tuple[list[Box], int]:
-    """Boxes of at most `CHUNKS` committed storage chunks, and how many there are of these."""
-    chunk = result.store.read("probabilities").chunks[-3:]
-    grid = [n // m for n, m in zip(result.plan.core, chunk, strict=True)]
-    tiles, each = np.flatnonzero(result.done), math.prod(grid)
-    every = len(tiles) * each
-    picks = np.random.default_rng(0).choice(every, min(CHUNKS, every), replace=False)
-    boxes = []
-    for pick in np.sort(picks).tolist():
-        write = result.plan[int(tiles[pick // each])].write
-        place = np.unravel_index(pick % each, grid)
-        start = [a + int(i) * n for a, i, n in zip(write.start, place, chunk, strict=True)]
-        boxes.append(Box.of(chunk).shift(start).intersect(write))
-    return [box for box in boxes if box.size], every
-
-
-def _evaluations(result: _Result, truth: Volume) -> list[Facts]:
+def _evaluations(result: Result, truth: Volume) -> list[Facts]:
     """The scores of each kind that fits the store, or a sentence on why there are none."""
     outputs = result.told["outputs"]
     kinds: list[Kind] = []

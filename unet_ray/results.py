@@ -1,0 +1,236 @@
+"""A store as people look at it: some windows of some slices, some chunks, and how the run went.
+
+Knows which few parts stand for the whole, so that a page about a terabyte is made in seconds;
+does not know how anything is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unet_ray.boxes import Box
+from unet_ray.errors import InputError, RunError
+from unet_ray.events import read_events
+from unet_ray.ledger import committed
+from unet_ray.pictures import Picture, to_grey
+from unet_ray.stores import LEDGER, Store, provenance_of
+from unet_ray.tiles import TilePlan
+from unet_ray.volumes import Volume, open_volume
+
+# What bounds the reading, whatever the volume.
+SLICES, WINDOW, CHUNKS = 5, 640, 64
+
+
+@dataclass(frozen=True)
+class Result:
+    """A store that is looked at.
+
+    Attributes:
+        path: the store.
+        told: its provenance.
+        plan: its tiles.
+        done: which of them are committed.
+        store: its arrays.
+    """
+
+    path: Path
+    told: Mapping[str, Any]
+    plan: TilePlan
+    done: NDArray[np.bool_]
+    store: Store
+
+    @property
+    def class_values(self) -> list[int]:
+        """Label value of each class in training."""
+        return list(self.told["model"]["class_values"])
+
+    def read(self, output: str, box: Box) -> NDArray[Any]:
+        """The voxels of an output, (..., z, y, x)."""
+        try:
+            voxels: NDArray[Any] = np.asarray(self.store.read(output)[(..., *box.slices)])
+        except (ValueError, RuntimeError, OSError) as error:
+            raise RunError(
+                f"{self.path}: {output} at {box} cannot be read ({error}); see `unet-ray verify`."
+            ) from error
+        return voxels
+
+    def probabilities(self, box: Box) -> NDArray[np.uint8]:
+        """Of all classes, the first one included: (classes, z, y, x)."""
+        stored = self.read("probabilities", box)
+        rest = np.maximum(255 - stored.sum(0, dtype=np.int64, keepdims=True), 0)
+        return np.concatenate([rest.astype(np.uint8), stored])
+
+    def classes(self, box: Box) -> NDArray[Any]:
+        """Class numbers, (z, y, x)."""
+        if "classes" in self.told["outputs"]:
+            return self.read("classes", box)
+        classes: NDArray[np.int64] = self.probabilities(box).argmax(0)
+        return classes
+
+    def known(self, box: Box) -> NDArray[np.bool_]:
+        """Which voxels of a box are computed, (z, y, x)."""
+        known = np.zeros(box.shape, bool)
+        for tile in self.plan.within(box):
+            inside = self.plan[tile].write.intersect(box).relative_to(box.start)
+            known[inside.slices] = self.done[tile]
+        return known
+
+
+def open_result(path: Path) -> Result:
+    """Opens a store to look at it, finished or not.
+
+    Raises:
+        InputError: if there is no store of ours at `path`.
+    """
+    try:
+        told = provenance_of(path)
+    except InputError as error:
+        raise InputError(f"{path}: is neither a training run nor an output of segment.") from error
+    if told is None:
+        raise InputError(f"{path}: does not exist; name a folder of train or segment.")
+    plan = TilePlan.from_json(told["plan"])
+    done = committed(path / LEDGER, len(plan))
+    return Result(path, told, plan, done, Store(path, told["outputs"]))
+
+
+def open_truth(truth: str | os.PathLike[str], result: Result) -> Volume:
+    """Opens the labels of the volume that was segmented.
+
+    Raises:
+        InputError: if they cannot be read or have another shape.
+    """
+    volume = open_volume(truth)
+    if volume.shape != (1, *result.plan.shape):
+        found, wanted = (" x ".join(map(str, s)) for s in (volume.shape, (1, *result.plan.shape)))
+        raise InputError(
+            f"{volume.path}: its shape (c, z, y, x) is {found}, but truth for {result.path} must "
+            f"be {wanted}."
+        )
+    return volume
+
+
+@dataclass
+class RunLog:
+    """What the event log says of all starts together.
+
+    Attributes:
+        seconds: of each tile, NaN if unknown.
+        starts: number of times that `segment` was started.
+        start: the facts of the last start.
+        began, ended: times of the first and of the last event, or None.
+        working: seconds from each start to the last event before the next, summed.
+        voxels: written in that time.
+        failed: number of tiles that failed; each ended a run.
+        failure: what the last of them failed with.
+    """
+
+    seconds: NDArray[np.float64]
+    starts: int = 0
+    start: Mapping[str, Any] | None = None
+    began: str | None = None
+    ended: str | None = None
+    working: float = 0.0
+    voxels: int = 0
+    failed: int = 0
+    failure: str = ""
+
+    @property
+    def known(self) -> NDArray[np.float64]:
+        """Seconds of the tiles of which they are known, ascending."""
+        return np.sort(self.seconds[np.isfinite(self.seconds)])
+
+
+def read_log(path: Path, plan: TilePlan) -> RunLog:
+    """Adds up the event log of a store; what is not an event of a tile of the plan is left out."""
+    log = RunLog(np.full(len(plan), np.nan))
+    last = 0.0
+    for event in read_events(path):
+        now, what, tile = event.get("time"), event.get("event"), event.get("tile")
+        if not isinstance(now, int | float):
+            continue
+        log.began, log.ended = log.began or _date(now), _date(now)
+        if what == "start":
+            log.starts, log.start = log.starts + 1, event
+        else:
+            log.working += max(0.0, now - last)
+        if what == "tile" and isinstance(tile, int) and 0 <= tile < len(plan):
+            log.seconds[tile] = event.get("seconds", math.nan)
+            log.voxels += plan[tile].write.size
+        elif what == "failed":
+            log.failed, log.failure = log.failed + 1, str(event.get("error"))
+        last = now
+    return log
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def windows(result: Result) -> list[Box]:
+    """Up to `SLICES` windows of one slice each, evenly spaced over what is committed."""
+    depth, core = result.plan.shape[0], result.plan.core[0]
+    slabs = np.flatnonzero(result.done.reshape(result.plan.counts).any((1, 2)))
+    planes = (slabs[:, None] * core + np.arange(core)).ravel()
+    planes = planes[planes < depth]
+    count = min(SLICES, len(planes))
+    return [
+        _window(result, int(planes[(2 * i + 1) * len(planes) // (2 * count)])) for i in range(count)
+    ]
+
+
+def _window(result: Result, z: int) -> Box:
+    """At most `WINDOW` square voxels of a slice, where tiles are committed: near its middle."""
+    core, extents = np.array(result.plan.core[1:]), np.array(result.plan.shape[1:])
+    tiles = np.argwhere(result.done.reshape(result.plan.counts)[z // result.plan.core[0]])
+    centres = np.minimum(tiles * core + core // 2, extents)
+    centre = centres[np.abs(centres - extents / 2).max(1).argmin()]
+    low, high = tiles.min(0) * core, (tiles.max(0) + 1) * core
+    size = np.minimum(extents, WINDOW)
+    start = np.clip(centre - size // 2, low, np.maximum(low, high - size))
+    start = np.clip(start, 0, extents - size)
+    return Box((z, *start.tolist()), (z + 1, *(start + size).tolist()))
+
+
+def image_windows(
+    result: Result, log: RunLog, boxes: Sequence[Box]
+) -> tuple[list[Picture | None], str]:
+    """The windows of the image that was segmented; or none, and a sentence that says why."""
+    nothing: list[Picture | None] = [None] * len(boxes)
+    source = result.told["input"]
+    if log.start is None:
+        return nothing, "The event log of this store does not say where its image lies."
+    choice = {name: source[name] for name in ("channel", "time", "level")}
+    try:
+        volume = open_volume(log.start["input"], **choice)
+        if list(volume.shape) != source["shape"]:
+            return nothing, f"{volume.path} has another shape now, {volume.shape} (c, z, y, x)."
+        if volume.identity()["sampled_sha256"] != source["sampled_sha256"]:
+            return nothing, f"{volume.path} holds other voxels now than when it was segmented."
+        return [to_grey(volume.read(box)[0, 0]) for box in boxes], ""
+    except (InputError, RunError) as error:
+        return nothing, str(error)
+
+
+def sampled_chunks(result: Result) -> tuple[list[Box], int]:
+    """Boxes of at most `CHUNKS` committed storage chunks, and how many there are of these."""
+    chunk = result.store.read("probabilities").chunks[-3:]
+    grid = [n // m for n, m in zip(result.plan.core, chunk, strict=True)]
+    tiles, each = np.flatnonzero(result.done), math.prod(grid)
+    every = len(tiles) * each
+    picks = np.random.default_rng(0).choice(every, min(CHUNKS, every), replace=False)
+    boxes = []
+    for pick in np.sort(picks).tolist():
+        write = result.plan[int(tiles[pick // each])].write
+        place = np.unravel_index(pick % each, grid)
+        start = [a + int(i) * n for a, i, n in zip(write.start, place, chunk, strict=True)]
+        boxes.append(Box.of(chunk).shift(start).intersect(write))
+    return [box for box in boxes if box.size], every
