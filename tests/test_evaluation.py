@@ -311,6 +311,18 @@ def test_numbers_of_a_store_are_matched_with_label_values(tmp_path, three):
         assert repr(found.scores) == repr(expected), name
 
 
+def test_numbers_of_a_store_are_never_taken_for_label_values(tmp_path, made):
+    # Number 1 is the class of label value 2, also where no other number occurs.
+    model = random_model(tmp_path / "model.safetensors", (1, 2))
+    store = segment(made / "volume.tif", model, tmp_path / "out.zarr", TILED)
+    zarr.open_array(store / "labels/classes/0", mode="r+")[:] = 1
+    truth = np.full((3, 61, 75), 1, np.uint8)
+    truth[0] = 2
+    found = evaluate(store, as_tiff(tmp_path, "truth", truth), "classes").scores
+    assert found["accuracy"].value == pytest.approx(1 / 3)
+    assert found["iou"].classes == ((0, 0), (1, pytest.approx(1 / 3)))
+
+
 def test_a_class_that_the_truth_does_not_have_keeps_its_number(tmp_path, three):
     # without the middle one, 200 is still class 2, as the store says
     truth = np.where(noise((3, 61, 75), seed=7) > 100, 200, 3).astype(np.uint8)
@@ -318,6 +330,15 @@ def test_a_class_that_the_truth_does_not_have_keeps_its_number(tmp_path, three):
     found = evaluate(three, as_tiff(tmp_path, "truth", truth), "classes")
     assert repr(found.scores) == repr(expected)
     assert dict(found.scores["iou"].classes)[1] == 0
+
+
+def test_a_class_that_the_store_does_not_find_keeps_its_number_as_truth_too(tmp_path, three):
+    array = zarr.open_array(three / "labels/classes/0", mode="r+")
+    array[:] = np.where(array[:] == 1, 2, array[:])
+    prediction = np.where(noise((3, 61, 75), seed=7) > 100, 2, 0).astype(np.uint8)
+    found = evaluate(as_tiff(tmp_path, "found", prediction), three, "classes").scores
+    assert found == of_classes(prediction, array[:])
+    assert [k for k, _ in found["iou"].classes] == [0, 2]
 
 
 @pytest.mark.parametrize("values", [(0, 1, 2, 3), (0, 9), (3, 7, 200, 201)], ids=str)
