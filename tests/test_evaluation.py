@@ -613,3 +613,15 @@ def test_a_table_without_slices_ends_with_its_scores():
         ["seg", "0.500000", "1"],
         ["ap50", "0.250000", "1"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("found", "right", "share"),
+    [(0, 255, 0.0), (255, 0, 0.0), (255, 1, 1.0), (1, 255, 1.0), (0, 0, 1.0)],
+)
+def test_masks_of_one_value_are_compared_as_black_and_white(tmp_path, found, right, share):
+    paths = [
+        as_tiff(tmp_path, name, np.full((1, 4, 4), value, np.uint8))
+        for name, value in (("found", found), ("right", right))
+    ]
+    assert evaluate(*paths, "classes").scores["accuracy"].value == share

@@ -37,6 +37,7 @@ Kind = Literal["isbi", "instances", "classes"]
 # What a store holds for each kind of score; probabilities are stored as 255 p.
 STORED: dict[str, str] = {"isbi": "probabilities", "instances": "instances", "classes": "classes"}
 LARGEST_CLASS = 31
+WHITES = (1, 255, 65535)
 # Of each score the best value and what it tells in a few words; metrics.py has the whole story.
 MEANINGS: dict[str, tuple[int, str]] = {
     "pixel_error": (0, "wrong pixels"),
@@ -237,22 +238,32 @@ def _numbered(tables: Sequence[Overlaps], found: _Opened, right: _Opened) -> lis
                 f"{opened.path}: holds {len(labels)} labels, too many for a class map; objects "
                 "are scored with --as instances."
             )
-    values = _class_values(theirs, found, right)
-    numbers = _numbers(ours, values, stored=found.class_values is not None)
-    if numbers is None and max(ours + values) <= LARGEST_CLASS:
-        values = sorted({*ours, *values})
-        numbers = _numbers(ours, values, stored=False)
-    if numbers is None:
-        strange = next(label for label in ours if label not in values)
-        raise InputError(
-            f"{found.path}: holds {strange}, which is no class of {right.path} "
-            f"({_few(theirs)}); --as classes compares class maps."
-        )
-    of_truth = {label: values.index(label) for label in theirs}
+    stored = found.class_values is not None
+    if not stored and right.class_values is None and _is_mask(ours) and _is_mask(theirs):
+        of_truth, numbers = ({label: int(label > 0) for label in each} for each in (theirs, ours))
+    else:
+        values = _class_values(theirs, found, right)
+        known = _numbers(ours, values, stored)
+        if known is None and max(ours + values) <= LARGEST_CLASS:
+            values = sorted({*ours, *values})
+            known = _numbers(ours, values, stored=False)
+        if known is None:
+            strange = next(label for label in ours if label not in values)
+            raise InputError(
+                f"{found.path}: holds {strange}, which is no class of {right.path} "
+                f"({_few(theirs)}); --as classes compares class maps."
+            )
+        of_truth, numbers = {label: values.index(label) for label in theirs}, known
     return [
         Overlaps(_renamed(t.truth, of_truth), _renamed(t.prediction, numbers), t.voxels)
         for t in tables
     ]
+
+
+def _is_mask(labels: Sequence[int]) -> bool:
+    """Whether labels are black and white, one of them perhaps missing: then 255 is 1."""
+    white = [label for label in labels if label]
+    return not white or (len(white) == 1 and white[0] in WHITES)
 
 
 def _class_values(theirs: list[int], found: _Opened, right: _Opened) -> list[int]:
