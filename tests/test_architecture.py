@@ -1,6 +1,7 @@
 """The ladder of the package: who may import whom, who may know torch and Ray, what is visible."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -101,3 +102,11 @@ def test_the_visible_top_level_is_what_the_design_names():
     ).stdout.splitlines()
     top = {line.split("/")[0] for line in tracked}
     assert {name for name in top if not name.startswith(".")} == set(VISIBLE.split())
+
+
+def test_the_readme_tree_names_every_file_of_the_package():
+    text = (ROOT / "README.md").read_text()
+    tree = text[text.index("    unet_ray/\n") : text.index("    jobs/  ")]
+    named = re.findall(r"\b(\w+\.(?:py|html))\s", tree)
+    there = {p.name for p in PACKAGE.iterdir() if p.suffix in (".py", ".html")} - {"__init__.py"}
+    assert sorted(named) == sorted(there)

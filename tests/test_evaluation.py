@@ -16,7 +16,7 @@ from tests.test_scores import random_labels, random_stack
 from tests.test_segmentation import TILED, classes_of, noise, random_model, write_stack
 from unet_ray import stacks
 from unet_ray.boxes import Box
-from unet_ray.errors import InputError
+from unet_ray.errors import InputError, RunError
 from unet_ray.evaluation import MEANINGS, Evaluation, evaluate
 from unet_ray.scores import (
     INSTANCES,
@@ -199,7 +199,7 @@ def test_folders_of_equal_length_are_compared_in_their_order(sequence):
         if path.name not in ("mask001.tif", "mask005.tif", "mask011.tif"):
             path.unlink()
     found = evaluate(folder, right, "instances", per_slice=True)
-    assert found.note == ""
+    assert "in order: mask001.tif with man_seg002.tif" in found.note
     expected = instance_scores(results[[1, 5, 11]], truth[[2, 9, 10]], per_slice=True)
     assert found.scores == expected
 
@@ -305,10 +305,51 @@ def test_numbers_of_a_store_are_matched_with_label_values(tmp_path, three):
     for name, truth in (
         ("values", np.array([3, 7, 200], np.uint8)[numbers]),
         ("numbers", numbers),
-        ("other values in the same order", np.array([0, 128, 255], np.uint8)[numbers]),
     ):
         found = evaluate(three, as_tiff(tmp_path, name, truth), "classes")
         assert repr(found.scores) == repr(expected), name
+    others = as_tiff(tmp_path, "others", np.array([0, 128, 255], np.uint8)[numbers])
+    with pytest.raises(InputError, match=r"others\.tif: holds 0, 128, 255, but the classes"):
+        evaluate(three, others, "classes")
+
+
+def test_how_labels_were_read_is_told(tmp_path, three):
+    numbers = (noise((3, 61, 75), seed=7) // 40).clip(0, 2)
+    truth = as_tiff(tmp_path, "values", np.array([3, 7, 200], np.uint8)[numbers])
+    found = evaluate(three, truth, "classes")
+    assert "truth 3 = 0, 7 = 1, 200 = 2" in found.note
+    assert "class 2 (label 200)" in found.table()
+    assert evaluate(three, three, "classes").note == ""
+
+
+@pytest.mark.parametrize("kind", ["isbi", "classes"])
+def test_a_shard_that_is_gone_is_named_and_not_taken_for_background(store, tmp_path, kind):
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(store, copy)
+    gone = sorted((copy / {"isbi": "0", "classes": "labels/classes/0"}[kind] / "c").rglob("*"))
+    gone = next(path for path in gone if path.is_file())
+    gone.unlink()
+    with pytest.raises(RunError, match=re.escape(str(gone))):
+        evaluate(copy, copy, kind)
+
+
+def test_a_copy_without_hidden_files_is_refused(store, tmp_path):
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(store, copy)
+    shutil.rmtree(copy / ".unet_ray")
+    with pytest.raises(InputError, match=r"\.unet_ray is missing"):
+        evaluate(copy, copy, "classes")
+
+
+@pytest.mark.parametrize("key", ["model", "plan", "outputs"])
+def test_damaged_metadata_of_a_store_are_said(store, tmp_path, key):
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(store, copy)
+    told = json.loads((copy / "zarr.json").read_text())
+    del told["attributes"]["unet_ray"][key]
+    (copy / "zarr.json").write_text(json.dumps(told))
+    with pytest.raises(InputError, match="damaged metadata"):
+        evaluate(copy, copy, "classes")
 
 
 def test_numbers_of_a_store_are_never_taken_for_label_values(tmp_path, made):
@@ -471,7 +512,8 @@ def test_a_prediction_of_one_class_is_scored(tmp_path):
 @pytest.mark.parametrize(
     "prediction, truth, told",
     [
-        ([[0, 77]], [[0, 1]], None),  # black and white
+        ([[0, 255]], [[0, 1]], None),  # black and white
+        ([[0, 77]], [[0, 1]], r"holds 77, which is no class of"),
         (
             [[5, 77]],
             [[0, 1]],

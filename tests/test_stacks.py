@@ -162,6 +162,12 @@ def test_a_volume_reads_as_the_array(tmp_path_factory, shape, chunk, voxels):
         np.testing.assert_array_equal(painted, array)
 
 
+def test_pieces_are_small():
+    stack = Stack(np.broadcast_to(np.uint8(1), (40, 1000, 1000)))
+    sizes = [piece.size for piece in stack.pieces()]
+    assert sum(sizes) == 40e6 and max(sizes) <= stacks.PIECE_VOXELS < 5e6
+
+
 def test_slices_are_read_a_storage_chunk_at_a_time(tmp_path, monkeypatch):
     stack = Stack(stored(tmp_path, noise((7, 4, 4)), (3, 4, 4)))
     boxes, read = [], Stack.read
@@ -170,7 +176,7 @@ def test_slices_are_read_a_storage_chunk_at_a_time(tmp_path, monkeypatch):
     assert [(box.start[0], box.stop[0]) for box in boxes] == [(0, 3), (3, 6), (6, 7)]
     boxes.clear()
     # a chunk of very many slices is read in parts, whatever that costs: the memory is bounded
-    monkeypatch.setattr(stacks, "PIECE_VOXELS", 33)
+    monkeypatch.setattr(stacks, "SLAB_BYTES", 33 * stack.dtype.itemsize)
     list(stack.slices())
     assert [(box.start[0], box.stop[0]) for box in boxes] == [(0, 2), (2, 4), (4, 6), (6, 7)]
 

@@ -380,9 +380,9 @@ def evaluate(prediction: str, truth: str, kind: Any, per_slice: bool, file: str 
     if found.note:
         _say(found.note)
     text = json.dumps(found.to_json(), indent=2) + "\n"
+    click.echo(text if file == "-" else found.table(), nl=file != "-")
     if file not in (None, "-"):
         write_whole(Path(file), text.encode())
-    click.echo(text if file == "-" else found.table(), nl=file != "-")
 
 
 @app.command(
@@ -571,7 +571,8 @@ def main(verb: str | None = None) -> int:
         _say(f"unet-ray: {error}")
         return error.exit_code
     except OSError as error:
-        _say(f"unet-ray: {error.filename or ''}: {error.strerror or error}.")
+        place = f"{error.filename}: " if error.filename else ""
+        _say(f"unet-ray: {place}{error.strerror or error}.")
         return 1
     except (KeyboardInterrupt, click.Abort):
         _say("unet-ray: interrupted; what was committed stays, the same command goes on.")

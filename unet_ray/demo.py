@@ -70,8 +70,8 @@ def run(out: Path, say: Say) -> None:
     print(evaluate(store, test / "labels.tif", "isbi").table())
     for path in _draw(out / "pictures", truth, np.asarray(probability), np.asarray(classes)):
         print(path)
-    print(write_report(out / "run"))
-    print(write_report(store, test / "labels.tif"))
+    for page in (write_report(out / "run"), write_report(store, test / "labels.tif")):
+        print(os.path.relpath(page))
 
 
 def _phantom(folder: Path, shape: tuple[int, int, int], seed: int) -> tuple[Phantom, Path]:

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from unet_ray.errors import InputError
+from unet_ray.errors import InputError, RunError
 from unet_ray.ledger import committed
 from unet_ray.overlaps import Overlaps
 from unet_ray.scores import (
@@ -29,7 +28,7 @@ from unet_ray.scores import (
     overlap_tables,
 )
 from unet_ray.stacks import Stack
-from unet_ray.stores import ARRAYS, LEDGER, PRIVATE, provenance_of
+from unet_ray.stores import ARRAYS, LEDGER, PRIVATE, Store, is_output, provenance_of
 from unet_ray.tiles import TilePlan
 from unet_ray.volumes import Volume, open_volume
 
@@ -40,12 +39,12 @@ LARGEST_CLASS = 31
 WHITES = (1, 255, 65535)
 # Of each score the best value and what it tells in a few words; metrics.py has the whole story.
 MEANINGS: dict[str, tuple[int, str]] = {
-    "pixel_error": (0, "wrong pixels"),
+    "pixel_error": (0, "1 - F1 of cell pixels (not the share of wrong ones)"),
     "rand_error": (0, "pixel pairs wrongly joined or parted; membrane counts too"),
     "rand_error_foreground": (0, "the same, within true cells"),
     "warping_error": (0, "pixels that split or merge cells; shifts are forgiven"),
     "v_rand": (1, "cells kept whole and apart, membranes thinned"),
-    "v_info": (1, "the same in bits: small cells count more"),
+    "v_info": (1, "the same by information: small cells count more"),
     "seg": (1, "overlap of each true object with its prediction"),
     "ap50": (1, "objects found, of all true and false ones, at IoU 0.5"),
     "ap_mean": (1, "the same, mean over IoU 0.5 to 0.95"),
@@ -66,13 +65,15 @@ class Evaluation:
         kind: which scores.
         scores: by their names in metrics.py.
         shape: of what was compared, (z, y, x).
-        note: a sentence on how the two were brought together, or nothing.
+        note: on how the two were brought together, or nothing.
+        labels: the label in the truth of each class number, where they differ.
     """
 
     kind: Kind
     scores: Mapping[str, Score]
     shape: tuple[int, ...]
     note: str = ""
+    labels: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The scores for a machine; NaN becomes None."""
@@ -102,8 +103,12 @@ class Evaluation:
             best, what = MEANINGS[name]
             lines.append(f"{name:22}{_number(score.value):>10}  {cut:3}  {best:>4}  {what}")
             if isinstance(score, ClassScore):
-                lines += [f"  class {k:<14}{_number(value):>10}" for k, value in score.classes]
+                lines += [f"  {self._class(k):<20}{_number(v):>10}" for k, v in score.classes]
         return "\n".join(lines + self._slice_lines())
+
+    def _class(self, number: int) -> str:
+        label = f" (label {self.labels[number]})" if number < len(self.labels) else ""
+        return f"class {number}{label}"
 
     def _slice_lines(self) -> list[str]:
         columns = {name: score.slices for name, score in self.scores.items() if score.slices}
@@ -151,6 +156,7 @@ def evaluate(
     first, note = _side_by_side(found, right)
     second = right.stack()
     scores: dict[str, Score]
+    labels: tuple[int, ...] = ()
     if kind == "isbi":
         scores = isbi_scores(first, second, watch=watch)
         if not per_slice:
@@ -159,8 +165,10 @@ def evaluate(
         scores = instance_scores(first, second, per_slice, watch=watch)
     else:
         tables = overlap_tables(first, second, per_slice, watch)
-        scores = class_scores(_numbered(tables, found, right), per_slice)
-    return Evaluation(kind, scores, first.shape, note)
+        numbering = _numbering(tables, found, right)
+        scores = class_scores([numbering.applied(table) for table in tables], per_slice)
+        labels, note = numbering.labels, " ".join(filter(None, (note, numbering.note())))
+    return Evaluation(kind, scores, first.shape, note, labels)
 
 
 class _Opened:
@@ -170,8 +178,8 @@ class _Opened:
         self.path = path
         self.class_values: list[int] | None = None
         self._scale: float | None = None
-        if (path / PRIVATE).is_dir():
-            told = provenance_of(path) or {}
+        if is_output(path):
+            told = _provenance(path)
             path = _stored(path, told, kind)
             self._scale = 255.0 if kind == "isbi" else None
             self.class_values = told["model"]["class_values"]
@@ -180,6 +188,21 @@ class _Opened:
     def stack(self, planes: list[int] | None = None) -> Stack:
         """The volume as a stack of some of its slices."""
         return Stack(self.volume, str(self.path), self._scale, planes)
+
+
+def _provenance(path: Path) -> dict[str, Any]:
+    """What a store says of itself."""
+    if not (path / PRIVATE).is_dir():
+        raise InputError(
+            f"{path}: its folder {PRIVATE} is missing, so nothing says whether it is whole; copy "
+            "it with hidden files, or name one of its arrays."
+        )
+    try:
+        told = provenance_of(path) or {}
+        TilePlan.from_json(told["plan"])
+        return {"outputs": told["outputs"], "plan": told["plan"], "model": dict(told["model"])}
+    except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: is an output of unet-ray with damaged metadata.") from error
 
 
 def _stored(path: Path, told: Mapping[str, Any], kind: Kind) -> Path:
@@ -197,6 +220,14 @@ def _stored(path: Path, told: Mapping[str, Any], kind: Kind) -> Path:
             f"{path}: {missing} of {len(plan)} tiles are not done; finish it with the same "
             "`unet-ray segment` and no --region."
         )
+    store = Store(path, [what])
+    for number in range(len(plan)):
+        shard = store.shard(what, plan[number])
+        if not shard.is_file():
+            raise RunError(
+                f"{shard}: is missing, though tile {number} was finished; copy the store again, or "
+                "make it anew with segment --overwrite."
+            )
     return path / ARRAYS[what]
 
 
@@ -207,7 +238,12 @@ def _side_by_side(found: _Opened, right: _Opened) -> tuple[Stack, str]:
     truth, man_seg021.tif, for a few of them.
     """
     results, truths = found.volume.slice_files(), right.volume.slice_files()
-    if len(results) == len(truths) or not results or not truths:
+    if not results or not truths:
+        return found.stack(), ""
+    if len(results) == len(truths):
+        for pair in zip(results, truths, strict=True):
+            if len({*map(_last_number, pair)}) == 2:
+                return found.stack(), f"Slices are compared in order: {pair[0]} with {pair[1]}, ..."
         return found.stack(), ""
     by_number = {_last_number(name): z for z, name in enumerate(results)}
     once = len(by_number) == len(results) and len({*map(_last_number, truths)}) == len(truths)
@@ -228,8 +264,43 @@ def _last_number(name: str) -> int | None:
     return int(numbers[-1]) if numbers else None
 
 
-def _numbered(tables: Sequence[Overlaps], found: _Opened, right: _Opened) -> list[Overlaps]:
-    """The tables with class numbers, 0, 1, ..., in place of label values."""
+@dataclass(frozen=True)
+class _Numbering:
+    """Which label is which class.
+
+    Attributes:
+        truth, prediction: the class number of each label.
+        labels: the label in the truth of each class.
+    """
+
+    truth: Mapping[int, int]
+    prediction: Mapping[int, int]
+    labels: tuple[int, ...]
+
+    def applied(self, table: Overlaps) -> Overlaps:
+        """A table of labels as one of class numbers."""
+        truth, prediction = (
+            np.array([names[label] for label in labels.tolist()], np.uint64)
+            for names, labels in (
+                (self.truth, table.truth),
+                (self.prediction, table.prediction),
+            )
+        )
+        return Overlaps(truth, prediction, table.voxels)
+
+    def note(self) -> str:
+        """How labels were read, if one is not the number of its class."""
+        if all(k == n for names in (self.truth, self.prediction) for k, n in names.items()):
+            return ""
+        sides = [
+            f"{side} {', '.join(f'{label} = {n}' for label, n in names.items())}"
+            for side, names in (("truth", self.truth), ("prediction", self.prediction))
+        ]
+        return f"Labels read as classes: {'; '.join(sides)}."
+
+
+def _numbering(tables: Sequence[Overlaps], found: _Opened, right: _Opened) -> _Numbering:
+    """Classes are 0, 1, ...; a prediction holds their numbers or the label values of the truth."""
     theirs = np.unique(np.concatenate([table.truth for table in tables])).tolist()
     ours = np.unique(np.concatenate([table.prediction for table in tables])).tolist()
     for opened, labels in ((found, ours), (right, theirs)):
@@ -240,24 +311,21 @@ def _numbered(tables: Sequence[Overlaps], found: _Opened, right: _Opened) -> lis
             )
     stored = found.class_values is not None
     if not stored and right.class_values is None and _is_mask(ours) and _is_mask(theirs):
-        of_truth, numbers = ({label: int(label > 0) for label in each} for each in (theirs, ours))
-    else:
-        values = _class_values(theirs, found, right)
-        known = _numbers(ours, values, stored)
-        if known is None and max(ours + values) <= LARGEST_CLASS:
-            values = sorted({*ours, *values})
-            known = _numbers(ours, values, stored=False)
-        if known is None:
-            strange = next(label for label in ours if label not in values)
-            raise InputError(
-                f"{found.path}: holds {strange}, which is no class of {right.path} "
-                f"({_few(theirs)}); --as classes compares class maps."
-            )
-        of_truth, numbers = {label: values.index(label) for label in theirs}, known
-    return [
-        Overlaps(_renamed(t.truth, of_truth), _renamed(t.prediction, numbers), t.voxels)
-        for t in tables
-    ]
+        truth, prediction = ({k: int(k > 0) for k in each} for each in (theirs, ours))
+        return _Numbering(truth, prediction, (0, max(theirs)) if max(theirs) > 1 else ())
+    values = _class_values(theirs, found, right)
+    known = _numbers(ours, values, stored)
+    if known is None and max(ours + values) <= LARGEST_CLASS:
+        values = sorted({*ours, *values})
+        known = _numbers(ours, values, stored=False)
+    if known is None:
+        strange = next(label for label in ours if label not in values)
+        raise InputError(
+            f"{found.path}: holds {strange}, which is no class of {right.path} "
+            f"({_few(theirs)}); --as classes compares class maps."
+        )
+    numbers = {label: values.index(label) for label in theirs}
+    return _Numbering(numbers, known, tuple(values) if values != [*range(len(values))] else ())
 
 
 def _is_mask(labels: Sequence[int]) -> bool:
@@ -270,16 +338,17 @@ def _class_values(theirs: list[int], found: _Opened, right: _Opened) -> list[int
     """The label value of each class in the truth; a store knows also those that do not occur."""
     if right.class_values is not None:
         return list(range(len(right.class_values)))
-    if found.class_values is not None:
-        for values in (found.class_values, list(range(len(found.class_values)))):
-            if set(theirs) <= set(values):
-                return values
-        if len(theirs) != len(found.class_values):
-            raise InputError(
-                f"{right.path}: holds {_few(theirs)}, but the classes of {found.path} are "
-                f"{_few(found.class_values)}; --as classes compares class maps."
-            )
-    return theirs
+    if found.class_values is None:
+        return theirs
+    for values in (found.class_values, list(range(len(found.class_values)))):
+        if set(theirs) <= set(values):
+            return values
+    if len(found.class_values) == 2 and _is_mask(theirs) and _is_mask(found.class_values):
+        return [0, max(theirs)]
+    raise InputError(
+        f"{right.path}: holds {_few(theirs)}, but the classes of {found.path} are "
+        f"{_few(found.class_values)}; --as classes compares class maps."
+    )
 
 
 def _numbers(ours: list[int], values: list[int], stored: bool) -> dict[int, int] | None:
@@ -291,13 +360,9 @@ def _numbers(ours: list[int], values: list[int], stored: bool) -> dict[int, int]
     for labels in [*meanings, list(range(len(values)))]:
         if set(ours) <= set(labels):
             return {label: labels.index(label) for label in ours}
-    if len(ours) == len(values) == 2 and ours[0] == values[0] == 0:
-        return {0: 0, ours[1]: 1}
+    if len(values) == 2 and values[0] == 0 and _is_mask(ours):
+        return {label: int(label > 0) for label in ours}
     return None
-
-
-def _renamed(labels: NDArray[Any], names: Mapping[int, int]) -> NDArray[Any]:
-    return np.array([names[label] for label in labels.tolist()], np.uint64)
 
 
 def _few(labels: Sequence[int]) -> str:

@@ -29,7 +29,7 @@ from unet_ray.stacks import Scored
 
 
 def pixel_error(prediction: Scored, truth: Scored) -> Score:
-    """How many pixels are wrong, weighed so that finding cells counts, not the mere share.
+    """How badly cell pixels are found: 1 minus their F1, which is not the share of wrong pixels.
 
     It compares pixel by pixel, so a border moved by one pixel costs more than a gap of one pixel
     that merges two neurons; it does not see topology. 0 is best.
@@ -201,7 +201,7 @@ def iou(prediction: Scored, truth: Scored) -> ClassScore:
 
 
 def dice(prediction: Scored, truth: Scored) -> ClassScore:
-    """As `iou`, with the overlap counted twice; always a little higher, in the same order.
+    """As `iou`, with the overlap counted twice; of a class it is never below its IoU.
 
     It is the F1 score of each class; where the errors lie is not seen.
 

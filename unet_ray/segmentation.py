@@ -55,7 +55,6 @@ from unet_ray.tiles import TilePlan
 from unet_ray.versions import versions
 from unet_ray.volumes import Volume
 
-_plan_from_json = TilePlan.from_json
 # Told in the store, but another version of these gives the same bytes.
 UNCOMPARED = ("versions.numpy", "versions.zarr")
 

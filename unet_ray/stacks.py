@@ -18,6 +18,7 @@ from unet_ray.volumes import Volume
 
 Scored: TypeAlias = "NDArray[Any] | Volume | Stack"
 PIECE_VOXELS = 1 << 22
+SLAB_BYTES = 1 << 28  # of slices that are read at once, so that no chunk is decoded twice
 
 
 class Stack:
@@ -44,6 +45,8 @@ class Stack:
         if isinstance(source, Stack):
             raise TypeError("A stack cannot be made from a stack; use Stack.of.")
         self.name = name or (source.path if isinstance(source, Volume) else "the array")
+        if not isinstance(source, Volume):
+            source = np.asarray(source)
         shape = tuple(source.shape)
         if len(shape) == 4 and shape[0] != 1:
             raise InputError(
@@ -51,7 +54,6 @@ class Stack:
                 "probability of cell."
             )
         if not isinstance(source, Volume):
-            source = np.asarray(source)
             if not 2 <= source.ndim <= 4 or source.dtype.kind not in "biuf" or not source.size:
                 raise InputError(
                     f"{self.name}: {source.dtype} of shape {shape} is not an image; scores need "
@@ -87,7 +89,7 @@ class Stack:
         """The slices (y, x) in order; as many are read at once as a storage chunk is deep."""
         chunk = self._source.chunk[0] if isinstance(self._source, Volume) else 1
         area = self.shape[1] * self.shape[2]
-        deep = max(1, min(chunk, PIECE_VOXELS // area))
+        deep = max(1, min(chunk, SLAB_BYTES // (area * self.dtype.itemsize)))
         for z in range(0, self.shape[0], deep):
             stop = min(z + deep, self.shape[0])
             yield from self.read(Box((z, 0, 0), (stop, *self.shape[1:])))
@@ -144,7 +146,7 @@ class Stack:
                 if value not in (0, white) or (white is not None and white not in self._whites()):
                     raise InputError(
                         f"{self.name}: slice {z} holds {value}; a truth holds 0 (membrane) and one "
-                        f"other value, {' or '.join(map(str, self._whites()))} (cell)."
+                        f"other value, {' or '.join(map(str, self._whites()))} (cell); save it so."
                     )
             yield plane != 0
 

@@ -160,6 +160,16 @@ def delete_store(path: Path) -> None:
     shutil.rmtree(gone)
 
 
+def is_output(path: Path) -> bool:
+    """Whether a folder is an output of ours, whole or not, or a copy of one."""
+    if (path / PRIVATE).is_dir():
+        return True
+    try:
+        return "unet_ray" in json.loads((path / "zarr.json").read_text())["attributes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def provenance_of(path: Path) -> dict[str, Any] | None:
     """How the store at `path` was made, or None if there is nothing at `path`.
 
