@@ -289,8 +289,9 @@ class _Numbering:
         return Overlaps(truth, prediction, table.voxels)
 
     def note(self) -> str:
-        """How labels were read, if one is not the number of its class."""
-        if all(k == n for names in (self.truth, self.prediction) for k, n in names.items()):
+        """How labels were read, if one is not the number of its class and the sides differ."""
+        plain = all(k == n for names in (self.truth, self.prediction) for k, n in names.items())
+        if plain or all(self.truth.get(k) == n for k, n in self.prediction.items()):
             return ""
         sides = [
             f"{side} {', '.join(f'{label} = {n}' for label, n in names.items())}"
