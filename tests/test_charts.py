@@ -102,6 +102,15 @@ def test_equal_ratios_are_equally_far_apart():
     assert np.isnan(axis.place([0, -1])).all()
 
 
+@pytest.mark.parametrize("values", [[5e-324], [1e-323, 1.0], [1e308, 1e-308], [5e-324, 1e308]])
+@pytest.mark.parametrize("log", [False, True])
+def test_numbers_near_the_ends_of_all_have_an_axis(values, log):
+    axis = Axis.over(np.array(values), 10, 100, log)
+    assert (np.diff(axis.ticks) > 0).all()
+    assert np.isfinite(axis.place(values)).all()
+    assert ((axis.place(values) >= 9.9) & (axis.place(values) <= 100.1)).all()
+
+
 def test_an_axis_of_nothing_still_has_ends():
     axis = Axis.over(np.array([np.nan]), 0, 100)
     assert axis.low < axis.high
@@ -125,6 +134,14 @@ def test_points_of_a_line_map_back_to_the_data(log):
     drawn = points(paths(line_chart("loss", series, "step", "loss", log=log), "line")[0])
     np.testing.assert_allclose(value_at(x, drawn[:, 0]), series[0].x, atol=0.1)
     np.testing.assert_allclose(value_at(y, drawn[:, 1]), series[0].y, rtol=0.002, atol=0.001)
+
+
+@pytest.mark.parametrize("last", [5000, 100_000, 3e9])
+def test_no_tick_is_cut_off(last):
+    svg = line_chart("t", [line([0, last], [0, 1])], "step", "loss")
+    tick = next(n for n in parsed(svg).iter(f"{SVG}text") if n.text == number(last))
+    assert tick.get("text-anchor") == "middle"
+    assert float(tick.get("x")) + 3.4 * len(tick.text) <= charts.WIDTH
 
 
 def test_what_is_not_finite_leaves_a_gap():
@@ -230,6 +247,11 @@ def test_cell_means_are_means_of_what_is_known(rows, columns, most):
         assert means[i, j] == pytest.approx(expected, nan_ok=True)
 
 
+def test_cell_means_pass_over_what_is_infinite():
+    values = np.array([[1.0, np.inf, 3.0, np.inf]])
+    np.testing.assert_array_equal(cell_means(values, (1, 2)), [[1.0, 3.0]])
+
+
 AXES = ("y", 90), ("x", 120)
 
 
@@ -251,7 +273,7 @@ def test_tiles_are_coloured_by_their_time():
     assert {"1", "2", "3"} <= set(texts(svg))
     assert "x: 0 to 120" in texts(svg)
     assert "90" in texts(svg)
-    assert "6 of 6 cells are done." in svg
+    assert "done: 6 of 6." in svg
 
 
 def test_what_is_not_done_is_struck_out_and_what_is_unknown_is_grey():
@@ -262,7 +284,7 @@ def test_what_is_not_done_is_struck_out_and_what_is_unknown_is_grey():
     assert strokes.count("l") == 2
     grey = next(n for n in parsed(svg).iter(f"{SVG}path") if n.get("fill-opacity"))
     assert len(rectangles(grey.get("d"))) == 1
-    assert "1 of 3 cells are done." in svg
+    assert "done: 1 of 3." in svg
 
 
 def test_numbers_stand_in_cells_only_where_they_have_room():
@@ -291,7 +313,7 @@ def test_a_stack_of_slabs_is_one_map_of_z_and_x():
     assert len(maps) == 1
     assert maps[0][0] == "slices 0 to 39"
     assert {"z: 0", "40", "x: 0 to 60", "1", "2"} <= set(texts(maps[0][1]))
-    assert "2 of 3 cells are done." in maps[0][1]
+    assert "done: 2 of 3." in maps[0][1]
     assert not grouped
     assert {"1", "2"} <= set(texts(bar))
 
@@ -304,11 +326,18 @@ def test_slabs_have_a_map_each_and_share_one_scale():
     assert {"0", "7"} <= set(texts(bar))
 
 
+def test_a_single_slice_is_named_as_one():
+    maps, _, _ = tile_maps(
+        np.ones((2, 2, 2)), np.ones((2, 2, 2), bool), (2, 9, 9), (1, 8, 8), (4, 9)
+    )
+    assert [title for title, _ in maps] == ["slice 0", "slice 1"]
+
+
 def test_nothing_known_of_times_has_no_legend():
     nothing = np.full((1, 2, 2), np.nan)
     maps, bar, _ = tile_maps(nothing, np.isfinite(nothing), (4, 9, 9), (4, 8, 8), (4, 64))
     assert bar == ""
-    assert "0 of 4 cells are done." in maps[0][1]
+    assert "done: 0 of 4." in maps[0][1]
 
 
 @pytest.mark.parametrize("log", [False, True])

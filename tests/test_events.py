@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unet_ray.events import EventLog, read_events
+from unet_ray.events import EventLog, measured, read_events
 
 
 @pytest.fixture
@@ -98,3 +98,22 @@ def test_a_reader_beside_the_writer_sees_what_is_whole(path):
     assert next(events)["event"] == "one"
     log.add("two")
     assert named(path) == ["one", "two"]
+
+
+def test_a_line_nested_too_deep_is_passed_over(path):
+    path.write_bytes(b"[" * 100_000 + b"\n")
+    EventLog(path).add("two")
+    assert named(path) == ["two"]
+
+
+@pytest.mark.parametrize(
+    "value", ["1", None, [1], {}, True, -1e-9, 1e18, 10**400, float("nan"), float("inf")]
+)
+def test_what_is_no_time_is_not_measured(value):
+    assert measured(value) is None
+
+
+def test_what_is_a_number_between_the_bounds_is_measured():
+    assert [measured(v) for v in (0, 2.5, 4e9)] == [0.0, 2.5, 4e9]
+    assert measured(-3, low=-4) == -3.0
+    assert measured(5e9, high=5e9) == 5e9

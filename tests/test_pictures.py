@@ -115,6 +115,33 @@ def test_cells_have_colours_of_chance_on_black(dtype):
     np.testing.assert_array_equal(rgb, colour_cells(labels))
 
 
+@pytest.mark.parametrize("gap", [0, 5, 11])
+def test_neighbouring_cells_differ(gap):
+    cells = np.random.default_rng(0).permutation(np.arange(1, 401)).reshape(20, 20)
+    labels = cells.repeat(8 + gap, 0).repeat(8 + gap, 1)
+    inside = np.arange(len(labels)) % (8 + gap) < 8
+    labels[~(inside[:, None] & inside)] = 0
+    rgb = colour_cells(labels)
+    shown = rgb[4 :: 8 + gap, 4 :: 8 + gap].astype(int)
+    for axis in (0, 1):
+        assert np.diff(shown, axis=axis).any(-1).all()
+    np.testing.assert_array_equal(rgb, colour_cells(labels))
+
+
+def test_far_cells_keep_the_colours_of_chance():
+    labels = np.arange(1, 401).reshape(20, 20).repeat(30, 0).repeat(30, 1)
+    inside = np.arange(len(labels)) % 30 < 8
+    labels[~(inside[:, None] & inside)] = 0
+    shown = colour_cells(labels)[4::30, 4::30].astype(int)
+    assert not np.diff(shown, axis=0).any(-1).all()
+
+
+def test_more_neighbours_than_colours_are_coloured_all_the_same():
+    labels = np.arange(1, 17, dtype=np.int64).reshape(4, 4).repeat(2, 0).repeat(2, 1)
+    labels = np.pad(labels, ((0, 0), (20, 0)))
+    assert colour_cells(labels)[labels > 0].any(-1).all()
+
+
 def test_an_image_shows_through_the_cells_and_the_file_stays_a_palette():
     rng = np.random.default_rng(0)
     image = rng.integers(256, size=(60, 60), dtype=np.uint8)

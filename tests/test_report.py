@@ -19,8 +19,9 @@ from tests.test_segmentation import FLOAT32, TILED, bytes_of, noise, random_mode
 from tests.test_training import recipe
 from unet_ray import engine, report, results
 from unet_ray.boxes import Box
+from unet_ray.checkpoints import write_tensors
 from unet_ray.errors import InputError, RunError
-from unet_ray.evaluation import Evaluation, evaluate
+from unet_ray.evaluation import MEANINGS, Evaluation, evaluate
 from unet_ray.ledger import Ledger
 from unet_ray.metrics import ClassScore, Score
 from unet_ray.pictures import few_greys, overlay, to_grey
@@ -208,6 +209,116 @@ def test_pixels_without_weight_are_black(run, monkeypatch):
     assert "black does not count" in page.text
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", None),
+        ("step", "x"),
+        ("step", True),
+        ("seconds", "x"),
+        ("seconds", math.inf),
+        ("progress", [1]),
+        ("loss", math.inf),
+        ("loss", math.nan),
+        ("loss", "abc"),
+        ("loss", None),
+    ],
+)
+def test_lines_of_a_log_without_their_numbers_are_left_out_and_counted(run, name, value):
+    add_lines(run, [{**measured(50), name: value}])
+    page = Page(write_report(run))
+    assert "1 line of metrics.jsonl is not shown" in page.text
+    assert "training diverged" in page.text
+    assert "40 steps" in page.text
+    assert len(points(paths(page.chart("Training loss"), "line")[0])) == 4
+
+
+def test_every_odd_line_is_passed_over(run):
+    odd = [1, [2], "x", {"seconds": 3}, measured(50, validation=[1, 2])]
+    odd += [measured(60, validation={"iou": "high", "dice": math.inf, "seg": True})]
+    odd += [measured(70, loss=5e-324), measured(80, seconds=5e-324), measured(90, loss=0)]
+    add_lines(run, odd)
+    page = Page(write_report(run))
+    assert "1 line of metrics.jsonl" in page.text
+    assert "Validation" not in page.text
+    assert (
+        len(points(paths(page.chart("Training loss"), "line")[0])) == 8
+    )  # a loss of 0 has no logarithm
+    assert "not shown" not in Page(write_report(cleared(run))).text
+
+
+def cleared(run):
+    (run / "metrics.jsonl").write_text("")
+    return run
+
+
+def torn(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def edited(edit):
+    def change(path):
+        tensors, header = report.read_tensors(path)
+        edit(tensors)
+        write_tensors(path, tensors, header)
+
+    return change
+
+
+PATCH_DAMAGE = {
+    "cut short": torn,
+    "text": lambda path: path.write_text("no tensors"),
+    "another file": lambda path: shutil.copy(path.with_name("model.safetensors"), path),
+    "without classes": edited(lambda tensors: tensors.pop("targets.1")),
+    "nan": edited(lambda tensors: tensors["weights.2"].fill_(math.nan)),
+    "classes": edited(lambda tensors: tensors.update({"targets.0": tensors["weights.0"] * 1})),
+    "many classes": edited(lambda t: t.update({"targets.0": t["targets.0"].long() + 10**9})),
+    "shape": edited(lambda tensors: tensors.update({"image.3": tensors["image.3"][:, :9]})),
+    "axes": edited(lambda tensors: tensors.update({"image.3": tensors["image.3"][0]})),
+    "type": edited(lambda t: t.update({"image.3": t["image.3"].bfloat16()})),
+    "empty": edited(lambda t: t.update({"image.3": t["image.3"][:0]})),
+}
+
+
+@pytest.mark.parametrize("damage", PATCH_DAMAGE)
+def test_damaged_patches_are_a_note_on_the_page(run, damage):
+    PATCH_DAMAGE[damage](run / "patches.safetensors")
+    page = Page(write_report(run))
+    assert f"The patches cannot be shown. {run / 'patches.safetensors'}" in page.text
+    assert page.all("img") == []
+    assert "40 steps" in page.text
+
+
+def test_provenance_is_cut_where_it_is_endless(run, monkeypatch):
+    monkeypatch.setattr(report, "LONGEST_JSON", 300)
+    page = Page(write_report(run))
+    assert len(re.search(r"<pre>(.*)</pre>", page.source, re.S)[1]) < 3000
+    assert "Cut here; the whole is in the header of the model" in page.text
+    monkeypatch.undo()
+    assert "Cut here" not in Page(write_report(run)).text
+
+
+def test_key_says_when_colours_repeat(run):
+    assert "seven colours" not in Page(write_report(run)).text
+    edited(lambda tensors: tensors["targets.0"].fill_(8))(run / "patches.safetensors")
+    assert "seven colours besides black: class 8 looks like" in Page(write_report(run)).text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(math.nan, "undefined"), (math.inf, "infinite"), (0.5, "0.500"), (1234, "1\u202f234")],
+)
+def test_any_number_can_be_written(value, text):
+    assert report._digits(value) == text
+
+
+@pytest.mark.parametrize(
+    ("shape", "zoom"), [((5, 640), 7), ((640, 5), 7), ((5, 9), 0), ((640, 640), 0), ((80, 640), 0)]
+)
+def test_strips_are_zoomed_in(shape, zoom):
+    assert report._figure(np.zeros(shape, np.uint8), "")["zoom"] == zoom
+
+
 # A segmentation
 
 
@@ -274,6 +385,60 @@ def test_a_store_is_reported_beside_it_and_left_as_it_was(folder):
     assert "Scores" not in page.text
 
 
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [("v1.5", "v1.5"), ("v1.6.ZARR", "v1.6"), ("a.b.zarr", "a.b"), ("zarr", "zarr")],
+)
+def test_each_store_has_a_page_of_its_own(folder, name, page):
+    store = (folder / "out.zarr").rename(folder / name)
+    assert write_report(store) == folder / f"{page}.report.html"
+
+
+def test_a_strip_of_a_volume_can_be_seen(segmented, tmp_path):
+    write_stack(tmp_path / "strip.tif", noise((1, 5, 900)))
+    model = segmented / "model.safetensors"
+    store = segment(tmp_path / "strip.tif", model, tmp_path / "out.zarr", FLOAT32)
+    page = Page(write_report(store))
+    assert all(a["style"] == "width:4480px" and a["class"] == "small" for a in page.all("img"))
+
+
+def test_scores_come_before_the_slices(folder, scored):
+    text = Page(write_report(folder / "out.zarr", folder / "truth.tif")).text
+    assert text.index("Tiles done") < text.index("Scores against") < text.index("Slice z = 0")
+
+
+def test_every_score_is_explained_in_its_row(folder, monkeypatch):
+    everything = {name: Score(0.5) for name in MEANINGS}
+    monkeypatch.setattr(report, "evaluate", lambda *a: Evaluation(a[2], everything, (3, 61, 75)))
+    text = Page(write_report(folder / "out.zarr", folder / "truth.tif")).text.casefold()
+    for best, meaning in MEANINGS.values():
+        better = "higher is better; 1 is best." if best else "lower is better; 0 is best."
+        assert re.search(re.escape(f"{meaning}. ".casefold()) + f".{{0,60}}{better}", text)
+
+
+def test_the_first_class_is_background_whatever_its_label():
+    np.testing.assert_array_equal(report._objects_of(np.array([[7, 9]]), [7, 9]), [[0, 9]])
+    np.testing.assert_array_equal(report._objects_of(np.array([[7, 3]]), [7, 9]), [[7, 3]])
+
+
+def test_probabilities_that_sum_to_more_than_one_leave_none(folder, monkeypatch):
+    result = results.open_result(folder / "out.zarr")
+    stored = np.array([200, 100], np.uint8).reshape(2, 1, 1, 1)
+    monkeypatch.setattr(results.Result, "read", lambda *_: stored)
+    every = result.probabilities(Box((0, 0, 0), (1, 1, 1)))
+    assert every.ravel().tolist() == [0, 200, 100]
+
+
+def test_a_page_has_few_histograms(segmented, tmp_path):
+    model = random_model(tmp_path / "model.safetensors", values=tuple(range(9)))
+    page = Page(
+        write_report(segment(segmented / "volume.tif", model, tmp_path / "o.zarr", FLOAT32))
+    )
+    assert len([c for c in page.charts if re.search("<title>class [0-9]</title>", c)]) == 6
+    assert "The other classes are not shown." in page.text
+    assert "class 8 looks like class 1" in page.text
+
+
 def test_the_overlay_is_that_of_the_stored_classes(folder, scored):
     page = Page(write_report(folder / "out.zarr", folder / "truth.tif"))
     classes = Store(folder / "out.zarr", ["classes"]).read("classes")[1]
@@ -291,7 +456,7 @@ def test_scores_are_told_with_what_they_mean(folder, scored):
     page = Page(write_report(store, folder / "truth.tif"))
     truth = str(folder / "truth.tif")
     assert scored == [(str(store), truth, "isbi"), (str(store), truth, "classes")]
-    assert "0.0300 0.1 How many pixels are wrong." in page.text
+    assert f"0.0300 0.1 {MEANINGS['pixel_error'][1]}. Moving a border" in page.text
     assert "Lower is better; 0 is best." in page.text
     assert "V_info undefined \N{EN DASH}" in page.text
     assert "class 0 0.250" in page.text
@@ -348,7 +513,7 @@ def test_a_part_of_a_store_is_reported_as_a_part(segmented, tmp_path):
     assert {tuple(c) for c in found[32:].reshape(-1, 3)} == {(230,) * 3, (120,) * 3}
     assert not (found[:32, :40] == 230).all(-1).any()
     assert page.text.count("Not scored.") == 2
-    assert "2 of 8 cells are done." in "".join(page.charts)
+    assert "done: 2 of 8." in "".join(page.charts)
 
 
 def test_a_window_lies_where_tiles_are_done(segmented, tmp_path, monkeypatch):
@@ -394,6 +559,52 @@ def test_times_of_all_starts_are_put_together(folder):
     assert "1970-01-01 00:01 UTC to 1970-01-01 02:30 UTC" in page.text
 
 
+def test_a_clock_that_goes_back_costs_no_time(folder):
+    path, plan = folder / "events.jsonl", results.open_result(folder / "out.zarr").plan
+    events = [{"time": t, "event": "tile", "tile": 0, "seconds": 1} for t in (104, 90, 95)]
+    start = {"time": 100, "event": "start", "input": "x"}
+    path.write_text("".join(json.dumps(event) + "\n" for event in [start, *events]))
+    assert results.read_log(path, plan).working == 9
+
+
+ODD_EVENTS = [
+    {"event": "tile", "tile": -1, "seconds": 1},
+    {"event": "tile", "tile": True, "seconds": 1},
+    {"event": "tile", "tile": 24, "seconds": 1},
+    {"event": "tile", "tile": "0", "seconds": 1},
+    *({"event": "tile", "tile": 0, "time": t} for t in (math.nan, math.inf, 1e18, "1", -1, [])),
+]
+
+
+@pytest.mark.parametrize("event", ODD_EVENTS, ids=str)
+def test_what_is_no_tile_of_the_plan_is_not_counted(folder, event):
+    path, plan = folder / "events.jsonl", results.open_result(folder / "out.zarr").plan
+    path.write_text(json.dumps({"time": 5, **event}) + "\n")
+    log = results.read_log(path, plan)
+    assert log.voxels == 0
+    assert log.known.size == 0
+
+
+@pytest.mark.parametrize("seconds", ["abc", [1], None, math.inf, math.nan, -1, True, 1e300])
+def test_a_tile_of_unknown_time_is_grey_on_the_map(folder, seconds):
+    write_events(folder / "out.zarr", [{"time": 5, "event": "tile", "tile": 1, "seconds": seconds}])
+    page = Page(write_report(folder / "out.zarr"))
+    assert "Time of a tile" not in page.text
+    assert page.text.count("24 of 24") == 1
+
+
+@pytest.mark.parametrize("place", [None, 5, True, {}, "a\0b", "a" * 9999, "\ud800", "", "."])
+def test_a_log_that_names_no_image_is_a_note_on_the_page(folder, place):
+    start = {"time": 5, "event": "start", "engine": {"a": 1}, "workers": [2]}
+    start |= {} if place is None else {"input": place}
+    failed = {"time": 6, "event": "failed", "error": "x" * 10**6}
+    write_events(folder / "out.zarr", [start, failed])
+    page = Page(write_report(folder / "out.zarr"))
+    assert "shown without the image" in page.text
+    assert "1 tile failed" in page.text
+    assert len(page.source) < 500_000
+
+
 def test_the_histogram_counts_what_is_stored(folder):
     chart = Page(write_report(folder / "out.zarr")).chart("class 1")
     stored = Store(folder / "out.zarr", ["probabilities"]).read("probabilities")[0]
@@ -432,9 +643,19 @@ def test_damage_is_named(folder):
             data = bytearray(path.read_bytes())
             data[: len(data) // 2] = bytes(len(data) // 2)
             path.write_bytes(data)
-    with pytest.raises(RunError, match=r"classes at .* cannot be read .* verify"):
+    with pytest.raises(
+        RunError,
+        match=r"labels/classes/0/c/0/0/0: classes .* cannot be read .* or missing; delete",
+    ):
         write_report(folder / "out.zarr")
     assert not (folder / "out.report.html").exists()
+
+
+def test_a_shard_that_is_gone_is_named_and_not_drawn_as_background(folder):
+    gone = folder / "out.zarr" / ARRAYS["classes"] / "c/0/0/0"
+    gone.unlink()
+    with pytest.raises(RunError, match=rf"{gone}: is missing, though its tile was finished"):
+        write_report(folder / "out.zarr")
 
 
 # What must not happen
@@ -469,6 +690,7 @@ def large(tmp_path, monkeypatch):
 
 def test_a_large_store_is_read_in_a_few_places_only(large, monkeypatch):
     boxes, read = [], results.Result.read
+    monkeypatch.setattr(results.Result, "_missing", lambda *_: None)  # no shard is there
 
     def counted(result, output, box):
         boxes.append(box)
@@ -491,7 +713,7 @@ def test_a_large_store_is_read_in_a_few_places_only(large, monkeypatch):
     np.testing.assert_allclose(np.diff(slices), 960 / 5, atol=16)
     assert "a part of each" in page.text
     assert f"{len(boxes) - 10} storage chunks drawn by chance" in page.text
-    assert len([c for c in page.charts if "cells are done" in c]) == 4
+    assert len([c for c in page.charts if "Cells that are done" in c]) == 4
     for picture in page.pictures():
         assert max(picture.shape) <= 640
         assert not (picture == 230).all(-1).all()  # something of it is done

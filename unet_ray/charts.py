@@ -29,6 +29,8 @@ COLOURS = tuple("#{:02x}{:02x}{:02x}".format(*OKABE_ITO[i]) for i in (5, 6, 3, 7
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 4")
 MARKS = "●■▲◆▼○"
 MARKED_POINTS = 40
+# What a logarithmic axis can show; no number of a training is beyond.
+LEAST, MOST = 1e-99, 1e99
 LEVELS = 8
 MAP_SIDE, CELL_SIDE, LABELLED_CELLS = 300.0, 44.0, 48
 
@@ -55,6 +57,7 @@ class Axis:
     def over(cls, values: Numbers, start: float, stop: float, log: bool = False) -> Axis:
         """An axis that holds all the finite `values`, above 0 if `log`; its ends are ticks."""
         known = values[np.isfinite(values) & ((values > 0) | (not log))]
+        known = np.clip(known, LEAST, MOST) if log else known
         low, high = (float(known.min()), float(known.max())) if known.size else (0.1, 1.0)
         ticks = _log_ticks(low, high) if log else _even_ticks(low, high)
         return cls(ticks[0], ticks[-1], start, stop, log, tuple(ticks))
@@ -64,7 +67,7 @@ class Axis:
         numbers = np.asarray(values, np.float64)
         low, high = self.low, self.high
         if self.log:
-            numbers = np.log(np.where(numbers > 0, numbers, np.nan))
+            numbers = np.log(np.where(numbers > 0, np.clip(numbers, LEAST, MOST), np.nan))
             low, high = math.log(low), math.log(high)
         place: Numbers = self.start + (numbers - low) / (high - low) * (self.stop - self.start)
         return place
@@ -72,8 +75,8 @@ class Axis:
 
 def _even_ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten, the first at or below `low`, the last above."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        room = abs(low) / 2 or 1.0
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), LEAST):
+        room = abs(low) / 2 if abs(low) > LEAST else 1.0
         low, high = low - room, high + room
     decade = 10.0 ** math.floor(math.log10((high - low) / most))
     step = next(f * decade for f in (1, 2, 5, 10, 20) if (high - low) <= f * decade * most)
@@ -155,7 +158,7 @@ def line_chart(
     if mark:
         parts.append(_ring(mark, x, y))
     points = sum(len(s.x) for s in series)
-    told = f"{y_label} over {x_label}: {', '.join(s.name for s in series)}; {points} points."
+    told = f"{y_label} over {x_label}: {', '.join(s.name for s in series)}; points: {points}."
     return _svg(title, told, parts, HEIGHT)
 
 
@@ -194,7 +197,9 @@ def _grid(x: Axis, y: Axis, x_label: str, y_label: str) -> str:
         lines.append(f"M{_n(x.start)} {_n(place)}H{_n(x.stop)}")
     ends = []
     for tick, place in zip(x.ticks, x.place(x.ticks).tolist(), strict=True):
-        parts.append(_text(place, y.start + 17, number(tick), "middle"))
+        text = number(tick)
+        inside = min(place, WIDTH - 2 - LETTER * len(text) / 2)  # the last one is whole too
+        parts.append(_text(inside, y.start + 17, text, "middle"))
         ends.append(f"M{_n(place)} {_n(y.start)}v4")
     parts.append(f'<path d="{"".join(lines)}" stroke="currentColor" stroke-opacity=".18"/>')
     ends.append(f"M{_n(x.start)} {_n(y.start)}H{_n(x.stop)}")
@@ -280,7 +285,7 @@ def histogram(title: str, edges: Any, heights: Any, x_label: str, y_label: str) 
 
 def cell_means(values: Numbers, most: Sequence[int]) -> Numbers:
     """Means over the cells of a map, at most so many along each axis; NaN is not counted."""
-    total, known = np.nan_to_num(values), np.isfinite(values).astype(np.float64)
+    total, known = np.where(np.isfinite(values), values, 0), np.isfinite(values).astype(np.float64)
     for axis, (extent, cells) in enumerate(zip(values.shape, most, strict=True)):
         starts = np.arange(min(extent, cells)) * extent // min(extent, cells)
         total = np.add.reduceat(total, starts, axis)
@@ -374,7 +379,7 @@ def tile_map(
         _text(LEFT - 5, TOP + 11, f"{down[0]}: 0", "end"),
         _text(LEFT - 5, bottom, number(down[1]), "end"),
     ]
-    told = f"{int((done == 1).sum())} of {done.size} cells are done."
+    told = f"Cells that are done: {int((done == 1).sum())} of {done.size}."
     return _svg(title, told, parts, bottom + 6)
 
 
@@ -413,7 +418,7 @@ def tile_maps(
     known = means[np.isfinite(means)]
     scale = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
     edges = [i * deep // cells[0] * core[0] for i in range(cells[0])] + [shape[0]]
-    titles = [f"slices {a} to {b - 1}" for a, b in pairwise(edges)]
+    titles = [f"slices {a} to {b - 1}" if b - a > 1 else f"slice {a}" for a, b in pairwise(edges)]
     maps = [
         (title, tile_map(title, mean, part, scale, axes, aspect))
         for title, mean, part in zip(titles, means, parts, strict=True)

@@ -1,7 +1,8 @@
 """The event log of a run: JSON lines that are only appended to, for people and for the report.
 
 Knows files and times; does not know what a run does. Nothing is decided by this log: what is done
-stands in the ledger. A line that a kill cut short is passed over when the log is read.
+stands in the ledger. A line that a kill cut short is passed over when the log is read, and what
+other hands wrote into it is not trusted.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+LATEST = 4e9  # seconds since 1970: the year 2096
 
 
 class EventLog:
@@ -45,7 +48,14 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             try:
                 event = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(event, dict):
                 yield event
+
+
+def measured(value: object, low: float = 0.0, high: float = LATEST) -> float | None:
+    """A fact of an event as a number, if it is one from `low` to `high`: not NaN, nor true."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        return None
+    return float(value)

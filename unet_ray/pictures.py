@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
 from unet_ray.errors import InputError
 from unet_ray.files import write_whole
@@ -57,6 +58,8 @@ YELLOW = np.array((255, 255, 0), np.uint8)
 CYAN_SHARE = 0.4
 # Twelve colours over so many greys, and black, fit the palette of a PNG.
 CELL_GREYS = 20
+# Cells that are so many pixels apart are neighbours: more than a membrane is wide.
+APART = 12
 # How light the part of a picture outside a frame is.
 OUTSIDE = 0.6
 FONT_SIZE = 16
@@ -103,8 +106,8 @@ def colour_log(values: NDArray[np.floating[Any]], low: float, high: float) -> Pi
 
     Numbers of 0 and less are black. (y, x, 3).
     """
-    span = math.log(high / low) or 1.0
-    shares = np.log(np.clip(values, low, high) / low) / span
+    span = math.log(high) - math.log(low) or 1.0
+    shares = (np.log(np.clip(values, low, high)) - math.log(low)) / span
     rgb = colour_map(np.rint(shares * 255).astype(np.uint8))
     rgb[values <= 0] = 0
     return rgb
@@ -120,7 +123,8 @@ def colour_classes(classes: NDArray[np.integer[Any]]) -> Picture:
 def colour_cells(labels: NDArray[np.integer[Any]], image: Picture | None = None) -> Picture:
     """Lays a colour of chance over each object of a grey image; the same ones for the same labels.
 
-    The colours differ in lightness too, so that neighbours also differ in grey.
+    Objects that lie within `APART` pixels differ, as far as twelve colours go. The colours differ
+    in lightness too, so that neighbours mostly differ in grey.
 
     Args:
         labels: objects (y, x), 0 is background and black.
@@ -129,14 +133,35 @@ def colour_cells(labels: NDArray[np.integer[Any]], image: Picture | None = None)
     """
     light = [(colour.astype(int) + 255) // 2 for colour in OKABE_ITO[[1, 3, 5, 6, 7]]]
     colours = np.array([*OKABE_ITO[1:], *light])
-    _, ranks = np.unique(labels, return_inverse=True)
-    ranks = ranks.reshape(labels.shape)
-    draws = np.random.default_rng(0).integers(len(colours), size=int(ranks.max(initial=0)) + 1)
-    rgb = colours[draws[ranks]]
+    _, ranks = np.unique(np.append(labels, labels.dtype.type(0)), return_inverse=True)
+    ranks = ranks[:-1].reshape(labels.shape)  # 0 is the background, whether there is some or not
+    rgb = colours[_draw_apart(ranks, len(colours))[ranks]]
     if image is not None:
         rgb = (rgb + few_greys(image, CELL_GREYS)[..., None]) // 2
     rgb[labels == 0] = 0
     return rgb.astype(np.uint8)
+
+
+def _draw_apart(ranks: NDArray[np.integer[Any]], colours: int) -> NDArray[np.int64]:
+    """A number below `colours` for each rank: by chance, or the next that no neighbour has."""
+    draws = np.random.default_rng(0).integers(colours, size=int(ranks.max(initial=0)) + 1)
+    lower: dict[int, list[int]] = {}
+    for low, high in _neighbours(ranks).tolist():
+        lower.setdefault(high, []).append(low)
+    for rank in sorted(lower):
+        taken = {int(draws[other]) for other in lower[rank]}
+        free = ((int(draws[rank]) + k) % colours for k in range(colours))
+        draws[rank] = next((draw for draw in free if draw not in taken), draws[rank])
+    return draws
+
+
+def _neighbours(ranks: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
+    """Pairs (lower, higher) of objects that meet when each grows by half of `APART` pixels."""
+    far, nearest = ndimage.distance_transform_edt(ranks == 0, return_indices=True)
+    grown = np.where(far <= APART / 2, ranks[tuple(nearest)], 0)
+    sides = [np.stack([a[:-1], a[1:]], -1).reshape(-1, 2) for a in (grown, grown.T)]
+    pairs = np.sort(np.concatenate(sides), axis=1)
+    return np.unique(pairs[(pairs[:, 0] > 0) & (pairs[:, 0] < pairs[:, 1])], axis=0)
 
 
 def few_greys(image: Picture, levels: int) -> Picture:

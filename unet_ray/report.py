@@ -25,7 +25,7 @@ from unet_ray.boxes import Box
 from unet_ray.checkpoints import read_tensors
 from unet_ray.errors import InputError
 from unet_ray.evaluation import MEANINGS, Evaluation, Kind, evaluate
-from unet_ray.events import read_events
+from unet_ray.events import measured, read_events
 from unet_ray.files import write_whole
 from unet_ray.pictures import (
     Picture,
@@ -62,6 +62,11 @@ CHANNELS = 6  # histograms, of as many classes
 LARGEST_MAP = (4, 64)
 # Enough under a colour, and small as a file.
 OVERLAY_GREYS = 64
+# Characters of provenance on the page; a file may hold any amount.
+LONGEST_JSON = 200_000
+LARGEST_LOSS = 1e39  # beyond float32
+# Pictures so many times as long as wide are zoomed in until they are so many pixels wide.
+STRIP, STRIP_WIDTH = 8, 32
 
 MODEL = "model.safetensors"
 
@@ -91,10 +96,18 @@ def write_report(path: str | os.PathLike[str], truth: str | os.PathLike[str] | N
             raise InputError(f"{found}: is a training run; --truth is for an output of segment.")
         page, facts = found / "report.html", _about_run(found)
     else:
-        page, facts = found.with_name(f"{found.stem}.report.html"), _about_store(found, truth)
+        page, facts = (
+            found.with_name(f"{_stem(found.name)}.report.html"),
+            _about_store(found, truth),
+        )
     text = _rendered({"name": found.name, "version": VERSION, **facts})
     write_whole(page, text.encode("utf-8", "replace"))  # a file's name need not be UTF-8
     return page
+
+
+def _stem(name: str) -> str:
+    """A store's name without its ending; ``v1.5`` has none."""
+    return name[:-5] if name.lower().endswith(".zarr") and len(name) > 5 else name
 
 
 def _rendered(facts: Facts) -> str:
@@ -105,6 +118,7 @@ def _rendered(facts: Facts) -> str:
         "seconds": lambda s: format_seconds(s) if s >= 10 else f"{_digits(s)} s",
         "json": lambda told: json.dumps(told, indent=2, ensure_ascii=False),
     }
+    pages.globals["longest"] = LONGEST_JSON
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     return pages.from_string(template).render(facts)
 
@@ -115,8 +129,8 @@ def _by(sizes: Sequence[int]) -> str:
 
 def _digits(value: float, digits: int = 3) -> str:
     """A number with so many significant digits, or all of those before the point."""
-    if math.isnan(value):
-        return "undefined"
+    if not math.isfinite(value):
+        return "undefined" if math.isnan(value) else "infinite"
     if abs(value) >= 10**digits:
         return charts.number(round(value))
     return f"{value:#.{digits}g}".rstrip(".")
@@ -124,11 +138,13 @@ def _digits(value: float, digits: int = 3) -> str:
 
 def _figure(picture: Picture, caption: str) -> Facts:
     data = base64.b64encode(encode_png(picture)).decode()
+    short, long = sorted(picture.shape[:2])
     return {
         "source": f"data:image/png;base64,{data}",
         "caption": caption,
         "width": picture.shape[1],
         "height": picture.shape[0],
+        "zoom": -(-STRIP_WIDTH // short) if long > STRIP * short and long > 200 else 0,
     }
 
 
@@ -136,7 +152,8 @@ def _figure(picture: Picture, caption: str) -> Facts:
 
 
 def _about_run(run: Path) -> Facts:
-    measures = [m for m in read_events(run / "metrics.jsonl") if "loss" in m]
+    lines = list(read_events(run / "metrics.jsonl"))
+    measures = [line for line in lines if _is_measure(line)]
     header = _header(run)
     patches = _patches(run / PATCHES)
     if not (measures or header or patches):
@@ -144,12 +161,23 @@ def _about_run(run: Path) -> Facts:
     return {
         "kind": "run",
         "measures": measures,
+        "left_out": len(lines) - len(measures),
         "finished": (run / MODEL).exists(),
         "loss": _loss_chart(measures) if measures else None,
         "validation": _validation_charts(measures),
         "header": header,
         **patches,
     }
+
+
+def _is_measure(line: Facts) -> bool:
+    """Whether a line of the log can be drawn."""
+    known = (measured(line.get(name)) for name in ("step", "seconds", "progress"))
+    return _finite(line.get("loss")) is not None and None not in known
+
+
+def _finite(value: object) -> float | None:
+    return measured(value, -LARGEST_LOSS, LARGEST_LOSS)
 
 
 def _header(run: Path) -> Facts:
@@ -169,8 +197,9 @@ def _validation_charts(measures: Sequence[Facts]) -> list[Markup]:
     """Scores from 0 to 1 share charts, six a chart; any other number has a chart of its own."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for measure in measures:
-        for name, value in (measure.get("validation") or {}).items():
-            if value is not None:
+        scores = measure.get("validation")
+        for name, score in scores.items() if isinstance(scores, dict) else ():
+            if (value := _finite(score)) is not None:
                 lines.setdefault(name, []).append((measure["step"], value))
     shares: list[charts.Series] = []
     others: list[charts.Series] = []
@@ -189,20 +218,55 @@ def _patches(path: Path) -> Facts:
     """The kept patches as pictures, each an image, its classes and its weights."""
     if not path.exists():
         return {}
-    tensors = {name: tensor.numpy() for name, tensor in read_tensors(path)[0].items()}
-    images, targets, weights = (
-        [tensors[name] for name in sorted(tensors) if name.startswith(what)]
-        for what in ("image.", "targets.", "weights.")
-    )
+    try:
+        kept = _kept(path)
+    except InputError as error:
+        return {"no_patches": str(error)}
+    _, targets, weights = zip(*kept, strict=True)
     every = np.concatenate([each.ravel() for each in weights])
     counted = every[every > 0] if (every > 0).any() else np.ones(1)
     ends = float(counted.min()), float(counted.max())
     return {
-        "patches": [_patch(*each, ends) for each in zip(images, targets, weights, strict=True)],
+        "patches": [_patch(*each, ends=ends) for each in kept],
         "patch_colours": _colours(1 + max(int(each.max()) for each in targets)),
         "weight_bar": Markup(charts.colour_bar("Weight of a pixel", ends, "", log=True)),
         "weightless": bool((every <= 0).any()),
     }
+
+
+def _kept(path: Path) -> list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+    """Image, classes and weights of each kept patch.
+
+    Raises:
+        InputError: if the file is damaged, or of another kind.
+    """
+    tensors = read_tensors(path)[0]
+    numbers = sorted(name[5:] for name in tensors if name.startswith("image."))
+    try:
+        kept = [
+            (
+                tensors[f"image{n}"].numpy(),
+                tensors[f"targets{n}"].numpy(),
+                tensors[f"weights{n}"].numpy(),
+            )
+            for n in numbers
+        ]
+    except (KeyError, TypeError):  # a tensor is missing, or of a type that NumPy lacks
+        kept = []
+    if not kept or not all(_is_patch(*each) for each in kept):
+        raise InputError(f"{path}: does not hold patches as train keeps them.")
+    return kept
+
+
+def _is_patch(image: NDArray[Any], targets: NDArray[Any], weights: NDArray[Any]) -> bool:
+    """Whether (c, y, x) pixels, (y, x) classes and weights can be drawn."""
+    kinds = image.dtype.kind, targets.dtype.kind, weights.dtype.kind
+    axes = image.ndim, targets.ndim, weights.ndim
+    if kinds not in {("f", "u", "f"), ("f", "i", "f")} or axes != (3, 2, 2):
+        return False
+    fits = targets.shape == weights.shape and image.size > 0 and weights.size > 0
+    fits &= all(a >= b for a, b in zip(image.shape[1:], weights.shape, strict=True))
+    return bool(fits and targets.min() >= 0 and targets.max() < 256 and np.isfinite(weights).all())
 
 
 def _patch(
@@ -362,6 +426,7 @@ def _scored(evaluation: Evaluation) -> Facts:
                 "name": name,
                 "score": score,
                 "rises": MEANINGS[name][0] == 1,
+                "meaning": MEANINGS[name][1],
                 "curve": Markup(curve) if len(x) > 1 else None,
                 "classes": getattr(score, "classes", ()),
             }

@@ -19,15 +19,19 @@ from numpy.typing import NDArray
 
 from unet_ray.boxes import Box
 from unet_ray.errors import InputError, RunError
-from unet_ray.events import read_events
+from unet_ray.events import measured, read_events
 from unet_ray.ledger import committed
 from unet_ray.pictures import Picture, to_grey
-from unet_ray.stores import LEDGER, Store, provenance_of
+from unet_ray.stores import ARRAYS, LEDGER, Store, provenance_of
 from unet_ray.tiles import TilePlan
 from unet_ray.volumes import Volume, open_volume
 
 # What bounds the reading, whatever the volume.
 SLICES, WINDOW, CHUNKS = 5, 640, 64
+LONGEST_TEXT = 4096
+
+# What a damaged shard is met with.
+DAMAGE = (ValueError, RuntimeError, OSError)
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,38 @@ class Result:
 
     def read(self, output: str, box: Box) -> NDArray[Any]:
         """The voxels of an output, (..., z, y, x)."""
+        missing = self._missing(output, box)
+        if missing:
+            raise RunError(
+                f"{missing}: is missing, though its tile was finished; copy the store again, or "
+                "make it anew with segment --overwrite."
+            )
         try:
             voxels: NDArray[Any] = np.asarray(self.store.read(output)[(..., *box.slices)])
-        except (ValueError, RuntimeError, OSError) as error:
+        except DAMAGE as error:
             raise RunError(
-                f"{self.path}: {output} at {box} cannot be read ({error}); see `unet-ray verify`."
+                f"{self._damaged(output, box)}: {output} at {box} cannot be read ({error}); the "
+                "file is damaged or missing; delete the store's folder or give segment --overwrite "
+                "to make it anew."
             ) from error
         return voxels
+
+    def _missing(self, output: str, box: Box) -> Path | None:
+        """The first file of a box that should be there and is not."""
+        for index in self.plan.within(box):
+            shard = self.store.shard(output, self.plan[index])
+            if self.done[index] and not shard.is_file():
+                return shard
+        return None
+
+    def _damaged(self, output: str, box: Box) -> Path:
+        """The first file of a box that cannot be read; the array if each can, by itself."""
+        for tile in (self.plan[index] for index in self.plan.within(box)):
+            try:
+                self.store.read(output)[(..., *tile.write.intersect(box).slices)]
+            except DAMAGE:
+                return self.store.shard(output, tile)
+        return self.path / ARRAYS[output]
 
     def probabilities(self, box: Box) -> NDArray[np.uint8]:
         """Of all classes, the first one included: (classes, z, y, x)."""
@@ -125,7 +154,7 @@ class RunLog:
     Attributes:
         seconds: of each tile, NaN if unknown.
         starts: number of times that `segment` was started.
-        start: the facts of the last start.
+        start: the facts of the last start that are texts or whole numbers.
         began, ended: times of the first and of the last event, or None.
         working: seconds from each start to the last event before the next, summed.
         voxels: written in that time.
@@ -154,21 +183,31 @@ def read_log(path: Path, plan: TilePlan) -> RunLog:
     log = RunLog(np.full(len(plan), np.nan))
     last = 0.0
     for event in read_events(path):
-        now, what, tile = event.get("time"), event.get("event"), event.get("tile")
-        if not isinstance(now, int | float):
+        now, what, tile = measured(event.get("time")), event.get("event"), event.get("tile")
+        if now is None:
             continue
         log.began, log.ended = log.began or _date(now), _date(now)
         if what == "start":
-            log.starts, log.start = log.starts + 1, event
+            log.starts, log.start = log.starts + 1, _plain(event)
         else:
             log.working += max(0.0, now - last)
-        if what == "tile" and isinstance(tile, int) and 0 <= tile < len(plan):
-            log.seconds[tile] = event.get("seconds", math.nan)
+        if what == "tile" and type(tile) is int and 0 <= tile < len(plan):
+            seconds = measured(event.get("seconds"))
+            log.seconds[tile] = math.nan if seconds is None else seconds
             log.voxels += plan[tile].write.size
         elif what == "failed":
-            log.failed, log.failure = log.failed + 1, str(event.get("error"))
+            log.failed, log.failure = log.failed + 1, str(_plain(event).get("error", "nothing"))
         last = now
     return log
+
+
+def _plain(event: Mapping[str, Any]) -> dict[str, str | int]:
+    """The facts of an event that are whole numbers or texts, these not endless."""
+    return {
+        name: told[:LONGEST_TEXT] if isinstance(told, str) else told
+        for name, told in event.items()
+        if isinstance(told, str | int)
+    }
 
 
 def _date(seconds: float) -> str:
@@ -200,17 +239,26 @@ def _window(result: Result, z: int) -> Box:
     return Box((z, *start.tolist()), (z + 1, *(start + size).tolist()))
 
 
+def _can_name(path: str) -> bool:
+    """Whether a text can be the path of a file at all."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+
+
 def image_windows(
     result: Result, log: RunLog, boxes: Sequence[Box]
 ) -> tuple[list[Picture | None], str]:
     """The windows of the image that was segmented; or none, and a sentence that says why."""
     nothing: list[Picture | None] = [None] * len(boxes)
     source = result.told["input"]
-    if log.start is None:
+    place = (log.start or {}).get("input")
+    if not (isinstance(place, str) and _can_name(place)):
         return nothing, "The event log of this store does not say where its image lies."
     choice = {name: source[name] for name in ("channel", "time", "level")}
     try:
-        volume = open_volume(log.start["input"], **choice)
+        volume = open_volume(place, **choice)
         if list(volume.shape) != source["shape"]:
             return nothing, f"{volume.path} has another shape now, {volume.shape} (c, z, y, x)."
         if volume.identity()["sampled_sha256"] != source["sampled_sha256"]:
