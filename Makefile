@@ -28,6 +28,7 @@ test-slow: $(STAMP) ## run the tests that take minutes each
 
 bench: $(STAMP) ## measure speed, beside other libraries where they do the same
 	$(RUN) tests.bench_scores
+	$(RUN) tests.bench_training
 
 check: $(STAMP) ## lint, formatting and types
 	$(RUN) ruff check

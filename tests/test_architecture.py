@@ -20,7 +20,7 @@ RUNGS = (
     "phantom pictures charts results",
     "network checkpoints prediction recipes",
     "samples engine",
-    "training planning segmentation evaluation report demo",
+    "evaluation validation training planning segmentation report demo",
     "__init__ cli __main__",
 )
 LADDER = [name for rung in RUNGS for name in rung.split()]

@@ -250,10 +250,10 @@ def test_a_plan_refuses_the_papers_stride():
 # What is stored.
 
 
-def stored(network, plan, volume, numbers=None):
+def stored(network, plan, volume, numbers=None, tta=False):
     """Probabilities and classes, as a run stores them: uint8, from a volume (c, z, y, x)."""
     intensity = Intensity((volume.mean(),), (volume.std(),))
-    predictor = Predictor(network, plan, intensity, "float32", "cpu")
+    predictor = Predictor(network, plan, intensity, "float32", "cpu", tta)
     arrays = {
         "probabilities": np.full((network.classes - 1, *plan.shape), 99, np.uint8),
         "classes": np.full(plan.shape, 99, np.uint8),
@@ -307,3 +307,42 @@ def test_what_is_stored_is_the_networks_softmax(run):
     clear = top[-1] - top[-2] > 1e-4
     assert clear.mean() > 0.99 and len(np.unique(arrays["classes"])) == 3
     assert (arrays["classes"] == exact.argmax(0))[clear].all()
+
+
+# Averaged over the symmetries of the square.
+
+
+def test_averaged_bytes_of_other_tiles_differ_by_one_at_most(run):
+    network, volume, plan = run
+    few = stored(network, plan, volume, tta=True)
+    for core in ((5, 72, 92), (1, 24, 48)):
+        one = stored(network, TilePlan(plan.shape, core, plan.context, core), volume, tta=True)
+        difference = np.abs(few["probabilities"].astype(int) - one["probabilities"])
+        assert difference.max() <= 1 and np.count_nonzero(difference) < 1e-3 * difference.size
+        assert (few["classes"] == one["classes"]).all()
+
+
+def test_averaged_bytes_are_the_mean_of_eight_whole_images(run):
+    network, volume, plan = run
+    arrays = stored(network, plan, volume, tta=True)
+    assert (arrays["probabilities"] != stored(network, plan, volume)["probabilities"]).any()
+    normal = (volume[0] - volume.mean()) / volume.std()
+    context = plan.context
+    padding = [
+        (before, round_up(n, step) - n + after)
+        for n, before, after, step in zip(
+            normal.shape, context.before, context.after, context.step, strict=True
+        )
+    ]
+    padded, predict = np.pad(normal, padding, mode="reflect"), on_slices(network.double())
+    total = 0
+    for turns in range(4):
+        for mirrored in (False, True):
+            seen = np.rot90(padded, turns, (1, 2))
+            scores = predict(seen[..., ::-1].copy() if mirrored else seen.copy())
+            shares = np.exp(scores) / np.exp(scores).sum(0)
+            shares = shares[..., ::-1] if mirrored else shares
+            total = total + np.rot90(shares, -turns, (2, 3))
+    network.float()
+    exact = total[(..., *Box.of(normal.shape).slices)] / 8
+    assert np.abs(arrays["probabilities"] / 255 - exact[1:]).max() < 0.5 / 255 + 1e-4

@@ -92,7 +92,7 @@ def test_measures_are_told_and_kept(files, tmp_path):
     told = []
     run(files, tmp_path / "run", told.append, steps=25)
     assert [m.step for m in told] == [10, 20, 25]
-    assert [dataclasses.asdict(m) for m in told] == measures(tmp_path / "run")
+    assert [json.loads(m.line()) for m in told] == measures(tmp_path / "run")
     assert [m.progress for m in told] == pytest.approx([0.4, 0.8, 1.0], abs=0.041)
     rates = [0.02 * (1 - step / 25) ** 0.9 for step in (9, 19, 24)]
     assert [m.learning_rate for m in told] == pytest.approx(rates)

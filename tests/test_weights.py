@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from unet_ray.compiled import compiled
 from unet_ray.errors import InputError
-from unet_ray.weights import border_term, class_weights, weight_map
+from unet_ray.weights import border_term, class_weights, separate, weight_map
 
 ISBI = Path(__file__).parents[1] / "../shared/data/isbi2012/train-labels.tif"
 
@@ -182,3 +182,58 @@ def test_compiled_works_where_no_cache_can_be_kept():
     found = {}
     exec("def twice(number): return 2 * number", found)  # of no file, so numba has nowhere to go
     assert compiled(found["twice"])(21) == 42
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    arrays(np.uint16, (4, 7, 9), elements=st.integers(0, 4), fill=st.just(0)),
+    st.tuples(st.floats(0.3, 5), st.floats(0.3, 5), st.floats(0.3, 5)),
+    st.sampled_from([1.0, 5.0]),
+)
+def test_border_term_in_three_dimensions_knows_the_size_of_a_voxel(instances, spacing, sigma):
+    ids = np.unique(instances[instances != 0])
+    expected = np.zeros(instances.shape)
+    if len(ids) > 1:
+        away = [ndimage.distance_transform_edt(instances != i, sampling=spacing) for i in ids]
+        d1, d2 = np.sort(away, axis=0)[:2]
+        expected = 10 * np.exp(-((d1 + d2) ** 2) / (2 * sigma**2))
+    term = border_term(instances, sigma=sigma, spacing=spacing)
+    np.testing.assert_allclose(term, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("spacing", [(1.0,), (1.0, 0.0), (1.0, -2.0), (1.0, math.inf)])
+def test_border_term_refuses_sizes_that_are_none(spacing):
+    with pytest.raises(InputError, match="spacing"):
+        border_term(np.array([[1, 0, 2]]), spacing=spacing)
+
+
+@settings(max_examples=60, deadline=None)
+@given(arrays(np.uint8, (2, 9, 11), elements=st.integers(0, 3)))
+def test_cells_pulled_apart_do_not_touch_and_lose_no_more_than_they_must(instances):
+    apart = separate(instances)
+    assert not apart[instances == 0].any()
+    for plane, kept in zip(instances, apart, strict=True):
+        for axis in (0, 1):
+            a, b = np.delete(plane, 0, axis), np.delete(plane, -1, axis)
+            here, there = np.delete(kept, 0, axis), np.delete(kept, -1, axis)
+            assert not (here & there & (a != b)).any()
+        # What is lost had a neighbour of another cell.
+        for y, x in np.argwhere((plane != 0) & ~kept):
+            around = [
+                plane[v, u]
+                for v, u in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1))
+                if 0 <= v < plane.shape[0] and 0 <= u < plane.shape[1]
+            ]
+            assert any(n not in (0, plane[y, x]) for n in around)
+    np.testing.assert_array_equal(separate(instances[:, ::-1]), apart[:, ::-1])
+    np.testing.assert_array_equal(
+        separate(np.rot90(instances, axes=(1, 2))), np.rot90(apart, axes=(1, 2))
+    )
+
+
+def test_weight_map_of_instances_sees_cells_that_one_class_does_not_tell_apart():
+    cells = np.array([[[1, 1, 0, 0, 1, 1]]])
+    targets = (cells != 0).astype(np.uint8)
+    balance = np.zeros(2, np.float32)
+    assert not weight_map(targets, 2, balance=balance, instances=cells).any()
+    assert weight_map(targets, 2, balance=balance)[0, 0, 2] > 5

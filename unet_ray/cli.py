@@ -185,6 +185,11 @@ TILING = (
     ),
     ENGINE,
     PRECISION,
+    click.option(
+        "--tta",
+        is_flag=True,
+        help="Average over the 8 rotations and mirror images of each tile: 8 times the time.",
+    ),
 )
 
 
@@ -224,6 +229,19 @@ def demo(out: str) -> None:
         metavar="PATH...",
         help="Their class labels, in the same order and shape; classes are the distinct values.",
     ),
+    click.option(
+        "--labels-are",
+        type=click.Choice(["classes", "instances"]),
+        default="classes",
+        show_default=True,
+        help="instances: numbers of cells, 0 is background; cell is learned, with background "
+        "between cells that touch.",
+    ),
+    click.option("--ignore-label", type=int, metavar="N", help="Label without annotation."),
+    click.option("--val", metavar="A:B,...", help="Slices to hold out and score, from A to B - 1."),
+    click.option("--val-fraction", type=float, metavar="F", help="Or a share, the last ones."),
+    click.option("--best-by", metavar="SCORE", help="[v_rand; seg of instances; else iou]"),
+    click.option("--patience", type=int, metavar="N", help="Stop after N tenths without a best."),
     click.option("--out", required=True, metavar="RUN", help="Folder of the run."),
     click.option(
         "--recipe",
@@ -483,6 +501,7 @@ def _settings(ctx: click.Context, flags: dict[str, Any], overwrite: bool = False
         workers=flags["workers"],
         engine=_engine(ctx, flags["engine"]),
         precision=None if flags["precision"] == "auto" else flags["precision"],
+        tta=flags["tta"],
         overwrite=overwrite,
     )
 

@@ -57,6 +57,7 @@ class NetworkSize:
         in_channels, classes, base_channels, depth: as of the network.
         weights: number of parameters.
         itemsize: bytes of one activation: 4 for float32, 2 for bfloat16.
+        tta: passes are averaged over the symmetries of the square.
     """
 
     in_channels: int
@@ -65,6 +66,7 @@ class NetworkSize:
     depth: int
     weights: int
     itemsize: int
+    tta: bool = False
 
 
 def pass_bytes(net: NetworkSize, pass_shape: tuple[int, ...]) -> int:
@@ -99,6 +101,9 @@ def pass_bytes(net: NetworkSize, pass_shape: tuple[int, ...]) -> int:
         # The joined buffer is twice a skip; the skip goes before the up-convolution comes.
         peak = max(peak, held + 3 * skip + below)
     scores = batch * net.classes * y * x * (net.itemsize + 4 + 4)
+    if net.tta:  # the turned image, and the sum so far, stay beside every pass
+        image += batch * y * x * (net.in_channels * net.itemsize + net.classes * 4)
+        scores += batch * net.classes * y * x * 4
     return int(image + max(peak, skips[0] + scores))
 
 

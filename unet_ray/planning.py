@@ -46,6 +46,7 @@ class Settings:
         workers: how many tiles side by side.
         engine: who runs the tiles.
         precision: number format of the network.
+        tta: average over the 8 symmetries of the square.
         overwrite: delete what is at the output path first.
     """
 
@@ -59,6 +60,7 @@ class Settings:
     workers: int | None = None
     engine: engines.EngineName = "local"
     precision: Precision | None = None
+    tta: bool = False
     overwrite: bool = False
 
 
@@ -198,7 +200,7 @@ def plan(
     device = device_of(settings)
     precision = settings.precision or precision_of(device, settings)
     values = stored_values(network.classes, checked_outputs(settings.outputs))
-    size = network_size(network, precision)
+    size = network_size(network, precision, settings.tta)
     tiles, memory = choose_plan(volume, network, size, settings, values)
     stored = math.prod(tiles.core) * values * len(tiles)
     region = settings.region or Box.of(tiles.shape)
@@ -234,7 +236,7 @@ def stored_values(classes: int, outputs: Sequence[str]) -> int:
     return (classes - 1) * ("probabilities" in outputs) + ("classes" in outputs)
 
 
-def network_size(network: UNet, precision: Precision) -> NetworkSize:
+def network_size(network: UNet, precision: Precision, tta: bool = False) -> NetworkSize:
     """The numbers of a network that memory depends on."""
     return NetworkSize(
         network.in_channels,
@@ -243,6 +245,7 @@ def network_size(network: UNet, precision: Precision) -> NetworkSize:
         network.depth,
         sum(p.numel() for p in network.parameters()),
         {"float32": 4, "bfloat16": 2}[precision],
+        tta,
     )
 
 

@@ -7,7 +7,7 @@ voxels come from or where results go.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -52,6 +52,9 @@ class Predictor:
         intensity: mean and standard deviation of the volume.
         precision: number format of weights and activations.
         device: where the network runs.
+        tta: average over the 8 symmetries of the square, each of the same read (sec. 3 of the
+            paper averages rotations); exact under tiling, since every read ends on the same phase
+            of the pooling as it starts, wherever its tile lies.
     """
 
     def __init__(
@@ -61,11 +64,12 @@ class Predictor:
         intensity: Intensity,
         precision: Precision,
         device: Device,
+        tta: bool = False,
     ) -> None:
         keep_freed_memory()
         # Else "float32" would mean numbers of 10 bits on recent GPUs.
         torch.backends.cudnn.allow_tf32 = False
-        self._plan, self._intensity = plan, intensity
+        self._plan, self._intensity, self._tta = plan, intensity, tta
         self._classes = network.classes
         self._device = torch.device(device)
         self._dtype = getattr(torch, precision)
@@ -97,29 +101,49 @@ class Predictor:
         results = {name: np.zeros(shapes[name], np.uint8) for name in outputs}
         with torch.inference_mode():
             for part in self._plan.pass_boxes(tile):
-                scores = self._scores(part, voxels, tile)
+                # The network returns a little more than the core: sizes come in steps.
+                inside = (..., slice(part.shape[-2]), slice(part.shape[-1]))
+                image = self._image(part, voxels)
+                if self._tta:
+                    scores = shares = self._averaged(image, tile)[inside]
+                else:
+                    scores = self._scores(image, tile)[inside]
+                    shares = scores.softmax(dim=1)
                 if "probabilities" in outputs:
-                    probabilities = scores.softmax(dim=1)[:, 1:].mul_(255).round_().byte()
+                    probabilities = shares[:, 1:].mul(255).round_().byte()
                     where = results["probabilities"][(slice(None), *part.slices)]
                     where[...] = probabilities.transpose(0, 1).cpu().numpy()
                 if "classes" in outputs:
                     results["classes"][part.slices] = scores.argmax(dim=1).byte().cpu().numpy()
         return results
 
-    def _scores(self, part: Box, voxels: NDArray[np.generic], tile: Tile) -> torch.Tensor:
-        """Float32 scores ``(z, classes, y, x)`` of one pass."""
+    def _image(self, part: Box, voxels: NDArray[np.generic]) -> torch.Tensor:
+        """What one pass reads, normalised, ``(z, c, y, x)``."""
         read = Box(part.start, tuple(a + n for a, n in zip(part.start, self._plan.pass_shape)))  # noqa: B905
         image = self._intensity.normalise(voxels[(slice(None), *read.slices)])
         batch = torch.from_numpy(image).transpose(0, 1)
         if self._device.type == "cuda":
             batch = batch.pin_memory()
-        batch = batch.to(self._device, self._dtype, non_blocking=True)
-        scores: torch.Tensor = self._network(batch.contiguous(memory_format=torch.channels_last))
-        # The network returns a little more than the core: sizes come in steps.
-        scores = scores[..., : part.shape[-2], : part.shape[-1]].float()
+        return batch.to(self._device, self._dtype, non_blocking=True)
+
+    def _scores(self, image: torch.Tensor, tile: Tile) -> torch.Tensor:
+        """Float32 scores ``(z, classes, y, x)`` of one pass."""
+        scores = self._network(image.contiguous(memory_format=torch.channels_last)).float()
         if not torch.isfinite(scores).all():
             raise RunError(
                 f"tile {tile.index} ({tile.write}): the network gives scores that are not finite; "
                 f"the model or the intensities are damaged."
             )
-        return scores
+        return cast(torch.Tensor, scores)
+
+    def _averaged(self, image: torch.Tensor, tile: Tile) -> torch.Tensor:
+        """Mean probabilities ``(z, classes, y, x)`` over turns and mirror images, in one order."""
+        total = torch.zeros(())
+        for turns in range(4):
+            for mirrored in (False, True):
+                seen = image.rot90(turns, (2, 3))
+                scores = self._scores(seen.flip(3) if mirrored else seen, tile)
+                shares = scores.softmax(dim=1)
+                back = (shares.flip(3) if mirrored else shares).rot90(-turns, (2, 3))
+                total = total + back
+        return total / 8

@@ -16,6 +16,8 @@ from unet_ray.errors import InputError
 from unet_ray.network import Norm, UNet
 from unet_ray.prediction import Precision
 
+LabelsAre = Literal["classes", "instances"]
+
 # Size of what a patch gives back, in steps of the network, where no patch is asked for.
 PATCH_STEPS = {"default": 12, "paper": 24}
 
@@ -38,6 +40,13 @@ class Recipe:
         decay: the learning rate falls as (1 - progress) ** decay; 0 keeps it constant.
         clip: largest norm of the gradient; 0 for no clipping.
         momentum: of SGD.
+        labels_are: ``classes``, or ``instances``: numbers of cells, of which the network learns
+            cell and background.
+        ignore_label: label of voxels without annotation, which weigh nothing.
+        val: slices that are held out, as in ``20:24``; None for none.
+        val_fraction: share of the slices that is held out, the last ones.
+        best_by: name of the score by which the best model is kept; None for that of the labels.
+        patience: stop after so many validations without a better one; None for never.
         w0, sigma: of the weight map, eq. 2 of the paper.
         elastic: standard deviation of the deformation at its nodes, in voxels (sec. 3.1).
         seed: where chance starts.
@@ -58,6 +67,12 @@ class Recipe:
     decay: float = 0.9
     clip: float = 5.0
     momentum: float = 0.9
+    labels_are: LabelsAre = "classes"
+    ignore_label: int | None = None
+    val: str | None = None
+    val_fraction: float = 0.0
+    best_by: str | None = None
+    patience: int | None = None
     w0: float = 10.0
     sigma: float = 5.0
     elastic: float = 10.0
@@ -96,11 +111,19 @@ class Recipe:
             "w0": (0 <= self.w0 < math.inf, "at least 0"),
             "sigma": (0 < self.sigma < math.inf, "above 0"),
             "elastic": (0 <= self.elastic < math.inf, "at least 0"),
+            "val_fraction": (0 <= self.val_fraction < 1, "at least 0 and below 1"),
+            "patience": (self.patience is None or self.patience >= 1, "at least 1"),
             "seed": (self.seed >= 0, "at least 0"),
         }
         for name, (kept, rule) in rules.items():
             if not kept:
                 raise InputError(f"{name}={getattr(self, name)} must be {rule}.")
+        if self.val and self.val_fraction:
+            raise InputError("val and val_fraction both name slices to hold out: give one.")
+        if (self.best_by or self.patience) and not (self.val or self.val_fraction):
+            raise InputError(
+                "best_by and patience need held-out slices: give --val or --val-fraction."
+            )
         with torch.device("meta"):  # checks the numbers of the network without its memory
             network = self.network(1, 2)
         least = network.context.halo[-1] + network.context.step[-1]

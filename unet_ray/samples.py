@@ -20,11 +20,13 @@ from unet_ray.boxes import Box
 from unet_ray.errors import InputError
 from unet_ray.intensity import Intensity, measure
 from unet_ray.mirror import read_mirrored
+from unet_ray.recipes import LabelsAre
 from unet_ray.volumes import Volume, open_volume
-from unet_ray.weights import class_weights, weight_map
+from unet_ray.weights import class_weights, separate, weight_map
 
 # More distinct values than this are object numbers, not classes.
 MOST_CLASSES = 32
+IGNORED = 255  # target of a voxel without annotation, until its weight is 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,23 @@ class TrainingVolume:
 
 
 @dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Slices of one labelled volume that are not learned from.
+
+    Attributes:
+        image: ``(c, z, y, x)`` in its own units.
+        targets: class numbers, uint8 ``(z, y, x)``; `IGNORED` where nothing is known.
+        cells: numbers of cells, ``(z, y, x)``, if the labels are instances.
+        intensity: grey values of the whole image.
+    """
+
+    image: NDArray[Any]
+    targets: NDArray[np.uint8]
+    cells: NDArray[np.int64] | None
+    intensity: Intensity
+
+
+@dataclass(frozen=True, eq=False)
 class TrainingData:
     """All labelled volumes of a training run.
 
@@ -53,12 +72,14 @@ class TrainingData:
         class_values: label value of each class, ascending.
         voxel_size: (z, y, x) in micrometre of the first image, or None.
         identity: fingerprint of images and labels, JSON-able.
+        held_out: slices to score the network on; empty if none are asked for.
     """
 
     volumes: tuple[TrainingVolume, ...]
     class_values: tuple[int, ...]
     voxel_size: tuple[float, float, float] | None
     identity: dict[str, Any]
+    held_out: tuple[HeldOut, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -82,15 +103,27 @@ class Sample:
 
 
 def load_training_data(
-    images: Sequence[str], labels: Sequence[str], w0: float = 10.0, sigma: float = 5.0
+    images: Sequence[str],
+    labels: Sequence[str],
+    w0: float = 10.0,
+    sigma: float = 5.0,
+    labels_are: LabelsAre = "classes",
+    ignore_label: int | None = None,
+    val: str | None = None,
+    val_fraction: float = 0.0,
 ) -> TrainingData:
     """Reads labelled volumes and computes their weight maps.
 
     Args:
         images: paths of the images.
-        labels: path of the class labels of each, in the same order.
+        labels: path of the labels of each, in the same order.
         w0: weight between two cells that all but touch (eq. 2 of the paper).
         sigma: width of that border term, in voxels.
+        labels_are: ``classes``, or ``instances``: numbers of cells, of which the network learns
+            where there are cells, 1, with background, 0, between those that touch.
+        ignore_label: label of voxels without annotation, which weigh nothing.
+        val: slices to hold out, as in ``20:24,40:44``; of several volumes the numbers run on.
+        val_fraction: share of the slices to hold out, the last ones.
 
     Raises:
         InputError: if files do not pair up, shapes or channels differ, or there is one class only.
@@ -106,27 +139,71 @@ def load_training_data(
                 f"{image.path}: has {image.shape[0]} channels, {pairs[0][0].path} has "
                 f"{pairs[0][0].shape[0]}; all images need the same."
             )
-    label_arrays = [label.read(Box.of(label.shape[1:]))[0] for _, label in pairs]
-    values = _class_values([label.path for _, label in pairs], label_arrays)
-    targets = [np.searchsorted(values, a).astype(np.uint8) for a in label_arrays]
+    paths = [label.path for _, label in pairs]
+    arrays = [label.read(Box.of(label.shape[1:]))[0] for _, label in pairs]
+    known = [np.ones(a.shape, bool) if ignore_label is None else a != ignore_label for a in arrays]
+    cells: list[NDArray[np.int64] | None] = [None] * len(arrays)
+    if labels_are == "instances":
+        values = np.array([0, 1])
+        apart = [_apart(path, a, k) for path, a, k in zip(paths, arrays, known, strict=True)]
+        targets, cells = [(each != 0).astype(np.uint8) for each in apart], [*apart]
+    else:
+        values = _class_values(paths, arrays, known)
+        targets = [np.searchsorted(values, a).astype(np.uint8) for a in arrays]
+    for target, there in zip(targets, known, strict=True):
+        target[~there] = IGNORED
     balance = class_weights(np.concatenate([t.ravel() for t in targets]), len(values))
-    volumes = tuple(
-        TrainingVolume(
-            image.read(Box.of(image.shape[1:])),
-            target,
-            weight_map(target, len(values), w0, sigma, balance),
-            measure(image),
-        )
-        for (image, _), target in zip(pairs, targets, strict=True)
-    )
-    for (image, _), volume in zip(pairs, volumes, strict=True):
-        if not np.isfinite(volume.image).all():
+    pictures = [image.read(Box.of(image.shape[1:])) for image, _ in pairs]
+    for (image, _), picture in zip(pairs, pictures, strict=True):
+        if not np.isfinite(picture).all():
             raise InputError(f"{image.path}: has voxels that are not finite; replace them first.")
+    grey = [measure(image) for image, _ in pairs]
+    held = _held_out([len(target) for target in targets], val, val_fraction)
+    volumes, kept_back = [], []
+    for n, (picture, target, cell, out) in enumerate(
+        zip(pictures, targets, cells, held, strict=True)
+    ):
+        weights = weight_map(target, len(values), w0, sigma, balance, cell)
+        known_targets = np.where(target == IGNORED, 0, target).astype(np.uint8)
+        if not out.all():
+            volumes.append(
+                TrainingVolume(picture[:, ~out], known_targets[~out], weights[~out], grey[n])
+            )
+        if out.any():
+            inside = None if cell is None else cell[out]
+            kept_back.append(HeldOut(picture[:, out], target[out], inside, grey[n]))
     identity = {
         "images": [image.identity() for image, _ in pairs],
         "labels": [label.identity() for _, label in pairs],
     }
-    return TrainingData(volumes, tuple(values.tolist()), pairs[0][0].voxel_size, identity)
+    return TrainingData(
+        tuple(volumes),
+        tuple(values.tolist()),
+        pairs[0][0].voxel_size,
+        identity,
+        tuple(kept_back),
+    )
+
+
+def _held_out(depths: Sequence[int], val: str | None, fraction: float) -> list[NDArray[np.bool_]]:
+    """Which slices of each volume are held out."""
+    every = sum(depths)
+    out = np.zeros(every, bool)
+    if fraction:
+        out[every - max(1, round(every * fraction)) :] = True
+    for part in (val or "").split(",") if val else []:
+        try:
+            start, stop = (int(number) for number in part.split(":"))
+        except ValueError:
+            start = stop = -1
+        if not 0 <= start < stop <= every:
+            raise InputError(
+                f"val={part!r} must be a range of slices, as in 20:24, from 0 up to {every}."
+            )
+        out[start:stop] = True
+    if out.all():
+        raise InputError(f"All {every} slices are held out; leave some to learn from.")
+    return np.split(out, np.cumsum(depths)[:-1])
 
 
 def _open_pair(image: str, label: str) -> tuple[Volume, Volume]:
@@ -148,18 +225,33 @@ def _by(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _class_values(paths: Sequence[str], labels: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
-    values = np.unique(np.concatenate([np.unique(a).astype(np.int64) for a in labels]))
-    if len(values) == 1:
+def _class_values(
+    paths: Sequence[str], labels: Sequence[NDArray[Any]], known: Sequence[NDArray[np.bool_]]
+) -> NDArray[np.int64]:
+    found = [np.unique(a[k]).astype(np.int64) for a, k in zip(labels, known, strict=True)]
+    values = np.unique(np.concatenate(found))
+    if len(values) < 2:
         raise InputError(
-            f"{paths[0]}: all labels are {values[0]}, one class only; training needs at least two."
+            f"{paths[0]}: all labels are {', '.join(map(str, values)) or 'ignored'}, one class "
+            "only; training needs at least two."
         )
     if len(values) > MOST_CLASSES:
         raise InputError(
             f"{paths[0]}: has {len(values)} label values, more than {MOST_CLASSES} classes: these "
-            f"look like object numbers; give labels whose values are classes."
+            f"look like object numbers; give --labels-are instances, or labels whose values are "
+            f"classes."
         )
     return values
+
+
+def _apart(path: str, labels: NDArray[Any], known: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Numbers of cells with background between those that touch; 0 where nothing is known."""
+    cells = np.where(known, labels, 0).astype(np.int64)
+    if (cells < 0).any():
+        raise InputError(f"{path}: holds {cells.min()}; numbers of cells are 0 or more.")
+    if not cells.any():
+        raise InputError(f"{path}: holds no cell; --labels-are instances needs some.")
+    return np.where(separate(cells), cells, 0)
 
 
 class Sampler:

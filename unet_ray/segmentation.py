@@ -70,6 +70,7 @@ class Segmentation:
         plan: the tiles.
         intensity: grey values of the volume.
         precision, device: of the network.
+        tta: average over the 8 symmetries of the square.
         outputs: what is stored.
         class_values: label value of each class.
         memory: what one worker needs.
@@ -84,6 +85,7 @@ class Segmentation:
     intensity: Intensity
     precision: Precision
     device: Device
+    tta: bool
     outputs: tuple[str, ...]
     class_values: tuple[int, ...]
     memory: WorkerMemory
@@ -101,7 +103,9 @@ class TileWorker:
     def __init__(self, run: Segmentation) -> None:
         self._run = run
         network, _ = read_model(run.model)
-        self._predictor = Predictor(network, run.plan, run.intensity, run.precision, run.device)
+        self._predictor = Predictor(
+            network, run.plan, run.intensity, run.precision, run.device, run.tta
+        )
         self._store = Store(run.out, run.outputs)
 
     def read(self, tile: int) -> NDArray[Any]:
@@ -165,7 +169,10 @@ def prepare(
         told["precision"] if told else precision_of(device, settings)
     )
     outputs = checked_outputs(settings.outputs or (tuple(told["outputs"]) if told else None))
-    size, values = network_size(network, precision), stored_values(network.classes, outputs)
+    size, values = (
+        network_size(network, precision, settings.tta),
+        stored_values(network.classes, outputs),
+    )
     if told and not settings.tile:
         tiles = TilePlan.from_json(told["plan"])
         memory = needed_memory(size, tiles, volume, values)
@@ -181,6 +188,7 @@ def prepare(
         intensity=Intensity.from_json(told["normalisation"]) if told else measure(volume),
         precision=precision,
         device=device,
+        tta=settings.tta,
         outputs=outputs,
         class_values=tuple(header.class_values),
         memory=memory,
@@ -232,6 +240,7 @@ def _provenance(run: Segmentation, header: ModelHeader, settings: Settings) -> d
         "precision": run.precision,
         "normalisation": run.intensity.to_json(),
         "device": run.device,
+        "tta": run.tta,
         "instructions": instructions(run.device),
         "threads_per_pass": 1,
         "versions": versions(),

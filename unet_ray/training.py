@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -42,11 +42,14 @@ from unet_ray.network import UNet
 from unet_ray.prediction import Precision, best_precision
 from unet_ray.recipes import Recipe
 from unet_ray.samples import Sample, Sampler, TrainingData, ahead, load_training_data
+from unet_ray.validation import Validator, checked_score
 from unet_ray.versions import versions
 
 CHECKPOINT_SECONDS = 60.0
 REPORT_STEPS = 10
 KEPT_CHECKPOINTS = 2
+VALIDATIONS = 10
+BEST = "best.safetensors"
 PATCHES, KEPT_PATCHES = "patches.safetensors", 4
 
 
@@ -60,6 +63,7 @@ class Measure:
         learning_rate: of the last step.
         seconds: of training so far, over all interruptions.
         progress: 0 to 1.
+        validation: scores on the held-out slices, by name, where they were just computed.
     """
 
     step: int
@@ -67,6 +71,14 @@ class Measure:
     learning_rate: float
     seconds: float
     progress: float
+    validation: Mapping[str, float] | None = None
+
+    def line(self) -> str:
+        """The measure as JSON."""
+        told = {
+            name: value for name, value in dataclasses.asdict(self).items() if value is not None
+        }
+        return json.dumps(told) + "\n"
 
 
 Watch = Callable[[Measure], None]
@@ -113,7 +125,18 @@ def train(
     _check_run_folder(run)
     if engine == "local" and workers not in (None, 1):
         raise InputError(f"workers={workers} needs --engine ray: the local engine has one.")
-    data = load_training_data(images, labels, recipe.w0, recipe.sigma)
+    data = load_training_data(
+        images,
+        labels,
+        recipe.w0,
+        recipe.sigma,
+        recipe.labels_are,
+        recipe.ignore_label,
+        recipe.val,
+        recipe.val_fraction,
+    )
+    if data.held_out:
+        checked_score(data.held_out, len(data.class_values), recipe.best_by)
     about = {"recipe": dataclasses.asdict(recipe), "data": data.identity}
     model = run / "model.safetensors"
     _refuse_other_run(run, about)
@@ -192,17 +215,21 @@ class _Clock:
 
     def __init__(self, recipe: Recipe, world: _World, elapsed: float) -> None:
         self._recipe, self._world = recipe, world
-        self._start = time.monotonic() - elapsed
+        self._start, self._stopped = time.monotonic() - elapsed, False
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._start
 
+    def stop(self) -> None:
+        """Ends training on every worker; only rank 0 is asked."""
+        self._stopped = True
+
     def progress(self, step: int) -> float:
         """0 to 1, the same number on every worker."""
         minutes = self.seconds / 60 / self._recipe.minutes if self._recipe.minutes else 0.0
         steps = step / self._recipe.steps if self._recipe.steps else 0.0
-        progress = min(1.0, max(minutes, steps))
+        progress = 1.0 if self._stopped else min(1.0, max(minutes, steps))
         if self._world.size > 1:
             shared = torch.tensor([progress], dtype=torch.float64, device=self._world.device)
             torch.distributed.broadcast(shared, src=0)
@@ -218,16 +245,30 @@ def _fit(recipe: Recipe, data: TrainingData, run: Path, world: _World, watch: Wa
     network = recipe.network(data.channels, len(data.class_values))
     network.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = _optimiser(recipe, network)
-    step, elapsed, precision = _restore(run, network, optimiser, world.device)
+    step, elapsed, precision, pending = _restore(run, network, optimiser, world.device)
     precision = precision or _precision(recipe, world)
     learner = _Learner(recipe, network, optimiser, world, precision)
     header = partial(_header, recipe, data, network, precision)
-    log = _Log(run / "metrics.jsonl", step, watch if world.rank == 0 else None)
+    log = _Log(run / "metrics.jsonl", step, pending, watch if world.rank == 0 else None)
     clock = _Clock(recipe, world, elapsed)
+    judge = _Judge(recipe, data, run, log, precision, world, step) if world.rank == 0 else None
     saved = time.monotonic()
     batches = _batches(recipe, data, world, step)
+
+    def save() -> None:
+        _save(run, step, clock.seconds, network, optimiser, header(step), log.pending)
+
     progress = clock.progress(step)
-    while progress < 1:
+    while True:
+        if judge and judge.due(progress):
+            save()
+            judge.judge(network, header(step), step, learner.rate, clock.seconds, progress)
+            saved = time.monotonic()
+            if judge.impatient():
+                clock.stop()
+        progress = clock.progress(step)
+        if progress >= 1:
+            break
         loss = learner.step(next(batches), step, progress)
         step += 1
         progress = clock.progress(step)
@@ -235,12 +276,101 @@ def _fit(recipe: Recipe, data: TrainingData, run: Path, world: _World, watch: Wa
             raise RunError(f"step {step}: the loss is {loss}; lower --learning-rate and run again.")
         log.add(step, loss, learner.rate, clock.seconds, progress)
         if world.rank == 0 and time.monotonic() - saved > CHECKPOINT_SECONDS:
-            _save(run, step, clock.seconds, network, optimiser, header(step))
+            save()
             saved = time.monotonic()
     log.flush(step, learner.rate, clock.seconds, 1.0)
     if world.rank == 0:
-        _save(run, step, clock.seconds, network, optimiser, header(step))
-        write_model(run / "model.safetensors", network.cpu(), header(step))
+        save()
+        best = run / BEST
+        if best.exists():
+            write_whole(run / "model.safetensors", best.read_bytes())
+            best.unlink()
+        else:
+            write_model(run / "model.safetensors", network.cpu(), header(step))
+
+
+class _Judge:
+    """Validates now and then, keeps the best model, and knows when patience is at an end."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: TrainingData,
+        run: Path,
+        log: _Log,
+        precision: Precision,
+        world: _World,
+        step: int,
+    ) -> None:
+        self._best_file, self._log, self._patience = run / BEST, log, recipe.patience
+        self._validator = (
+            Validator(
+                data.held_out,
+                len(data.class_values),
+                recipe.best_by,
+                precision,
+                "cuda" if world.device.type == "cuda" else "cpu",
+            )
+            if data.held_out
+            else None
+        )
+        self._best: Mapping[str, float] | None = None
+        self._since, self._judged = 0, 0
+        for measure in log.kept():
+            if measure.validation is not None:
+                self._judged = _tenth(measure.progress)
+                self._note(measure.validation)
+        if not self._holds_best_of(step):
+            self._best_file.unlink(missing_ok=True)
+            self._best = None
+
+    def _holds_best_of(self, step: int) -> bool:
+        """Whether the best model is there, and not of a step that is yet to come again."""
+        if not self._best_file.exists():
+            return False
+        return bool(read_tensors(self._best_file)[1]["training"]["steps"] <= step)
+
+    def due(self, progress: float) -> bool:
+        """Whether another tenth of the training is done."""
+        return self._validator is not None and _tenth(progress) > self._judged
+
+    def judge(
+        self,
+        network: UNet,
+        header: ModelHeader,
+        step: int,
+        rate: float,
+        seconds: float,
+        progress: float,
+    ) -> None:
+        """Scores the network, keeps it if it is the best, and writes the scores down."""
+        if self._validator is None:
+            return
+        network.eval()
+        scores = self._validator(network)
+        network.train()
+        self._judged = _tenth(progress)
+        if self._note(scores):
+            told = dataclasses.asdict(header)
+            told["training"] = {**told["training"], "validation": scores}
+            write_tensors(self._best_file, network.state_dict(), told)
+        self._log.flush(step, rate, seconds, progress, scores)
+
+    def _note(self, scores: Mapping[str, float]) -> bool:
+        """Counts a validation; says whether it is the best so far."""
+        if self._validator is None or not self._validator.better(scores, self._best):
+            self._since += 1
+            return False
+        self._best, self._since = scores, 0
+        return True
+
+    def impatient(self) -> bool:
+        """Whether too many validations have brought nothing better."""
+        return self._patience is not None and self._since >= self._patience
+
+
+def _tenth(progress: float) -> int:
+    return math.floor(progress * VALIDATIONS + 1e-9)
 
 
 class _Learner:
@@ -339,6 +469,7 @@ def _save(
     network: UNet,
     optimiser: torch.optim.Optimizer,
     header: ModelHeader,
+    pending: Sequence[float],
 ) -> None:
     """Writes a checkpoint and drops all but the newest ones."""
     tensors = {f"model.{name}": t for name, t in network.state_dict().items()}
@@ -346,7 +477,12 @@ def _save(
         for name, value in state.items():
             if value is not None:
                 tensors[f"optimiser.{index}.{name}"] = torch.as_tensor(value)
-    told = {**dataclasses.asdict(header), "step": step, "seconds": seconds}
+    told = {
+        **dataclasses.asdict(header),
+        "step": step,
+        "seconds": seconds,
+        "pending_losses": list(pending),
+    }
     write_tensors(run / "checkpoints" / f"step-{step:09d}.safetensors", tensors, told)
     for old in _checkpoints(run)[KEPT_CHECKPOINTS:]:
         old.unlink()
@@ -354,11 +490,15 @@ def _save(
 
 def _restore(
     run: Path, network: UNet, optimiser: torch.optim.Optimizer, device: torch.device
-) -> tuple[int, float, Precision | None]:
-    """Loads the newest checkpoint; returns (steps done, seconds trained, precision)."""
+) -> tuple[int, float, Precision | None, list[float]]:
+    """Loads the newest checkpoint.
+
+    Returns:
+        Steps done, seconds trained, precision, and the losses since the last line of the log.
+    """
     newest = _newest(run)
     if newest is None:
-        return 0, 0.0, None
+        return 0, 0.0, None, []
     tensors, header = newest[1]
     prefix = "model."
     network.load_state_dict(
@@ -371,32 +511,59 @@ def _restore(
             state.setdefault(int(index), {})[key] = tensor
     groups = optimiser.state_dict()["param_groups"]
     optimiser.load_state_dict({"state": state, "param_groups": groups})
-    return header["step"], header["seconds"], header["training"]["precision"]
+    return (
+        header["step"],
+        header["seconds"],
+        header["training"]["precision"],
+        header["pending_losses"],
+    )
 
 
 class _Log:
     """``metrics.jsonl``: one line per some steps, cut back to the checkpoint on a restart."""
 
-    def __init__(self, path: Path, step: int, watch: Watch | None) -> None:
+    def __init__(
+        self, path: Path, step: int, pending: Sequence[float], watch: Watch | None
+    ) -> None:
         self._path, self._watch = path, watch
-        self._losses: list[float] = []
+        self.pending = list(pending)
         if watch is not None:
             kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
             write_whole(path, "".join(line + "\n" for line in kept).encode())
+            if kept and json.loads(kept[-1])["step"] == step:
+                self.pending.clear()  # the checkpoint is older than the line of its own step
+
+    def kept(self) -> list[Measure]:
+        """What the log holds."""
+        return [Measure(**json.loads(line)) for line in _lines(self._path)]
 
     def add(self, step: int, loss: float, rate: float, seconds: float, progress: float) -> None:
-        self._losses.append(loss)
+        """Counts a step; every so many are a line."""
+        self.pending.append(loss)
         if step % REPORT_STEPS == 0:
             self.flush(step, rate, seconds, progress)
 
-    def flush(self, step: int, rate: float, seconds: float, progress: float) -> None:
-        if not self._losses or self._watch is None:
+    def flush(
+        self,
+        step: int,
+        rate: float,
+        seconds: float,
+        progress: float,
+        validation: Mapping[str, float] | None = None,
+    ) -> None:
+        """Writes a line of the steps since the last one, or of no step but with a validation."""
+        if self._watch is None or not (self.pending or validation is not None):
             return
-        measure = Measure(step, float(np.mean(self._losses)), rate, round(seconds, 3), progress)
+        loss = float(np.mean(self.pending)) if self.pending else self._last_loss()
+        measure = Measure(step, loss, rate, round(seconds, 3), progress, validation)
         with open(self._path, "a") as file:
-            file.write(json.dumps(dataclasses.asdict(measure)) + "\n")
-        self._losses.clear()
+            file.write(measure.line())
+        self.pending.clear()
         self._watch(measure)
+
+    def _last_loss(self) -> float:
+        kept = self.kept()
+        return kept[-1].loss if kept else math.nan
 
 
 def _lines(path: Path) -> list[str]:

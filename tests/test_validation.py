@@ -1,0 +1,188 @@
+"""Held-out slices: which they are, how they are scored, and what a run makes of the scores."""
+
+import json
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from scipy import ndimage
+
+from unet_ray import engine, training, validation
+from unet_ray.checkpoints import read_tensors
+from unet_ray.errors import InputError
+from unet_ray.intensity import Intensity
+from unet_ray.network import UNet
+from unet_ray.planning import Settings
+from unet_ray.recipes import Recipe
+from unet_ray.samples import IGNORED, HeldOut, load_training_data
+from unet_ray.segmentation import segment
+from unet_ray.training import train
+from unet_ray.validation import Validator, checked_score, score_names
+
+TINY = {"base_channels": 2, "depth": 1, "patch": (44, 48), "elastic": 2.0, "learning_rate": 0.02}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.setattr(engine, "usable_cores", lambda: 1)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """An image that equals its labels but for noise: six slices."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    labels = 255 * rng.integers(0, 2, (6, 10, 10), np.uint8).repeat(7, 1).repeat(7, 2)
+    image = (labels // 4 + rng.integers(60, 90, labels.shape)).astype(np.uint8)
+    tifffile.imwrite(folder / "image.tif", image)
+    tifffile.imwrite(folder / "labels.tif", labels)
+    return str(folder / "image.tif"), str(folder / "labels.tif")
+
+
+def run(files, out, watch=lambda measure: None, **chosen):
+    recipe = Recipe.of("default", **{**TINY, "steps": 40, **chosen})
+    return train([files[0]], [files[1]], out, recipe, watch=watch)
+
+
+def validations(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "validation" in line]
+
+
+def held(depth=1, cells=None, ignored=False):
+    targets = np.zeros((depth, 8, 8), np.uint8)
+    targets[:, :, :4] = 1
+    if ignored:
+        targets[0, 0, 0] = IGNORED
+    image = np.zeros((1, depth, 8, 8), np.uint8)
+    return HeldOut(image, targets, cells, Intensity((0.0,), (1.0,)))
+
+
+def test_held_out_slices_are_not_learned_from(files):
+    data = load_training_data([files[0]] * 2, [files[1]] * 2, val="1:2,5:7")
+    assert [len(v.targets) for v in data.volumes] == [4, 5]
+    assert [len(h.targets) for h in data.held_out] == [2, 1]
+    image = tifffile.imread(files[0])
+    np.testing.assert_array_equal(data.held_out[0].image[0], image[[1, 5]])
+    np.testing.assert_array_equal(data.volumes[0].image[0], image[[0, 2, 3, 4]])
+    np.testing.assert_array_equal(data.held_out[1].image[0], image[[0]])
+
+
+def test_a_fraction_takes_the_last_slices_and_at_least_one(files):
+    for fraction, count in ((0.5, 3), (0.01, 1)):
+        data = load_training_data([files[0]], [files[1]], val_fraction=fraction)
+        assert len(data.held_out[0].targets) == count
+        np.testing.assert_array_equal(
+            data.held_out[0].image[0], tifffile.imread(files[0])[6 - count :]
+        )
+
+
+@pytest.mark.parametrize("val", ["4", "a:b", "3:3", "2:7", "-1:2", "0:6", "1:2,"])
+def test_what_is_no_range_of_slices_is_refused(files, val):
+    with pytest.raises(InputError, match=r"val=|leave some"):
+        load_training_data([files[0]], [files[1]], val=val)
+
+
+def test_scores_fit_the_labels():
+    assert score_names([held()], 2)[-1] == "v_rand"
+    assert score_names([held()], 3)[-1] == "iou"
+    assert score_names([held(ignored=True)], 2)[-1] == "iou"
+    assert score_names([held(cells=np.ones((1, 8, 8), np.int64))], 2)[-1] == "seg"
+    assert checked_score([held()], 2, "dice") == "dice"
+    with pytest.raises(InputError, match=r"best_by='sge'.*v_rand"):
+        checked_score([held()], 2, "sge")
+
+
+def test_a_validation_equals_segmenting_and_scoring(files, tmp_path):
+    model = run(files, tmp_path / "run", val="4:6", precision="float32")
+    tensors, header = read_tensors(model)
+    told = header["training"]["validation"]
+    tifffile.imwrite(tmp_path / "image.tif", tifffile.imread(files[0])[4:])
+    tifffile.imwrite(tmp_path / "labels.tif", tifffile.imread(files[1])[4:])
+    from unet_ray.evaluation import evaluate
+
+    data = load_training_data([files[0]], [files[1]], val="4:6")
+    network = UNet(**header["architecture"]).eval()
+    network.load_state_dict(tensors)
+    again = Validator(data.held_out, 2, None, "float32", "cpu")(network)
+    assert again == pytest.approx(told)
+    # The grey values of two slices alone differ a little from those of all six.
+    store = segment(
+        tmp_path / "image.tif", model, tmp_path / "out.zarr", Settings(precision="float32")
+    )
+    whole = evaluate(store, tmp_path / "labels.tif", "isbi").scores
+    assert whole["v_rand"].value == pytest.approx(told["v_rand"], abs=0.05)
+
+
+def test_ten_validations_are_written_and_the_best_model_is_kept(files, tmp_path):
+    model = run(files, tmp_path / "run", val_fraction=0.3, best_by="iou")
+    lines = validations(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(4, 41, 4))
+    best = max(lines, key=lambda line: line["validation"]["iou"])
+    header = read_tensors(model)[1]
+    assert header["training"]["validation"] == best["validation"]
+    assert header["training"]["steps"] == best["step"]
+    assert not (tmp_path / "run" / training.BEST).exists()
+
+
+def test_validation_changes_nothing_of_what_is_learned(files, tmp_path, monkeypatch):
+    run(files, tmp_path / "with", val="4:6", precision="float32")
+    monkeypatch.setattr(training, "VALIDATIONS", 0)
+    run(files, tmp_path / "without", val="4:6", precision="float32")
+    last = [sorted((tmp_path / n / "checkpoints").glob("*"))[-1] for n in ("with", "without")]
+    (one, _), (other, _) = (read_tensors(path) for path in last)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_patience_ends_a_run_that_gets_no_better(files, tmp_path, monkeypatch):
+    scores = iter([0.3, 0.5, 0.4, 0.45, 0.9])
+    monkeypatch.setattr(
+        validation.Validator, "__call__", lambda self, network: {"iou": next(scores)}
+    )
+    model = run(files, tmp_path / "run", val="4:6", best_by="iou", patience=2)
+    assert [v["validation"]["iou"] for v in validations(tmp_path / "run")] == [0.3, 0.5, 0.4, 0.45]
+    assert read_tensors(model)[1]["training"]["steps"] == 8
+
+
+class StoppedError(Exception):
+    """What stands for a kill."""
+
+
+@pytest.mark.parametrize("step", [4, 10, 12, 30])
+def test_an_interrupted_run_keeps_the_same_best_and_the_same_curve(files, tmp_path, step):
+    def stop(measure):
+        if measure.step == step:
+            raise StoppedError
+
+    chosen = {"val": "4:6", "best_by": "iou", "precision": "float32"}
+    run(files, tmp_path / "whole", **chosen)
+    with pytest.raises(StoppedError):
+        run(files, tmp_path / "cut", stop, **chosen)
+    run(files, tmp_path / "cut", **chosen)
+    whole, cut = ((tmp_path / n / "metrics.jsonl").read_text() for n in ("whole", "cut"))
+
+    def curve(text):
+        return [{**json.loads(line), "seconds": 0} for line in text.splitlines()]
+
+    assert curve(cut) == curve(whole)
+    one, other = (read_tensors(tmp_path / n / "model.safetensors") for n in ("whole", "cut"))
+    assert one[1] == other[1]
+    assert all(torch.equal(one[0][name], other[0][name]) for name in one[0])
+
+
+def test_cells_are_scored_slice_by_slice(monkeypatch):
+    cells = np.zeros((2, 8, 8), np.int64)
+    cells[0, :3, :3], cells[0, 5:, 5:], cells[1, :3, :3] = 1, 2, 2
+    out = HeldOut(
+        np.zeros((1, 2, 8, 8), np.uint8),
+        (cells != 0).astype(np.uint8),
+        cells,
+        Intensity((0.0,), (1.0,)),
+    )
+    validator = Validator([out], 2, None, "float32", "cpu")
+    stored = np.where(cells != 0, 255, 0).astype(np.uint8)[None]
+    monkeypatch.setattr(validator, "_predict", lambda network, held: stored)
+    assert validator(UNet(1, 2, 2, 1)) == {"dice": 1.0, "iou": 1.0, "seg": 1.0, "ap50": 1.0}
+    assert ndimage.label(stored[0, 0])[1] == 2
