@@ -146,6 +146,20 @@ def test_patience_ends_a_run_that_gets_no_better(files, tmp_path, monkeypatch):
     assert read_tensors(model)[1]["training"]["steps"] == 8
 
 
+def test_a_run_that_was_cut_off_when_patience_ended_does_not_go_on(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(validation.Validator, "__call__", lambda self, network: {"iou": 0.5})
+    chosen = {"val": "4:6", "best_by": "iou", "patience": 2}
+
+    def stop(measure):
+        if measure.step == 12 and measure.validation:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        run(files, tmp_path / "run", stop, **chosen)
+    run(files, tmp_path / "run", **chosen)
+    assert [line["step"] for line in validations(tmp_path / "run")] == [4, 8, 12]
+
+
 class StoppedError(Exception):
     """What stands for a kill."""
 

@@ -264,8 +264,8 @@ def _fit(recipe: Recipe, data: TrainingData, run: Path, world: _World, watch: Wa
             save()
             judge.judge(network, header(step), step, learner.rate, clock.seconds, progress)
             saved = time.monotonic()
-            if judge.impatient():
-                clock.stop()
+        if judge and judge.impatient():  # also of a run that was cut off right there
+            clock.stop()
         progress = clock.progress(step)
         if progress >= 1:
             break
