@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from unet_ray.errors import InputError, RunError
+from unet_ray.errors import InputError
 from unet_ray.ledger import committed
 from unet_ray.overlaps import Overlaps
 from unet_ray.scores import (
@@ -222,12 +222,7 @@ def _stored(path: Path, told: Mapping[str, Any], kind: Kind) -> Path:
         )
     store = Store(path, [what])
     for number in range(len(plan)):
-        shard = store.shard(what, plan[number])
-        if not shard.is_file():
-            raise RunError(
-                f"{shard}: is missing, though tile {number} was finished; copy the store again, or "
-                "make it anew with segment --overwrite."
-            )
+        store.require(what, plan[number])
     return path / ARRAYS[what]
 
 

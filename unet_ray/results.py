@@ -59,12 +59,9 @@ class Result:
 
     def read(self, output: str, box: Box) -> NDArray[Any]:
         """The voxels of an output, (..., z, y, x)."""
-        missing = self._missing(output, box)
-        if missing:
-            raise RunError(
-                f"{missing}: is missing, though its tile was finished; copy the store again, or "
-                "make it anew with segment --overwrite."
-            )
+        for index in self.plan.within(box):
+            if self.done[index]:
+                self.store.require(output, self.plan[index])
         try:
             voxels: NDArray[Any] = np.asarray(self.store.read(output)[(..., *box.slices)])
         except DAMAGE as error:
@@ -74,14 +71,6 @@ class Result:
                 "to make it anew."
             ) from error
         return voxels
-
-    def _missing(self, output: str, box: Box) -> Path | None:
-        """The first file of a box that should be there and is not."""
-        for index in self.plan.within(box):
-            shard = self.store.shard(output, self.plan[index])
-            if self.done[index] and not shard.is_file():
-                return shard
-        return None
 
     def _damaged(self, output: str, box: Box) -> Path:
         """The first file of a box that cannot be read; the array if each can, by itself."""

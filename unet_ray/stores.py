@@ -21,7 +21,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from unet_ray.errors import InputError
+from unet_ray.errors import InputError, RunError
 from unet_ray.files import write_whole
 from unet_ray.tiles import Tile, TilePlan
 
@@ -236,6 +236,19 @@ class Store:
     def shard(self, name: str, tile: Tile) -> Path:
         """The file that holds `tile` of one output."""
         return self.path / ARRAYS[name] / self._key(name, tile)
+
+    def require(self, name: str, tile: Tile) -> None:
+        """Makes sure that the shard of a finished tile is there: absent is never background.
+
+        Raises:
+            RunError: naming the file that is missing.
+        """
+        shard = self.shard(name, tile)
+        if not shard.is_file():
+            raise RunError(
+                f"{shard}: is missing, though tile {tile.index} was finished; copy the store "
+                "again, or make it anew with segment --overwrite."
+            )
 
     def read(self, name: str) -> Any:
         """The array of one output, to be indexed like a NumPy array."""
