@@ -88,12 +88,15 @@ def deform(
         nodes: displacements in voxels, shape ``(2, 3, 3)``, of the patch's corners, the middles
             of its edges and its centre; between them bicubic (a natural cubic spline per axis).
     """
-    y, x = (np.arange(n) - (n - 1) / 2 for n in shape)
-    # einsum, not @: BLAS would wake its threads for this, beside the network that uses them.
-    rows = np.einsum("aij,iy->ayj", nodes.astype(np.float32), _spline(shape[0]))
-    offsets: NDArray[np.float32] = np.einsum("ayj,jx->ayx", rows, _spline(shape[1]))
-    offsets += (matrix[:, :1] * y)[:, :, None]
-    offsets += (matrix[:, 1:] * x)[:, None, :]
+    offsets = np.empty((2, *shape), np.float32)
+    # Not @, for which BLAS would wake its threads beside the network that uses them.
+    _fill_offsets(
+        matrix.astype(np.float64),
+        nodes.astype(np.float64),
+        _spline(shape[0]),
+        _spline(shape[1]),
+        offsets,
+    )
     return Deformation(offsets)
 
 
@@ -187,6 +190,30 @@ def _check_reach(
     reach = deformation.reach(centre)
     if reach.intersect(Box.of(window)) != reach:
         raise ValueError(f"The patch reaches to {reach}, the window has only {Box.of(window)}.")
+
+
+@compiled
+def _fill_offsets(
+    matrix: NDArray[np.float64],
+    nodes: NDArray[np.float64],
+    along_y: NDArray[np.float32],
+    along_x: NDArray[np.float32],
+    offsets: NDArray[np.float32],
+) -> None:
+    """Fills `offsets` (2, y, x); the nodes' displacements are spread along y, then along x."""
+    _, height, width = offsets.shape
+    for axis in range(2):
+        for y in range(height):
+            first, middle, last = np.float32(0), np.float32(0), np.float32(0)
+            for node in range(3):
+                first += np.float32(nodes[axis, node, 0]) * along_y[node, y]
+                middle += np.float32(nodes[axis, node, 1]) * along_y[node, y]
+                last += np.float32(nodes[axis, node, 2]) * along_y[node, y]
+            start = np.float32(matrix[axis, 0] * (y - (height - 1) / 2))
+            for x in range(width):
+                turned = start + np.float32(matrix[axis, 1] * (x - (width - 1) / 2))
+                bent = first * along_x[0, x] + middle * along_x[1, x] + last * along_x[2, x]
+                offsets[axis, y, x] = bent + turned
 
 
 @compiled
