@@ -18,8 +18,8 @@ RUNGS = (
     "tiles memory cost tiff volumes intensity stores ledger events "
     "weights augment warping thinning overlaps cuts stacks scores metrics "
     "phantom pictures charts results",
-    "network checkpoints prediction recipes",
-    "samples engine",
+    "network checkpoints prediction recipes runs",
+    "annotations samples engine",
     "evaluation validation training planning segmentation report demo",
     "__init__ cli __main__",
 )

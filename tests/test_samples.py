@@ -9,9 +9,15 @@ import pytest
 import tifffile
 
 from unet_ray import samples
+from unet_ray.annotations import (
+    TrainingData,
+    TrainingVolume,
+    load_training_data,
+)
 from unet_ray.errors import InputError
 from unet_ray.intensity import Intensity
-from unet_ray.samples import Sampler, TrainingData, TrainingVolume, ahead, load_training_data
+from unet_ray.recipes import Recipe
+from unet_ray.samples import Sampler, ahead
 
 
 @pytest.fixture
@@ -33,10 +39,19 @@ def blobs(shape=(2, 96, 80), seed=0):
     return 255 * coarse.repeat(7, 1).repeat(7, 2)[:, : shape[1], : shape[2]]
 
 
+def load(images, labels, **chosen):
+    return load_training_data(images, labels, Recipe(**chosen))
+
+
+def sampler_of(data, patch, seed, elastic):
+    """Of a network of depth 2, which returns 40 voxels less than it reads."""
+    return Sampler(data, Recipe(depth=2, patch=patch, seed=seed, elastic=elastic))
+
+
 @pytest.fixture
 def data(write):
     labels = blobs()
-    return load_training_data([write("image", labels)], [write("labels", labels)])
+    return load([write("image", labels)], [write("labels", labels)])
 
 
 def in_memory(image, targets):
@@ -61,16 +76,16 @@ def same(a, b):
 
 
 def test_a_sample_is_a_function_of_seed_and_number(data):
-    one, other = (Sampler(data, (60, 60), (20, 20), seed=5, elastic=3) for _ in range(2))
-    forth = [one[n] for n in range(6)]
-    back = [other[n] for n in reversed(range(6))][::-1]
+    one, other = (sampler_of(data, (60, 60), seed=5, elastic=3) for _ in range(2))
+    forth = [one[n, 0] for n in range(6)]
+    back = [other[n, 0] for n in reversed(range(6))][::-1]
     assert all(map(same, forth, back))
     assert not any(same(a, b) for a, b in itertools.combinations(forth, 2))
-    assert not same(Sampler(data, (60, 60), (20, 20), seed=6, elastic=3)[0], forth[0])
+    assert not same(sampler_of(data, (60, 60), seed=6, elastic=3)[0, 0], forth[0])
 
 
 def test_shapes_and_dtypes_are_those_of_the_network(data):
-    sample = Sampler(data, (60, 76), (20, 36), seed=0, elastic=3)[0]
+    sample = sampler_of(data, (60, 76), seed=0, elastic=3)[0, 0]
     assert (sample.image.shape, sample.image.dtype) == ((1, 60, 76), np.float32)
     assert (sample.targets.shape, sample.targets.dtype) == ((20, 36), np.uint8)
     assert (sample.weights.shape, sample.weights.dtype) == ((20, 36), np.float32)
@@ -83,7 +98,7 @@ def test_a_larger_volume_is_drawn_more_often(write):
         [write(f"{n}{i}", a) for i, a in enumerate(x)]
         for n, x in zip("il", [(many, few), labels], strict=True)
     ]
-    data = load_training_data(*paths)
+    data = load(*paths)
     first, second = data.volumes
     assert (first.intensity.mean, second.intensity.mean) == ((200.0,), (20.0,))
     data = TrainingData(
@@ -95,8 +110,8 @@ def test_a_larger_volume_is_drawn_more_often(write):
         None,
         {},
     )
-    sampler = Sampler(data, (24, 24), (4, 4), seed=0, elastic=0)
-    share = np.mean([sampler[n].targets[0, 0] for n in range(400)])
+    sampler = sampler_of(data, (44, 44), seed=0, elastic=0)
+    share = np.mean([sampler[n, 0].targets[0, 0] for n in range(400)])
     assert share == pytest.approx(0.25, abs=0.06)
 
 
@@ -105,11 +120,11 @@ def test_a_larger_volume_is_drawn_more_often(write):
 
 @pytest.mark.parametrize("patch, output", [((60, 60), (20, 20)), ((60, 76), (20, 36))])
 def test_labels_are_those_of_the_middle_of_the_image(data, patch, output):
-    sampler = Sampler(data, patch, output, seed=1, elastic=0)
+    sampler = sampler_of(data, patch, seed=1, elastic=0)
     middle = tuple(slice((p - o) // 2, (p + o) // 2) for p, o in zip(patch, output, strict=True))
     decided = 0
     for number in range(30):
-        sample = sampler[number]
+        sample = sampler[number, 0]
         low, high = sample.image.min(), sample.image.max()
         grey = (sample.image[0][middle] - low) / (high - low)
         sure = (grey < 1e-3) | (grey > 1 - 1e-3)  # all voxels around have one label
@@ -125,10 +140,10 @@ def test_labels_and_image_are_taken_from_the_same_place(monkeypatch, elastic, ax
     monkeypatch.setattr(samples, "change_grey", lambda image, rng: image)
     ramp = np.indices((240, 240))[axis][None].astype(np.uint8)
     data = in_memory(ramp[None].astype(np.float32), ramp)
-    sampler = Sampler(data, (60, 76), (20, 36), seed=3, elastic=elastic)
+    sampler = sampler_of(data, (60, 76), seed=3, elastic=elastic)
     compared = 0
     for number in range(40):
-        sample = sampler[number]
+        sample = sampler[number, 0]
         if not 0 < sample.image.min() <= sample.image.max() < 239:
             continue  # mirrored at a face, where the ramp has a fold
         middle = sample.image[0, 20:40, 20:56]
@@ -139,10 +154,10 @@ def test_labels_and_image_are_taken_from_the_same_place(monkeypatch, elastic, ax
 
 def test_weights_are_those_of_the_labels(write):
     labels = blobs()
-    data = load_training_data([write("image", labels)], [write("labels", labels)], w0=0)
+    data = load([write("image", labels)], [write("labels", labels)], w0=0)
     share = np.mean(labels == 0)
     expected = np.array([0.5 / share, 0.5 / (1 - share)], np.float32)
-    sample = Sampler(data, (60, 60), (20, 20), seed=0, elastic=5)[0]
+    sample = sampler_of(data, (60, 60), seed=0, elastic=5)[0, 0]
     assert set(np.unique(sample.targets)) == {0, 1}
     np.testing.assert_allclose(sample.weights, expected[sample.targets], rtol=1e-6)
 
@@ -152,8 +167,8 @@ def test_corners_of_the_volume_are_drawn():
     corners = list(itertools.product([slice(0, 3), slice(-3, None)], repeat=2))
     for number, (y, x) in enumerate(corners, start=1):
         targets[0, y, x] = number
-    sampler = Sampler(in_memory(targets[None], targets), (60, 60), (20, 20), seed=0, elastic=2)
-    drawn = [np.unique(sampler[n].targets) for n in range(600)]
+    sampler = sampler_of(in_memory(targets[None], targets), (60, 60), seed=0, elastic=2)
+    drawn = [np.unique(sampler[n, 0].targets) for n in range(600)]
     counts = [sum(number in found for found in drawn) for number in range(1, 5)]
     # Starts that are drawn evenly over 41 x 41 places would show each corner about once.
     assert min(counts) >= 6, counts
@@ -164,9 +179,9 @@ def test_volumes_smaller_than_the_patch_are_mirrored(shape):
     rng = np.random.default_rng(0)
     image = rng.normal(size=(2, *shape)).astype(np.float32)
     targets = rng.integers(0, 3, shape).astype(np.uint8)
-    sampler = Sampler(in_memory(image, targets), (60, 60), (20, 20), seed=0, elastic=3)
+    sampler = sampler_of(in_memory(image, targets), (60, 60), seed=0, elastic=3)
     for number in range(5):
-        sample = sampler[number]
+        sample = sampler[number, 0]
         assert sample.image.shape == (2, 60, 60) and np.isfinite(sample.image).all()
         assert sample.targets.shape == sample.weights.shape == (20, 20)
         assert set(np.unique(sample.targets)) <= set(np.unique(targets))
@@ -180,7 +195,7 @@ def test_volumes_smaller_than_the_patch_are_mirrored(shape):
 )
 def test_classes_are_the_label_values_in_ascending_order(write, values):
     labels = np.random.default_rng(0).choice(values, (2, 40, 40)).astype(np.int16)
-    data = load_training_data([write("image", labels)], [write("labels", labels)])
+    data = load([write("image", labels)], [write("labels", labels)])
     assert data.class_values == values
     np.testing.assert_array_equal(np.array(values)[data.volumes[0].targets], labels)
     assert data.volumes[0].targets.dtype == np.uint8
@@ -189,7 +204,7 @@ def test_classes_are_the_label_values_in_ascending_order(write, values):
 def test_classes_are_those_of_all_volumes_together(write):
     labels = [np.full((1, 8, 8), n, np.uint8) for n in (9, 4)]
     paths = [write(f"labels{n}", array) for n, array in enumerate(labels)]
-    data = load_training_data(paths, paths)
+    data = load(paths, paths)
     assert data.class_values == (4, 9)
     assert [v.targets.max() for v in data.volumes] == [1, 0]
     np.testing.assert_allclose([v.weights.mean() for v in data.volumes], 1, rtol=1e-6)
@@ -201,14 +216,14 @@ def test_a_fingerprint_names_every_file(data, write):
         "labels.tif",
     ]
     changed = blobs(seed=1)
-    again = load_training_data([write("image", changed)], [write("labels", changed)])
+    again = load([write("image", changed)], [write("labels", changed)])
     assert again.identity != data.identity
 
 
 def test_every_image_has_its_own_grey_values(write):
     labels = blobs((1, 40, 40))
     images = [write("dark", labels // 8), write("bright", labels.astype(np.uint16) * 9)]
-    data = load_training_data(images, [write("labels", labels)] * 2)
+    data = load(images, [write("labels", labels)] * 2)
     dark, bright = (v.intensity.normalise(v.image) for v in data.volumes)
     np.testing.assert_allclose(dark, bright, atol=1e-5)
 
@@ -228,33 +243,33 @@ def test_labels_that_do_not_fit_are_refused(write, case):
     labels, said = BAD_LABELS[case]
     paths = write("image", GOOD), write("labels", labels)
     with pytest.raises(InputError) as refused:
-        load_training_data([paths[0]], [paths[1]])
+        load([paths[0]], [paths[1]])
     assert [word for word in said if word not in str(refused.value)] == []
 
 
 def test_32_label_values_are_classes(write):
     labels = np.arange(GOOD.size).reshape(GOOD.shape).astype(np.uint16) % 32
-    data = load_training_data([write("image", labels)], [write("labels", labels)])
+    data = load([write("image", labels)], [write("labels", labels)])
     assert len(data.class_values) == 32
 
 
 def test_labels_in_colour_are_refused(write, tmp_path):
     tifffile.imwrite(tmp_path / "rgb.tif", np.zeros((40, 40, 3), np.uint8), photometric="rgb")
     with pytest.raises(InputError, match=r"rgb\.tif: labels must be integers of one channel"):
-        load_training_data([write("image", GOOD[0])], [str(tmp_path / "rgb.tif")])
+        load([write("image", GOOD[0])], [str(tmp_path / "rgb.tif")])
 
 
 def test_images_of_different_channels_are_refused(write, tmp_path):
     tifffile.imwrite(tmp_path / "rgb.tif", np.zeros((40, 40, 3), np.uint8), photometric="rgb")
     labels = write("labels", GOOD[0])
     with pytest.raises(InputError, match=r"rgb\.tif: has 3 channels, .*image\.tif has 1"):
-        load_training_data([write("image", GOOD[0]), str(tmp_path / "rgb.tif")], [labels] * 2)
+        load([write("image", GOOD[0]), str(tmp_path / "rgb.tif")], [labels] * 2)
 
 
 def test_counts_that_differ_are_refused(write):
     path = write("labels", GOOD)
     with pytest.raises(InputError, match="--images names 2 files and --labels 1"):
-        load_training_data([path, path], [path])
+        load([path, path], [path])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -262,7 +277,7 @@ def test_an_image_with_values_that_are_not_finite_is_refused(write, value):
     image = GOOD.astype(np.float32)
     image[1, 3, 4] = value
     with pytest.raises(InputError, match=r"image\.tif: has voxels that are not finite"):
-        load_training_data([write("image", image)], [write("labels", GOOD)])
+        load([write("image", image)], [write("labels", GOOD)])
 
 
 # Samples drawn ahead

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tifffile
 
-from unet_ray import engine, training
-from unet_ray.checkpoints import find_model, read_model, read_tensors, write_model
+from unet_ray import engine
+from unet_ray.checkpoints import find_model, read_model, read_tensors, write_model, write_tensors
 from unet_ray.errors import InputError, RunError
 from unet_ray.recipes import Recipe
 from unet_ray.training import train
@@ -43,8 +43,10 @@ def recipe(name="default", **chosen):
     return Recipe.of(name, **{**tiny, "learning_rate": 0.02, **chosen})
 
 
-def run(files, out, watch=lambda measure: None, **chosen):
-    return train([files[0]], [files[1]], out, recipe(**chosen), watch=watch)
+def run(files, out, watch=lambda measure: None, checkpoint_seconds=60, **chosen):
+    made = recipe(**chosen)
+    seconds = checkpoint_seconds
+    return train([files[0]], [files[1]], out, made, watch=watch, checkpoint_seconds=seconds)
 
 
 def measures(out):
@@ -141,17 +143,16 @@ class TestRepeats:
         assert models[0] == models[1]
 
     @pytest.mark.parametrize("step", [10, 20, 30])
-    def test_interrupted_and_resumed_equals_uninterrupted(
-        self, files, tmp_path, monkeypatch, chosen, step
-    ):
-        monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
-        whole = run(files, tmp_path / "whole", steps=35, **chosen)
+    def test_interrupted_and_resumed_equals_uninterrupted(self, files, tmp_path, chosen, step):
+        whole = run(files, tmp_path / "whole", steps=35, **chosen, checkpoint_seconds=0)
         with pytest.raises(StoppedError):
-            run(files, tmp_path / "cut", stop_at(step), steps=35, **chosen)
-        kept = [p.name for p in sorted((tmp_path / "cut" / "checkpoints").iterdir())]
+            run(files, tmp_path / "cut", stop_at(step), steps=35, **chosen, checkpoint_seconds=0)
+        kept = [p.name for p in sorted((tmp_path / "cut" / "checkpoints").glob("step-*"))]
         assert kept == [f"step-{n:09d}.safetensors" for n in (step - 2, step - 1)]
         told = []
-        resumed = run(files, tmp_path / "cut", told.append, steps=35, **chosen)
+        resumed = run(
+            files, tmp_path / "cut", told.append, steps=35, **chosen, checkpoint_seconds=0
+        )
         assert told[0].step == step  # the steps before the checkpoint are not done again
         assert told_by(resumed) == told_by(whole)
 
@@ -176,14 +177,13 @@ def test_another_seed_gives_other_weights(files, tmp_path):
 
 
 def test_metrics_go_on_without_doubled_steps(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
     out = tmp_path / "run"
     for step in (20, 30):
         with pytest.raises(StoppedError):
-            run(files, out, stop_at(step))
+            run(files, out, stop_at(step), checkpoint_seconds=0)
         with open(out / "metrics.jsonl", "a") as file:
             file.write('{"step": 1')  # what a kill may leave of a line
-    run(files, out)
+    run(files, out, checkpoint_seconds=0)
     told = measures(out)
     assert [m["step"] for m in told] == [10, 20, 30, 40]
     assert [m["progress"] for m in told] == sorted(m["progress"] for m in told)
@@ -191,13 +191,12 @@ def test_metrics_go_on_without_doubled_steps(files, tmp_path, monkeypatch):
 
 
 def test_time_already_trained_counts(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
     with pytest.raises(StoppedError):
-        run(files, tmp_path / "run", stop_at(10), steps=None, minutes=60.0)
-    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+        run(files, tmp_path / "run", stop_at(10), steps=None, minutes=60.0, checkpoint_seconds=0)
+    newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
     tensors, header = read_tensors(newest)
-    training.write_tensors(newest, tensors, {**header, "seconds": 3600.0})
-    model = run(files, tmp_path / "run", steps=None, minutes=60.0)
+    write_tensors(newest, tensors, {**header, "seconds": 3600.0})
+    model = run(files, tmp_path / "run", steps=None, minutes=60.0, checkpoint_seconds=0)
     assert read_model(model)[1].training["steps"] == 9
 
 
@@ -273,12 +272,11 @@ def test_other_data_are_refused_by_name(files, finished, tmp_path, which, field)
 
 
 def test_an_interrupted_run_is_refused_as_a_finished_one_is(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
     with pytest.raises(StoppedError):
-        run(files, tmp_path / "run", stop_at(10))
+        run(files, tmp_path / "run", stop_at(10), checkpoint_seconds=0)
     before = files_in(tmp_path)
     with pytest.raises(InputError, match=r"another seed \(0, now 1\)"):
-        run(files, tmp_path / "run", seed=1)
+        run(files, tmp_path / "run", seed=1, checkpoint_seconds=0)
     assert files_in(tmp_path) == before
 
 
@@ -315,7 +313,7 @@ def test_several_workers_need_ray_and_leave_nothing_behind(files, tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_training(files, tmp_path):
-    with pytest.raises(RunError, match=r"step \d+: the loss is (nan|inf); lower --learning-rate"):
+    with pytest.raises(RunError, match=r"step \d+: the loss is (nan|inf); train anew with a lower"):
         run(files, tmp_path / "run", learning_rate=1e30)
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
@@ -341,7 +339,7 @@ def test_the_paper_recipe_has_the_papers_settings(files, tmp_path):
     network, header = read_model(model)
     assert (network.norm, network.dropout) == ("none", 0.5)
     assert header.training["recipe"]["momentum"] == 0.99
-    tensors, _ = read_tensors(max((tmp_path / "run" / "checkpoints").iterdir()))
+    tensors, _ = read_tensors(max((tmp_path / "run" / "checkpoints").glob("step-*")))
     kept = {name.split(".")[-1] for name in tensors if name.startswith("optimiser")}
     assert kept == {"momentum_buffer"}
 
@@ -400,11 +398,13 @@ def test_the_model_says_how_it_was_made(files, tmp_path):
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     files, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
-    whole = run(files, tmp_path / "whole", steps=30)
-    cut = run(files, tmp_path / "cut", steps=30)
+    whole = run(files, tmp_path / "whole", steps=30, checkpoint_seconds=0)
+    cut = run(files, tmp_path / "cut", steps=30, checkpoint_seconds=0)
     cut.unlink()
     newest = max((tmp_path / "cut" / "checkpoints").glob("*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-100])
-    assert read_model(run(files, tmp_path / "cut", steps=30))[1] == read_model(whole)[1]
+    assert (
+        read_model(run(files, tmp_path / "cut", steps=30, checkpoint_seconds=0))[1]
+        == read_model(whole)[1]
+    )
     assert newest.name in capsys.readouterr().err

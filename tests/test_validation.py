@@ -9,13 +9,13 @@ import torch
 from scipy import ndimage
 
 from unet_ray import engine, training, validation
+from unet_ray.annotations import IGNORED, HeldOut, load_training_data
 from unet_ray.checkpoints import read_tensors
 from unet_ray.errors import InputError
 from unet_ray.intensity import Intensity
 from unet_ray.network import UNet
 from unet_ray.planning import Settings
 from unet_ray.recipes import Recipe
-from unet_ray.samples import IGNORED, HeldOut, load_training_data
 from unet_ray.segmentation import segment
 from unet_ray.training import train
 from unet_ray.validation import Validator, checked_score, score_names
@@ -45,6 +45,10 @@ def run(files, out, watch=lambda measure: None, **chosen):
     return train([files[0]], [files[1]], out, recipe, watch=watch)
 
 
+def load(images, labels, **chosen):
+    return load_training_data(images, labels, Recipe(**chosen))
+
+
 def validations(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "validation" in line]
@@ -60,7 +64,7 @@ def held(depth=1, cells=None, ignored=False):
 
 
 def test_held_out_slices_are_not_learned_from(files):
-    data = load_training_data([files[0]] * 2, [files[1]] * 2, val="1:2,5:7")
+    data = load([files[0]] * 2, [files[1]] * 2, val="1:2,5:7")
     assert [len(v.targets) for v in data.volumes] == [4, 5]
     assert [len(h.targets) for h in data.held_out] == [2, 1]
     image = tifffile.imread(files[0])
@@ -71,7 +75,7 @@ def test_held_out_slices_are_not_learned_from(files):
 
 def test_a_fraction_takes_the_last_slices_and_at_least_one(files):
     for fraction, count in ((0.5, 3), (0.01, 1)):
-        data = load_training_data([files[0]], [files[1]], val_fraction=fraction)
+        data = load([files[0]], [files[1]], val_fraction=fraction)
         assert len(data.held_out[0].targets) == count
         np.testing.assert_array_equal(
             data.held_out[0].image[0], tifffile.imread(files[0])[6 - count :]
@@ -81,7 +85,7 @@ def test_a_fraction_takes_the_last_slices_and_at_least_one(files):
 @pytest.mark.parametrize("val", ["4", "a:b", "3:3", "2:7", "-1:2", "0:6", "1:2,"])
 def test_what_is_no_range_of_slices_is_refused(files, val):
     with pytest.raises(InputError, match=r"val=|leave some"):
-        load_training_data([files[0]], [files[1]], val=val)
+        load([files[0]], [files[1]], val=val)
 
 
 def test_scores_fit_the_labels():
@@ -102,7 +106,7 @@ def test_a_validation_equals_segmenting_and_scoring(files, tmp_path):
     tifffile.imwrite(tmp_path / "labels.tif", tifffile.imread(files[1])[4:])
     from unet_ray.evaluation import evaluate
 
-    data = load_training_data([files[0]], [files[1]], val="4:6")
+    data = load([files[0]], [files[1]], val="4:6")
     network = UNet(**header["architecture"]).eval()
     network.load_state_dict(tensors)
     again = Validator(data.held_out, 2, None, "float32", "cpu")(network)
@@ -123,7 +127,8 @@ def test_ten_validations_are_written_and_the_best_model_is_kept(files, tmp_path)
     header = read_tensors(model)[1]
     assert header["training"]["validation"] == best["validation"]
     assert header["training"]["steps"] == best["step"]
-    assert not (tmp_path / "run" / training.BEST).exists()
+    model.unlink()
+    assert read_tensors(run(files, tmp_path / "run", val_fraction=0.3, best_by="iou"))[1] == header
 
 
 def test_validation_changes_nothing_of_what_is_learned(files, tmp_path, monkeypatch):

@@ -25,8 +25,8 @@ from unet_ray.versions import VERSION
 
 if TYPE_CHECKING:
     from unet_ray.planning import Outlook, Settings
+    from unet_ray.runs import Measure
     from unet_ray.segmentation import Progress, Segmentation
-    from unet_ray.training import Measure
 
 Function = Callable[..., Any]
 
@@ -267,7 +267,12 @@ def demo(out: str) -> None:
     click.option("--sigma", type=float, help="Width of that border term in voxels. [5]"),
     click.option("--elastic", type=float, metavar="VOXELS", help="Random deformation, sd. [10]"),
     click.option("--seed", type=int, metavar="N", help="Where chance starts. [0]"),
-    click.option("--workers", type=int, metavar="N", help="Processes that train together. [1]"),
+    click.option(
+        "--workers",
+        metavar="N|MIN:MAX",
+        help="Processes that train together, or as many as the cluster has from MIN to MAX. [1; "
+        "GPUs]",
+    ),
     ENGINE,
     PRECISION,
 )
@@ -286,10 +291,16 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
     images, labels, out, engine, workers, recipe = (
         flags.pop(name) for name in ("images", "labels", "out", "engine", "workers", "recipe")
     )
-    _check_workers(workers)
-    line = ProgressLine("train")
+    line, told = ProgressLine("train"), set()
 
     def watch(measure: Measure) -> None:
+        if measure.patches not in told:
+            told.add(measure.patches)
+            _say(
+                f"{measure.workers} worker{'s' * (measure.workers > 1)}: a step sees "
+                f"{measure.patches} patch{'es' * (measure.patches > 1)}; the learning rate starts "
+                f"at {chosen.learning_rate:g} for any number."
+            )
         left = measure.seconds / max(measure.progress, 1e-9) * (1 - measure.progress)
         line.show(
             measure.progress,
@@ -297,9 +308,9 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
             f"{measure.step / max(measure.seconds, 1e-9):.2f} steps/s, {format_seconds(left)} left",
         )
 
-    chosen = Recipe.of(recipe, patch=patch, **flags)
+    chosen, together = Recipe.of(recipe, patch=patch, **flags), _parse_workers(workers)
     finished = (Path(out) / "model.safetensors").exists()
-    model = train(list(images), list(labels), out, chosen, _engine(ctx, engine), workers, watch)
+    model = train(list(images), list(labels), out, chosen, _engine(ctx, engine), together, watch)
     if finished:
         _say("already trained; nothing to do.")
     else:
@@ -519,6 +530,15 @@ def _engine(ctx: click.Context, asked: str) -> Any:
 def _check_workers(workers: int | None) -> None:
     if workers is not None and workers < 1:
         raise InputError(f"workers={workers} must be at least 1.")
+
+
+def _parse_workers(text: str | None) -> int | tuple[int, int] | None:
+    if text is None:
+        return None
+    numbers = _integers(text.split(":"))
+    if numbers is None or len(numbers) > 2 or numbers[0] < 1 or numbers[-1] < numbers[0]:
+        raise InputError(f"workers={text!r} must be a number above zero or a range, as in 2:8.")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
 def _parse_tile(text: str) -> tuple[int, int, int]:

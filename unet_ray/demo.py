@@ -30,9 +30,10 @@ from unet_ray.planning import Settings
 from unet_ray.progress import ProgressLine, format_seconds
 from unet_ray.recipes import Recipe
 from unet_ray.report import write_report
+from unet_ray.runs import Measure
 from unet_ray.segmentation import Progress, segment
 from unet_ray.stores import ARRAYS
-from unet_ray.training import Measure, train
+from unet_ray.training import train
 
 TRAINING_SHAPE, TEST_SHAPE = (8, 512, 512), (12, 768, 768)
 TRAINING_SEED, TEST_SEED = 1, 2

@@ -52,8 +52,8 @@ from unet_ray.results import (
     sampled_chunks,
     windows,
 )
+from unet_ray.runs import PATCHES
 from unet_ray.stores import EVENTS
-from unet_ray.training import PATCHES
 from unet_ray.versions import VERSION
 from unet_ray.volumes import Volume
 

@@ -1,24 +1,22 @@
 """Training of the U-Net: the paper's weighted loss, on one process or on workers of Ray Train.
 
-Knows steps, the optimiser, checkpoints and when to stop. Where patches come from is samples.py's;
-what the network looks like is network.py's.
+Knows steps, the optimiser and when to stop. Where patches come from is samples.py's; what is kept
+in the RUN folder is runs.py's; what the network looks like is network.py's.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shutil
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,60 +26,38 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from unet_ray import engine as engines
-from unet_ray.checkpoints import (
-    ModelHeader,
-    architecture_of,
-    read_tensors,
-    write_model,
-    write_tensors,
-)
-from unet_ray.errors import InputError, RunError, refuse_below_file
+from unet_ray.annotations import TrainingData, keep_weights, load_training_data
+from unet_ray.checkpoints import ModelHeader, architecture_of, read_tensors, write_tensors
+from unet_ray.errors import InputError, RunError, UnetRayError
 from unet_ray.files import write_whole
 from unet_ray.memory import keep_freed_memory
 from unet_ray.network import UNet
-from unet_ray.prediction import Precision, best_precision
+from unet_ray.prediction import Device, Precision, best_precision
 from unet_ray.recipes import Recipe
-from unet_ray.samples import Sample, Sampler, TrainingData, ahead, load_training_data
+from unet_ray.runs import (
+    BEST,
+    METRICS,
+    MODEL,
+    PATCHES,
+    WEIGHTS,
+    Log,
+    RunFolder,
+    Watch,
+    read_measures,
+)
+from unet_ray.samples import Place, Sample, Sampler, ahead, places, streamed
 from unet_ray.validation import Validator, checked_score
 from unet_ray.versions import versions
 
 CHECKPOINT_SECONDS = 60.0
-REPORT_STEPS = 10
-KEPT_CHECKPOINTS = 2
 VALIDATIONS = 10
-BEST = "best.safetensors"
-PATCHES, KEPT_PATCHES = "patches.safetensors", 4
+KEPT_PATCHES = 16
+# Below one, so that Ray finds room for drawing samples beside the trainers.
+CPU_SHARE = 0.9
+FAILURES = 3
 
-
-@dataclass(frozen=True)
-class Measure:
-    """A line of ``metrics.jsonl``.
-
-    Attributes:
-        step: steps done.
-        loss: mean weighted loss over the steps since the last line.
-        learning_rate: of the last step.
-        seconds: of training so far, over all interruptions.
-        progress: 0 to 1.
-        validation: scores on the held-out slices, by name, where they were just computed.
-    """
-
-    step: int
-    loss: float
-    learning_rate: float
-    seconds: float
-    progress: float
-    validation: Mapping[str, float] | None = None
-
-    def line(self) -> str:
-        """The measure as JSON."""
-        told = {
-            name: value for name, value in dataclasses.asdict(self).items() if value is not None
-        }
-        return json.dumps(told) + "\n"
-
-
-Watch = Callable[[Measure], None]
+Workers = int | tuple[int, int] | None
+Draw = Callable[[Iterator[Place]], Iterator[Sample]]
 
 
 @dataclass(frozen=True)
@@ -93,6 +69,24 @@ class _World:
     device: torch.device
     threads: int
 
+    @property
+    def first(self) -> bool:
+        """Whether this worker is the one that writes."""
+        return self.rank == 0
+
+    def agree(self, loss: float, progress: float) -> tuple[float, float]:
+        """The mean loss of all workers and the progress of the first one."""
+        if self.size == 1:
+            return loss, progress
+        told = [loss / self.size, progress if self.first else 0.0]
+        shared = torch.tensor(told, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(shared)
+        return float(shared[0]), float(shared[1])
+
+    def wait(self) -> None:
+        """Returns when every worker has come here."""
+        self.agree(0.0, 0.0)
+
 
 def train(
     images: list[str],
@@ -100,19 +94,22 @@ def train(
     out: str | os.PathLike[str],
     recipe: Recipe,
     engine: engines.EngineName = "local",
-    workers: int | None = None,
+    workers: Workers = None,
     watch: Watch = lambda measure: None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> Path:
     """Trains a network on labelled volumes; goes on where an interrupted run stopped.
 
     Args:
         images: paths of the images.
-        labels: paths of their class labels.
-        out: the RUN folder: checkpoints, ``metrics.jsonl`` and, at the end, the model.
+        labels: paths of their labels.
+        out: the RUN folder: weight maps, checkpoints, ``metrics.jsonl`` and, at the end, the model.
         recipe: all settings.
         engine: ``local`` trains in this process, ``ray`` on workers of Ray Train.
-        workers: how many train together; by default one, or one per GPU.
+        workers: how many train together, or the fewest and the most; by default one, or one per
+            GPU.
         watch: called with each measure.
+        checkpoint_seconds: between two checkpoints; no result depends on it.
 
     Returns:
         Path of the model file.
@@ -121,89 +118,38 @@ def train(
         InputError: for bad files or settings, or if `out` holds another run.
         RunError: if training fails.
     """
-    run = Path(out).absolute()
-    _check_run_folder(run)
+    run = RunFolder(out)
     if engine == "local" and workers not in (None, 1):
         raise InputError(f"workers={workers} needs --engine ray: the local engine has one.")
-    data = load_training_data(
-        images,
-        labels,
-        recipe.w0,
-        recipe.sigma,
-        recipe.labels_are,
-        recipe.ignore_label,
-        recipe.val,
-        recipe.val_fraction,
-    )
+    data = load_training_data(images, labels, recipe, run.path / WEIGHTS)
     if data.held_out:
         checked_score(data.held_out, len(data.class_values), recipe.best_by)
-    about = {"recipe": dataclasses.asdict(recipe), "data": data.identity}
-    model = run / "model.safetensors"
-    _refuse_other_run(run, about)
+    run.refuse_other(dataclasses.asdict(recipe), data.identity)
+    model = run.path / MODEL
     if model.exists():
         return model
-    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    _keep_patches(run / PATCHES, recipe, data)
+    run.make()
+    with run.alone():
+        keep_weights(data, recipe, run.path / WEIGHTS)
+        _keep_patches(run.path / PATCHES, recipe, data)
+        if engine == "local":
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            world = _World(0, 1, device, engines.usable_cores())
+            draw = partial(ahead, Sampler(data, recipe).__getitem__)
+            _Training(recipe, data, run, world, draw, watch, checkpoint_seconds).go()
     if engine == "ray":
-        _fit_on_ray(recipe, data, run, workers, watch)
-    else:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        _fit(recipe, data, run, _World(0, 1, device, engines.usable_cores()), watch)
+        _train_on_ray(recipe, data, run, workers, watch, checkpoint_seconds)
     return model
-
-
-def _check_run_folder(run: Path) -> None:
-    known = ("checkpoints", "metrics.jsonl", "model.safetensors")
-    refuse_below_file(run)
-    if run.is_file():
-        raise InputError(f"{run}: is a file; --out of train is a folder.")
-    if run.is_dir() and any(run.iterdir()) and not any((run / name).exists() for name in known):
-        raise InputError(f"{run}: exists and is not a training run; choose another --out.")
-
-
-def _refuse_other_run(run: Path, about: dict[str, Any]) -> None:
-    """Refuses to go on with a run of other settings or data, naming the field that differs."""
-    model = run / "model.safetensors"
-    whole = (model, read_tensors(model)) if model.exists() else _newest(run)
-    if whole is None:
-        return
-    header = whole[1][1]
-    if "recipe" not in header.get("training", {}):
-        raise InputError(f"{run}: holds a model that was not trained here; choose another --out.")
-    there = {"recipe": header["training"]["recipe"], "data": header["data"]}
-    here = json.loads(json.dumps(about))
-    for part in here:
-        for field, value in here[part].items():
-            if there[part].get(field) != value:
-                raise InputError(
-                    f"{run}: was trained with another {field} ({there[part].get(field)}, now "
-                    f"{value}); choose another --out."
-                )
-
-
-def _checkpoints(run: Path) -> list[Path]:
-    """Checkpoint files, newest first."""
-    return sorted((run / "checkpoints").glob("step-*.safetensors"), reverse=True)
-
-
-def _newest(run: Path) -> tuple[Path, tuple[dict[str, Tensor], dict[str, Any]]] | None:
-    """The newest checkpoint that is whole, and what it holds; a damaged one is passed over."""
-    for path in _checkpoints(run):
-        try:
-            return path, read_tensors(path)
-        except InputError as error:
-            print(f"unet-ray: {error} The one before it is used.", file=sys.stderr)
-    return None
 
 
 def _keep_patches(path: Path, recipe: Recipe, data: TrainingData) -> None:
     """Keeps the first patches of the run, as the network sees them, for people to look at."""
     if path.exists():
         return
-    sampler = Sampler(data, recipe.patch, recipe.output, recipe.seed, recipe.elastic)
+    sampler = Sampler(data, recipe)
     tensors = {}
-    for number in range(KEPT_PATCHES):
-        sample = sampler[number]
+    for number, place in enumerate(islice(places(0, 0, recipe.batch), KEPT_PATCHES)):
+        sample = sampler[place]
         tensors[f"image.{number}"] = torch.from_numpy(sample.image).half()
         tensors[f"targets.{number}"] = torch.from_numpy(sample.targets)
         tensors[f"weights.{number}"] = torch.from_numpy(sample.weights)
@@ -213,80 +159,159 @@ def _keep_patches(path: Path, recipe: Recipe, data: TrainingData) -> None:
 class _Clock:
     """How far training is: by steps, by minutes, whichever bound comes first."""
 
-    def __init__(self, recipe: Recipe, world: _World, elapsed: float) -> None:
-        self._recipe, self._world = recipe, world
-        self._start, self._stopped = time.monotonic() - elapsed, False
+    def __init__(self, recipe: Recipe, elapsed: float) -> None:
+        self._recipe, self._start = recipe, time.monotonic() - elapsed
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._start
 
-    def stop(self) -> None:
-        """Ends training on every worker; only rank 0 is asked."""
-        self._stopped = True
-
     def progress(self, step: int) -> float:
-        """0 to 1, the same number on every worker."""
+        """0 to 1."""
         minutes = self.seconds / 60 / self._recipe.minutes if self._recipe.minutes else 0.0
         steps = step / self._recipe.steps if self._recipe.steps else 0.0
-        progress = 1.0 if self._stopped else min(1.0, max(minutes, steps))
-        if self._world.size > 1:
-            shared = torch.tensor([progress], dtype=torch.float64, device=self._world.device)
-            torch.distributed.broadcast(shared, src=0)
-            progress = float(shared)
-        return progress
+        return min(1.0, max(minutes, steps))
 
 
-def _fit(recipe: Recipe, data: TrainingData, run: Path, world: _World, watch: Watch) -> None:
-    """The training loop of one worker; rank 0 writes checkpoints, metrics and the model."""
-    torch.set_num_threads(world.threads)
-    keep_freed_memory()
-    torch.manual_seed(recipe.seed)
-    network = recipe.network(data.channels, len(data.class_values))
-    network.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimiser = _optimiser(recipe, network)
-    step, elapsed, precision, pending = _restore(run, network, optimiser, world.device)
-    precision = precision or _precision(recipe, world)
-    learner = _Learner(recipe, network, optimiser, world, precision)
-    header = partial(_header, recipe, data, network, precision)
-    log = _Log(run / "metrics.jsonl", step, pending, watch if world.rank == 0 else None)
-    clock = _Clock(recipe, world, elapsed)
-    judge = _Judge(recipe, data, run, log, precision, world, step) if world.rank == 0 else None
-    saved = time.monotonic()
-    batches = _batches(recipe, data, world, step)
+class _Training:
+    """The training of one worker; the first worker writes checkpoints, metrics and the model."""
 
-    def save() -> None:
-        _save(run, step, clock.seconds, network, optimiser, header(step), log.pending)
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: TrainingData,
+        run: RunFolder,
+        world: _World,
+        draw: Draw,
+        watch: Watch,
+        checkpoint_seconds: float,
+    ) -> None:
+        torch.set_num_threads(world.threads)
+        keep_freed_memory()
+        torch.manual_seed(recipe.seed)
+        self._recipe, self._data, self._run, self._world = recipe, data, run, world
+        self._draw, self._checkpoint_seconds = draw, checkpoint_seconds
+        self._network = recipe.network(data.channels, len(data.class_values))
+        self._network.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._optimiser = _optimiser(recipe, self._network)
+        self._step, elapsed, precision, pending = self._restore()
+        self._precision = precision or _precision(recipe, world)
+        self._learner = _Learner(recipe, self._network, self._optimiser, world, self._precision)
+        self._clock, self._saved = _Clock(recipe, elapsed), time.monotonic()
+        self._log = self._judge = None
+        if world.first:
+            patches = world.size * recipe.batch
+            self._log = Log(run.path / METRICS, self._step, pending, world.size, patches, watch)
+            if data.held_out:
+                self._judge = _Judge(recipe, data, run, self._log, self._precision, world)
+                self._judge.forget_after(self._step)
 
-    progress = clock.progress(step)
-    while True:
-        if judge and judge.due(progress):
-            save()
-            judge.judge(network, header(step), step, learner.rate, clock.seconds, progress)
-            saved = time.monotonic()
-        if judge and judge.impatient():  # also of a run that was cut off right there
-            clock.stop()
-        progress = clock.progress(step)
-        if progress >= 1:
-            break
-        loss = learner.step(next(batches), step, progress)
-        step += 1
-        progress = clock.progress(step)
-        if not math.isfinite(loss):
-            raise RunError(f"step {step}: the loss is {loss}; lower --learning-rate and run again.")
-        log.add(step, loss, learner.rate, clock.seconds, progress)
-        if world.rank == 0 and time.monotonic() - saved > CHECKPOINT_SECONDS:
-            save()
-            saved = time.monotonic()
-    log.flush(step, learner.rate, clock.seconds, 1.0)
-    if world.rank == 0:
-        save()
-        best = run / BEST
+    def go(self) -> None:
+        """Trains to the end."""
+        samples = self._draw(places(self._step, self._world.rank, self._recipe.batch))
+        _, progress = self._world.agree(0.0, self._clock.progress(self._step))
+        while not self._paused_for_good(progress) and progress < 1:
+            batch = list(islice(samples, self._recipe.batch))
+            loss = self._learner.step(batch, self._step, progress)
+            self._step += 1
+            loss, progress = self._world.agree(loss, self._clock.progress(self._step))
+            if not math.isfinite(loss):
+                raise self._diverged(f"the loss is {loss}")
+            if self._log:
+                rate, seconds = self._learner.rate, self._clock.seconds
+                self._log.add(self._step, loss, rate, seconds, progress)
+        if self._log:
+            self._log.flush(self._step, self._learner.rate, self._clock.seconds, 1.0)
+            self._save()
+            self._write_model()
+
+    def _paused_for_good(self, progress: float) -> bool:
+        """Between two steps: validates or saves where it is time; whether patience is at an end."""
+        if self._judge and self._judge.due(progress):
+            self._save()  # so that a kill while validating loses no step
+            header, rate = self._header(), self._learner.rate
+            self._judge.judge(
+                self._network, header, self._step, rate, self._clock.seconds, progress
+            )
+        if self._world.first and time.monotonic() - self._saved > self._checkpoint_seconds:
+            self._save()
+        if self._recipe.patience is None:
+            return False
+        impatient = self._judge is not None and self._judge.impatient()
+        return self._world.agree(0.0, float(impatient))[1] > 0
+
+    def _diverged(self, how: str) -> RunError:
+        kept = [path for path in [self._run.path / BEST, *self._run.checkpoints()] if path.exists()]
+        return RunError(
+            f"step {self._step}: {how}; train anew with a lower --learning-rate than "
+            f"{self._recipe.learning_rate:g} and another --out"
+            + (f" (the last good model is {kept[0]})." if kept else ".")
+        )
+
+    def _header(self) -> ModelHeader:
+        return ModelHeader(
+            architecture=architecture_of(self._network),
+            class_values=list(self._data.class_values),
+            normalisation={"method": "mean-std"},
+            voxel_size=list(self._data.voxel_size) if self._data.voxel_size else None,
+            training={
+                "recipe": dataclasses.asdict(self._recipe),
+                "precision": self._precision,
+                "steps": self._step,
+            },
+            data=self._data.identity,
+            versions=versions(),
+        )
+
+    def _save(self) -> None:
+        """Writes a checkpoint: weights, optimiser, and where the training is."""
+        weights = self._network.state_dict()
+        if bad := [name for name, t in weights.items() if not t.isfinite().all()]:
+            raise self._diverged(f"weight {bad[0]!r} is no longer finite")
+        tensors = {f"model.{name}": t for name, t in weights.items()}
+        for index, state in self._optimiser.state_dict()["state"].items():
+            for name, value in state.items():
+                if value is not None:
+                    tensors[f"optimiser.{index}.{name}"] = torch.as_tensor(value)
+        where = {
+            "step": self._step,
+            "seconds": self._clock.seconds,
+            "pending_losses": self._log.pending if self._log else [],
+        }
+        self._run.save(self._step, tensors, {**dataclasses.asdict(self._header()), **where})
+        self._saved = time.monotonic()
+
+    def _restore(self) -> tuple[int, float, Precision | None, list[float]]:
+        """Loads the newest checkpoint.
+
+        Returns:
+            Steps done, seconds trained, precision, and the losses since the last line of the log.
+        """
+        newest = self._run.newest()
+        if newest is None:
+            return 0, 0.0, None, []
+        tensors, header = newest.tensors, newest.header
+        self._network.load_state_dict(
+            {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+        )
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimiser."):
+                _, index, key = name.split(".")
+                state.setdefault(int(index), {})[key] = tensor
+        groups = self._optimiser.state_dict()["param_groups"]
+        self._optimiser.load_state_dict({"state": state, "param_groups": groups})
+        precision = header["training"]["precision"]
+        return header["step"], header["seconds"], precision, header["pending_losses"]
+
+    def _write_model(self) -> None:
+        """Writes the best model, or that of the last step where nothing was validated."""
+        best, model = self._run.path / BEST, self._run.path / MODEL
         if best.exists():
-            write_whole(run / "model.safetensors", best.read_bytes())
-            best.unlink()
+            write_whole(model, best.read_bytes())
         else:
-            write_model(run / "model.safetensors", network.cpu(), header(step))
+            told = dataclasses.asdict(self._header())
+            write_tensors(model, self._network.state_dict(), told)
 
 
 class _Judge:
@@ -296,43 +321,32 @@ class _Judge:
         self,
         recipe: Recipe,
         data: TrainingData,
-        run: Path,
-        log: _Log,
+        run: RunFolder,
+        log: Log,
         precision: Precision,
         world: _World,
-        step: int,
     ) -> None:
-        self._best_file, self._log, self._patience = run / BEST, log, recipe.patience
-        self._validator = (
-            Validator(
-                data.held_out,
-                len(data.class_values),
-                recipe.best_by,
-                precision,
-                "cuda" if world.device.type == "cuda" else "cpu",
-            )
-            if data.held_out
-            else None
-        )
+        self._best_file, self._log, self._patience = run.path / BEST, log, recipe.patience
+        device: Device = "cuda" if world.device.type == "cuda" else "cpu"
+        classes = len(data.class_values)
+        self._validator = Validator(data.held_out, classes, recipe.best_by, precision, device)
         self._best: Mapping[str, float] | None = None
         self._since, self._judged = 0, 0
         for measure in log.kept():
             if measure.validation is not None:
                 self._judged = _tenth(measure.progress)
                 self._note(measure.validation)
-        if not self._holds_best_of(step):
+
+    def forget_after(self, step: int) -> None:
+        """Forgets a best model of a step that is yet to come again, or that is not there."""
+        there = self._best_file.exists()
+        if not there or read_tensors(self._best_file)[1]["training"]["steps"] > step:
             self._best_file.unlink(missing_ok=True)
             self._best = None
 
-    def _holds_best_of(self, step: int) -> bool:
-        """Whether the best model is there, and not of a step that is yet to come again."""
-        if not self._best_file.exists():
-            return False
-        return bool(read_tensors(self._best_file)[1]["training"]["steps"] <= step)
-
     def due(self, progress: float) -> bool:
         """Whether another tenth of the training is done."""
-        return self._validator is not None and _tenth(progress) > self._judged
+        return _tenth(progress) > self._judged
 
     def judge(
         self,
@@ -344,8 +358,6 @@ class _Judge:
         progress: float,
     ) -> None:
         """Scores the network, keeps it if it is the best, and writes the scores down."""
-        if self._validator is None:
-            return
         network.eval()
         scores = self._validator(network)
         network.train()
@@ -358,7 +370,7 @@ class _Judge:
 
     def _note(self, scores: Mapping[str, float]) -> bool:
         """Counts a validation; says whether it is the best so far."""
-        if self._validator is None or not self._validator.better(scores, self._best):
+        if not self._validator.better(scores, self._best):
             self._since += 1
             return False
         self._best, self._since = scores, 0
@@ -433,190 +445,77 @@ def _precision(recipe: Recipe, world: _World) -> Precision:
     return best_precision("cuda" if world.device.type == "cuda" else "cpu")
 
 
-def _batches(
-    recipe: Recipe, data: TrainingData, world: _World, step: int
-) -> Iterator[list[Sample]]:
-    """The batches of this worker from `step` on: a step's samples are numbered across workers."""
-    sampler = Sampler(data, recipe.patch, recipe.output, recipe.seed, recipe.elastic)
-    numbers = (
-        (s * world.size + world.rank) * recipe.batch + k
-        for s in count(step)
-        for k in range(recipe.batch)
-    )
-    samples = ahead(sampler.__getitem__, numbers)
-    while True:
-        yield [next(samples) for _ in range(recipe.batch)]
-
-
-def _header(
-    recipe: Recipe, data: TrainingData, network: UNet, precision: Precision, step: int
-) -> ModelHeader:
-    return ModelHeader(
-        architecture=architecture_of(network),
-        class_values=list(data.class_values),
-        normalisation={"method": "mean-std"},
-        voxel_size=list(data.voxel_size) if data.voxel_size else None,
-        training={"recipe": dataclasses.asdict(recipe), "precision": precision, "steps": step},
-        data=data.identity,
-        versions=versions(),
-    )
-
-
-def _save(
-    run: Path,
-    step: int,
-    seconds: float,
-    network: UNet,
-    optimiser: torch.optim.Optimizer,
-    header: ModelHeader,
-    pending: Sequence[float],
-) -> None:
-    """Writes a checkpoint and drops all but the newest ones."""
-    tensors = {f"model.{name}": t for name, t in network.state_dict().items()}
-    for index, state in optimiser.state_dict()["state"].items():
-        for name, value in state.items():
-            if value is not None:
-                tensors[f"optimiser.{index}.{name}"] = torch.as_tensor(value)
-    told = {
-        **dataclasses.asdict(header),
-        "step": step,
-        "seconds": seconds,
-        "pending_losses": list(pending),
-    }
-    write_tensors(run / "checkpoints" / f"step-{step:09d}.safetensors", tensors, told)
-    for old in _checkpoints(run)[KEPT_CHECKPOINTS:]:
-        old.unlink()
-
-
-def _restore(
-    run: Path, network: UNet, optimiser: torch.optim.Optimizer, device: torch.device
-) -> tuple[int, float, Precision | None, list[float]]:
-    """Loads the newest checkpoint.
-
-    Returns:
-        Steps done, seconds trained, precision, and the losses since the last line of the log.
-    """
-    newest = _newest(run)
-    if newest is None:
-        return 0, 0.0, None, []
-    tensors, header = newest[1]
-    prefix = "model."
-    network.load_state_dict(
-        {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    )
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimiser."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensor
-    groups = optimiser.state_dict()["param_groups"]
-    optimiser.load_state_dict({"state": state, "param_groups": groups})
-    return (
-        header["step"],
-        header["seconds"],
-        header["training"]["precision"],
-        header["pending_losses"],
-    )
-
-
-class _Log:
-    """``metrics.jsonl``: one line per some steps, cut back to the checkpoint on a restart."""
-
-    def __init__(
-        self, path: Path, step: int, pending: Sequence[float], watch: Watch | None
-    ) -> None:
-        self._path, self._watch = path, watch
-        self.pending = list(pending)
-        if watch is not None:
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-            write_whole(path, "".join(line + "\n" for line in kept).encode())
-            if kept and json.loads(kept[-1])["step"] == step:
-                self.pending.clear()  # the checkpoint is older than the line of its own step
-
-    def kept(self) -> list[Measure]:
-        """What the log holds."""
-        return [Measure(**json.loads(line)) for line in _lines(self._path)]
-
-    def add(self, step: int, loss: float, rate: float, seconds: float, progress: float) -> None:
-        """Counts a step; every so many are a line."""
-        self.pending.append(loss)
-        if step % REPORT_STEPS == 0:
-            self.flush(step, rate, seconds, progress)
-
-    def flush(
-        self,
-        step: int,
-        rate: float,
-        seconds: float,
-        progress: float,
-        validation: Mapping[str, float] | None = None,
-    ) -> None:
-        """Writes a line of the steps since the last one, or of no step but with a validation."""
-        if self._watch is None or not (self.pending or validation is not None):
-            return
-        loss = float(np.mean(self.pending)) if self.pending else self._last_loss()
-        measure = Measure(step, loss, rate, round(seconds, 3), progress, validation)
-        with open(self._path, "a") as file:
-            file.write(measure.line())
-        self.pending.clear()
-        self._watch(measure)
-
-    def _last_loss(self) -> float:
-        kept = self.kept()
-        return kept[-1].loss if kept else math.nan
-
-
-def _lines(path: Path) -> list[str]:
-    """Whole lines of a log; a last one that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    *whole, _ = path.read_text().split("\n")
-    return whole
-
-
-def _fit_on_ray(
-    recipe: Recipe, data: TrainingData, run: Path, workers: int | None, watch: Watch
+def _train_on_ray(
+    recipe: Recipe,
+    data: TrainingData,
+    run: RunFolder,
+    workers: Workers,
+    watch: Watch,
+    checkpoint_seconds: float,
 ) -> None:
     import ray
     import ray.train as ray_train
     from ray.train.torch import TorchTrainer
 
-    device = engines.find_device("ray", workers)
+    fewest, most = workers if isinstance(workers, tuple) else (workers, workers)
+    device = engines.find_device("ray", fewest)
     gpu = device == "cuda"
-    size = engines.pool_size(device, workers) if gpu or workers else 1
+    fewest = engines.pool_size(device, fewest) if gpu or fewest else 1
+    most = most or fewest
     # A worker lives on one machine, however many the cluster has.
     largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-    threads = max(1, int(min(engines.cluster_size("CPU") // size, largest)))
-    reference = ray.put(data)
-    scratch = run / "checkpoints" / "ray"
-    trainer = TorchTrainer(
-        partial(_ray_worker, recipe, [reference], run, threads),
-        scaling_config=ray_train.ScalingConfig(
-            num_workers=size, use_gpu=gpu, resources_per_worker={"CPU": 1 if gpu else threads}
-        ),
-        run_config=ray_train.RunConfig(
-            # A new name each time: what is resumed is our own newest checkpoint.
-            name=f"attempt-{time.time_ns()}",
-            storage_path=str(scratch),
-            failure_config=ray_train.FailureConfig(max_failures=3),
-        ),
+    threads = max(1, int(min(engines.cluster_size("CPU") // most, largest)))
+    scratch = run.path / "checkpoints" / "ray"
+    worker = partial(
+        _ray_worker, recipe, [ray.put(data)], run.path, threads, checkpoint_seconds
     )
-    with _following(run / "metrics.jsonl", watch):
-        try:
-            trainer.fit()
-        except ray_train.TrainingFailedError as error:
-            raise RunError(f"training failed on Ray: {_cause(error)}") from error
+    scaling = ray_train.ScalingConfig(
+        num_workers=fewest if fewest == most else (fewest, most),
+        use_gpu=gpu,
+        resources_per_worker={"CPU": CPU_SHARE * (1 if gpu else threads)},
+    )
+    told = None
+    with _following(run.path / METRICS, watch):
+        while True:
+            before = run.checkpoints()[:1]
+            config = ray_train.RunConfig(
+                # A new name each time: what is resumed is our own newest checkpoint.
+                name=f"attempt-{time.time_ns()}",
+                storage_path=str(scratch),
+                failure_config=ray_train.FailureConfig(max_failures=FAILURES),
+            )
+            trainer = TorchTrainer(worker, scaling_config=scaling, run_config=config)
+            try:
+                told = trainer.fit().return_value
+                break
+            except ray_train.TrainingFailedError as error:
+                # On machines that come and go it may fail any number of times, if it gets on.
+                if run.checkpoints()[:1] == before:
+                    raise RunError(f"training failed on Ray: {_cause(error)}") from error
     shutil.rmtree(scratch, ignore_errors=True)
+    if told:
+        raise RunError(told)
 
 
-def _ray_worker(recipe: Recipe, reference: list[Any], run: Path, threads: int) -> None:
+def _ray_worker(
+    recipe: Recipe, reference: list[Any], out: Path, threads: int, checkpoint_seconds: float
+) -> str | None:
+    """Trains in a worker; what training itself refuses is returned: Ray would try it again."""
     import ray
     import ray.train as ray_train
     from ray.train.torch import get_device
 
     context = ray_train.get_context()
     world = _World(context.get_world_rank(), context.get_world_size(), get_device(), threads)
-    _fit(recipe, ray.get(reference[0]), run, world, lambda measure: None)
+    data, run = ray.get(reference[0]), RunFolder(out)
+    draw = partial(streamed, reference[0], recipe)
+    try:
+        with run.alone() if world.first else nullcontext():
+            world.wait()  # nobody reads a checkpoint before the folder is ours
+            _Training(recipe, data, run, world, draw, lambda m: None, checkpoint_seconds).go()
+    except UnetRayError as error:
+        return str(error)
+    return None
 
 
 def _cause(error: Any) -> str:
@@ -628,18 +527,18 @@ def _cause(error: Any) -> str:
 @contextmanager
 def _following(path: Path, watch: Watch) -> Iterator[None]:
     """Calls `watch` with the lines that workers add to a log, while the body runs."""
-    ended, seen = threading.Event(), len(_lines(path))
+    ended, seen = threading.Event(), len(read_measures(path))
 
     def follow() -> None:
         nonlocal seen
         while True:
             last = ended.wait(0.5)
-            lines = _lines(path)
+            measures = read_measures(path)
             # A restarted worker cuts the log back to its checkpoint first.
-            seen = min(seen, len(lines))
-            for line in lines[seen:]:
-                watch(Measure(**json.loads(line)))
-            seen = len(lines)
+            seen = min(seen, len(measures))
+            for measure in measures[seen:]:
+                watch(measure)
+            seen = len(measures)
             if last:
                 return
 

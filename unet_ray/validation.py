@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from unet_ray.annotations import IGNORED, HeldOut
 from unet_ray.boxes import Box
 from unet_ray.errors import InputError
 from unet_ray.evaluation import MEANINGS
@@ -22,7 +23,6 @@ from unet_ray.mirror import read_mirrored
 from unet_ray.network import UNet
 from unet_ray.overlaps import Overlaps
 from unet_ray.prediction import Device, Precision, Predictor
-from unet_ray.samples import IGNORED, HeldOut
 from unet_ray.scores import Score, class_scores, instance_scores, isbi_scores
 from unet_ray.tiles import TilePlan, equal_core
 
