@@ -3,18 +3,23 @@
 python -m tests.bench_training
 """
 
+import os
 import time
+from functools import partial
 
 import numpy as np
 import torch
 from scipy import ndimage
 
 from unet_ray import make_phantom
+from unet_ray.annotations import TrainingData, TrainingVolume
 from unet_ray.augment import draw_deformation, warp_image, warp_labels
+from unet_ray.engine import connect, usable_cores
 from unet_ray.intensity import Intensity
+from unet_ray.memory import keep_freed_memory
 from unet_ray.recipes import Recipe
-from unet_ray.samples import TrainingData, TrainingVolume
-from unet_ray.training import _batches, _Learner, _optimiser, _precision, _World
+from unet_ray.samples import Sampler, ahead, places, streamed
+from unet_ray.training import CPU_SHARE, _Learner, _optimiser, _precision, _World
 from unet_ray.weights import border_term, class_weights, weight_map
 
 
@@ -84,30 +89,76 @@ def bench_deformation():
     )
 
 
-def bench_step():
+def step_data():
+    """Phantom data in memory, and the default recipe at 32 channels."""
     recipe = Recipe.of("default", base_channels=32, steps=1000)
     phantom = make_phantom((8, 512, 512), seed=0)
     targets = (phantom.classes > 0).astype(np.uint8)
     weights = weight_map(targets, 2, balance=class_weights(targets, 2))
     volume = TrainingVolume(phantom.image[None], targets, weights, Intensity((128.0,), (50.0,)))
-    data = TrainingData((volume,), (0, 1), None, {})
-    world = _World(0, 1, torch.device("cpu"), torch.get_num_threads())
+    return recipe, TrainingData((volume,), (0, 1), None, {})
+
+
+def time_steps(recipe, data, draw, threads, rounds=5, steps=32):
+    """Seconds of many steps on a constant patch, and of as many on drawn ones, round by round.
+
+    No patch is drawn while the constant one is learned from: the stream begins anew each round.
+    """
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    world = _World(0, 1, torch.device("cpu"), threads)
     network = recipe.network(1, 2).to(memory_format=torch.channels_last)
     learner = _Learner(
         recipe, network, _optimiser(recipe, network), world, _precision(recipe, world)
     )
-    batches = _batches(recipe, data, world, 0)
-    same = next(batches)
-    for _ in range(3):
-        learner.step(next(batches), 0, 0.0)
     bare, real = [], []
-    for number in range(12):
-        bare.append(least(lambda n=number: learner.step(same, n, 0.0), 1))
-        real.append(least(lambda n=number: learner.step(next(batches), n, 0.0), 1))
-    a, b = float(np.median(bare)), float(np.median(real))
+    for _ in range(rounds):
+        samples = draw(places(0, 0, 1))
+        same = next(samples)
+        samples.close()
+        learner.step([same], 0, 0.0)
+        bare.append(least(lambda s=same: [learner.step([s], n, 0.0) for n in range(steps)], 1))
+        samples = draw(places(0, 0, 1))
+        learner.step([next(samples)], 0, 0.0)
+        real.append(
+            least(lambda s=samples: [learner.step([next(s)], n, 0.0) for n in range(steps)], 1)
+        )
+        samples.close()
+    return np.array(bare) / steps, np.array(real) / steps
+
+
+def bench_step():
+    recipe, data = step_data()
+    threads = torch.get_num_threads()
+    draw = partial(ahead, Sampler(data, recipe).__getitem__)
+    tell_step("a thread", threads, *time_steps(recipe, data, draw, threads))
+
+
+def bench_step_on_ray():
+    """The same in a process of Ray with all cores, fed by the Ray Data stream."""
+    import ray
+
+    os.environ.update(RAY_worker_niceness="0")  # that of this process
+    recipe, data = step_data()
+    connect()
+    reference, threads = ray.put(data), usable_cores()
+    worker = ray.remote(num_cpus=CPU_SHARE * threads)(timed_on_ray)
+    tell_step("Ray Data", threads, *ray.get(worker.remote(recipe, [reference], threads)))
+    ray.shutdown()
+
+
+def timed_on_ray(recipe, reference, threads):
+    import ray
+
+    data = ray.get(reference[0])
+    return time_steps(recipe, data, partial(streamed, reference[0], recipe), threads)
+
+
+def tell_step(source, threads, bare, real):
     print(
-        f"step, 32 channels, patch 380, {world.threads} threads: {1e3 * b:.0f} ms with the input "
-        f"pipeline, {1e3 * a:.0f} ms on a constant patch: {a / b:.3f}"
+        f"step, 32 channels, patch 380, {threads} threads: {1e3 * np.median(real):.0f} ms with "
+        f"patches from {source}, {1e3 * np.median(bare):.0f} ms on a constant patch: "
+        f"{np.median(bare / real):.3f}"
     )
 
 
@@ -116,6 +167,7 @@ def main():
     bench_weight_map()
     bench_deformation()
     bench_step()
+    bench_step_on_ray()
 
 
 if __name__ == "__main__":

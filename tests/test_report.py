@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
 from tests.test_charts import paths, points
@@ -24,7 +25,7 @@ from unet_ray.errors import InputError, RunError
 from unet_ray.evaluation import MEANINGS, Evaluation, evaluate
 from unet_ray.ledger import Ledger
 from unet_ray.metrics import ClassScore, Score
-from unet_ray.pictures import few_greys, overlay, to_grey
+from unet_ray.pictures import OKABE_ITO, VIRIDIS, few_greys, overlay, to_grey
 from unet_ray.report import write_report
 from unet_ray.segmentation import segment
 from unet_ray.stores import ARRAYS, LEDGER, Store, StoreLayout, create_store
@@ -111,8 +112,10 @@ def measured(step, **more):
 def test_a_run_is_reported_in_its_folder(run):
     assert write_report(run) == run / "report.html"
     page = Page(run / "report.html")
-    assert page.text.count("Patch ") >= 4
-    assert len(page.all("img")) == 12
+    assert [page.text.count(f" Patch {n} ") for n in range(17)] == [1] * 16 + [0]
+    assert [len(page.pictures(f"Patch {n}. ")) for n in range(17)] == [3] * 16 + [0]
+    assert len(page.all("img")) == 3 * 16 + 1
+    assert "Image, labels and weights move together" in page.text
     assert "A U-Net was trained: 40 steps" in page.text
     for words in ("learning rate 0.02", "patch 44 x 48", "w0 10.0", "label value of each class"):
         assert words in page.text
@@ -128,7 +131,7 @@ def test_the_loss_curve_has_every_line_of_the_log(run):
 
 def test_patches_are_shown_as_they_are_kept(run):
     page = Page(write_report(run))
-    image, classes, weights = page.pictures("Patch 0")
+    image, classes, weights = page.pictures("Patch 0. ")
     assert image.shape == (44, 48, 3)
     assert classes.shape == weights.shape == (28, 32, 3)
     assert {tuple(c) for c in classes.reshape(-1, 3)} == {(0, 0, 0), (230, 159, 0)}
@@ -136,11 +139,60 @@ def test_patches_are_shown_as_they_are_kept(run):
     assert "Weight of a pixel" in page.text
 
 
-def test_a_large_patch_is_thinned_out_and_says_so(run, monkeypatch):
-    monkeypatch.setattr(report, "WINDOW", 20)
+def keep_patches(run, count, side, inner):
+    """Patches of noise; of each the first class tells its number, and so does its weight."""
+    rng, tensors = np.random.default_rng(0), {}
+    for n in range(count):
+        targets = rng.integers(0, 8, (inner, inner), np.uint8)
+        weights = rng.exponential(size=(inner, inner)).astype(np.float32) + 0.1
+        targets[0, 0], weights[0, 0] = n % 8, 100 * (n + 1)
+        image = rng.normal(size=(1, side, side)).astype(np.float16)
+        arrays = {"image": image, "targets": targets, "weights": weights}
+        tensors |= {f"{name}.{n}": torch.from_numpy(a) for name, a in arrays.items()}
+    write_tensors(run / "patches.safetensors", tensors, {})
+
+
+def keep_weights(run, **volumes):
+    tensors = {name.replace("_", "."): torch.from_numpy(a) for name, a in volumes.items()}
+    write_tensors(run / "weights.safetensors", tensors, {})
+
+
+@pytest.mark.parametrize(
+    ("count", "side", "inner", "thinned"), [(1, 84, 44, 84), (3, 84, 44, 84), (16, 572, 388, 286)]
+)
+def test_any_number_of_patches_is_a_sheet_of_bounded_size(run, count, side, inner, thinned):
+    keep_patches(run, count, side, inner)
+    keep_weights(run, weights_0=np.random.default_rng(0).random((1, 900, 900), np.float32))
     page = Page(write_report(run))
-    assert page.pictures("Patch 0")[0].shape == (15, 16, 3)
-    assert "44 x 48 pixels, one in 3 along each axis" in page.text
+    assert len(page.pictures("Patch ")) == 3 * count
+    for number in range(count):
+        image, classes, weights = page.pictures(f"Patch {number}. ")
+        assert image.shape == (thinned, thinned, 3)
+        assert (
+            classes.shape == weights.shape == (inner * thinned // side, inner * thinned // side, 3)
+        )
+        np.testing.assert_array_equal(classes[0, 0], OKABE_ITO[number % 8])
+    assert ("One pixel in 2 is shown along each axis" in page.text) == (thinned < side)
+    assert f"Image, {side} x {side} pixels" in page.source
+    assert len(page.source) < 4_000_000
+
+
+def test_patches_are_in_the_order_of_their_numbers(run):
+    keep_patches(run, 11, 84, 44)
+    page = Page(write_report(run))
+    pixels = [page.pictures(f"Patch {n}. ")[2][0, 0].astype(int) for n in range(11)]
+    green = [int(pixel[1]) for pixel in pixels]
+    assert green == sorted(green)  # the weight of the first pixel rises with the number
+
+
+def test_the_frame_of_a_thinned_patch_is_whole(run, monkeypatch):
+    whole = Page(write_report(run)).pictures("Patch 0. ")[0]
+    monkeypatch.setattr(report, "SHEET", 100)
+    image, classes, _ = Page(write_report(run)).pictures("Patch 0. ")
+    assert (whole.shape, image.shape, classes.shape) == ((44, 48, 3), (22, 24, 3), (14, 16, 3))
+    yellow = (image == OKABE_ITO[4]).all(-1)
+    assert yellow[2].sum() == yellow[19].sum() == 20
+    assert yellow[:, 2].sum() == yellow[:, 21].sum() == 18
 
 
 def test_any_validation_score_is_drawn(run):
@@ -176,7 +228,8 @@ def test_a_run_that_has_only_begun_shows_what_there_is(run, left):
         "patches.safetensors": ["No step has been logged", "written with the first checkpoint"],
     }
     assert all(words in page.text for words in told[left])
-    assert len(page.all("img")) == (12 if left == "patches.safetensors" else 0)
+    assert len(page.all("img")) == (48 if left == "patches.safetensors" else 0)
+    assert "Weights of a whole slice" not in page.text
 
 
 def test_a_line_that_a_kill_cut_short_is_passed_over(run):
@@ -205,8 +258,8 @@ def test_pixels_without_weight_are_black(run, monkeypatch):
 
     monkeypatch.setattr(report, "read_tensors", some_ignored)
     page = Page(write_report(run))
-    assert (page.pictures("Patch 0")[2][:5] == 0).all()
-    assert "black does not count" in page.text
+    assert (page.pictures("Patch 0. ")[2][:5] == 0).all()
+    assert page.text.count("black does not count") == 1  # in the patches
 
 
 @pytest.mark.parametrize(
@@ -285,8 +338,93 @@ def test_damaged_patches_are_a_note_on_the_page(run, damage):
     PATCH_DAMAGE[damage](run / "patches.safetensors")
     page = Page(write_report(run))
     assert f"The patches cannot be shown. {run / 'patches.safetensors'}" in page.text
-    assert page.all("img") == []
+    assert page.pictures("Patch ") == []
+    assert len(page.pictures("Weights. ")) == 1
     assert "40 steps" in page.text
+
+
+def test_the_slice_that_weighs_most_is_shown(run):
+    light, heavy = np.ones((3, 20, 30), np.float32), np.ones((2, 10, 12), np.float32)
+    light[1, :, 15] = 30  # more in sum, but less in mean, than what is heavy
+    heavy[1, 5:] = 9
+    heavy[1, 0, 0] = 0
+    keep_weights(run, weights_0=light, weights_2=heavy / 2, weights_10=heavy)
+    page = Page(write_report(run))
+    (picture,) = page.pictures("Weights. ")
+    assert "Volume 10, slice 1 of those trained on, 10 x 12 pixels." in page.text
+    assert "thin bright lines where cells touch" in page.text
+    assert "equation 2 of Ronneberger" in page.text
+    assert picture.shape == (10, 12, 3)
+    assert (picture[5:] == VIRIDIS[-1]).all() and (picture[1:5] == VIRIDIS[0]).all()
+    assert (picture[0, 0] == 0).all()
+    bars = [c for c in page.charts if "<title>Weight of a pixel</title>" in c]
+    assert len(bars) == 2 and "Colours from 1 to 9" in bars[1]
+    assert page.text.count("black does not count") == 1  # in the slice
+
+
+def test_a_thin_line_is_still_there_in_a_large_slice(run, monkeypatch):
+    monkeypatch.setattr(report, "WINDOW", 20)
+    slices = np.ones((1, 95, 75), np.float32)
+    slices[0, :, 33] = 8
+    keep_weights(run, weights_0=slices)
+    page = Page(write_report(run))
+    (picture,) = page.pictures("Weights. ")
+    assert picture.shape == (19, 15, 3)
+    assert (picture[:, 6] == VIRIDIS[-1]).all()
+    assert (np.delete(picture, 6, 1) == VIRIDIS[0]).all()
+    assert "95 x 75 pixels; each pixel shows the greatest weight of 5 x 5." in page.text
+
+
+def test_names_in_a_file_of_weights_are_text(run):
+    tensors = {f"weights.{EVIL}": torch.ones(1, 8, 8)}
+    write_tensors(run / "weights.safetensors", tensors, {})
+    page = Page(write_report(run))
+    assert EVIL not in page.source
+    assert f"Volume {EVIL}, slice 0" in page.text
+
+
+def test_a_run_that_has_only_weights_shows_them(run):
+    for path in run.iterdir():
+        if path.name != "weights.safetensors":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (run / "checkpoints").mkdir()
+    page = Page(write_report(run))
+    assert len(page.all("img")) == len(page.pictures("Weights. Volume 0")) == 1
+    assert "This run kept no patches" in page.text
+
+
+def first(change):
+    return edited(lambda tensors: tensors.update({"weights.0": change(tensors["weights.0"])}))
+
+
+WEIGHT_DAMAGE = {
+    "cut short": torn,
+    "text": lambda path: path.write_text("no tensors"),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "another file": lambda path: shutil.copy(path.with_name("model.safetensors"), path),
+    "patches": lambda path: shutil.copy(path.with_name("patches.safetensors"), path),
+    "nothing": edited(lambda tensors: tensors.clear()),
+    "more": edited(lambda tensors: tensors.update({"image.0": tensors["weights.0"] * 1})),
+    "nan": first(lambda w: w.index_fill(0, torch.tensor([1]), math.nan)),
+    "infinite": first(lambda w: w.index_fill(0, torch.tensor([0]), math.inf)),
+    "negative": first(lambda w: -w),
+    "axes": first(lambda w: w[0]),
+    "empty": first(lambda w: w[:, :0]),
+    "double": first(lambda w: w.double()),
+    "integers": first(lambda w: w.int()),
+    "type": first(lambda w: w.bfloat16()),
+}
+
+
+@pytest.mark.parametrize("damage", WEIGHT_DAMAGE)
+def test_damaged_weights_are_a_note_on_the_page(run, damage):
+    path = run / "weights.safetensors"
+    WEIGHT_DAMAGE[damage](path)
+    page = Page(write_report(run))
+    assert f"The weights of a whole slice cannot be shown. {path}" in page.text
+    assert page.pictures("Weights. ") == []
+    assert len(page.pictures("Patch ")) == 48
+    assert "thin bright lines" not in page.text
 
 
 def test_provenance_is_cut_where_it_is_endless(run, monkeypatch):

@@ -10,7 +10,7 @@ import base64
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ from unet_ray.results import (
     sampled_chunks,
     windows,
 )
-from unet_ray.runs import PATCHES
+from unet_ray.runs import METRICS, MODEL, PATCHES, WEIGHTS
 from unet_ray.stores import EVENTS
 from unet_ray.versions import VERSION
 from unet_ray.volumes import Volume
@@ -67,8 +67,8 @@ LONGEST_JSON = 200_000
 LARGEST_LOSS = 1e39  # beyond float32
 # Pictures so many times as long as wide are zoomed in until they are so many pixels wide.
 STRIP, STRIP_WIDTH = 8, 32
-
-MODEL = "model.safetensors"
+# Pixels along a side of the square that all kept images fit in, however many there are.
+SHEET = 1152
 
 Facts = dict[str, Any]
 
@@ -77,7 +77,8 @@ def write_report(path: str | os.PathLike[str], truth: str | os.PathLike[str] | N
     """Writes the page about a RUN folder, into it, or about an output store, beside it.
 
     The page is one file that loads nothing from elsewhere. Its size and what is read for it are
-    bounded, but for the scores, which read all of the store and of the truth.
+    bounded, but for the kept weight maps and the scores, for which all of the maps, of the store
+    and of the truth is read.
 
     Args:
         path: RUN folder of `train`, or store of `segment`; either may be unfinished.
@@ -91,7 +92,7 @@ def write_report(path: str | os.PathLike[str], truth: str | os.PathLike[str] | N
         RunError: if what is stored is damaged.
     """
     found = Path(os.path.abspath(path))
-    if any((found / name).exists() for name in (MODEL, "metrics.jsonl", "checkpoints")):
+    if any((found / name).exists() for name in (MODEL, METRICS, "checkpoints")):
         if truth is not None:
             raise InputError(f"{found}: is a training run; --truth is for an output of segment.")
         page, facts = found / "report.html", _about_run(found)
@@ -152,11 +153,12 @@ def _figure(picture: Picture, caption: str) -> Facts:
 
 
 def _about_run(run: Path) -> Facts:
-    lines = list(read_events(run / "metrics.jsonl"))
+    lines = list(read_events(run / METRICS))
     measures = [line for line in lines if _is_measure(line)]
     header = _header(run)
-    patches = _patches(run / PATCHES)
-    if not (measures or header or patches):
+    patches = _unless_damaged(_patches, run / PATCHES)
+    weight_map = _unless_damaged(_weight_map, run / WEIGHTS)
+    if not (measures or header or patches or weight_map):
         raise InputError(f"{run}: nothing has been trained here yet; come back when it has.")
     return {
         "kind": "run",
@@ -166,7 +168,8 @@ def _about_run(run: Path) -> Facts:
         "loss": _loss_chart(measures) if measures else None,
         "validation": _validation_charts(measures),
         "header": header,
-        **patches,
+        "patches": patches,
+        "weight_map": weight_map,
     }
 
 
@@ -214,23 +217,28 @@ def _validation_charts(measures: Sequence[Facts]) -> list[Markup]:
     ]
 
 
-def _patches(path: Path) -> Facts:
-    """The kept patches as pictures, each an image, its classes and its weights."""
+def _unless_damaged(draw: Callable[[Path], Facts], path: Path) -> Facts:
+    """What is drawn of a file, or a sentence on why it is not; nothing if there is no file."""
     if not path.exists():
         return {}
     try:
-        kept = _kept(path)
+        return draw(path)
     except InputError as error:
-        return {"no_patches": str(error)}
-    _, targets, weights = zip(*kept, strict=True)
-    every = np.concatenate([each.ravel() for each in weights])
-    counted = every[every > 0] if (every > 0).any() else np.ones(1)
-    ends = float(counted.min()), float(counted.max())
+        return {"refused": str(error)}
+
+
+def _patches(path: Path) -> Facts:
+    """The kept patches as pictures, each an image, its classes and its weights."""
+    kept = _kept(path)
+    images, targets, weights = zip(*kept, strict=True)
+    longest = max(max(image.shape[1:]) for image in images)
+    step = math.ceil(longest * math.sqrt(len(kept)) / SHEET)
+    ends, scale = _weight_scale(np.concatenate([each.ravel() for each in weights]))
     return {
-        "patches": [_patch(*each, ends=ends) for each in kept],
-        "patch_colours": _colours(1 + max(int(each.max()) for each in targets)),
-        "weight_bar": Markup(charts.colour_bar("Weight of a pixel", ends, "", log=True)),
-        "weightless": bool((every <= 0).any()),
+        "sheet": [_patch(*each, ends, step) for each in kept],
+        "thinned": step,
+        "colours": _colours(1 + max(int(each.max()) for each in targets)),
+        **scale,
     }
 
 
@@ -241,21 +249,26 @@ def _kept(path: Path) -> list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
         InputError: if the file is damaged, or of another kind.
     """
     tensors = read_tensors(path)[0]
-    numbers = sorted(name[5:] for name in tensors if name.startswith("image."))
+    numbers = [name[6:] for name in tensors if name.startswith("image.")]
     try:
         kept = [
             (
-                tensors[f"image{n}"].numpy(),
-                tensors[f"targets{n}"].numpy(),
-                tensors[f"weights{n}"].numpy(),
+                tensors[f"image.{n}"].numpy(),
+                tensors[f"targets.{n}"].numpy(),
+                tensors[f"weights.{n}"].numpy(),
             )
-            for n in numbers
+            for n in _in_order(numbers)
         ]
     except (KeyError, TypeError):  # a tensor is missing, or of a type that NumPy lacks
         kept = []
     if not kept or not all(_is_patch(*each) for each in kept):
         raise InputError(f"{path}: does not hold patches as train keeps them.")
     return kept
+
+
+def _in_order(numbers: Iterable[str]) -> list[str]:
+    """Numbers as they are written in names, 2 before 10."""
+    return sorted(numbers, key=lambda number: (len(number), number))
 
 
 def _is_patch(image: NDArray[Any], targets: NDArray[Any], weights: NDArray[Any]) -> bool:
@@ -270,20 +283,78 @@ def _is_patch(image: NDArray[Any], targets: NDArray[Any], weights: NDArray[Any])
 
 
 def _patch(
-    image: NDArray[Any], targets: NDArray[Any], weights: NDArray[Any], ends: tuple[float, float]
+    image: NDArray[Any],
+    targets: NDArray[Any],
+    weights: NDArray[Any],
+    ends: tuple[float, float],
+    step: int,
 ) -> list[Facts]:
-    step = -(-max(image.shape[-2:]) // WINDOW)
-    grey, inner = to_grey(image[0]), weights.shape
-    top, left = ((a - b) // 2 for a, b in zip(grey.shape, inner, strict=True))
-    shown = f", one in {step} along each axis" if step > 1 else ""
+    grey, thin = to_grey(image[0]), slice(None, None, step)
+    top, left = ((a - b) // 2 // step for a, b in zip(grey.shape, weights.shape, strict=True))
+    classes = colour_classes(targets[thin, thin])
+    greys = few_greys(grey[thin, thin], OVERLAY_GREYS)
     return [
         _figure(
-            frame(grey, top, left, *inner)[::step, ::step],
-            f"Image, {_by(grey.shape)} pixels{shown}; framed: what the network returns.",
+            frame(greys, top, left, *classes.shape[:2]),
+            f"Image, {_by(grey.shape)} pixels; framed: what the network returns.",
         ),
-        _figure(colour_classes(targets)[::step, ::step], "Classes of the framed part."),
-        _figure(colour_log(weights, *ends)[::step, ::step], "Weights of the framed part."),
+        _figure(classes, "Classes of the framed part."),
+        _figure(colour_log(_greatest(weights, step), *ends), "Weights of the framed part."),
     ]
+
+
+def _greatest(weights: NDArray[Any], step: int) -> NDArray[Any]:
+    """One number for `step` x `step` pixels (y, x): the greatest, so that thin lines remain."""
+    rows = np.maximum.reduceat(weights, range(0, len(weights), step), axis=0)
+    most: NDArray[Any] = np.maximum.reduceat(rows, range(0, rows.shape[1], step), axis=1)
+    return most
+
+
+def _weight_scale(weights: NDArray[Any]) -> tuple[tuple[float, float], Facts]:
+    """The least weight above 0 and the greatest, and the colour bar from one to the other."""
+    counted = weights[weights > 0] if (weights > 0).any() else np.ones(1)
+    ends = float(counted.min()), float(counted.max())
+    bar = Markup(charts.colour_bar("Weight of a pixel", ends, "", log=True))
+    return ends, {"bar": bar, "weightless": bool((weights <= 0).any())}
+
+
+def _weight_map(path: Path) -> Facts:
+    """The slice with the largest mean weight, of all volumes that were trained on."""
+    maps = _weight_maps(path)
+    means = {number: each.mean((1, 2), np.float64) for number, each in maps.items()}
+    volume = max(means, key=lambda number: float(means[number].max()))
+    z = int(means[volume].argmax())
+    weights = maps[volume][z]
+    step = -(-max(weights.shape) // WINDOW)
+    ends, scale = _weight_scale(weights)
+    told = f"Volume {volume}, slice {z} of those trained on, {_by(weights.shape)} pixels"
+    if step > 1:
+        told += f"; each pixel shows the greatest weight of {step} x {step}"
+    picture = colour_log(_greatest(weights, step), *ends)
+    return {"figure": _figure(picture, f"{told}."), **scale}
+
+
+def _weight_maps(path: Path) -> dict[str, NDArray[Any]]:
+    """The weights (z, y, x) of each volume, by its number.
+
+    Raises:
+        InputError: if the file is damaged, or of another kind.
+    """
+    tensors = read_tensors(path)[0]
+    try:
+        maps = {n: tensors[f"weights.{n}"].numpy() for n in _in_order(t[8:] for t in tensors)}
+    except (KeyError, TypeError):  # a tensor has another name, or a type that NumPy lacks
+        maps = {}
+    if not maps or not all(_is_weight_map(each) for each in maps.values()):
+        raise InputError(f"{path}: does not hold weight maps as train keeps them.")
+    return maps
+
+
+def _is_weight_map(weights: NDArray[Any]) -> bool:
+    """Whether these are finite float32 numbers (z, y, x) of 0 and more."""
+    if weights.dtype != np.float32 or weights.ndim != 3 or weights.size == 0:
+        return False
+    return bool(np.isfinite(weights).all() and weights.min() >= 0)
 
 
 def _colours(classes: int) -> list[str]:

@@ -8,11 +8,13 @@ the network.
 from __future__ import annotations
 
 import itertools
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,11 +41,12 @@ class Sample:
     weights: NDArray[np.float32]
 
 
-# A wave of samples is one run of Ray Data, which takes about a second to start.
-WAVE, BLOCK = 8192, 16
-# Of a trainer, at a time; bookkeeping that leaves the CPUs to the trainers.
-DRAWING_TASKS, DRAWING_CPUS = 2, 0.04
+# At most three waves are held in the object store: in use, drawn, and being drawn.
+WAVE_BYTES, BLOCKS = 64 << 20, 4
+DRAWING_CPUS = 0.04  # bookkeeping that leaves the CPUs to the trainers
 
+Wanted = TypeVar("Wanted")
+Drawn = TypeVar("Drawn")
 Place = tuple[int, int]  # step, and slot: which of the patches of that step, of all workers
 
 
@@ -124,17 +127,17 @@ def places(step: int, rank: int, batch: int) -> Iterator[Place]:
 
 
 def ahead(
-    draw: Callable[[Place], Sample], wanted: Iterator[Place], depth: int = 4
-) -> Iterator[Sample]:
-    """Yields ``draw(place)`` in order, drawn by a thread up to `depth` samples ahead.
+    draw: Callable[[Wanted], Drawn], wanted: Iterator[Wanted], depth: int = 4
+) -> Iterator[Drawn]:
+    """Yields what `draw` makes of each that is wanted, in order, by a thread up to `depth` ahead.
 
-    The thread ends when the places do or when the caller stops asking; what it raises is raised
+    The thread ends when they do or when the caller stops asking; what it raises is raised
     here.
     """
-    ready: queue.Queue[Sample | BaseException | None] = queue.Queue(depth)
+    ready: queue.Queue[Drawn | BaseException | None] = queue.Queue(depth)
     stopped = threading.Event()
 
-    def put(item: Sample | BaseException | None) -> None:
+    def put(item: Drawn | BaseException | None) -> None:
         while not stopped.is_set():
             try:
                 return ready.put(item, timeout=0.1)
@@ -143,10 +146,10 @@ def ahead(
 
     def work() -> None:
         try:
-            for place in wanted:
+            for each in wanted:
                 if stopped.is_set():
                     return
-                put(draw(place))
+                put(draw(each))
             put(None)
         except BaseException as error:  # handed to the caller
             put(error)
@@ -162,31 +165,40 @@ def ahead(
 
 
 def streamed(data: Any, recipe: Recipe, wanted: Iterator[Place]) -> Iterator[Sample]:
-    """Yields the samples of `wanted` in order, drawn ahead by tasks of Ray Data.
+    """Yields the samples of `wanted` in order, drawn ahead by tasks of Ray Data, in waves.
+
+    Each wave is a run of Ray Data of its own, which ends before its samples are asked for: a run
+    that waits for who takes its blocks would spin a core all the while.
 
     Args:
         data: object reference of the `TrainingData`.
         recipe: of the patches.
-        wanted: which samples; may have no end, for they go to Ray in waves.
+        wanted: which samples; may have no end.
     """
+    size = WAVE_BYTES // (4 * math.prod(recipe.patch) + 5 * math.prod(recipe.output))
+    for blocks in ahead(partial(_draw_wave, data, recipe), _waves(wanted, max(1, size)), depth=1):
+        for block in blocks:
+            for image, targets, weights in zip(*(block[k] for k in _COLUMNS), strict=True):
+                yield Sample(image, targets, weights)
+
+
+def _waves(wanted: Iterator[Place], size: int) -> Iterator[list[Place]]:
+    while wave := list(itertools.islice(wanted, size)):
+        yield wave
+
+
+def _draw_wave(data: Any, recipe: Recipe, wave: Sequence[Place]) -> list[dict[str, NDArray[Any]]]:
+    """The samples of a wave, by blocks, in order."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    while wave := list(itertools.islice(wanted, WAVE)):
-        rows = [{"step": step, "slot": slot} for step, slot in wave]
-        # Overhead is per block, so a block is several samples.
-        drawn = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // BLOCK)).map_batches(
-            _draw_block,
-            fn_args=([data], recipe),
-            batch_size=None,
-            num_cpus=DRAWING_CPUS,
-            compute=ray.data.TaskPoolStrategy(size=DRAWING_TASKS),
-        )
-        for block in drawn.iter_batches(batch_size=None, prefetch_batches=1):
-            for image, targets, weights in zip(*(block[k] for k in _COLUMNS), strict=True):
-                yield Sample(image, targets, weights)
+    context.enable_progress_bars = context.print_on_execution_start = False
+    rows = [{"step": step, "slot": slot} for step, slot in wave]
+    drawn = ray.data.from_items(rows, override_num_blocks=min(len(rows), BLOCKS)).map_batches(
+        _draw_block, fn_args=([data], recipe), batch_size=None, num_cpus=DRAWING_CPUS
+    )
+    return list(drawn.iter_batches(batch_size=None))
 
 
 _COLUMNS = ("image", "targets", "weights")

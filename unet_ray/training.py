@@ -466,9 +466,7 @@ def _train_on_ray(
     largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
     threads = max(1, int(min(engines.cluster_size("CPU") // most, largest)))
     scratch = run.path / "checkpoints" / "ray"
-    worker = partial(
-        _ray_worker, recipe, [ray.put(data)], run.path, threads, checkpoint_seconds
-    )
+    worker = partial(_ray_worker, recipe, [ray.put(data)], run.path, threads, checkpoint_seconds)
     scaling = ray_train.ScalingConfig(
         num_workers=fewest if fewest == most else (fewest, most),
         use_gpu=gpu,
