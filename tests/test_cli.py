@@ -600,7 +600,7 @@ BAD_TRAINING = {
     "--sigma": ["0"],
     "--elastic": ["-1"],
     "--seed": ["-1"],
-    "--workers": ["0", "2"],
+    "--workers": ["0", "2", "1:2", "0:2", "3:2", "2:", "1:2:3", "a:b", ""],
     "--recipe": ["papr"],
     "--norm": ["group"],
 }
@@ -612,6 +612,11 @@ BAD_TRAINING = {
 def test_a_bad_flag_of_train_is_refused(unet_ray, files, flag, text):
     word = "size" if flag == "--patch" and text in ("45", "1,44,45") else flag[2:].split("-")[0]
     refused(unet_ray, files, train(files, flag, text), word)
+
+
+def test_a_range_of_workers_is_passed_on(unet_ray, files, trained):
+    unet_ray(*train(files, "--workers", "2:8", "--engine", "ray"))
+    assert trained[0][5] == (2, 8)
 
 
 def test_three_dimensions_are_not_built_yet(unet_ray, files):

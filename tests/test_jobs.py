@@ -78,6 +78,16 @@ def test_two_workers_learn_what_one_learns_from_twice_the_batch(files, tmp_path)
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
+def test_as_many_workers_train_as_the_cluster_has(files, tmp_path):
+    told = []
+    model = on_ray(files, tmp_path / "run", recipe(batch=2), (1, 4), told)
+    assert {(m.workers, m.patches) for m in told} == {(2, 4)}
+    assert read_model(model)[1].training["steps"] == 12
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
 def test_a_failure_of_a_worker_is_told_in_its_own_words(files, tmp_path):
     with pytest.raises(RunError, match=r"the loss is (nan|inf); train anew with a lower") as failed:
         on_ray(files, tmp_path / "run", recipe(learning_rate=1e30), 1, [])

@@ -17,7 +17,7 @@ from unet_ray.annotations import (
 from unet_ray.errors import InputError
 from unet_ray.intensity import Intensity
 from unet_ray.recipes import Recipe
-from unet_ray.samples import Sampler, ahead
+from unet_ray.samples import Sampler, ahead, places, streamed
 
 
 @pytest.fixture
@@ -280,7 +280,36 @@ def test_an_image_with_values_that_are_not_finite_is_refused(write, value):
         load([write("image", image)], [write("labels", GOOD)])
 
 
+def test_slices_that_show_one_class_are_refused(write):
+    labels = GOOD.copy()
+    labels[0] = 255
+    paths = [write("image", GOOD)], [write("labels", labels)]
+    with pytest.raises(InputError, match="not held out show one class only"):
+        load(*paths, val="1:2")
+
+
 # Samples drawn ahead
+
+
+def test_steps_and_slots_of_workers_are_those_of_one_with_a_larger_batch():
+    def first(rank, batch):
+        return list(itertools.islice(places(7, rank, batch), 2 * batch))
+
+    alone, pair = first(0, 4), [first(rank, 2) for rank in (0, 1)]
+    assert alone == [(step, slot) for step in (7, 8) for slot in range(4)]
+    assert alone == pair[0][:2] + pair[1][:2] + pair[0][2:] + pair[1][2:]
+
+
+@pytest.mark.ray
+def test_ray_data_draws_the_same_samples_in_order(data, local_ray, monkeypatch):
+    recipe = Recipe(depth=2, patch=(60, 60), seed=5)
+    monkeypatch.setattr(samples, "WAVE_BYTES", 5 * (4 * 3600 + 5 * 400))  # five samples
+    stream = streamed(local_ray.put(data), recipe, places(3, 1, 2))
+    sampler = Sampler(data, recipe)
+    for place in itertools.islice(places(3, 1, 2), 12):
+        assert same(next(stream), sampler[place])
+    stream.close()
+    assert ended()
 
 
 def threads():

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).parent.parent
 SECONDS = 240  # the longest wait for anything
 CHECKPOINT_SECONDS = 0.2
-LOSS_BOUND = 1e-4
+LOSS_BOUND = 1e-6  # relative, of two workers to one with twice the batch; measured: 6e-8
 WORKER = "ray::RayTrainWorker"  # title of a process of Ray Train that trains
 
 SCRIPT = """

@@ -7,11 +7,13 @@ import threading
 import numpy as np
 import pytest
 import tifffile
+import torch
 
-from unet_ray import engine
+from unet_ray import annotations, engine, training
 from unet_ray.checkpoints import find_model, read_model, read_tensors, write_model, write_tensors
 from unet_ray.errors import InputError, RunError
 from unet_ray.recipes import Recipe
+from unet_ray.runs import WEIGHTS
 from unet_ray.training import train
 from unet_ray.versions import VERSION
 
@@ -408,3 +410,70 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
         == read_model(whole)[1]
     )
     assert newest.name in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_a_model_too(files, tmp_path):
+    model = run(files, tmp_path / "run", steps=5)
+    checkpoint = next((tmp_path / "run" / "checkpoints").glob("step-*"))
+    (whole, header), (same, told) = read_model(model), read_model(checkpoint)
+    assert told == header
+    assert all(torch.equal(t, same.state_dict()[n]) for n, t in whole.state_dict().items())
+    model.unlink()
+    with pytest.raises(InputError, match=r"has not ended; .*step-000000005\.safetensors"):
+        find_model(tmp_path / "run")
+
+
+# What is kept beside the run
+
+
+def test_weight_maps_are_kept_and_taken_again(files, tmp_path, monkeypatch):
+    with pytest.raises(StoppedError):
+        run(files, tmp_path / "run", stop_at(10))
+    tensors, header = read_tensors(tmp_path / "run" / WEIGHTS)
+    assert (tensors["weights.0"].shape, header["w0"]) == ((2, 70, 70), 10.0)
+    monkeypatch.setattr(annotations, "weight_map", lambda *a: pytest.fail("computed again"))
+    run(files, tmp_path / "run")
+
+
+@pytest.mark.parametrize("what", ["damaged", "of other settings"])
+def test_kept_weight_maps_that_do_not_fit_are_computed_again(files, tmp_path, capsys, what):
+    whole = run(files, tmp_path / "whole", steps=3)
+    for name, sigma in (("run", 5.0), ("other", 2.0)):
+        with pytest.raises(StoppedError):
+            run(files, tmp_path / name, stop_at(10), sigma=sigma)
+    kept = tmp_path / "run" / WEIGHTS
+    for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        checkpoint.unlink()
+    if what == "damaged":
+        kept.write_bytes(kept.read_bytes()[:-9])
+    else:
+        kept.write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())
+    assert told_by(run(files, tmp_path / "run", steps=3)) == told_by(whole)
+    assert kept.read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    assert ("computed again" in capsys.readouterr().err) == (what == "damaged")
+
+
+def test_a_run_of_other_settings_keeps_its_weight_maps(files, finished):
+    before = (finished / WEIGHTS).read_bytes()
+    with pytest.raises(InputError, match="another sigma"):
+        run(files, finished, steps=2, sigma=1.0)
+    assert (finished / WEIGHTS).read_bytes() == before
+
+
+def test_weights_that_are_no_longer_finite_are_not_saved(files, tmp_path, monkeypatch):
+    good = tmp_path / "run" / "checkpoints" / "step-000000001.safetensors"
+
+    def spoil(self, samples, number, progress):
+        loss = real(self, samples, number, progress)
+        if number == 1:
+            with torch.no_grad():
+                next(self._network.parameters()).fill_(float("nan"))
+        return loss
+
+    real = training._Learner.step
+    monkeypatch.setattr(training._Learner, "step", spoil)
+    with pytest.raises(RunError, match=r"step 2: weight .* is no longer finite.*000000001") as told:
+        run(files, tmp_path / "run", steps=9, checkpoint_seconds=0)
+    assert str(good) in str(told.value)
+    assert max(good.parent.glob("step-*")) == good
+    read_model(good)

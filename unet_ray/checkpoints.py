@@ -25,6 +25,7 @@ from unet_ray.files import write_whole
 from unet_ray.network import UNet
 
 FORMAT = "unet-ray model 1"
+WEIGHT = "model."  # how the names of a checkpoint's weights begin
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,15 @@ def write_model(path: Path, network: UNet, header: ModelHeader) -> None:
 
 
 def read_model(path: Path) -> tuple[UNet, ModelHeader]:
-    """The network of a model file, ready for inference, and its header.
+    """The network of a model file or of a checkpoint, ready for inference, and its header.
 
     Raises:
         InputError: as `read_tensors`; also if the header and the weights do not fit.
     """
     tensors, told = read_tensors(path)
+    if "step" in told:  # a checkpoint: beside the weights it has the optimiser's state
+        tensors = {n.removeprefix(WEIGHT): t for n, t in tensors.items() if n.startswith(WEIGHT)}
+        told = {name: told[name] for name in told if name in ModelHeader.__dataclass_fields__}
     try:
         header = ModelHeader(**told)
         header.check()
@@ -137,9 +141,22 @@ def read_model(path: Path) -> tuple[UNet, ModelHeader]:
 
 
 def find_model(path: str | os.PathLike[str]) -> Path:
-    """The model file of a RUN folder, or the file itself."""
+    """The model file of a RUN folder, or the file itself.
+
+    Raises:
+        InputError: if the training of that folder has not ended; names its newest checkpoint.
+    """
     found = Path(path).absolute()
-    return found / "model.safetensors" if found.is_dir() else found
+    if not found.is_dir():
+        return found
+    model = found / "model.safetensors"
+    checkpoints = sorted((found / "checkpoints").glob("step-*.safetensors"))
+    if checkpoints and not model.exists():
+        raise InputError(
+            f"{found}: its training has not ended; run the same `train` again, or give --model "
+            f"{checkpoints[-1]}."
+        )
+    return model
 
 
 def sha256_of(path: Path) -> str:

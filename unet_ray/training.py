@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unet_ray import engine as engines
 from unet_ray.annotations import TrainingData, keep_weights, load_training_data
-from unet_ray.checkpoints import ModelHeader, architecture_of, read_tensors, write_tensors
+from unet_ray.checkpoints import WEIGHT, ModelHeader, architecture_of, read_tensors, write_tensors
 from unet_ray.errors import InputError, RunError, UnetRayError
 from unet_ray.files import write_whole
 from unet_ray.memory import keep_freed_memory
@@ -120,7 +120,8 @@ def train(
     """
     run = RunFolder(out)
     if engine == "local" and workers not in (None, 1):
-        raise InputError(f"workers={workers} needs --engine ray: the local engine has one.")
+        asked = ":".join(map(str, workers)) if isinstance(workers, tuple) else workers
+        raise InputError(f"workers={asked} needs --engine ray: the local engine has one.")
     data = load_training_data(images, labels, recipe, run.path / WEIGHTS)
     if data.held_out:
         checked_score(data.held_out, len(data.class_values), recipe.best_by)
@@ -268,7 +269,7 @@ class _Training:
         weights = self._network.state_dict()
         if bad := [name for name, t in weights.items() if not t.isfinite().all()]:
             raise self._diverged(f"weight {bad[0]!r} is no longer finite")
-        tensors = {f"model.{name}": t for name, t in weights.items()}
+        tensors = {WEIGHT + name: t for name, t in weights.items()}
         for index, state in self._optimiser.state_dict()["state"].items():
             for name, value in state.items():
                 if value is not None:
@@ -292,7 +293,7 @@ class _Training:
             return 0, 0.0, None, []
         tensors, header = newest.tensors, newest.header
         self._network.load_state_dict(
-            {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+            {n.removeprefix(WEIGHT): t for n, t in tensors.items() if n.startswith(WEIGHT)}
         )
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
