@@ -109,7 +109,7 @@ def time_steps(recipe, data, draw, threads, rounds=5, steps=32):
     world = _World(0, 1, torch.device("cpu"), threads)
     network = recipe.network(1, 2).to(memory_format=torch.channels_last)
     learner = _Learner(
-        recipe, network, _optimiser(recipe, network), world, _precision(recipe, world)
+        recipe, network, _optimiser(recipe, network), world, _precision(recipe, world), 0.0
     )
     bare, real = [], []
     for _ in range(rounds):

@@ -1,7 +1,7 @@
 """Kills in the middle of training: the same command again ends where an undisturbed run ends.
 
 Every kill is a SIGKILL of a real process, at a step that is drawn with a fixed seed and then seen
-in the log of the run; nothing here depends on how fast the machine is.
+in the log of the run, or that has a checkpoint of its own; never after a time.
 """
 
 import dataclasses

@@ -453,6 +453,16 @@ def test_kept_weight_maps_that_do_not_fit_are_computed_again(files, tmp_path, ca
     assert ("computed again" in capsys.readouterr().err) == (what == "damaged")
 
 
+def test_what_a_kill_left_half_written_is_removed(files, tmp_path):
+    with pytest.raises(StoppedError):
+        run(files, tmp_path / "run", stop_at(10))
+    left = [tmp_path / "run" / n for n in (".a.partial", "checkpoints/.step.partial")]
+    for path in left:
+        path.write_bytes(b"half")
+    run(files, tmp_path / "run")
+    assert not any(path.exists() for path in left)
+
+
 def test_a_run_of_other_settings_keeps_its_weight_maps(files, finished):
     before = (finished / WEIGHTS).read_bytes()
     with pytest.raises(InputError, match="another sigma"):

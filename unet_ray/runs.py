@@ -23,7 +23,7 @@ from torch import Tensor
 
 from unet_ray.checkpoints import read_tensors, write_tensors
 from unet_ray.errors import InputError, refuse_below_file
-from unet_ray.files import write_whole
+from unet_ray.files import remove_partial, write_whole
 
 MODEL, BEST, METRICS = "model.safetensors", "best.safetensors", "metrics.jsonl"
 PATCHES, WEIGHTS = "patches.safetensors", "weights.safetensors"
@@ -126,6 +126,8 @@ class RunFolder:
                         "or end it."
                     )
                 time.sleep(0.1)
+            for folder in (self.path, self.path / "checkpoints"):
+                remove_partial(folder)
             os.ftruncate(file, 0)
             os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
             yield

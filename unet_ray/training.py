@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -174,6 +174,25 @@ class _Clock:
         return min(1.0, max(minutes, steps))
 
 
+@dataclass(frozen=True)
+class _Reached:
+    """How far a checkpoint had come.
+
+    Attributes:
+        precision: of its arithmetic.
+        step: steps done.
+        seconds: trained.
+        learning_rate: of the last step.
+        pending_losses: of the steps since the last line of the log.
+    """
+
+    precision: Precision | None = None
+    step: int = 0
+    seconds: float = 0.0
+    learning_rate: float = 0.0
+    pending_losses: Sequence[float] = ()
+
+
 class _Training:
     """The training of one worker; the first worker writes checkpoints, metrics and the model."""
 
@@ -195,14 +214,18 @@ class _Training:
         self._network = recipe.network(data.channels, len(data.class_values))
         self._network.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._optimiser = _optimiser(recipe, self._network)
-        self._step, elapsed, precision, pending = self._restore()
-        self._precision = precision or _precision(recipe, world)
-        self._learner = _Learner(recipe, self._network, self._optimiser, world, self._precision)
-        self._clock, self._saved = _Clock(recipe, elapsed), time.monotonic()
+        told = self._restore()
+        self._step, self._precision = told.step, told.precision or _precision(recipe, world)
+        self._learner = _Learner(
+            recipe, self._network, self._optimiser, world, self._precision, told.learning_rate
+        )
+        self._clock, self._saved = _Clock(recipe, told.seconds), time.monotonic()
         self._log = self._judge = None
         if world.first:
             patches = world.size * recipe.batch
-            self._log = Log(run.path / METRICS, self._step, pending, world.size, patches, watch)
+            self._log = Log(
+                run.path / METRICS, told.step, told.pending_losses, world.size, patches, watch
+            )
             if data.held_out:
                 self._judge = _Judge(recipe, data, run, self._log, self._precision, world)
                 self._judge.forget_after(self._step)
@@ -277,20 +300,17 @@ class _Training:
         where = {
             "step": self._step,
             "seconds": self._clock.seconds,
+            "learning_rate": self._learner.rate,
             "pending_losses": self._log.pending if self._log else [],
         }
         self._run.save(self._step, tensors, {**dataclasses.asdict(self._header()), **where})
         self._saved = time.monotonic()
 
-    def _restore(self) -> tuple[int, float, Precision | None, list[float]]:
-        """Loads the newest checkpoint.
-
-        Returns:
-            Steps done, seconds trained, precision, and the losses since the last line of the log.
-        """
+    def _restore(self) -> _Reached:
+        """Loads the newest checkpoint; says how far it had come."""
         newest = self._run.newest()
         if newest is None:
-            return 0, 0.0, None, []
+            return _Reached()
         tensors, header = newest.tensors, newest.header
         self._network.load_state_dict(
             {n.removeprefix(WEIGHT): t for n, t in tensors.items() if n.startswith(WEIGHT)}
@@ -302,8 +322,8 @@ class _Training:
                 state.setdefault(int(index), {})[key] = tensor
         groups = self._optimiser.state_dict()["param_groups"]
         self._optimiser.load_state_dict({"state": state, "param_groups": groups})
-        precision = header["training"]["precision"]
-        return header["step"], header["seconds"], precision, header["pending_losses"]
+        names = "step", "seconds", "learning_rate", "pending_losses"
+        return _Reached(header["training"]["precision"], **{name: header[name] for name in names})
 
     def _write_model(self) -> None:
         """Writes the best model, or that of the last step where nothing was validated."""
@@ -396,11 +416,12 @@ class _Learner:
         optimiser: torch.optim.Optimizer,
         world: _World,
         precision: Precision,
+        rate: float,
     ) -> None:
         self._recipe, self._world, self._optimiser = recipe, world, optimiser
         self._network, self._dtype = network.train(), getattr(torch, precision)
         self._model: nn.Module = DistributedDataParallel(network) if world.size > 1 else network
-        self.rate = 0.0
+        self.rate = rate
 
     def step(self, samples: list[Sample], number: int, progress: float) -> float:
         """Learns from a batch; returns its loss. Chance (dropout) depends on the number alone."""
