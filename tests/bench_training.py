@@ -151,7 +151,7 @@ def timed_on_ray(recipe, reference, threads):
     import ray
 
     data = ray.get(reference[0])
-    return time_steps(recipe, data, partial(streamed, reference[0], recipe), threads)
+    return time_steps(recipe, data, partial(streamed, reference[0], recipe, 1), threads)
 
 
 def tell_step(source, threads, bare, real):

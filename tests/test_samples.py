@@ -284,7 +284,7 @@ def test_slices_that_show_one_class_are_refused(write):
     labels = GOOD.copy()
     labels[0] = 255
     paths = [write("image", GOOD)], [write("labels", labels)]
-    with pytest.raises(InputError, match="not held out show one class only"):
+    with pytest.raises(InputError, match="not held out show 1 of 2 classes only"):
         load(*paths, val="1:2")
 
 
@@ -304,7 +304,7 @@ def test_steps_and_slots_of_workers_are_those_of_one_with_a_larger_batch():
 def test_ray_data_draws_the_same_samples_in_order(data, local_ray, monkeypatch):
     recipe = Recipe(depth=2, patch=(60, 60), seed=5)
     monkeypatch.setattr(samples, "WAVE_BYTES", 5 * (4 * 3600 + 5 * 400))  # five samples
-    stream = streamed(local_ray.put(data), recipe, places(3, 1, 2))
+    stream = streamed(local_ray.put(data), recipe, 1, places(3, 1, 2))
     sampler = Sampler(data, recipe)
     for place in itertools.islice(places(3, 1, 2), 12):
         assert same(next(stream), sampler[place])

@@ -22,7 +22,7 @@ import tifffile
 from tests.test_training import files_in, measures, recipe
 from unet_ray import engine
 from unet_ray.checkpoints import read_model, read_tensors
-from unet_ray.runs import BEST, LOCK_SECONDS, METRICS, MODEL, whole_lines
+from unet_ray.runs import BEST, LOCK_SECONDS, METRICS, MODEL
 from unet_ray.training import train
 
 pytestmark = pytest.mark.skipif(
@@ -53,6 +53,11 @@ def main():
 if __name__ == "__main__":
     main()
 """
+
+
+def lines_of(log):
+    """The whole lines of a log that may be in the making."""
+    return log.read_text().split("\n")[:-1] if log.exists() else []
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +192,7 @@ def title(pid):
 
 
 def last_step(out):
-    lines = whole_lines(out / METRICS)
+    lines = lines_of(out / METRICS)
     return json.loads(lines[-1])["step"] if lines else 0
 
 
@@ -204,14 +209,14 @@ def kept_lines(out):
     """The lines of the log that the newest checkpoint vouches for."""
     newest = newest_step(out)
     assert newest > 0
-    kept = [line for line in whole_lines(out / METRICS) if json.loads(line)["step"] <= newest]
+    kept = [line for line in lines_of(out / METRICS) if json.loads(line)["step"] <= newest]
     assert kept
     return kept
 
 
 def assert_goes_on(out, kept):
     """The lines before the checkpoint were not written again, which would take other seconds."""
-    assert whole_lines(out / METRICS)[: len(kept)] == kept
+    assert lines_of(out / METRICS)[: len(kept)] == kept
 
 
 def assert_same_run(out, other):

@@ -391,7 +391,7 @@ def test_the_model_says_how_it_was_made(files, tmp_path):
     assert header.training["recipe"] == json.loads(json.dumps(settings))
     assert (header.training["precision"], header.training["steps"]) == ("float32", 2)
     assert [header.data[k][0]["name"] for k in ("images", "labels")] == ["image.tif", "labels.tif"]
-    assert len(header.data["images"][0]["sampled_sha256"]) == 64
+    assert len(header.data["images"][0]["sha256"]) == 64
     assert header.versions["unet-ray"] == VERSION
     assert {"torch", "numpy"} <= set(header.versions)
     assert not network.training

@@ -6,6 +6,7 @@ patch is, nor a network.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -125,19 +126,21 @@ def load_training_data(
         InputError: if files do not pair up, shapes or channels differ, or there is one class only.
     """
     pairs = _open_pairs(images, labels)
-    values, truths = _read_labels([label for _, label in pairs], recipe)
+    labelled = [label.read(Box.of(label.shape[1:]))[0] for _, label in pairs]
+    values, truths = _truths([label.path for _, label in pairs], labelled, recipe)
     pictures = [_read_finite(image) for image, _ in pairs]
     greys = [measure(image) for image, _ in pairs]
     held = _held_out([len(t.targets) for t in truths], recipe.val, recipe.val_fraction)
     identity = {
-        "images": [image.identity() for image, _ in pairs],
-        "labels": [label.identity() for _, label in pairs],
+        "images": [_identity(pair[0], a) for pair, a in zip(pairs, pictures, strict=True)],
+        "labels": [_identity(pair[1], a) for pair, a in zip(pairs, labelled, strict=True)],
     }
     every = list(zip(pictures, truths, greys, held, strict=True))
     learned = [(p[:, ~out], t.of(~out), grey) for p, t, grey, out in every if not out.all()]
     back = [(p[:, out], t.of(out), grey) for p, t, grey, out in every if out.any()]
-    weights = _kept_weights(kept, identity, recipe) or _weight_maps(
-        [truth for _, truth, _ in learned], len(values), recipe
+    every_truth = [truth for _, truth, _ in learned]
+    weights = _kept_weights(kept, identity, recipe, every_truth) or _weight_maps(
+        every_truth, len(values), recipe
     )
     return TrainingData(
         tuple(
@@ -174,10 +177,23 @@ def _open_pairs(images: Sequence[str], labels: Sequence[str]) -> list[tuple[Volu
     return pairs
 
 
-def _read_labels(labels: Sequence[Volume], recipe: Recipe) -> tuple[list[int], list[_Truth]]:
+def _identity(volume: Volume, voxels: NDArray[Any]) -> dict[str, Any]:
+    """What a run is bound to: every voxel, and no time of a file."""
+    told = volume.identity()
+    names = "name", "kind", "shape", "dtype", "bytes"
+    digest = hashlib.sha256(np.ascontiguousarray(voxels).data).hexdigest()
+    return {**{name: told[name] for name in names}, "sha256": digest}
+
+
+def _truths(
+    paths: Sequence[str], labels: Sequence[NDArray[Any]], recipe: Recipe
+) -> tuple[list[int], list[_Truth]]:
     """The label value of each class, and the truth of each volume."""
-    paths, ignored = [label.path for label in labels], recipe.ignore_label
-    arrays = [label.read(Box.of(label.shape[1:]))[0] for label in labels]
+    arrays, ignored = [_signed(*each) for each in zip(paths, labels, strict=True)], None
+    if recipe.ignore_label is not None:
+        ignored = recipe.ignore_label
+        if not any((a == ignored).any() for a in arrays):
+            raise InputError(f"{paths[0]}: no voxel has the label {ignored} of --ignore-label.")
     known = [np.ones(a.shape, bool) if ignored is None else a != ignored for a in arrays]
     cells: list[NDArray[np.int64] | None] = [None] * len(arrays)
     if recipe.labels_are == "instances":
@@ -192,6 +208,12 @@ def _read_labels(labels: Sequence[Volume], recipe: Recipe) -> tuple[list[int], l
     return values.tolist(), [_Truth(*each) for each in zip(targets, cells, strict=True)]
 
 
+def _signed(path: str, labels: NDArray[Any]) -> NDArray[np.int64]:
+    if labels.dtype == np.uint64 and labels.max() > np.iinfo(np.int64).max:
+        raise InputError(f"{path}: holds the label {labels.max()}; labels must be below 2**63.")
+    return labels.astype(np.int64)
+
+
 def _read_finite(image: Volume) -> NDArray[Any]:
     picture = image.read(Box.of(image.shape[1:]))
     if not np.isfinite(picture).all():
@@ -204,8 +226,11 @@ def _weight_maps(
 ) -> list[NDArray[np.float32]]:
     """The weight map of each volume; classes are balanced over all volumes together."""
     balance = class_weights(np.concatenate([t.targets.ravel() for t in truths]), classes)
-    if np.count_nonzero(balance) < 2:
-        raise InputError("The slices that are not held out show one class only: hold out others.")
+    if np.count_nonzero(balance) < classes:
+        raise InputError(
+            f"The slices that are not held out show {np.count_nonzero(balance)} of {classes} "
+            "classes only: hold out others, or none."
+        )
     return [
         weight_map(t.targets, classes, recipe.w0, recipe.sigma, balance, t.cells) for t in truths
     ]
@@ -220,15 +245,18 @@ def _weights_header(identity: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 
 def _kept_weights(
-    path: Path | None, identity: dict[str, Any], recipe: Recipe
+    path: Path | None, identity: dict[str, Any], recipe: Recipe, truths: Sequence[_Truth]
 ) -> list[NDArray[np.float32]]:
     """The weight maps of a file; none if it is not there, damaged, or of something else."""
     if path is None or not path.exists():
         return []
     tensors, header = _read_kept(path)
-    if header != _weights_header(identity, recipe):
+    names = [f"weights.{n}" for n in range(len(truths))]
+    if header != _weights_header(identity, recipe) or sorted(tensors) != sorted(names):
         return []
-    return [tensors[f"weights.{n}"].numpy() for n in range(len(tensors))]
+    maps = [tensors[name].numpy() for name in names]
+    fit = all(m.shape == t.targets.shape for m, t in zip(maps, truths, strict=True))
+    return maps if fit else []
 
 
 def _read_kept(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -301,9 +329,14 @@ def _class_values(
 
 def _apart(path: str, labels: NDArray[Any], known: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Numbers of cells with background between those that touch; 0 where nothing is known."""
-    cells = np.where(known, labels, 0).astype(np.int64)
+    cells = np.where(known, labels, 0)
     if (cells < 0).any():
         raise InputError(f"{path}: holds {cells.min()}; numbers of cells are 0 or more.")
-    if not cells.any():
-        raise InputError(f"{path}: holds no cell; --labels-are instances needs some.")
-    return np.where(separate(cells), cells, 0)
+    apart = np.where(separate(cells), cells, 0)
+    if not apart.any():
+        raise InputError(
+            f"{path}: holds no cell"
+            + (" that is left once those that touch are pulled apart" if cells.any() else "")
+            + "; --labels-are instances needs some."
+        )
+    return apart

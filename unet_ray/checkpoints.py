@@ -79,9 +79,9 @@ def architecture_of(network: UNet) -> dict[str, Any]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Writes tensors and a JSON-able header so that `path` is whole or not there at all."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    told = {"format": FORMAT, "sha256": _digest(plain), **header}
     # One key only: safetensors writes several in random order, and equal models are equal files.
-    data = save(plain, {"header": json.dumps({"format": FORMAT, **header}, sort_keys=True)})
-    write_whole(path, data)
+    write_whole(path, save(plain, {"header": json.dumps(told, sort_keys=True)}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -103,7 +103,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                     f"{path}: a safetensors file that unet-ray did not write (format {written!r}, "
                     f"not {FORMAT!r}); train one with `unet-ray train`."
                 )
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if header.pop("sha256", None) != _digest(tensors):
+            raise InputError(f"{path}: a damaged model file (its checksum differs).")
+        return tensors, header
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
     except (SafetensorError, json.JSONDecodeError, AttributeError) as error:
@@ -163,6 +166,15 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal text."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and bytes of all tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _foreign(path: Path) -> str | None:

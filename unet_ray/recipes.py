@@ -113,7 +113,7 @@ class Recipe:
             "elastic": (0 <= self.elastic < math.inf, "at least 0"),
             "val_fraction": (0 <= self.val_fraction < 1, "at least 0 and below 1"),
             "patience": (self.patience is None or self.patience >= 1, "at least 1"),
-            "seed": (self.seed >= 0, "at least 0"),
+            "seed": (0 <= self.seed < 2**63, "at least 0 and below 2**63"),
         }
         for name, (kept, rule) in rules.items():
             if not kept:

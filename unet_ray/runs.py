@@ -29,6 +29,7 @@ MODEL, BEST, METRICS = "model.safetensors", "best.safetensors", "metrics.jsonl"
 PATCHES, WEIGHTS = "patches.safetensors", "weights.safetensors"
 KEPT_CHECKPOINTS = 2
 REPORT_STEPS = 10
+LOCK = "checkpoints/.lock"
 LOCK_SECONDS = 20.0  # longer than a killed driver's workers live on
 
 
@@ -88,7 +89,7 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
-        known = ("checkpoints", METRICS, MODEL)
+        known = (LOCK, METRICS, MODEL)
         refuse_below_file(self.path)
         if self.path.is_file():
             raise InputError(f"{self.path}: is a file; --out of train is a folder.")
@@ -114,7 +115,7 @@ class RunFolder:
         Raises:
             InputError: if another training goes on writing here; says which.
         """
-        file = os.open(self.path / "checkpoints" / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         end = time.monotonic() + LOCK_SECONDS
         try:
             # Held until the file is closed, also by a kill.
@@ -128,6 +129,7 @@ class RunFolder:
                 time.sleep(0.1)
             for folder in (self.path, self.path / "checkpoints"):
                 remove_partial(folder)
+            self._set_damaged_aside()
             os.ftruncate(file, 0)
             os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
             yield
@@ -139,13 +141,28 @@ class RunFolder:
         return sorted((self.path / "checkpoints").glob("step-*.safetensors"), reverse=True)
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; a damaged one is passed over with a warning."""
+        """The newest checkpoint that is whole."""
         for path in self.checkpoints():
-            try:
-                return Checkpoint(path, *read_tensors(path))
-            except InputError as error:
-                print(f"unet-ray: {error} The one before it is used.", file=sys.stderr)
+            if found := _read(path):
+                return found
         return None
+
+    def _set_damaged_aside(self) -> None:
+        """Renames damaged checkpoints, so that they do not count among the last ones.
+
+        Raises:
+            InputError: if no checkpoint is whole; a new start would lose the log as well.
+        """
+        found = self.checkpoints()
+        damaged = [path for path in found if not _read(path)]
+        if found and damaged == found:
+            raise InputError(
+                f"{self.path}: all its checkpoints are damaged ({found[0].name} is the newest); "
+                "choose another --out, or remove them to start anew."
+            )
+        for path in damaged:
+            print(f"unet-ray: {path}: damaged; the one before it is used.", file=sys.stderr)
+            path.rename(path.with_suffix(".damaged"))
 
     def save(self, step: int, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
         """Writes a checkpoint and drops all but the newest ones."""
@@ -160,9 +177,17 @@ class RunFolder:
         Raises:
             InputError: naming the field.
         """
-        header = self._header()
-        if header is None:
-            return
+        if header := self._header():
+            self.refuse_header(header, recipe, data)
+
+    def refuse_header(
+        self, header: Mapping[str, Any], recipe: Mapping[str, Any], data: Mapping[str, Any]
+    ) -> None:
+        """Refuses a header of another recipe or other data, naming what differs.
+
+        Raises:
+            InputError: naming the field.
+        """
         if "recipe" not in header.get("training", {}):
             raise InputError(
                 f"{self.path}: holds a model that was not trained here; choose another --out."
@@ -174,7 +199,8 @@ class RunFolder:
                 if there[part].get(field) != value:
                     raise InputError(
                         f"{self.path}: was trained with another {field} "
-                        f"({there[part].get(field)}, now {value}); choose another --out."
+                        f"({_short(there[part].get(field))}, now {_short(value)}); choose another "
+                        "--out."
                     )
 
     def _header(self) -> dict[str, Any] | None:
@@ -182,6 +208,23 @@ class RunFolder:
             return read_tensors(self.path / MODEL)[1]
         newest = self.newest()
         return newest.header if newest else None
+
+
+def _read(path: Path) -> Checkpoint | None:
+    """A checkpoint; None if it is damaged. A disk that fails to read is no damage."""
+    try:
+        return Checkpoint(path, *read_tensors(path))
+    except InputError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        return None
+
+
+def _short(value: Any) -> str:
+    """A setting as it is, files by name and checksum."""
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        return str(value)
+    return ", ".join(f"{each.get('name')} {str(each.get('sha256'))[:8]}" for each in value)
 
 
 def _locked(file: int) -> bool:
@@ -215,9 +258,9 @@ class Log:
         self._path, self._watch = path, watch
         self._workers, self._patches = workers, patches
         self.pending = list(pending)
-        kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= step]
-        write_whole(path, "".join(line + "\n" for line in kept).encode())
-        if kept and json.loads(kept[-1])["step"] == step:
+        kept = [measure for measure in read_measures(path) if measure.step <= step]
+        write_whole(path, "".join(measure.line() for measure in kept).encode())
+        if kept and kept[-1].step == step:
             self.pending.clear()  # the checkpoint is older than the line of its own step
 
     def kept(self) -> list[Measure]:
@@ -263,13 +306,17 @@ class Log:
 
 
 def read_measures(path: Path) -> list[Measure]:
-    """The lines of a log that are whole."""
-    return [Measure(**json.loads(line)) for line in whole_lines(path)]
-
-
-def whole_lines(path: Path) -> list[str]:
-    """Whole lines of a log; a last one that a kill cut short is left out."""
+    """The lines of a log that are whole; a kill may have cut the last one short."""
     if not path.exists():
         return []
-    *whole, _ = path.read_text().split("\n")
-    return whole
+    *lines, _ = path.read_text(errors="replace").split("\n")
+    return [measure for measure in map(_measure, lines) if measure]
+
+
+def _measure(line: str) -> Measure | None:
+    """A line of the log; None if a damaged disk or another program has spoilt it."""
+    try:
+        told = Measure(**json.loads(line))
+        return told if math.isfinite(told.step + told.loss + told.progress) else None
+    except (ValueError, TypeError):
+        return None

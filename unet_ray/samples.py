@@ -164,7 +164,7 @@ def ahead(
         stopped.set()
 
 
-def streamed(data: Any, recipe: Recipe, wanted: Iterator[Place]) -> Iterator[Sample]:
+def streamed(data: Any, recipe: Recipe, channels: int, wanted: Iterator[Place]) -> Iterator[Sample]:
     """Yields the samples of `wanted` in order, drawn ahead by tasks of Ray Data, in waves.
 
     Each wave is a run of Ray Data of its own, which ends before its samples are asked for: a run
@@ -173,9 +173,10 @@ def streamed(data: Any, recipe: Recipe, wanted: Iterator[Place]) -> Iterator[Sam
     Args:
         data: object reference of the `TrainingData`.
         recipe: of the patches.
+        channels: of the images.
         wanted: which samples; may have no end.
     """
-    size = WAVE_BYTES // (4 * math.prod(recipe.patch) + 5 * math.prod(recipe.output))
+    size = WAVE_BYTES // (4 * channels * math.prod(recipe.patch) + 5 * math.prod(recipe.output))
     for blocks in ahead(partial(_draw_wave, data, recipe), _waves(wanted, max(1, size)), depth=1):
         for block in blocks:
             for image, targets, weights in zip(*(block[k] for k in _COLUMNS), strict=True):

@@ -7,6 +7,7 @@ in the RUN folder is runs.py's; what the network looks like is network.py's.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import shutil
@@ -28,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from unet_ray import engine as engines
 from unet_ray.annotations import TrainingData, keep_weights, load_training_data
 from unet_ray.checkpoints import WEIGHT, ModelHeader, architecture_of, read_tensors, write_tensors
-from unet_ray.errors import InputError, RunError, UnetRayError
+from unet_ray.errors import InputError, RunError
 from unet_ray.files import write_whole
 from unet_ray.memory import keep_freed_memory
 from unet_ray.network import UNet
@@ -131,6 +132,9 @@ def train(
         return model
     run.make()
     with run.alone():
+        run.refuse_other(dataclasses.asdict(recipe), data.identity)  # who had the folder before?
+        if model.exists():
+            return model
         keep_weights(data, recipe, run.path / WEIGHTS)
         _keep_patches(run.path / PATCHES, recipe, data)
         if engine == "local":
@@ -145,7 +149,9 @@ def train(
 
 def _keep_patches(path: Path, recipe: Recipe, data: TrainingData) -> None:
     """Keeps the first patches of the run, as the network sees them, for people to look at."""
-    if path.exists():
+    about = {"recipe": dataclasses.asdict(recipe), "data": data.identity}
+    header = {"classes": len(data.class_values), **json.loads(json.dumps(about))}
+    if path.exists() and _header_of(path) == header:
         return
     sampler = Sampler(data, recipe)
     tensors = {}
@@ -154,7 +160,15 @@ def _keep_patches(path: Path, recipe: Recipe, data: TrainingData) -> None:
         tensors[f"image.{number}"] = torch.from_numpy(sample.image).half()
         tensors[f"targets.{number}"] = torch.from_numpy(sample.targets)
         tensors[f"weights.{number}"] = torch.from_numpy(sample.weights)
-    write_tensors(path, tensors, {"classes": len(data.class_values)})
+    write_tensors(path, tensors, header)
+
+
+def _header_of(path: Path) -> dict[str, Any]:
+    """The header of a file of tensors that can be made anew; nothing if it is damaged."""
+    try:
+        return read_tensors(path)[1]
+    except InputError:
+        return {}
 
 
 class _Clock:
@@ -221,6 +235,8 @@ class _Training:
         )
         self._clock, self._saved = _Clock(recipe, told.seconds), time.monotonic()
         self._log = self._judge = None
+        if world.first and not run.checkpoints():
+            self._save()  # so that another recipe or other data are refused from now on
         if world.first:
             patches = world.size * recipe.batch
             self._log = Log(
@@ -312,6 +328,7 @@ class _Training:
         if newest is None:
             return _Reached()
         tensors, header = newest.tensors, newest.header
+        self._run.refuse_header(header, dataclasses.asdict(self._recipe), self._data.identity)
         self._network.load_state_dict(
             {n.removeprefix(WEIGHT): t for n, t in tensors.items() if n.startswith(WEIGHT)}
         )
@@ -328,7 +345,7 @@ class _Training:
     def _write_model(self) -> None:
         """Writes the best model, or that of the last step where nothing was validated."""
         best, model = self._run.path / BEST, self._run.path / MODEL
-        if best.exists():
+        if self._judge and best.exists():
             write_whole(model, best.read_bytes())
         else:
             told = dataclasses.asdict(self._header())
@@ -360,8 +377,8 @@ class _Judge:
 
     def forget_after(self, step: int) -> None:
         """Forgets a best model of a step that is yet to come again, or that is not there."""
-        there = self._best_file.exists()
-        if not there or read_tensors(self._best_file)[1]["training"]["steps"] > step:
+        header = _header_of(self._best_file) if self._best_file.exists() else {}
+        if header.get("training", {}).get("steps", math.inf) > step:
             self._best_file.unlink(missing_ok=True)
             self._best = None
 
@@ -494,33 +511,32 @@ def _train_on_ray(
         use_gpu=gpu,
         resources_per_worker={"CPU": CPU_SHARE * (1 if gpu else threads)},
     )
-    told = None
     with _following(run.path / METRICS, watch):
-        while True:
+        failures = 0
+        while failures <= FAILURES:
             before = run.checkpoints()[:1]
             config = ray_train.RunConfig(
                 # A new name each time: what is resumed is our own newest checkpoint.
                 name=f"attempt-{time.time_ns()}",
                 storage_path=str(scratch),
-                failure_config=ray_train.FailureConfig(max_failures=FAILURES),
             )
             trainer = TorchTrainer(worker, scaling_config=scaling, run_config=config)
             try:
-                told = trainer.fit().return_value
+                trainer.fit()
                 break
             except ray_train.TrainingFailedError as error:
                 # On machines that come and go it may fail any number of times, if it gets on.
-                if run.checkpoints()[:1] == before:
-                    raise RunError(f"training failed on Ray: {_cause(error)}") from error
+                failures = failures + 1 if run.checkpoints()[:1] == before else 0
+                told, final = _cause(error)
+                if final or failures > FAILURES:
+                    raise RunError(told if final else f"training failed on Ray: {told}") from error
     shutil.rmtree(scratch, ignore_errors=True)
-    if told:
-        raise RunError(told)
 
 
 def _ray_worker(
     recipe: Recipe, reference: list[Any], out: Path, threads: int, checkpoint_seconds: float
-) -> str | None:
-    """Trains in a worker; what training itself refuses is returned: Ray would try it again."""
+) -> None:
+    """Trains in a worker. Whoever fails ends all: the others may be waiting for it."""
     import ray
     import ray.train as ray_train
     from ray.train.torch import get_device
@@ -528,20 +544,25 @@ def _ray_worker(
     context = ray_train.get_context()
     world = _World(context.get_world_rank(), context.get_world_size(), get_device(), threads)
     data, run = ray.get(reference[0]), RunFolder(out)
-    draw = partial(streamed, reference[0], recipe)
-    try:
-        with run.alone() if world.first else nullcontext():
-            world.wait()  # nobody reads a checkpoint before the folder is ours
-            _Training(recipe, data, run, world, draw, lambda m: None, checkpoint_seconds).go()
-    except UnetRayError as error:
-        return str(error)
-    return None
+    draw = partial(streamed, reference[0], recipe, data.channels)
+    with run.alone() if world.first else nullcontext():
+        world.wait()  # nobody reads a checkpoint before the folder is ours
+        _Training(recipe, data, run, world, draw, lambda m: None, checkpoint_seconds).go()
 
 
-def _cause(error: Any) -> str:
-    """The first worker's own words, without Ray's stack of frames around them."""
+def _cause(error: Any) -> tuple[str, bool]:
+    """The words of the worker that failed first, and whether training itself refused to go on.
+
+    What Ray hands over is another exception with the worker's stack as text, in which the last
+    line names the class of the first one; of several workers, most only lost their partner.
+    """
     failures = getattr(error, "worker_failures", None) or {0: error}
-    return str(next(iter(failures.values()))).strip().splitlines()[-1]
+    lines = [str(each).strip().splitlines()[-1] for each in failures.values()]
+    for line in lines:
+        name, _, words = line.partition(": ")
+        if name.rpartition(".")[2] in ("InputError", "RunError"):
+            return words, True
+    return lines[0], False
 
 
 @contextmanager

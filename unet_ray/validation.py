@@ -23,7 +23,7 @@ from unet_ray.mirror import read_mirrored
 from unet_ray.network import UNet
 from unet_ray.overlaps import Overlaps
 from unet_ray.prediction import Device, Precision, Predictor
-from unet_ray.scores import Score, class_scores, instance_scores, isbi_scores
+from unet_ray.scores import class_scores, instance_scores, isbi_scores
 from unet_ray.tiles import TilePlan, equal_core
 
 LARGEST_CORE = 512
@@ -62,7 +62,7 @@ class Validator:
         """The scores of `network`, by name; one that is not defined is left out."""
         shares = [self._predict(network, each) for each in self._held_out]
         scores = self._scores(shares)
-        return {name: s.value for name, s in scores.items() if not math.isnan(s.value)}
+        return {name: value for name, value in scores.items() if not math.isnan(value)}
 
     def better(self, scores: Mapping[str, float], than: Mapping[str, float] | None) -> bool:
         """Whether a validation is better than the best so far, by the score that decides."""
@@ -93,24 +93,45 @@ class Validator:
             stored[(slice(None), *tile.write.slices)] = found[(slice(None), *tile.crop.slices)]
         return stored
 
-    def _scores(self, shares: Sequence[NDArray[np.uint8]]) -> dict[str, Score]:
-        """All slices of all volumes count alike; of different sizes they are scored apart."""
+    def _scores(self, shares: Sequence[NDArray[np.uint8]]) -> dict[str, float]:
+        """All slices of all volumes count alike, and by their voxels where sizes differ."""
         classes = [_classes(each) for each in shares]
         tables = [
             _known(Overlaps.of(held.targets, found))
             for held, found in zip(self._held_out, classes, strict=True)
         ]
-        scores: dict[str, Score] = {}
-        whole = class_scores(tables)
+        every = class_scores(tables)
+        scores = {name: every[name].value for name in ("iou", "dice")}
         if "v_rand" in self.names:
-            every = _stacked([each[0] / 255 for each in shares])
-            truth = _stacked([held.targets for held in self._held_out])
-            scores |= isbi_scores(every, truth, MEMBRANES)
+            scores |= self._isbi([each[0] / 255 for each in shares])
         if "seg" in self.names:
-            found = _stacked([_numbered(each) for each in classes])
+            known = [held.targets != IGNORED for held in self._held_out]
+            found = _stacked(
+                [_numbered(each * there) for each, there in zip(classes, known, strict=True)]
+            )
             cells = _stacked([held.cells for held in self._held_out if held.cells is not None])
-            scores |= instance_scores(found, cells, True, CELLS)
-        return {"iou": whole["iou"], "dice": whole["dice"], **scores}
+            objects = instance_scores(found, cells, True, CELLS)
+            scores |= {name: score.value for name, score in objects.items()}
+        return scores
+
+    def _isbi(self, shares: Sequence[NDArray[np.floating[Any]]]) -> dict[str, float]:
+        """The scores of membranes, of slices of one size together."""
+        truths = [held.targets for held in self._held_out]
+        sizes = sorted({truth.shape[1:] for truth in truths})
+        voxels, scores = [], []
+        for size in sizes:
+            which = [n for n, truth in enumerate(truths) if truth.shape[1:] == size]
+            truth = np.concatenate([truths[n] for n in which])
+            found = isbi_scores(np.concatenate([shares[n] for n in which]), truth, MEMBRANES)
+            voxels.append(truth.size)
+            scores.append([found[name].value for name in MEMBRANES])
+        return dict(zip(MEMBRANES, np.average(scores, 0, voxels).tolist(), strict=True))
+
+
+def _cells_in(held: HeldOut) -> NDArray[np.bool_]:
+    """Where another class than the first one is known."""
+    there: NDArray[np.bool_] = (held.targets != 0) & (held.targets != IGNORED)
+    return there
 
 
 def _cut(image: NDArray[Any], box: Box) -> NDArray[Any]:
@@ -136,6 +157,10 @@ def checked_score(held_out: Sequence[HeldOut], classes: int, best_by: str | None
         InputError: if there is no score of that name for these labels.
     """
     names = score_names(held_out, classes)
+    if all((held.targets == IGNORED).all() for held in held_out):
+        raise InputError("The held-out slices have no voxel with annotation: hold out others.")
+    if not any(_cells_in(held).any() for held in held_out):
+        raise InputError("The held-out slices show the first class only: hold out others.")
     if best_by is not None and best_by not in names:
         raise InputError(
             f"best_by={best_by!r} is no score of these labels: choose from {', '.join(names)}."
