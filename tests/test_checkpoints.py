@@ -84,7 +84,9 @@ def test_the_header_is_plain_json_that_says_everything(path):
     # Read here by hand, as a program without unet-ray would.
     data = path.read_bytes()
     said = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-    assert json.loads(said["header"]) == {
+    told = json.loads(said["header"])
+    assert len(told.pop("sha256")) == 64
+    assert told == {
         "format": FORMAT,
         "architecture": ARCHITECTURE,
         "class_values": [0, 7, 255],
@@ -270,3 +272,12 @@ def test_the_bytes_are_on_disk_before_the_name_is(path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: (done.append("replace"), move(a, b)))
     write_model(path, UNet(**ARCHITECTURE), HEADER)
     assert done[:2] == ["fsync", "replace"]
+
+
+def test_a_file_whose_bytes_have_changed_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"a": torch.arange(8.0), "b": torch.zeros(2, dtype=torch.uint8)}, {})
+    data = path.read_bytes()
+    path.write_bytes(data[:-9] + bytes(9))
+    with pytest.raises(InputError, match=r"a\.safetensors: a damaged .*checksum"):
+        read_tensors(path)

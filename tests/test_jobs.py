@@ -41,8 +41,8 @@ def recipe(name="default", **chosen):
     return Recipe.of(name, **{**tiny, "precision": "float32", **chosen})
 
 
-def on_ray(files, out, made, workers, told):
-    return train([files[0]], [files[1]], out, made, "ray", workers, told.append)
+def on_ray(files, out, made, workers, told, seconds=60):
+    return train([files[0]], [files[1]], out, made, "ray", workers, told.append, seconds)
 
 
 @pytest.mark.ray
@@ -93,6 +93,15 @@ def test_a_failure_of_a_worker_is_told_in_its_own_words(files, tmp_path):
         on_ray(files, tmp_path / "run", recipe(learning_rate=1e30), 1, [])
     assert "\n" not in str(failed.value)
     assert not find_model(tmp_path / "run").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_failure_of_the_first_worker_alone_ends_the_others(files, tmp_path):
+    made = recipe("paper", learning_rate=1e38)  # one step spoils the weights: they are not saved
+    with pytest.raises(RunError, match="is no longer finite"):
+        on_ray(files, tmp_path / "run", made, 2, [], seconds=0)
 
 
 # A head of our own

@@ -280,6 +280,47 @@ def test_an_image_with_values_that_are_not_finite_is_refused(write, value):
         load([write("image", image)], [write("labels", GOOD)])
 
 
+def test_a_label_that_is_ignored_weighs_nothing_and_is_no_class(write):
+    labels = GOOD.copy()
+    labels[0, :9] = 7
+    paths = [write("image", GOOD)], [write("labels", labels)]
+    data = load(*paths, ignore_label=7)
+    assert data.class_values == (0, 255)
+    weights = data.volumes[0].weights
+    assert (weights[0, :9] == 0).all() and (np.delete(weights, np.s_[:9], 1) > 0).all()
+    assert data.volumes[0].targets.max() == 1
+    with pytest.raises(InputError, match=r"no voxel has the label 9 of --ignore-label"):
+        load(*paths, ignore_label=9)
+
+
+def test_cells_that_touch_are_parted_and_the_border_weighs_most(write):
+    cells = np.zeros((1, 60, 60), np.uint16)
+    cells[:, 20:40, 10:30], cells[:, 20:40, 30:50] = 300, 70
+    paths = [write("image", cells)], [write("labels", cells)]
+    data = load(*paths, labels_are="instances")
+    targets, weights = data.volumes[0].targets[0], data.volumes[0].weights[0]
+    assert data.class_values == (0, 1)
+    assert (targets[20:40, 29:31] == 0).all()
+    assert targets.sum() == 800 - 40
+    border = weights[30, 29]
+    assert border == weights.max() and border > 8 * weights[5, 5]
+
+
+def test_cells_of_which_nothing_is_left_or_that_have_negative_numbers_are_refused(write):
+    thin = np.tile(np.arange(1, 41, dtype=np.int16), (1, 40, 1))
+    image = write("image", thin)
+    with pytest.raises(InputError, match="no cell that is left once those that touch"):
+        load([image], [write("thin", thin)], labels_are="instances")
+    with pytest.raises(InputError, match=r"below\.tif: holds -39; numbers of cells are 0 or more"):
+        load([image], [write("below", thin - 40)], labels_are="instances")
+
+
+def test_labels_beyond_what_can_be_counted_are_refused(write):
+    labels = np.where(GOOD > 0, np.uint64(2**63), np.uint64(2**63 + 5))
+    with pytest.raises(InputError, match="labels must be below 2"):
+        load([write("image", GOOD)], [write("labels", labels)])
+
+
 def test_slices_that_show_one_class_are_refused(write):
     labels = GOOD.copy()
     labels[0] = 255

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from unet_ray import annotations, engine, training
 from unet_ray.checkpoints import find_model, read_model, read_tensors, write_model, write_tensors
 from unet_ray.errors import InputError, RunError
 from unet_ray.recipes import Recipe
-from unet_ray.runs import WEIGHTS
+from unet_ray.runs import LOCK, PATCHES, WEIGHTS
 from unet_ray.training import train
 from unet_ray.versions import VERSION
 
@@ -355,7 +357,7 @@ BAD = {
     "w0": [-1.0, float("nan")],
     "sigma": [0, -1.0],
     "elastic": [-1.0, float("inf")],
-    "seed": [-1],
+    "seed": [-1, 2**63],
     "depth": [0, 9],
     "base_channels": [0, 5000],
     "dropout": [-0.1, 1.0],
@@ -487,3 +489,92 @@ def test_weights_that_are_no_longer_finite_are_not_saved(files, tmp_path, monkey
     assert str(good) in str(told.value)
     assert max(good.parent.glob("step-*")) == good
     read_model(good)
+
+
+# What is damaged or of another run
+
+
+def spoil(path):
+    """Zeros the last bytes, as a crashed disk may."""
+    path.write_bytes(path.read_bytes()[:-200] + bytes(200))
+
+
+def test_a_checkpoint_with_spoilt_bytes_gives_way_and_is_set_aside(files, tmp_path, capsys):
+    whole = run(files, tmp_path / "whole", steps=30)
+    with pytest.raises(StoppedError):
+        run(files, tmp_path / "run", stop_at(20), steps=30, checkpoint_seconds=0)
+    newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
+    spoil(newest)
+    assert told_by(run(files, tmp_path / "run", steps=30)) == told_by(whole)
+    said = capsys.readouterr().err
+    assert said.count(newest.name) == 1 and "the one before it is used" in said
+    assert newest.with_suffix(".damaged").exists()
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused_and_loses_nothing(files, tmp_path):
+    with pytest.raises(StoppedError):
+        run(files, tmp_path / "run", stop_at(20), checkpoint_seconds=0)
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        spoil(path)
+    before = files_in(tmp_path)
+    with pytest.raises(InputError, match="all its checkpoints are damaged"):
+        run(files, tmp_path / "run", seed=8)
+    assert files_in(tmp_path) == before
+
+
+def test_another_seed_is_refused_from_the_first_second(files, tmp_path):
+    with pytest.raises(StoppedError):
+        run(files, tmp_path / "run", stop_at(10))
+    with pytest.raises(InputError, match=r"another seed \(0, now 1\)"):
+        run(files, tmp_path / "run", seed=1)
+
+
+def test_a_checkpoint_that_appears_after_the_first_look_is_checked_too(
+    files, tmp_path, monkeypatch
+):
+    with pytest.raises(StoppedError):
+        run(files, tmp_path / "run", stop_at(10))
+    monkeypatch.setattr(training.RunFolder, "refuse_other", lambda *a: None)
+    with pytest.raises(InputError, match=r"another seed \(0, now 1\)"):
+        run(files, tmp_path / "run", seed=1)
+
+
+def test_lines_that_another_program_left_in_the_log_are_dropped(files, tmp_path):
+    run(files, tmp_path / "whole")
+    with pytest.raises(StoppedError):
+        run(files, tmp_path / "run", stop_at(20), checkpoint_seconds=0)
+    with open(tmp_path / "run" / "metrics.jsonl", "ab") as log:
+        log.write(b'\xff\x00\n{"step": 15}\n[]\n')
+    run(files, tmp_path / "run")
+    steps = [m["step"] for m in measures(tmp_path / "run")]
+    assert steps == [m["step"] for m in measures(tmp_path / "whole")]
+
+
+def test_a_file_that_is_only_touched_is_the_same(files, tmp_path):
+    copies = [str(tmp_path / f"{n}.tif") for n in ("image", "labels")]
+    for source, copy in zip(files, copies, strict=True):
+        Path(copy).write_bytes(Path(source).read_bytes())
+    with pytest.raises(StoppedError):
+        run(copies, tmp_path / "run", stop_at(10))
+    for copy in copies:
+        os.utime(copy, (0, 0))
+    run(copies, tmp_path / "run")
+
+
+def test_patches_of_another_seed_are_drawn_again(files, tmp_path):
+    run(files, tmp_path / "one", steps=1)
+    run(files, tmp_path / "other", steps=1, seed=3)
+    (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "new" / LOCK).touch()
+    (tmp_path / "new" / PATCHES).write_bytes((tmp_path / "other" / PATCHES).read_bytes())
+    run(files, tmp_path / "new", steps=1)
+    kept = [(tmp_path / n / PATCHES).read_bytes() for n in ("one", "other", "new")]
+    assert kept[0] == kept[2] != kept[1]
+
+
+def test_somebody_elses_checkpoints_are_not_touched(files, tmp_path):
+    (tmp_path / "thesis" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "thesis" / "checkpoints" / ".x.partial").write_text("work")
+    with pytest.raises(InputError, match="is not a training run"):
+        run(files, tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "checkpoints" / ".x.partial").exists()

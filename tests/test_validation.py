@@ -205,3 +205,39 @@ def test_cells_are_scored_slice_by_slice(monkeypatch):
     monkeypatch.setattr(validator, "_predict", lambda network, held: stored)
     assert validator(UNet(1, 2, 2, 1)) == {"dice": 1.0, "iou": 1.0, "seg": 1.0, "ap50": 1.0}
     assert ndimage.label(stored[0, 0])[1] == 2
+
+
+def test_held_out_slices_that_define_no_score_are_refused():
+    nothing, empty = held(), held()
+    nothing.targets[:], empty.targets[:] = IGNORED, 0
+    with pytest.raises(InputError, match="no voxel with annotation"):
+        checked_score([nothing], 2, None)
+    with pytest.raises(InputError, match="the first class only"):
+        checked_score([empty], 2, None)
+
+
+def test_slices_of_different_sizes_count_by_their_voxels():
+    small, large = (
+        held(),
+        HeldOut(
+            np.zeros((1, 1, 32, 8), np.uint8), np.ones((1, 32, 8), np.uint8), None, held().intensity
+        ),
+    )
+    large.targets[:, :16] = 0
+    validator = Validator([small, large], 2, None, "float32", "cpu")
+    right, wrong = np.where(small.targets, 255, 0)[None], np.full((1, 1, 32, 8), 255)
+    found = validator._scores([right.astype(np.uint8), wrong.astype(np.uint8)])
+    alone = Validator([large], 2, None, "float32", "cpu")._scores([wrong.astype(np.uint8)])
+    assert found["pixel_error"] == pytest.approx(alone["pixel_error"] * 256 / 320)
+
+
+def test_cells_found_where_nothing_is_known_are_no_errors():
+    cells = np.zeros((1, 8, 8), np.int64)
+    cells[0, :3, :3] = 1
+    targets = (cells != 0).astype(np.uint8)
+    targets[0, 5:] = IGNORED
+    out = HeldOut(np.zeros((1, 1, 8, 8), np.uint8), targets, cells, held().intensity)
+    stored = np.where(cells != 0, 255, 0).astype(np.uint8)[None]
+    stored[0, 0, 6:, 6:] = 255
+    scores = Validator([out], 2, None, "float32", "cpu")._scores([stored])
+    assert (scores["ap50"], scores["seg"]) == (1.0, 1.0)

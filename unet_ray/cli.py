@@ -313,7 +313,7 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
     model = train(list(images), list(labels), out, chosen, _engine(ctx, engine), together, watch)
     if finished:
         _say("already trained; nothing to do.")
-    else:
+    if not finished or not (Path(out) / "report.html").exists():
         from unet_ray.report import write_report
 
         _say(f"report: {write_report(Path(out))}")
