@@ -39,7 +39,7 @@ class Recipe:
             not depend on the patch size; it is the same for any number of workers.
         decay: the learning rate falls as (1 - progress) ** decay; 0 keeps it constant.
         clip: largest norm of the gradient; 0 for no clipping.
-        momentum: of SGD.
+        momentum: of SGD; AdamW has none.
         labels_are: ``classes``, or ``instances``: numbers of cells, of which the network learns
             cell and background.
         ignore_label: label of voxels without annotation, which weigh nothing.
