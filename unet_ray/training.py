@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from unet_ray import engine as engines
 from unet_ray.annotations import TrainingData, keep_weights, load_training_data
 from unet_ray.checkpoints import WEIGHT, ModelHeader, architecture_of, read_tensors, write_tensors
-from unet_ray.errors import InputError, RunError
+from unet_ray.errors import InputError, RunError, UnetRayError
 from unet_ray.files import write_whole
 from unet_ray.memory import keep_freed_memory
 from unet_ray.network import UNet
@@ -281,7 +281,8 @@ class _Training:
         return self._world.agree(0.0, float(impatient))[1] > 0
 
     def _diverged(self, how: str) -> RunError:
-        kept = [path for path in [self._run.path / BEST, *self._run.checkpoints()] if path.exists()]
+        trained = [path for path in self._run.checkpoints() if path.stem.strip("step-0")]
+        kept = [path for path in [self._run.path / BEST, *trained] if path.exists()]
         return RunError(
             f"step {self._step}: {how}; train anew with a lower --learning-rate than "
             f"{self._recipe.learning_rate:g} and another --out"
@@ -551,18 +552,15 @@ def _ray_worker(
 
 
 def _cause(error: Any) -> tuple[str, bool]:
-    """The words of the worker that failed first, and whether training itself refused to go on.
+    """The words of the worker that failed, and whether training itself refused to go on.
 
-    What Ray hands over is another exception with the worker's stack as text, in which the last
-    line names the class of the first one; of several workers, most only lost their partner.
+    Of several workers, all but one may have failed only because they lost their partner.
     """
-    failures = getattr(error, "worker_failures", None) or {0: error}
-    lines = [str(each).strip().splitlines()[-1] for each in failures.values()]
-    for line in lines:
-        name, _, words = line.partition(": ")
-        if name.rpartition(".")[2] in ("InputError", "RunError"):
-            return words, True
-    return lines[0], False
+    failures = list((getattr(error, "worker_failures", None) or {0: error}).values())
+    for each in failures:
+        if isinstance(each, UnetRayError):
+            return str(each), True
+    return str(failures[0]).strip().splitlines()[-1], False
 
 
 @contextmanager
