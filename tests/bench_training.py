@@ -99,10 +99,11 @@ def step_data():
     return recipe, TrainingData((volume,), (0, 1), None, {})
 
 
-def time_steps(recipe, data, draw, threads, rounds=5, steps=32):
-    """Seconds of many steps on a constant patch, and of as many on drawn ones, round by round.
+def time_steps(recipe, data, draw, threads, settle, rounds=3, steps=90):
+    """Seconds of a step on a constant patch, and of one on drawn ones, round by round.
 
-    No patch is drawn while the constant one is learned from: the stream begins anew each round.
+    Of a wave or more, so that its drawing is in it; none is drawn beside the constant patch, for
+    the stream is full by then.
     """
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -111,19 +112,16 @@ def time_steps(recipe, data, draw, threads, rounds=5, steps=32):
     learner = _Learner(
         recipe, network, _optimiser(recipe, network), world, _precision(recipe, world), 0.0
     )
+    samples = draw(places(0, 0, 1))
+    same = next(samples)
+    for _ in range(5):
+        learner.step([same], 0, 0.0)
     bare, real = [], []
     for _ in range(rounds):
-        samples = draw(places(0, 0, 1))
-        same = next(samples)
-        samples.close()
-        learner.step([same], 0, 0.0)
-        bare.append(least(lambda s=same: [learner.step([s], n, 0.0) for n in range(steps)], 1))
-        samples = draw(places(0, 0, 1))
-        learner.step([next(samples)], 0, 0.0)
-        real.append(
-            least(lambda s=samples: [learner.step([next(s)], n, 0.0) for n in range(steps)], 1)
-        )
-        samples.close()
+        time.sleep(settle)
+        bare.append(least(lambda: [learner.step([same], n, 0.0) for n in range(steps)], 1))
+        real.append(least(lambda: [learner.step([next(samples)], n, 0.0) for n in range(steps)], 1))
+    samples.close()
     return np.array(bare) / steps, np.array(real) / steps
 
 
@@ -131,7 +129,7 @@ def bench_step():
     recipe, data = step_data()
     threads = torch.get_num_threads()
     draw = partial(ahead, Sampler(data, recipe).__getitem__)
-    tell_step("a thread", threads, *time_steps(recipe, data, draw, threads))
+    tell_step("a thread", threads, *time_steps(recipe, data, draw, threads, 0.1))
 
 
 def bench_step_on_ray():
@@ -151,7 +149,7 @@ def timed_on_ray(recipe, reference, threads):
     import ray
 
     data = ray.get(reference[0])
-    return time_steps(recipe, data, partial(streamed, reference[0], recipe, 1), threads)
+    return time_steps(recipe, data, partial(streamed, reference[0], recipe, 1), threads, 10)
 
 
 def tell_step(source, threads, bare, real):
