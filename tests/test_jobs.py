@@ -52,10 +52,9 @@ def test_one_worker_of_ray_trains_what_the_local_engine_trains(files, tmp_path, 
     model = on_ray(files, tmp_path / "ray", recipe(), 1, told)
     assert model == find_model(tmp_path / "ray")
     assert [m.step for m in told] == [m["step"] for m in measures(tmp_path / "ray")] == [10, 12]
-    kept = [
-        path.name for path in (tmp_path / "ray" / "checkpoints").iterdir() if path.name != ".lock"
-    ]
-    assert kept == ["step-000000012.safetensors"]  # and nothing of Ray's own
+    kept = sorted(path.name for path in (tmp_path / "ray" / "checkpoints").iterdir())
+    steps = [f"step-{n:09d}.safetensors" for n in (0, 12)]
+    assert kept == [".lock", *steps]  # and nothing of Ray's own
     monkeypatch.setattr(engine, "usable_cores", lambda: 2)  # as many as that Ray has
     local = train([files[0]], [files[1]], tmp_path / "local", recipe())
     assert told_by(model) == told_by(local)
