@@ -82,6 +82,7 @@ def test_a_sample_is_a_function_of_seed_and_number(data):
     assert all(map(same, forth, back))
     assert not any(same(a, b) for a, b in itertools.combinations(forth, 2))
     assert not same(sampler_of(data, (60, 60), seed=6, elastic=3)[0, 0], forth[0])
+    assert not any(same(one[0, slot], each) for slot in (1, 2) for each in forth)
 
 
 def test_shapes_and_dtypes_are_those_of_the_network(data):

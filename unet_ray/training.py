@@ -132,8 +132,8 @@ def train(
         return model
     run.make()
     with run.alone():
-        run.refuse_other(dataclasses.asdict(recipe), data.identity)  # who had the folder before?
-        if model.exists():
+        if model.exists():  # of whoever had the folder until now
+            run.refuse_other(dataclasses.asdict(recipe), data.identity)
             return model
         keep_weights(data, recipe, run.path / WEIGHTS)
         _keep_patches(run.path / PATCHES, recipe, data)
@@ -281,7 +281,7 @@ class _Training:
         return self._world.agree(0.0, float(impatient))[1] > 0
 
     def _diverged(self, how: str) -> RunError:
-        trained = [path for path in self._run.checkpoints() if path.stem.strip("step-0")]
+        trained = [path for path in self._run.checkpoints() if int(path.stem.removeprefix("step-"))]
         kept = [path for path in [self._run.path / BEST, *trained] if path.exists()]
         return RunError(
             f"step {self._step}: {how}; train anew with a lower --learning-rate than "
