@@ -1,6 +1,8 @@
 """Training patches: what a sample depends on, where its labels lie, and which data are refused."""
 
 import itertools
+import os
+import signal
 import threading
 import time
 
@@ -8,13 +10,14 @@ import numpy as np
 import pytest
 import tifffile
 
+from tests.test_train_kill import session, title
 from unet_ray import samples
 from unet_ray.annotations import (
     TrainingData,
     TrainingVolume,
     load_training_data,
 )
-from unet_ray.errors import InputError
+from unet_ray.errors import InputError, UnetRayError
 from unet_ray.intensity import Intensity
 from unet_ray.recipes import Recipe
 from unet_ray.samples import Sampler, ahead, places, streamed
@@ -342,16 +345,63 @@ def test_steps_and_slots_of_workers_are_those_of_one_with_a_larger_batch():
     assert alone == pair[0][:2] + pair[1][:2] + pair[0][2:] + pair[1][2:]
 
 
+def wave_of(patches, monkeypatch):
+    """Lets a task draw so many patches of 60 x 60 at a time, and no more before they are taken."""
+    monkeypatch.setattr(samples, "WAVE_BYTES", patches * (4 * 3600 + 5 * 400))
+    monkeypatch.setattr(samples, "WAVES_AHEAD", 1)
+
+
 @pytest.mark.ray
-def test_ray_data_draws_the_same_samples_in_order(data, local_ray, monkeypatch):
+@pytest.mark.parametrize("drawers", [1, 2])
+def test_ray_data_draws_the_same_samples_in_order(drawers, data, local_ray, monkeypatch):
     recipe = Recipe(depth=2, patch=(60, 60), seed=5)
-    monkeypatch.setattr(samples, "WAVE_BYTES", 5 * (4 * 3600 + 5 * 400))  # five samples
-    stream = streamed(local_ray.put(data), recipe, 1, places(3, 1, 2))
+    wave_of(5, monkeypatch)
+    stream = streamed(local_ray.put(data), recipe, 1, places(3, 1, 2), drawers)
     sampler = Sampler(data, recipe)
-    for place in itertools.islice(places(3, 1, 2), 12):
+    for place in itertools.islice(places(3, 1, 2), 32):
         assert same(next(stream), sampler[place])
     stream.close()
-    assert ended()
+    assert drawers_end()
+
+
+@pytest.mark.ray
+def test_ray_data_ends_where_nothing_more_is_wanted(data, local_ray, monkeypatch):
+    recipe = Recipe(depth=2, patch=(60, 60), seed=5)
+    wave_of(2, monkeypatch)
+    wanted = list(itertools.islice(places(0, 0, 1), 5))  # the last wave is half a one
+    stream = streamed(local_ray.put(data), recipe, 1, iter(wanted), drawers=2)
+    sampler = Sampler(data, recipe)
+    assert all(same(a, sampler[b]) for a, b in zip(stream, wanted, strict=True))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("drawers", [1, 2])
+def test_a_lost_drawer_is_told_instead_of_waited_for(drawers, data, local_ray, monkeypatch):
+    recipe = Recipe(depth=2, patch=(60, 60), seed=5)
+    wave_of(2, monkeypatch)
+    stream = streamed(local_ray.put(data), recipe, 1, places(0, 0, 1), drawers)
+    next(stream)
+    os.kill(drawing()[0], signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="a task that drew training patches was lost") as told:
+        for _ in range(20):
+            next(stream)
+    # Training is tried again after it, which it is not after errors of our own.
+    assert not isinstance(told.value, UnetRayError)
+
+
+DRAWER = "ray::MapBatches(_draw)"
+
+
+def drawing():
+    """The processes that draw, of all that this test session started."""
+    return [pid for pid in session(os.getsid(0)) if title(pid).startswith(DRAWER)]
+
+
+def drawers_end():
+    end = time.monotonic() + 30
+    while drawing() and time.monotonic() < end:
+        time.sleep(0.1)
+    return not drawing()
 
 
 def threads():

@@ -7,13 +7,14 @@ the network.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
+import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -41,13 +42,14 @@ class Sample:
     weights: NDArray[np.float32]
 
 
-# At most three waves are held in the object store: in use, drawn, and being drawn.
-WAVE_BYTES, BLOCKS = 64 << 20, 4
-DRAWING_CPUS = 0.04  # bookkeeping that leaves the CPUs to the trainers
+# What is drawn as one block, and how many of them each task is ahead.
+WAVE_BYTES, WAVES_AHEAD = 8 << 20, 2
+DRAWING_CPUS = 0.02  # bookkeeping that leaves the CPUs to the trainers
 
 Wanted = TypeVar("Wanted")
 Drawn = TypeVar("Drawn")
 Place = tuple[int, int]  # step, and slot: which of the patches of that step, of all workers
+_Wave = tuple[int, list[Place]]
 
 
 class Sampler:
@@ -164,23 +166,57 @@ def ahead(
         stopped.set()
 
 
-def streamed(data: Any, recipe: Recipe, channels: int, wanted: Iterator[Place]) -> Iterator[Sample]:
-    """Yields the samples of `wanted` in order, drawn ahead by tasks of Ray Data, in waves.
+def streamed(
+    data: Any, recipe: Recipe, channels: int, wanted: Iterator[Place], drawers: int = 1
+) -> Iterator[Sample]:
+    """Yields the samples of `wanted` in order, drawn ahead by tasks of Ray Data.
 
-    Each wave is a run of Ray Data of its own, which ends before its samples are asked for: a run
-    that waits for who takes its blocks would spin a core all the while.
+    One run of Ray Data, as long as the training; its tasks draw what they are asked for, a wave
+    at a time. So drawing keeps pace with the steps, and no block waits to be taken: a run of Ray
+    Data with such blocks spins a core.
 
     Args:
         data: object reference of the `TrainingData`.
         recipe: of the patches.
         channels: of the images.
         wanted: which samples; may have no end.
+        drawers: how many tasks draw.
+
+    Raises:
+        RuntimeError: if a task that draws is lost.
     """
-    size = WAVE_BYTES // (4 * channels * math.prod(recipe.patch) + 5 * math.prod(recipe.output))
-    for blocks in ahead(partial(_draw_wave, data, recipe), _waves(wanted, max(1, size)), depth=1):
-        for block in blocks:
+    import ray
+
+    each = 4 * channels * math.prod(recipe.patch) + 5 * math.prod(recipe.output)
+    size = max(1, WAVE_BYTES // each)
+    waves, asked = enumerate(_waves(wanted, size)), _asked()
+    blocks = _blocks(data, recipe, asked, drawers, size * each)
+    early: dict[int, dict[str, NDArray[Any]]] = {}  # drawn before an earlier wave was
+    sent = 0
+
+    def ask() -> None:
+        nonlocal sent
+        wave = next(waves, None)
+        asked.put.remote(wave)
+        sent += wave is not None
+
+    try:
+        for _ in range(WAVES_AHEAD * drawers):
+            ask()
+        for number in itertools.count():
+            while number not in early:
+                if (block := next(blocks, None)) is None:
+                    if number == sent:
+                        return
+                    raise RuntimeError("a task that drew training patches was lost")
+                early[int(block["wave"][0])] = block
+            ask()
+            block = early.pop(number)
             for image, targets, weights in zip(*(block[k] for k in _COLUMNS), strict=True):
                 yield Sample(image, targets, weights)
+    finally:
+        blocks.close()
+        ray.kill(asked)
 
 
 def _waves(wanted: Iterator[Place], size: int) -> Iterator[list[Place]]:
@@ -188,32 +224,69 @@ def _waves(wanted: Iterator[Place], size: int) -> Iterator[list[Place]]:
         yield wave
 
 
-def _draw_wave(data: Any, recipe: Recipe, wave: Sequence[Place]) -> list[dict[str, NDArray[Any]]]:
-    """The samples of a wave, by blocks, in order."""
+def _blocks(
+    data: Any, recipe: Recipe, asked: Any, drawers: int, size: int
+) -> Generator[dict[str, NDArray[Any]]]:
+    """The waves that are asked for, each a block of so many bytes, as they are drawn."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
     context.enable_progress_bars = context.print_on_execution_start = False
-    rows = [{"step": step, "slot": slot} for step, slot in wave]
-    drawn = ray.data.from_items(rows, override_num_blocks=min(len(rows), BLOCKS)).map_batches(
-        _draw_block, fn_args=([data], recipe), batch_size=None, num_cpus=DRAWING_CPUS
+    context.execution_no_progress_timeout_s = -1  # a long validation asks for nothing
+    context.target_max_block_size = size * 4 // 5  # a wave fills it, and is not cut
+    run = ray.data.from_items(list(range(drawers)), override_num_blocks=drawers).map_batches(
+        _draw, fn_args=([data], recipe, asked), batch_size=None, num_cpus=DRAWING_CPUS
     )
-    return list(drawn.iter_batches(batch_size=None))
+    # One that fetched ahead would keep back what is drawn until more is asked for.
+    yield from run.iter_batches(batch_size=None, prefetch_batches=0)
 
 
 _COLUMNS = ("image", "targets", "weights")
 
 
-def _draw_block(
-    batch: dict[str, Any], data: Sequence[Any], recipe: Recipe
-) -> dict[str, NDArray[Any]]:
-    """The samples of a block; `data` is a reference in a list, so that Ray copies none of it."""
+def _asked() -> Any:
+    """An actor of Ray that passes on what is to be drawn."""
     import ray
 
+    # Inside a function, so that Ray sends the class itself: its process imports none of this.
+    class Asked:
+        def __init__(self) -> None:
+            self._waves: asyncio.Queue[_Wave | None] = asyncio.Queue()
+            self._drawers: set[int] = set()
+
+        async def join(self, drawer: int) -> None:
+            """A task that joins again was lost, with the waves that it had: all end."""
+            if drawer in self._drawers:
+                await self.put(None)
+            self._drawers.add(drawer)
+
+        async def put(self, wave: _Wave | None) -> None:
+            await self._waves.put(wave)
+
+        async def get(self) -> _Wave | None:
+            """The next wave, or nothing ever after."""
+            wave = await self._waves.get()
+            if wave is None:
+                await self.put(None)
+            return wave
+
+    return ray.remote(num_cpus=0)(Asked).remote()
+
+
+def _draw(
+    batch: dict[str, Any], data: Sequence[Any], recipe: Recipe, asked: Any
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """Draws waves until nothing is asked for any more.
+
+    `data` is a reference in a list, so that Ray copies none of it.
+    """
+    import ray
+
+    ray.get(asked.join.remote(int(batch["item"][0])))
+    os.nice(19)  # draws in the moments that the trainers leave
     sampler = Sampler(ray.get(data[0]), recipe)
-    drawn = [
-        sampler[int(step), int(slot)]
-        for step, slot in zip(batch["step"], batch["slot"], strict=True)
-    ]
-    return {name: np.stack([getattr(sample, name) for sample in drawn]) for name in _COLUMNS}
+    while (wave := ray.get(asked.get.remote())) is not None:
+        number, wanted = wave
+        drawn = [sampler[place] for place in wanted]
+        columns = {name: np.stack([getattr(each, name) for each in drawn]) for name in _COLUMNS}
+        yield {"wave": np.full(len(drawn), number), **columns}
