@@ -232,7 +232,6 @@ OTHER = {
     "batch": 2,
     "minutes": 5.0,
     "learning_rate": 0.5,
-    "momentum": 0.5,
     "w0": 2.0,
     "sigma": 2.0,
     "elastic": 0.0,
@@ -257,6 +256,12 @@ def test_other_settings_are_refused_by_name(files, finished, field):
     with pytest.raises(InputError, match=rf"another {field} \("):
         run(files, finished, **chosen)
     assert files_in(finished) == before
+
+
+def test_momentum_is_refused_where_the_optimiser_has_none(files, tmp_path):
+    with pytest.raises(InputError, match=r"momentum=0\.5 is of SGD, and recipe=default has none"):
+        run(files, tmp_path / "run", momentum=0.5)
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_recipe_is_refused_by_name(files, finished):

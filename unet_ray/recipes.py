@@ -84,7 +84,8 @@ class Recipe:
         """The recipe called `name` with what was chosen otherwise; None means not chosen.
 
         Raises:
-            InputError: if a number is out of range or the patch does not fit the network.
+            InputError: if a number is out of range, has no meaning in this recipe, or the patch
+                does not fit the network.
         """
         filled = {**RECIPES[name], **{k: v for k, v in chosen.items() if v is not None}}
         if filled.get("steps") is None and filled.get("minutes") is None:
@@ -93,6 +94,11 @@ class Recipe:
         if not any(made.patch):
             made = dataclasses.replace(made, patch=made._default_patch())
         made._check()
+        if made.optimiser != "sgd" and chosen.get("momentum") is not None:
+            raise InputError(
+                f"momentum={made.momentum} is of SGD, and recipe={name} has none; give "
+                "--recipe paper, or no momentum."
+            )
         return made
 
     def _default_patch(self) -> tuple[int, int]:
