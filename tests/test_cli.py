@@ -18,6 +18,8 @@ import zarr
 from tests.test_segmentation import bytes_of, noise, random_model, state_of, write_stack
 from unet_ray import cli, engine, report, training
 from unet_ray.checkpoints import read_model
+from unet_ray.ledger import committed
+from unet_ray.stores import LEDGER
 from unet_ray.versions import VERSION
 
 ROOT = Path(__file__).parent.parent
@@ -713,15 +715,19 @@ def test_nan_in_a_training_image_is_refused(unet_ray, files):
     refused(unet_ray, files, train(files), "image.tif", "not finite")
 
 
-def test_nan_in_a_volume_is_a_failure_that_names_tile_and_voxel(unet_ray, files):
+def test_nan_in_a_volume_quarantines_its_tile_and_names_the_voxel(unet_ray, files):
     image = noise((2, 40, 44), "float32")
     image[1, 7, 9] = np.nan
     write_stack(files / "image.tif", image)
     code, out, err = unet_ray(*segment(files))
-    assert (code, out) == (1, "")
+    assert (code, out) == (3, f"{files / 'out.zarr'}\n")
     last = err.splitlines()[-1]
     assert last.startswith("unet-ray: ") and "voxel (z, y, x) = (1, 7, 9)" in last
     assert re.search(r"read by tile \d+ \(\d+:\d+,", last)
+    assert "--nan zero" in last and "1 quarantined" in err
+    code, _, err = unet_ray(*segment(files), "--nan", "zero")
+    assert code == 2 and "was made with another nan (error, now zero)" in err
+    assert unet_ray(*segment(files, "--nan", "zero", out="zero.zarr"))[0] == 0
 
 
 MODELS = {
@@ -881,20 +887,19 @@ def wait_for(condition, started):
 def test_ctrl_c_keeps_what_was_committed_and_a_rerun_finishes(unet_ray, files):
     write_stack(files / "image.tif", noise((4, 256, 256)))
     args = segment(files, "--tile", "1,32,32", "--workers", "1", "--precision", "float32")
-    ledger = files / "out.zarr" / ".unet_ray" / "segment.ledger"
+    ledger, shards = files / "out.zarr" / LEDGER, files / "out.zarr" / "0" / "c"
     with process("-m", "unet_ray", *args) as started:
-        wait_for(lambda: ledger.exists() and ledger.stat().st_size > 30 * 12, started)
+        wait_for(lambda: sum(path.is_file() for path in shards.rglob("*")) > 30, started)
         started.send_signal(signal.SIGINT)
         out, err = started.communicate(timeout=RUN_SECONDS)
     assert (started.returncode, out) == (130, "")
     assert err.splitlines()[-1].startswith("unet-ray: interrupted; ")
     assert "Traceback" not in err
-    committed = ledger.stat().st_size // 12
-    assert 30 < committed < 256
+    assert 30 <= committed(ledger, 256).sum() < 256
     code, out, err = unet_ray(*args)
     assert (code, out) == (0, f"{files / 'out.zarr'}\n")
     assert "going on with out.zarr" in err and "256/256 tiles" in err
-    assert ledger.stat().st_size == 256 * 12
+    assert committed(ledger, 256).all()
 
 
 def test_ctrl_c_ends_training(files):

@@ -16,7 +16,7 @@ import pytest
 from tests.test_segmentation import FLOAT32, bytes_of, noise, random_model, write_stack
 from unet_ray import engine
 from unet_ray.engine import Stage, run
-from unet_ray.errors import RunError
+from unet_ray.errors import QuarantinedError, VoxelError
 from unet_ray.segmentation import prepare, segment
 
 ENGINES = ["local", pytest.param("ray", marks=pytest.mark.ray)]
@@ -28,11 +28,12 @@ class Marker:
     Args:
         folder: where files are written.
         bad: what reading, predicting or writing a tile raises, by (step, tile).
-        deadly: the tile whose prediction kills its process, the first time.
+        deadly: the tile whose prediction kills its process.
+        deaths: how many times it does.
     """
 
-    def __init__(self, folder, bad=None, deadly=None):
-        self.folder, self.bad, self.deadly = folder, bad or {}, deadly
+    def __init__(self, folder, bad=None, deadly=None, deaths=1):
+        self.folder, self.bad, self.deadly, self.deaths = folder, bad or {}, deadly, deaths
 
     def step(self, name, tile):
         if (name, tile) in self.bad:
@@ -45,10 +46,12 @@ class Marker:
     def predict(self, tile, voxels):
         self.step("predict", tile)
         assert voxels.tolist() == [tile] * 3
-        mark = Path(self.folder, "killed")
-        if tile == self.deadly and not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if tile == self.deadly:
+            with open(Path(self.folder, "killed"), "ab") as mark:
+                if mark.tell() < self.deaths:
+                    mark.write(b".")
+                    mark.flush()
+                    os.kill(os.getpid(), signal.SIGKILL)
         return int(voxels.sum())
 
     def write(self, tile, result):
@@ -106,7 +109,7 @@ def ready(request):
 
 
 def written(folder):
-    return Counter(int(p.name.split()[0]) for p in folder.iterdir() if p.name != "killed")
+    return Counter(int(p.name.split()[0]) for p in folder.iterdir() if p.name[0].isdigit())
 
 
 def stage(folder, device="cpu", **chosen):
@@ -118,18 +121,21 @@ def stage(folder, device="cpu", **chosen):
 class TestBoth:
     def test_every_tile_gives_one_receipt_and_a_failure_is_told_by_it(self, folder, name):
         bad = {
-            ("read", 2): RunError("a.tif: voxel 7 is NaN."),
+            ("read", 2): VoxelError("a.tif: voxel 7 is NaN."),
             ("predict", 4): ValueError("no such size"),
             ("write", 35): OSError(28, "No space left on device"),
         }
         tiles = [3, 1, 4, 15, 9, 2, 35, 5]
         receipts = list(run(stage(folder, bad=bad), iter(tiles), name, 2))
         assert sorted(r.tile for r in receipts) == sorted(tiles)
-        assert {r.tile: r.error for r in receipts if r.error is not None} == {
-            2: "a.tif: voxel 7 is NaN.",
-            4: "tile 4: ValueError: no such size",
-            35: "tile 35: OSError: [Errno 28] No space left on device",
+        assert {r.tile: (r.error, r.verdict) for r in receipts if r.error} == {
+            2: ("a.tif: voxel 7 is NaN.", "never"),
+            4: ("ValueError: no such size", "again"),
+            35: ("OSError: [Errno 28] No space left on device", "stop"),
         }
+        traces = {r.tile: r.trace for r in receipts}
+        assert "in predict" in traces[4] and "ValueError: no such size" in traces[4]
+        assert traces[3] == ""
         assert written(folder) == Counter([3, 1, 15, 9, 5])
         assert all(r.seconds >= 0 for r in receipts)
 
@@ -143,7 +149,7 @@ class TestBoth:
 )
 def test_closing_early_stops(folder, name):
     receipts = run(stage(folder), range(400), name, 2)
-    assert next(receipts).error is None
+    assert next(receipts).error == ""
     receipts.close()
     time.sleep(0.5)  # what was under way may still end
     done = written(folder).total()
@@ -159,7 +165,7 @@ def test_closing_early_stops(folder, name):
 def test_as_many_tiles_at_once_as_workers_and_never_more(workers):
     worker = Watching(together=workers)
     receipts = list(run(Stage("watch", lambda: worker, "cpu"), range(20), "local", workers))
-    assert [r.error for r in receipts] == [None] * 20
+    assert [r.error for r in receipts] == [""] * 20
     assert worker.most["tile"] == workers
 
 
@@ -167,7 +173,7 @@ def test_one_tile_per_core_unless_told_otherwise(monkeypatch):
     monkeypatch.setattr(engine, "usable_cores", lambda: 3)
     worker = Watching(together=3)
     receipts = list(run(Stage("watch", lambda: worker, "cpu"), range(12), "local"))
-    assert [r.error for r in receipts] == [None] * 12
+    assert [r.error for r in receipts] == [""] * 12
     assert worker.most["tile"] == 3
 
 
@@ -254,6 +260,20 @@ def test_a_killed_worker_loses_no_tile(folder, workers):
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_tile_that_kills_every_worker_is_given_up_and_the_others_are_done(folder):
+    begun = folder / "begun"
+    begun.mkdir()
+    deadly = dataclasses.replace(stage(folder, deadly=5, deaths=99), begun=begun)
+    receipts = list(run(deadly, range(8), "ray", 2))
+    assert (folder / "killed").stat().st_size == engine.TRIES
+    assert [(r.tile, r.verdict) for r in receipts if r.error] == [(5, "never")]
+    assert "was begun 3 times and never ended" in next(r.error for r in receipts if r.error)
+    assert set(written(folder)) == set(range(8)) - {5}
+    assert [path.name for path in begun.iterdir()] == ["5"]
+
+
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_waves_do_every_tile_once(folder, monkeypatch):
@@ -273,6 +293,6 @@ def test_a_bad_tile_fails_a_run_on_ray_with_its_sentence(task, tmp_path):
     volume = write_stack(tmp_path / "volume.tif", image)
     on_ray = dataclasses.replace(settings, engine="ray", workers=1)
     with pytest.raises(
-        RunError, match=r"voxel \(z, y, x\) = \(2, 60, 74\) .* is nan, read by tile"
+        QuarantinedError, match=r"voxel \(z, y, x\) = \(2, 60, 74\) .* is nan, read by tile"
     ):
         segment(volume, model, tmp_path / "out", on_ray)

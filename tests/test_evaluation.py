@@ -18,6 +18,7 @@ from unet_ray import stacks
 from unet_ray.boxes import Box
 from unet_ray.errors import InputError, RunError
 from unet_ray.evaluation import MEANINGS, Evaluation, evaluate
+from unet_ray.ledger import Ledger
 from unet_ray.scores import (
     INSTANCES,
     ISBI,
@@ -29,6 +30,7 @@ from unet_ray.scores import (
     overlap_tables,
 )
 from unet_ray.segmentation import segment
+from unet_ray.stores import LEDGER
 
 
 def stripped(scores):
@@ -443,8 +445,11 @@ def test_a_store_that_cannot_be_read_is_refused(tmp_path, store, cells):
 
 def test_one_tile_that_is_not_committed_is_enough(tmp_path, store, cells):
     truth = as_tiff(tmp_path, "truth", cells.astype(np.uint8))
-    ledger = store / ".unet_ray" / "segment.ledger"
-    ledger.write_bytes(ledger.read_bytes()[:-1])
+    for segment in (store / LEDGER).iterdir():
+        segment.unlink()
+    with Ledger(store / LEDGER, 24) as ledger:
+        for tile in range(23):
+            ledger.commit(tile)
     with pytest.raises(InputError, match=r"store\.zarr: 1 of 24 tiles are not done"):
         evaluate(store, truth, "isbi")
 

@@ -1,175 +1,194 @@
 """The ledger after kills: what was committed stays, what was cut short was never there."""
 
-import os
+import itertools
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unet_ray.errors import InputError
-from unet_ray.ledger import Ledger
-from unet_ray.ledger import committed as committed_without_lock
+from unet_ray import ledger as ledgers
+from unet_ray.ledger import Ledger, committed, quarantined
 
-TILES, RECORD = 9, 12
+TILES = 21
 
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "private" / "segment.ledger"
+def folder(tmp_path):
+    return tmp_path / "private" / "segment"
 
 
-def committed(path, tiles=TILES):
-    with Ledger(path, tiles) as ledger:
-        done = [tile for tile in range(tiles) if tile in ledger]
-        assert len(ledger) == len(done)
-        assert list(ledger.missing(range(tiles))) == [t for t in range(tiles) if t not in done]
-        return done
+@pytest.fixture
+def at_once(monkeypatch):
+    """Every note becomes a segment of its own."""
+    monkeypatch.setattr(ledgers, "SECONDS", 0)
 
 
-def commit(path, *numbers, tiles=TILES):
-    with Ledger(path, tiles) as ledger:
+def held(bits):
+    return np.flatnonzero(bits).tolist()
+
+
+def commit(folder, *numbers, tiles=TILES):
+    with Ledger(folder, tiles) as ledger:
         for number in numbers:
             ledger.commit(number)
 
 
-def test_a_new_ledger_misses_everything(path):
-    assert committed(path) == []
+def cut_short(folder, *numbers):
+    """Commits, and is killed: nothing of what closes a ledger happens."""
+    ledger = Ledger(folder, TILES)
+    for number in numbers:
+        ledger.commit(number)
 
 
-@settings(max_examples=30)
-@given(st.lists(st.lists(st.integers(0, TILES - 1), max_size=4), max_size=4))
-def test_what_was_committed_is_there_when_reopened(tmp_path_factory, runs):
-    path = tmp_path_factory.mktemp("ledger") / "segment.ledger"
-    for numbers in runs:
-        commit(path, *numbers)
-    assert committed(path) == sorted({number for numbers in runs for number in numbers})
+def segments(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_commit_is_seen_at_once_and_repeats_do_no_harm(path):
-    with Ledger(path, TILES) as ledger:
-        for number in (4, 2, 4):
-            assert (number in ledger) == (number == 4 and len(ledger) == 2)
-            ledger.commit(number)
-            assert number in ledger
-        assert len(ledger) == 2
+def test_a_new_ledger_misses_everything(folder):
+    assert held(committed(folder, TILES)) == [] and not folder.parent.exists()
+    with Ledger(folder, TILES) as ledger:
+        assert len(ledger) == 0
+        assert list(ledger.missing(range(TILES))) == list(range(TILES))
 
 
-def test_missing_tiles_keep_their_order(path):
-    commit(path, 3, 5)
-    with Ledger(path, TILES) as ledger:
+NOTES = st.tuples(st.booleans(), st.integers(0, TILES - 1))
+
+
+@settings(max_examples=60)
+@given(
+    runs=st.lists(st.lists(NOTES, max_size=6), max_size=4), waits=st.booleans(), kills=st.booleans()
+)
+def test_what_was_noted_is_there_when_reopened(tmp_path_factory, runs, waits, kills):
+    folder = tmp_path_factory.mktemp("ledger") / "segment"
+    done, given_up = set(), set()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ledgers, "SECONDS", 1000 if waits and not kills else 0)
+        for notes in runs:
+            ledger = Ledger(folder, TILES)
+            for good, tile in notes:
+                (ledger.commit if good else ledger.quarantine)(tile)
+                (done if good else given_up).add(tile)
+            if not kills:
+                ledger.__exit__(None, None, None)
+    assert held(committed(folder, TILES)) == sorted(done)
+    assert held(quarantined(folder, TILES)) == sorted(given_up - done)
+    with Ledger(folder, TILES) as ledger:
+        assert [t for t in range(TILES) if t in ledger] == sorted(done)
+        assert len(ledger) == len(done)
+        assert list(ledger.quarantined(range(TILES))) == sorted(given_up - done)
+        assert list(ledger.missing(range(TILES))) == sorted(set(range(TILES)) - done)
+
+
+def test_missing_tiles_keep_their_order(folder):
+    commit(folder, 3, 5)
+    with Ledger(folder, TILES) as ledger:
         assert list(ledger.missing([8, 5, 0, 3, 7])) == [8, 0, 7]
 
 
-def test_a_tail_torn_at_any_byte_counts_as_not_written(path):
-    commit(path, 7, 0, 5)
-    whole = path.read_bytes()
-    assert len(whole) == 3 * RECORD
-    for cut in range(len(whole) + 1):
-        path.write_bytes(whole[:cut])
-        assert committed(path) == sorted([7, 0, 5][: cut // RECORD])
-        # Reopening took the torn part away: the next records can be read again.
-        commit(path, 8)
-        assert committed(path) == sorted([*[7, 0, 5][: cut // RECORD], 8])
+def test_a_tile_that_is_not_in_the_plan_leaves_no_note(folder):
+    with Ledger(folder, TILES) as ledger:
+        for number in (TILES, -1):
+            with pytest.raises(IndexError):
+                ledger.commit(number)
+        ledger.commit(3)
+    assert held(committed(folder, TILES)) == [3]
 
 
-def test_a_record_damaged_at_any_byte_is_not_believed(path):
-    commit(path, 7, 0, 5)
-    whole = path.read_bytes()
+def test_a_segment_cut_or_damaged_at_any_byte_holds_nothing(folder, at_once):
+    cut_short(folder, 7, 0, 5)
+    last = max(folder.iterdir())
+    whole = last.read_bytes()
     for at in range(len(whole)):
         damaged = bytearray(whole)
         damaged[at] ^= 1
-        path.write_bytes(damaged)
-        found = committed(path)
-        sound = [7, 0, 5][: at // RECORD]
-        assert set(sound) <= set(found) <= {7, 0, 5} - {[7, 0, 5][at // RECORD]}
-        commit(path, 8)
-        assert committed(path) == sorted([*found, 8])
+        for data in (whole[:at], damaged, whole[:at] + bytes(len(whole) - at)):
+            last.write_bytes(data)
+            if bytes(data) != whole:
+                assert held(committed(folder, TILES)) == [0, 7]
+    last.write_bytes(whole)
+    assert held(committed(folder, TILES)) == [0, 5, 7]
 
 
-def test_zeros_that_a_file_system_left_are_no_tile_zero(path):
-    commit(path, 7)
-    path.write_bytes(path.read_bytes() + bytes(2 * RECORD))
-    assert committed(path) == [7]
+def test_a_segment_of_another_plan_holds_nothing(folder):
+    commit(folder, 1, 8, 3)
+    assert held(committed(folder, TILES + 1)) == []
 
 
-def test_a_number_beyond_the_plan_is_not_believed(path):
-    commit(path, 1, 8, 3)
-    assert 1 in committed(path, tiles=5)
-    commit(path, 4, tiles=5)
-    assert {1, 4} <= set(committed(path, tiles=5)) <= {1, 3, 4}
+def test_an_epoch_is_never_used_again(folder, at_once):
+    seen = []
+    for tile in range(4):
+        cut_short(folder, tile)
+        seen.append(max(segments(folder)).split("-")[0])
+    assert seen == [f"{epoch:08d}" for epoch in (1, 2, 3, 4)]
+    assert held(committed(folder, TILES)) == [0, 1, 2, 3]
 
 
-def test_a_record_is_on_disk_when_commit_returns(path, monkeypatch):
-    sizes, fsync = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: (fsync(file), sizes.append(os.fstat(file))))
-    commit(path, 2, 6)
-    assert [status.st_size for status in sizes] == [RECORD, 2 * RECORD]
+def test_segments_are_put_together_before_they_are_many(folder, at_once, monkeypatch):
+    monkeypatch.setattr(ledgers, "SEGMENTS", 5)
+    for tile, ledger in zip(range(TILES), itertools.repeat(Ledger(folder, TILES)), strict=False):
+        ledger.commit(tile)
+        assert len(segments(folder)) <= 6
+        assert held(committed(folder, TILES)) == list(range(tile + 1))
 
 
-def test_a_commit_that_is_written_in_part_is_finished_or_reported(path, monkeypatch):
-    # A full disk takes a part of what is written and says so only in the number returned.
-    write = os.write
-    with Ledger(path, TILES) as ledger:
-        ledger.commit(1)
-        try:
-            with monkeypatch.context() as full:
-                full.setattr(os, "write", lambda file, data: write(file, data[:5]))
-                ledger.commit(2)
-            ledger.commit(3)
-        except OSError:
-            pass
-        told = [tile for tile in range(TILES) if tile in ledger]
-    assert committed(path) == told
+def test_a_closed_ledger_is_one_segment_per_state_and_stays_as_it_is(folder, at_once):
+    commit(folder, *range(9))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert len(before) == 2
+    commit(folder)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_tile_that_is_not_in_the_plan_leaves_no_record(path):
-    with Ledger(path, TILES) as ledger:
-        with pytest.raises(IndexError):
-            ledger.commit(TILES)
-        ledger.commit(3)
-    assert committed(path) == [3]
+def test_a_kill_while_segments_are_put_together_loses_nothing(folder, at_once, monkeypatch):
+    cut_short(folder, 4, 9, 2)
+
+    class KilledError(Exception):
+        pass
+
+    def killed(*_args, **_kwargs):
+        raise KilledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.unlink", killed)
+        with pytest.raises(KilledError):
+            Ledger(folder, TILES)
+    assert held(committed(folder, TILES)) == [2, 4, 9]
+    commit(folder, 5)
+    assert held(committed(folder, TILES)) == [2, 4, 5, 9]
 
 
-def test_a_ledger_that_is_open_elsewhere_is_refused(tmp_path):
-    with Ledger(tmp_path / "ledger", 3) as ledger:
-        with pytest.raises(InputError, match="another run is writing here"):
-            Ledger(tmp_path / "ledger", 3)
-        ledger.commit(1)
-    with Ledger(tmp_path / "ledger", 3) as ledger:
-        assert 1 in ledger
+def test_a_note_is_on_disk_soon_though_no_other_follows(folder, monkeypatch):
+    monkeypatch.setattr(ledgers, "SECONDS", 0.05)
+    ledger = Ledger(folder, TILES)
+    ledger.commit(1)
+    ledger.commit(2)  # within the time of the first
+    end = time.monotonic() + 10
+    while held(committed(folder, TILES)) != [1, 2]:
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
-# Looking without a lock
+def test_a_full_disk_is_told_and_loses_no_note(folder, at_once, monkeypatch):
+    ledger = Ledger(folder, TILES)
+    ledger.commit(1)
+
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ledgers, "write_whole", full)
+        with pytest.raises(OSError, match="No space"):
+            ledger.commit(2)
+    ledger.flush()
+    assert held(committed(folder, TILES)) == [1, 2]
 
 
-def looked_at(path, tiles=TILES):
-    done = committed_without_lock(path, tiles)
-    assert done.dtype == bool and done.shape == (tiles,)
-    return np.flatnonzero(done).tolist()
-
-
-def test_looking_sees_what_a_run_commits_and_does_not_disturb_it(path):
-    assert looked_at(path) == [] and not path.parent.exists()
-    with Ledger(path, TILES) as ledger:
-        for number in (4, 2):
-            ledger.commit(number)
-            assert number in looked_at(path)
-        assert looked_at(path) == [2, 4]
-        ledger.commit(8)
-    assert committed(path) == looked_at(path) == [2, 4, 8]
-
-
-def test_looking_at_a_torn_tail_counts_what_is_whole_and_leaves_it(path):
-    commit(path, 7, 0, 5)
-    whole = path.read_bytes()
-    for cut in range(len(whole) + 1):
-        path.write_bytes(whole[:cut])
-        assert looked_at(path) == sorted([7, 0, 5][: cut // RECORD])
-        assert path.read_bytes() == whole[:cut]
-
-
-def test_looking_does_not_believe_a_number_beyond_the_plan(path):
-    commit(path, 1, 8, 3)
-    assert looked_at(path, tiles=5) == committed(path, tiles=5)
-    assert 8 not in looked_at(path, tiles=5)
+def test_millions_of_tiles_open_quickly_enough_to_be_one_small_file(folder):
+    tiles = 10_000_000
+    with Ledger(folder, tiles) as ledger:
+        for tile in (0, 1, 5_000_000, tiles - 1):
+            ledger.commit(tile)
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 100_000
+    assert held(committed(folder, tiles)) == [0, 1, 5_000_000, tiles - 1]

@@ -17,7 +17,13 @@ import click
 import yaml
 
 from unet_ray.boxes import Box
-from unet_ray.errors import InputError, UnetRayError, nearest, refuse_below_file
+from unet_ray.errors import (
+    InputError,
+    QuarantinedError,
+    UnetRayError,
+    nearest,
+    refuse_below_file,
+)
 from unet_ray.files import write_whole
 from unet_ray.memory import format_bytes, keep_freed_memory, parse_bytes
 from unet_ray.progress import ProgressLine, format_seconds
@@ -189,6 +195,13 @@ TILING = (
         "--tta",
         is_flag=True,
         help="Average over the 8 rotations and mirror images of each tile: 8 times the time.",
+    ),
+    click.option(
+        "--nan",
+        type=click.Choice(["error", "zero"]),
+        default="error",
+        show_default=True,
+        help="Voxels that are not finite numbers: quarantine their tiles, or take them as 0.",
     ),
 )
 
@@ -366,12 +379,18 @@ def segment(
     settings = _settings(ctx, flags, overwrite)
     from unet_ray import segmentation
 
+    quarantined = None
     for run in segmentation.prepare_all(inputs, model, out, settings):
         _announce(run, settings)
-        done = segmentation.execute(run, settings, _watch(Path(run.volume.path).name))
-        if not done:
-            _say(f"{run.out.name}: already finished; nothing to do.")
+        try:
+            if not segmentation.execute(run, settings, _watch(Path(run.volume.path).name)):
+                _say(f"{run.out.name}: already finished; nothing to do.")
+        except QuarantinedError as error:  # told at once; other inputs come first
+            _say(f"unet-ray: {error}")
+            quarantined = error
         click.echo(run.out)
+    if quarantined:
+        ctx.exit(quarantined.exit_code)
 
 
 @app.command(
@@ -446,10 +465,12 @@ def _watch(label: str) -> Callable[[Progress], None]:
 
     def watch(progress: Progress) -> None:
         rate = progress.voxels / max(progress.seconds, 1e-9) / 1e6
-        left = progress.seconds / progress.finished * (progress.total - progress.done)
+        to_do = progress.total - progress.done - progress.quarantined
+        left = progress.seconds / max(progress.finished, 1) * to_do
+        given_up = f", {progress.quarantined} quarantined" if progress.quarantined else ""
         line.show(
-            progress.done / progress.total,
-            f"{progress.done}/{progress.total} tiles, {rate:.3f} Mvoxel/s, "
+            1 - to_do / progress.total,
+            f"{progress.done}/{progress.total} tiles{given_up}, {rate:.3f} Mvoxel/s, "
             f"{format_seconds(left)} left",
         )
 
@@ -513,6 +534,7 @@ def _settings(ctx: click.Context, flags: dict[str, Any], overwrite: bool = False
         engine=_engine(ctx, flags["engine"]),
         precision=None if flags["precision"] == "auto" else flags["precision"],
         tta=flags["tta"],
+        nan=flags["nan"],
         overwrite=overwrite,
     )
 

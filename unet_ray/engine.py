@@ -7,23 +7,27 @@ tile, in any order, so they cannot differ in what they compute.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
-from unet_ray.errors import InputError, UnetRayError
+from unet_ray.errors import DeadlyError, InputError, UnetRayError, VoxelError
 from unet_ray.memory import kept_memory_environment
 
 EngineName = Literal["local", "ray"]
+Verdict = Literal["again", "never", "stop"]
 Answer = TypeVar("Answer")
 # Tile numbers go to Ray in waves, so that the driver's memory does not grow with the volume.
 WAVE = 4096
@@ -34,6 +38,10 @@ TILES_PER_GPU_BATCH = 8
 # Only tile numbers and receipts cross the object store while segmenting.
 OBJECT_STORE_BYTES = 1 << 30
 UNBOUNDED = 1 << 20
+# How often a tile is tried in a run, before it is given up.
+TRIES = 3
+# A disk that takes nothing more: full, over quota, read-only.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 # What Ray says on every start and users can do nothing about.
 _RAY_LOGS = {
     "ray.data": logging.WARNING,
@@ -50,11 +58,16 @@ class Receipt:
         tile: its number.
         seconds: time spent reading, predicting and writing together.
         error: one sentence if it failed; nothing was committed then.
+        trace: where it failed, as Python tells it.
+        verdict: of a failure: ``again`` may do better, ``never`` cannot, ``stop``: nor can any
+            other tile.
     """
 
     tile: int
     seconds: float
-    error: str | None = None
+    error: str = ""
+    trace: str = ""
+    verdict: Verdict = "again"
 
 
 class Worker(Protocol):
@@ -78,11 +91,14 @@ class Stage:
         name: for messages and the ledger.
         make_worker: makes the worker where it is to run; small to pickle.
         device: ``cpu`` (one thread per pass, workers side by side) or ``cuda``.
+        begun: folder, seen by every worker of Ray, of marks of the tiles that were begun and not
+            ended; None for no marks.
     """
 
     name: str
     make_worker: Callable[[], Worker]
     device: str
+    begun: Path | None = None
 
 
 def usable_cores() -> int:
@@ -190,17 +206,26 @@ def connect(workers: int | None = None) -> None:
 
 def _attempt(worker: Worker, tile: int, alone: AbstractContextManager[Any]) -> Receipt:
     """Read, predict, write; a failure becomes a receipt that says what happened."""
-    start, error = time.monotonic(), None
+    start = time.monotonic()
     try:
         voxels = worker.read(tile)
         with alone:
             result = worker.predict(tile, voxels)
         worker.write(tile, result)
-    except UnetRayError as told:
-        error = str(told)
-    except Exception as told:  # not swallowed: the driver stops the run and shows it
-        error = f"tile {tile}: {type(told).__name__}: {told}"
-    return Receipt(tile, time.monotonic() - start, error)
+    except Exception as error:  # not swallowed: the driver decides, and shows it
+        trace = traceback.format_exc()
+        return Receipt(tile, time.monotonic() - start, _told(error), trace, _verdict(error))
+    return Receipt(tile, time.monotonic() - start)
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, UnetRayError) else f"{type(error).__name__}: {error}"
+
+
+def _verdict(error: Exception) -> Verdict:
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return "stop"
+    return "never" if isinstance(error, VoxelError | DeadlyError) else "again"
 
 
 def _side_by_side(
@@ -228,11 +253,38 @@ def _side_by_side(
         pool.shutdown(wait=patient, cancel_futures=True)
 
 
+class _Marking:
+    """A worker that marks what it begins: Ray tries a tile that kills its actor without end."""
+
+    def __init__(self, worker: Worker, begun: Path) -> None:
+        self._worker, self._begun = worker, begun
+
+    def read(self, tile: int) -> Any:
+        with open(self._begun / str(tile), "ab") as mark:
+            deaths = mark.tell()
+            if deaths >= TRIES:
+                raise DeadlyError(
+                    f"was begun {deaths} times and never ended: its workers were killed, as by a "
+                    "lack of memory; give fewer --workers, or machines with more memory."
+                )
+            mark.write(b".")
+        return self._worker.read(tile)
+
+    def predict(self, tile: int, voxels: Any) -> Any:
+        return self._worker.predict(tile, voxels)
+
+    def write(self, tile: int, result: Any) -> None:
+        self._worker.write(tile, result)
+        (self._begun / str(tile)).unlink(missing_ok=True)
+
+
 class _TileActor:
     """A worker in a Ray actor. It reads, predicts and writes: only receipts leave it."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage, self._worker = stage, stage.make_worker()
+        if stage.begun:
+            self._worker = _Marking(self._worker, stage.begun)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         tiles = [int(tile) for tile in batch["tile"]]
@@ -242,11 +294,7 @@ class _TileActor:
             # No threads of our own: the convolution library keeps buffers for each it has seen.
             torch.set_num_threads(1)
             receipts = [_attempt(self._worker, tile, nullcontext()) for tile in tiles]
-        return {
-            "tile": [r.tile for r in receipts],
-            "seconds": [r.seconds for r in receipts],
-            "error": [r.error or "" for r in receipts],
-        }
+        return {name: [getattr(r, name) for r in receipts] for name in _COLUMNS}
 
 
 def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None) -> Iterator[Receipt]:
@@ -271,8 +319,8 @@ def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None) -> Iterato
             runtime_env={"env_vars": kept_memory_environment()},
         )
         for rows in receipts.iter_batches(batch_size=None, prefetch_batches=0):
-            for tile, seconds, error in zip(*(rows[k] for k in _COLUMNS), strict=True):
-                yield Receipt(int(tile), float(seconds), str(error) or None)
+            for row in zip(*(rows[name].tolist() for name in _COLUMNS), strict=True):
+                yield Receipt(*row)
 
 
-_COLUMNS = ("tile", "seconds", "error")
+_COLUMNS = tuple(field.name for field in fields(Receipt))

@@ -25,6 +25,20 @@ class RunError(UnetRayError, RuntimeError):
     exit_code = 1
 
 
+class VoxelError(RunError):
+    """What a tile reads cannot be segmented, however often it is tried."""
+
+
+class DeadlyError(RunError):
+    """A tile that has ended several workers, which could tell nobody."""
+
+
+class QuarantinedError(RunError):
+    """Some tiles failed too often; all others are done, and the next run tries only these."""
+
+    exit_code = 3
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Gives ``" (did you mean 'x'?)"`` for the known word nearest to `word`, or ``""``."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

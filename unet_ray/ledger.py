@@ -1,77 +1,133 @@
-"""Which tiles of a stage are committed: a file of fixed-size records that is only appended to.
+"""Which tiles of a stage are committed, and which are quarantined: immutable segments of bits.
 
-Knows numbers; a number is committed after its shard is on disk, and only by the driver. A record
-that a kill cut short does not check out and counts as not written.
+Knows numbers; a tile is committed after its shards are on disk, and only by the driver. A segment
+is a small file, written whole or not at all, that holds the bits of a range of tiles; what a run
+adds goes into new ones, named by the epoch of the run and a sequence number, and opening a ledger
+puts them together in one. So nothing is ever changed in place, as object stores want it, and a
+kill loses at most the tiles of the last second, which are then made again with the same bytes. A
+segment that does not check out holds nothing.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
-import struct
+import json
+import threading
+import time
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unet_ray.errors import InputError
+from unet_ray.files import write_whole
 
-_NUMBER = struct.Struct("<Q")
-_RECORD = struct.Struct("<QI")
+State = Literal["committed", "quarantined"]
+STATES: tuple[State, ...] = ("committed", "quarantined")
+Bits = NDArray[np.bool_]
+# A segment is written at most so often, and put together with others before they are many.
+SECONDS = 1.0
+SEGMENTS = 256
+FORMAT = 1
 
 
 class Ledger:
-    """The committed tiles of one stage, open for more.
+    """The tiles of one stage, open for more; one process at a time, which its caller sees to.
+
+    A tile that is committed is no longer quarantined.
 
     Args:
-        path: the ledger's file; made if it is not there.
+        folder: of the segments; made if it is not there.
         tiles: number of tiles of the plan.
-
-    Raises:
-        InputError: if another process has it open.
     """
 
-    def __init__(self, path: Path, tiles: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._done = np.zeros(tiles, bool)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            # Held until the file is closed, also by a kill.
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._file)
-            raise InputError(
-                f"{path.parent.parent}: another run is writing here; wait for it or end it."
-            ) from error
-        data = os.read(self._file, os.fstat(self._file).st_size)
-        whole = _replay(data, self._done)
-        # What a kill left half-written goes, so that records stay at multiples of their size.
-        os.ftruncate(self._file, whole)
-        os.lseek(self._file, whole, os.SEEK_SET)
+    def __init__(self, folder: Path, tiles: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._bits, self._files = _read(folder, tiles)
+        self._bits["quarantined"] &= ~self._bits["committed"]
+        self._count = int(self._bits["committed"].sum())
+        self._epoch = 1 + max((int(path.stem.split("-")[0]) for path in self._files), default=0)
+        self._sequence = 0
+        self._added: dict[State, list[int]] = {state: [] for state in STATES}
+        self._written, self._lock = time.monotonic(), threading.Lock()
+        self._timer: threading.Timer | None = None
+        self._compact()
 
     def commit(self, tile: int) -> None:
-        """Records that the shards of `tile` are on disk; returns when the record is, too."""
-        if not 0 <= tile < self._done.size:
-            raise IndexError(f"Tile {tile} of a ledger of {self._done.size} tiles.")
-        record = _RECORD.pack(tile, _check(tile))
-        while record:  # a full disk may take a part of it, and says so at the next try only
-            record = record[os.write(self._file, record) :]
-        os.fsync(self._file)
-        self._done[tile] = True
+        """Notes that the shards of `tile` are on disk; the note is there itself a second later."""
+        self._count += not self._bits["committed"][tile]
+        self._add("committed", tile)
+        self._bits["quarantined"][tile] = False
+
+    def quarantine(self, tile: int) -> None:
+        """Notes that `tile` has failed too often, and is left until the next run."""
+        self._add("quarantined", tile)
+
+    def _add(self, state: State, tile: int) -> None:
+        if not 0 <= tile < self._bits[state].size:
+            raise IndexError(f"Tile {tile} of a ledger of {self._bits[state].size} tiles.")
+        with self._lock:
+            self._bits[state][tile] = True
+            self._added[state].append(tile)
+        if time.monotonic() - self._written >= SECONDS:
+            self.flush()
+        elif not self._timer:
+            self._timer = threading.Timer(SECONDS, self._flush_late)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _flush_late(self) -> None:
+        self._timer = None
+        with suppress(OSError):  # the next tile tries again, and tells
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes down what was noted; returns when it is on disk."""
+        with self._lock:
+            for state, tiles in self._added.items():
+                if tiles:
+                    first, last = min(tiles), max(tiles)
+                    bits = np.zeros(last + 1 - first, bool)
+                    bits[np.array(tiles) - first] = True
+                    self._write(state, first, bits)
+                    tiles.clear()
+            self._written = time.monotonic()
+            if len(self._files) > SEGMENTS:
+                self._compact()
+
+    def _write(self, state: State, first: int, bits: Bits) -> None:
+        self._sequence += 1
+        path = self._folder / f"{self._epoch:08d}-{self._sequence:08d}.{state}"
+        write_whole(path, _encode(first, bits, self._bits[state].size))
+        self._files.append(path)
+
+    def _compact(self) -> None:
+        """Puts all segments together; a kill in between leaves both, which say the same."""
+        if len(self._files) <= len(STATES):
+            return
+        old, self._files = self._files, []
+        for state in STATES:
+            self._write(state, 0, self._bits[state])
+        for path in old:
+            path.unlink(missing_ok=True)
 
     def __contains__(self, tile: int) -> bool:
-        return bool(self._done[tile])
+        return bool(self._bits["committed"][tile])
 
     def __len__(self) -> int:
-        return int(self._done.sum())
+        return self._count
 
     def missing(self, tiles: Iterable[int]) -> Iterator[int]:
         """Those of `tiles` that are not committed, in their order."""
-        return (tile for tile in tiles if not self._done[tile])
+        return (tile for tile in tiles if not self._bits["committed"][tile])
+
+    def quarantined(self, tiles: Iterable[int]) -> Iterator[int]:
+        """Those of `tiles` that are quarantined, in their order."""
+        return (tile for tile in tiles if self._bits["quarantined"][tile])
 
     def __enter__(self) -> Self:
         return self
@@ -82,26 +138,53 @@ class Ledger:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        os.close(self._file)
+        if self._timer:
+            self._timer.cancel()
+        self.flush()
+        if error is None:
+            self._compact()
 
 
-def committed(path: Path, tiles: int) -> NDArray[np.bool_]:
-    """Which of so many tiles a ledger holds, also while another process has it open: (tiles,)."""
-    done = np.zeros(tiles, bool)
-    if path.exists():
-        _replay(path.read_bytes(), done)
-    return done
+def committed(folder: Path, tiles: int) -> Bits:
+    """Which of so many tiles a ledger holds, also while a run adds to it: (tiles,)."""
+    return _read(folder, tiles)[0]["committed"]
 
 
-def _replay(data: bytes, done: NDArray[np.bool_]) -> int:
-    """Marks in `done` what a ledger's bytes hold; returns the length of their sound part."""
-    for at in range(0, len(data) - _RECORD.size + 1, _RECORD.size):
-        number, check = _RECORD.unpack_from(data, at)
-        if check != _check(number) or number >= done.size:
-            return at
-        done[number] = True
-    return len(data) // _RECORD.size * _RECORD.size
+def quarantined(folder: Path, tiles: int) -> Bits:
+    """Which of so many tiles have failed too often, and are not committed since: (tiles,)."""
+    bits, _ = _read(folder, tiles)
+    return bits["quarantined"] & ~bits["committed"]
 
 
-def _check(number: int) -> int:
-    return zlib.crc32(_NUMBER.pack(number))
+def _read(folder: Path, tiles: int) -> tuple[dict[State, Bits], list[Path]]:
+    """The bits of all segments together, and the segments."""
+    bits: dict[State, Bits] = {state: np.zeros(tiles, bool) for state in STATES}
+    while True:
+        files = [path for state in STATES for path in sorted(folder.glob(f"[0-9]*-[0-9]*.{state}"))]
+        try:
+            for path in files:
+                first, held = _decode(path.read_bytes(), tiles)
+                state: State = "committed" if path.suffix == ".committed" else "quarantined"
+                bits[state][first : first + held.size] |= held
+        except FileNotFoundError:  # put together with others in the meantime
+            continue
+        return bits, files
+
+
+def _encode(first: int, bits: Bits, tiles: int) -> bytes:
+    """A segment: a line of JSON, the bits, and a checksum of both."""
+    about = {"format": FORMAT, "tiles": tiles, "first": first, "bits": bits.size}
+    data = json.dumps(about).encode() + b"\n" + zlib.compress(np.packbits(bits).tobytes(), 1)
+    return data + zlib.crc32(data).to_bytes(4, "little")
+
+
+def _decode(data: bytes, tiles: int) -> tuple[int, Bits]:
+    """The first tile and the bits of a segment; none if it is damaged or of another plan."""
+    head, _, packed = data[:-4].partition(b"\n")
+    if zlib.crc32(data[:-4]).to_bytes(4, "little") != data[-4:]:
+        return 0, np.zeros(0, bool)
+    about = json.loads(head)
+    if about["format"] != FORMAT or about["tiles"] != tiles:
+        return 0, np.zeros(0, bool)
+    held = np.frombuffer(zlib.decompress(packed), np.uint8)
+    return about["first"], np.unpackbits(held, count=about["bits"]).astype(bool)

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from unet_ray import engine as engines
 from unet_ray.boxes import Box
@@ -47,6 +47,7 @@ class Settings:
         engine: who runs the tiles.
         precision: number format of the network.
         tta: average over the 8 symmetries of the square.
+        nan: what a voxel that is not a finite number is: an ``error`` of its tile, or ``zero``.
         overwrite: delete what is at the output path first.
     """
 
@@ -61,6 +62,7 @@ class Settings:
     engine: engines.EngineName = "local"
     precision: Precision | None = None
     tta: bool = False
+    nan: Literal["error", "zero"] = "error"
     overwrite: bool = False
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,13 @@ from numpy.typing import NDArray
 from unet_ray import engine as engines
 from unet_ray.boxes import Box
 from unet_ray.checkpoints import ModelHeader, find_model, read_model, sha256_of
-from unet_ray.errors import InputError, RunError, refuse_below_file
+from unet_ray.errors import (
+    InputError,
+    QuarantinedError,
+    RunError,
+    VoxelError,
+    refuse_below_file,
+)
 from unet_ray.events import EventLog
 from unet_ray.files import remove_partial
 from unet_ray.intensity import Intensity, measure
@@ -41,6 +48,7 @@ from unet_ray.planning import (
 )
 from unet_ray.prediction import Device, Precision, Predictor, instructions
 from unet_ray.stores import (
+    BEGUN,
     EVENTS,
     FORMAT,
     LEDGER,
@@ -71,6 +79,7 @@ class Segmentation:
         intensity: grey values of the volume.
         precision, device: of the network.
         tta: average over the 8 symmetries of the square.
+        nan: ``zero`` if voxels that are not finite count as 0.
         outputs: what is stored.
         class_values: label value of each class.
         memory: what one worker needs.
@@ -86,6 +95,7 @@ class Segmentation:
     precision: Precision
     device: Device
     tta: bool
+    nan: str
     outputs: tuple[str, ...]
     class_values: tuple[int, ...]
     memory: WorkerMemory
@@ -112,13 +122,15 @@ class TileWorker:
         """The voxels that a tile reads, ``(c, z, y, x)``, mirrored beyond the volume's faces.
 
         Raises:
-            RunError: if one of them is not a finite number; names the tile and the voxel.
+            VoxelError: if one of them is not a finite number; names the tile and the voxel.
         """
         volume, box = self._run.volume, self._run.plan[tile].read
         voxels = read_mirrored(volume.read, volume.shape[1:], box)
-        if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
-            raise RunError(_not_finite(self._run, tile, voxels))
-        return voxels
+        if voxels.dtype.kind != "f" or np.isfinite(voxels).all():
+            return voxels
+        if self._run.nan == "zero":
+            return np.where(np.isfinite(voxels), voxels, voxels.dtype.type(0))
+        raise VoxelError(_not_finite(self._run, tile, voxels))
 
     def predict(self, tile: int, voxels: NDArray[Any]) -> dict[str, NDArray[np.uint8]]:
         """The outputs on the core of a tile."""
@@ -137,7 +149,7 @@ def _not_finite(run: Segmentation, tile: int, voxels: NDArray[Any]) -> str:
     return (
         f"{volume.path}: voxel (z, y, x) = {place} of channel {channel} is "
         f"{voxels[(channel, *offset)]}, read by tile {tile} ({run.plan[tile].write}); replace "
-        f"values that are not finite and run again."
+        f"values that are not finite, or give --nan zero and another --out."
     )
 
 
@@ -189,6 +201,7 @@ def prepare(
         precision=precision,
         device=device,
         tta=settings.tta,
+        nan=settings.nan,
         outputs=outputs,
         class_values=tuple(header.class_values),
         memory=memory,
@@ -241,6 +254,7 @@ def _provenance(run: Segmentation, header: ModelHeader, settings: Settings) -> d
         "normalisation": run.intensity.to_json(),
         "device": run.device,
         "tta": run.tta,
+        "nan": run.nan,
         "instructions": instructions(run.device),
         "threads_per_pass": 1,
         "versions": versions(),
@@ -275,6 +289,7 @@ class Progress:
 
     Attributes:
         done, total: tiles committed, and tiles asked for, in this region.
+        quarantined: tiles that this call has given up.
         finished: tiles done by this call.
         voxels: voxels written by this call so far.
         seconds: since the first tile was started.
@@ -282,6 +297,7 @@ class Progress:
 
     done: int
     total: int
+    quarantined: int
     finished: int
     voxels: int
     seconds: float
@@ -290,48 +306,116 @@ class Progress:
 def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], None]) -> int:
     """Does what is missing of a run; returns the number of tiles that it did.
 
+    A tile that fails is tried again after all others, and quarantined when that was of no use.
+
     Args:
         run: from `prepare`.
         settings: the same as given there.
-        watch: called after each tile is committed.
+        watch: called after each tile that is done or given up.
 
     Raises:
-        RunError: if a tile fails; what was committed stays and the next run goes on from it.
+        QuarantinedError: if tiles failed too often; all others are done.
+        RunError: if the disk takes nothing more. What was committed stays in either case, and the
+            next run goes on from it.
     """
     if not run.resumed:
         if settings.overwrite and run.out.exists():
-            with Ledger(run.out / LEDGER, len(run.plan)):  # refuses beside a live run
-                delete_store(run.out)
+            delete_store(run.out)
         layout = StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)
         create_store(run.out, layout, run.provenance)
-    stage = engines.Stage("segment", run.make_worker, run.device)
-    region = settings.region or Box.of(run.plan.shape)
-    start, done, voxels = time.monotonic(), 0, 0
     with Ledger(run.out / LEDGER, len(run.plan)) as ledger:
         remove_partial(run.out / PRIVATE)
-        total = sum(1 for _ in run.plan.within(region))
-        missing = list(ledger.missing(run.plan.within(region)))
-        before = total - len(missing)
+        return _Execution(run, settings, ledger, watch).go()
+
+
+class _Execution:
+    """One call of `execute`: what it has done so far, in ledger, event log and progress."""
+
+    def __init__(
+        self,
+        run: Segmentation,
+        settings: Settings,
+        ledger: Ledger,
+        watch: Callable[[Progress], None],
+    ) -> None:
+        self._run, self._settings, self._ledger, self._watch = run, settings, ledger, watch
+        self._log = EventLog(run.out / EVENTS)
+        self._region = settings.region or Box.of(run.plan.shape)
+        self._total = sum(1 for _ in run.plan.within(self._region))
+        self._start, self._before, self._done, self._voxels = time.monotonic(), 0, 0, 0
+        self._given_up: dict[int, str] = {}
+
+    def go(self) -> int:
+        run, settings = self._run, self._settings
+        missing = list(self._ledger.missing(run.plan.within(self._region)))
         if not missing:
             return 0
-        log = EventLog(run.out / EVENTS)
-        log.add(
+        self._before = self._total - len(missing)
+        self._log.add(
             "start",
-            input=str(run.volume.path),
+            input=str(Path(run.volume.path).absolute()),
+            model=str(run.model.absolute()),
             engine=settings.engine,
             workers=settings.workers,
             missing=len(missing),
         )
-        for receipt in engines.run(stage, missing, settings.engine, settings.workers):
-            if receipt.error:
-                log.add("failed", tile=receipt.tile, error=receipt.error)
-                raise RunError(receipt.error)
-            ledger.commit(receipt.tile)
-            log.add("tile", tile=receipt.tile, seconds=round(receipt.seconds, 4))
-            done, voxels = done + 1, voxels + run.plan[receipt.tile].write.size
-            watch(Progress(before + done, total, done, voxels, time.monotonic() - start))
-        log.add("end", tiles=done, seconds=round(time.monotonic() - start, 3))
-    return done
+        begun = run.out / BEGUN
+        shutil.rmtree(begun, ignore_errors=True)
+        begun.mkdir()
+        stage = engines.Stage("segment", run.make_worker, run.device, begun)
+        for last in [False] * (engines.TRIES - 1) + [True]:
+            failed = []
+            for receipt in engines.run(stage, missing, settings.engine, settings.workers):
+                if not receipt.error:
+                    self._commit(receipt)
+                elif self._failed(receipt, last):
+                    failed.append(receipt.tile)
+            missing = failed
+        self._log.add("end", tiles=self._done, seconds=round(self._seconds, 3))
+        if self._given_up:
+            raise QuarantinedError(self._told())
+        return self._done
+
+    @property
+    def _seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    def _commit(self, receipt: engines.Receipt) -> None:
+        self._ledger.commit(receipt.tile)
+        self._log.add("tile", tile=receipt.tile, seconds=round(receipt.seconds, 4))
+        self._done += 1
+        self._voxels += self._run.plan[receipt.tile].write.size
+        self._tell()
+
+    def _failed(self, receipt: engines.Receipt, last: bool) -> bool:
+        """Notes a failure; whether the tile is to be tried again in this run."""
+        tile, box = receipt.tile, str(self._run.plan[receipt.tile].write)
+        self._log.add("failed", tile=tile, box=box, error=receipt.error, trace=receipt.trace)
+        if receipt.verdict == "stop":
+            self._ledger.flush()
+            raise RunError(
+                f"{self._run.out}: {receipt.error}; {self._before + self._done} of {self._total} "
+                "tiles are done and stay: make room, and give the same command again."
+            )
+        if receipt.verdict == "again" and not last:
+            return True
+        self._ledger.quarantine(tile)
+        self._log.add("quarantined", tile=tile, box=box, error=receipt.error)
+        self._given_up[tile] = receipt.error
+        self._tell()
+        return False
+
+    def _tell(self) -> None:
+        done, given_up = self._before + self._done, len(self._given_up)
+        self._watch(Progress(done, self._total, given_up, self._done, self._voxels, self._seconds))
+
+    def _told(self) -> str:
+        tile, error = next(iter(self._given_up.items()))
+        return (
+            f"{self._run.out}: {len(self._given_up)} of {self._total} tiles are quarantined, all "
+            f"others are done; the first is tile {tile} ({self._run.plan[tile].write}): {error} "
+            "The same command tries only these again."
+        )
 
 
 def segment(
@@ -355,7 +439,8 @@ def segment(
 
     Raises:
         InputError: for anything wrong with input, model, settings or an existing store.
-        RunError: if a tile fails.
+        QuarantinedError: if tiles failed too often; all others are done.
+        RunError: if the disk takes nothing more.
     """
     settings = settings or Settings()
     run = prepare(source, model, out, settings)

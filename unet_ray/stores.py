@@ -26,7 +26,8 @@ from unet_ray.files import write_whole
 from unet_ray.tiles import Tile, TilePlan
 
 PRIVATE = ".unet_ray"
-LEDGER, EVENTS = f"{PRIVATE}/segment.ledger", f"{PRIVATE}/events.jsonl"
+LEDGER, EVENTS = f"{PRIVATE}/ledger/segment", f"{PRIVATE}/events.jsonl"
+BEGUN = f"{PRIVATE}/begun"
 FORMAT = 1
 ARRAYS = {"probabilities": "0", "classes": "labels/classes/0"}
 LARGEST_CHUNK = (32, 256, 256)

@@ -1,0 +1,163 @@
+"""Tiles that fail: tried again, then quarantined; all others are done, and nothing is silent."""
+
+import errno
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import zarr
+
+from tests.test_segmentation import FLOAT32, TILED, bytes_of, noise, random_model, write_stack
+from unet_ray import segmentation
+from unet_ray.errors import QuarantinedError, RunError
+from unet_ray.events import read_events
+from unet_ray.ledger import committed, quarantined
+from unet_ray.segmentation import segment
+from unet_ray.stores import ARRAYS, EVENTS, LEDGER
+
+TILES = 24
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A volume, a model, and the store of an undisturbed run: (volume, model, whole)."""
+    folder = tmp_path_factory.mktemp("faults")
+    volume = write_stack(folder / "volume.tif", noise((3, 61, 75)))
+    model = random_model(folder / "model.safetensors")
+    return volume, model, segment(volume, model, folder / "whole.zarr", TILED)
+
+
+@pytest.fixture
+def fail(monkeypatch):
+    """Lets a step of given tiles fail, a number of times each; gives how often each was tried."""
+    tried = Counter()
+
+    def install(step, failures, error):
+        whole = getattr(segmentation.TileWorker, step)
+
+        def failing(worker, tile, *more):
+            tried[tile] += 1
+            if tried[tile] <= failures.get(tile, 0):
+                raise error
+            return whole(worker, tile, *more)
+
+        monkeypatch.setattr(segmentation.TileWorker, step, failing)
+        return tried
+
+    return install
+
+
+def done(store):
+    return set(np.flatnonzero(committed(store / LEDGER, TILES)).tolist())
+
+
+def given_up(store):
+    return set(np.flatnonzero(quarantined(store / LEDGER, TILES)).tolist())
+
+
+def events(store, name):
+    return [event for event in read_events(store / EVENTS) if event["event"] == name]
+
+
+@pytest.mark.parametrize("step", ["read", "predict", "write"])
+def test_a_tile_that_fails_twice_is_done_at_the_third_try(task, tmp_path, fail, step):
+    volume, model, whole = task
+    tried = fail(step, {5: 2, 17: 1}, ValueError("flaky"))
+    seen = []
+    store = segment(volume, model, tmp_path / "out.zarr", TILED, seen.append)
+    assert tried == {**dict.fromkeys(range(TILES), 1), 5: 3, 17: 2}
+    assert bytes_of(store) == bytes_of(whole)
+    assert [p.done for p in seen] == list(range(1, TILES + 1))
+    assert [event["tile"] for event in events(store, "failed")] == [5, 17, 5]
+
+
+def test_a_poison_tile_is_quarantined_and_the_rest_finishes(task, tmp_path, fail):
+    volume, model, whole = task
+    tried = fail("predict", {5: 99}, ValueError("poison"))
+    out, seen = tmp_path / "out.zarr", []
+    with pytest.raises(QuarantinedError, match=r"1 of 24 tiles .* tile 5 .*ValueError: poison"):
+        segment(volume, model, out, TILED, seen.append)
+    assert tried[5] == 3 and tried.total() == TILES + 2
+    assert done(out) == set(range(TILES)) - {5} and given_up(out) == {5}
+    assert (seen[-1].done, seen[-1].quarantined, seen[-1].total) == (23, 1, 24)
+    box = str(segmentation.prepare(volume, model, out, TILED).plan[5].write)
+    first, *_ = events(out, "failed")
+    assert first["box"] == box and "in failing" in first["trace"] and "poison" in first["trace"]
+    assert [event["tile"] for event in events(out, "quarantined")] == [5]
+    # No silent hole: nothing of it is there.
+    missing = set(bytes_of(whole)) - set(bytes_of(out))
+    assert missing == {f"{ARRAYS[name]}/c/{'0/' * (name != 'classes')}0/1/1" for name in ARRAYS}
+
+
+def test_a_rerun_tries_only_what_is_quarantined(task, tmp_path, fail):
+    volume, model, whole = task
+    tried = fail("predict", {5: 4, 9: 3}, ValueError("poison"))
+    out = tmp_path / "out.zarr"
+    with pytest.raises(QuarantinedError, match="2 of 24 tiles"):
+        segment(volume, model, out, TILED)
+    before = Counter(tried)
+    assert segment(volume, model, out, TILED) == out
+    assert tried - before == {5: 2, 9: 1}
+    assert bytes_of(out) == bytes_of(whole)
+    assert given_up(out) == set()
+
+
+def test_a_value_that_is_not_finite_is_tried_once(task, tmp_path):
+    _, model, _ = task
+    image = noise((3, 61, 75), "float32")
+    image[2, 3, 4] = np.nan
+    volume, out = write_stack(tmp_path / "nan.tif", image), tmp_path / "out.zarr"
+    with pytest.raises(QuarantinedError, match=r"voxel \(z, y, x\) = \(2, 3, 4\) .* --nan zero"):
+        segment(volume, model, out, TILED)
+    assert given_up(out) and done(out) == set(range(TILES)) - given_up(out)
+    assert {event["tile"] for event in events(out, "failed")} == given_up(out)
+    assert len(events(out, "failed")) == len(given_up(out))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_zero_takes_what_is_not_finite_as_zero(task, tmp_path, value):
+    _, model, _ = task
+    image = noise((3, 61, 75), "float32")
+    image[2, 3, 4] = value
+    settings = segmentation.replace(TILED, nan="zero")
+    volume = write_stack(tmp_path / "volume.tif", image)
+    store = segment(volume, model, tmp_path / "out.zarr", settings)
+    told = json.loads((store / "zarr.json").read_text())["attributes"]["unet_ray"]
+    assert told["nan"] == "zero"
+    # The same mean and deviation, so only the voxel itself can differ.
+    run = segmentation.prepare(volume, model, store, settings)
+    image[2, 3, 4] = 0
+    zero = write_stack(tmp_path / "zero.tif", image)
+    other = segmentation.prepare(zero, model, tmp_path / "zero.zarr", settings)
+    segmentation.execute(segmentation.replace(other, intensity=run.intensity), settings, print)
+    for name in ARRAYS.values():
+        one, two = (zarr.open_array(path / name, mode="r")[:] for path in (store, other.out))
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_disk_that_takes_nothing_more_ends_the_run_at_once(task, tmp_path, fail, number):
+    volume, model, whole = task
+    tried = fail("write", {12: 1}, OSError(number, "the disk says no"))
+    out = tmp_path / "out.zarr"
+    one_by_one = segmentation.replace(TILED, workers=1)
+    with pytest.raises(RunError, match=r"the disk says no; 12 of 24 tiles are done and stay"):
+        segment(volume, model, out, one_by_one)
+    assert done(out) == set(range(12)) and given_up(out) == set()
+    assert tried.total() < TILES
+    segment(volume, model, out, one_by_one)
+    assert bytes_of(out) == bytes_of(whole)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_value_that_is_not_finite_is_quarantined_on_ray_too(task, tmp_path):
+    _, model, _ = task
+    image = noise((3, 61, 75), "float32")
+    image[2, 3, 4] = np.inf
+    volume, out = write_stack(tmp_path / "volume.tif", image), tmp_path / "out.zarr"
+    settings = segmentation.replace(FLOAT32, tile=(1, 64, 80), engine="ray", workers=1)
+    with pytest.raises(QuarantinedError, match="1 of 3 tiles"):
+        segment(volume, model, out, settings)
+    assert np.flatnonzero(committed(out / LEDGER, 3)).tolist() == [0, 1]
