@@ -445,8 +445,7 @@ def test_a_store_that_cannot_be_read_is_refused(tmp_path, store, cells):
 
 def test_one_tile_that_is_not_committed_is_enough(tmp_path, store, cells):
     truth = as_tiff(tmp_path, "truth", cells.astype(np.uint8))
-    for segment in (store / LEDGER).iterdir():
-        segment.unlink()
+    shutil.rmtree(store / LEDGER)
     with Ledger(store / LEDGER, 24) as ledger:
         for tile in range(23):
             ledger.commit(tile)

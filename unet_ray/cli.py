@@ -619,9 +619,8 @@ def main(verb: str | None = None) -> int:
     command: click.Command = app.commands[verb] if verb else app
     name = f"python jobs/{verb}.py" if verb else "unet-ray"
     try:
-        command.main(prog_name=name, standalone_mode=False, obj="job" if verb else None)
-    except click.exceptions.Exit as ended:
-        return ended.exit_code
+        # What `ctx.exit` was given; verbs themselves return nothing.
+        return command.main(prog_name=name, standalone_mode=False, obj="job" if verb else None) or 0
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return 2
@@ -640,4 +639,3 @@ def main(verb: str | None = None) -> int:
         sys.stderr.flush()
         # Passes that still run in threads are dropped: nothing half-done counts as done.
         os._exit(130)
-    return 0
