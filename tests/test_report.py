@@ -684,8 +684,29 @@ def test_times_of_all_starts_are_put_together(folder):
     assert "Time at work 11 s" in page.text
     assert "median 3.00, least 2.00, most 4.00" in page.text
     assert "2, the last on engine ray with 3 workers" in page.text
-    assert "1 tile failed; the last said: full <disk>" in page.text
+    assert "A tile failed 1 time; the last said: full <disk>" in page.text
     assert "1970-01-01 00:01 UTC to 1970-01-01 02:30 UTC" in page.text
+
+
+def test_a_quarantined_tile_is_told_with_its_box_and_first_traceback(folder):
+    told = {"event": "failed", "tile": 3, "box": "0:1,0:32,60:75"}
+    events = [
+        {"time": 1, **told, "error": "poison <b>", "trace": "Traceback:\n  <i>line 7</i>"},
+        {"time": 2, **told, "error": "later", "trace": "a second one"},
+    ]
+    write_events(folder / "out.zarr", events)
+    with Ledger(folder / "out.zarr" / LEDGER, 24) as ledger:
+        ledger.quarantine(3)  # committed before, so it is not quarantined
+    assert "quarantined" not in Page(write_report(folder / "out.zarr")).text
+    shutil.rmtree(folder / "out.zarr" / LEDGER)
+    with Ledger(folder / "out.zarr" / LEDGER, 24) as ledger:
+        for tile in range(24):
+            (ledger.quarantine if tile in (3, 4) else ledger.commit)(tile)
+    page = Page(write_report(folder / "out.zarr"))
+    assert "2 tiles are quarantined" in page.text
+    assert "Tile 3 (0:1,0:32,60:75): poison <b>" in page.text
+    assert "<i>line 7</i>" in page.text and "a second one" not in page.text
+    assert "Tile 4 (box unknown): the log does not say why" in page.text
 
 
 def test_a_clock_that_goes_back_costs_no_time(folder):
@@ -730,7 +751,7 @@ def test_a_log_that_names_no_image_is_a_note_on_the_page(folder, place):
     write_events(folder / "out.zarr", [start, failed])
     page = Page(write_report(folder / "out.zarr"))
     assert "shown without the image" in page.text
-    assert "1 tile failed" in page.text
+    assert "A tile failed 1 time" in page.text
     assert len(page.source) < 500_000
 
 

@@ -382,6 +382,7 @@ def _about_store(path: Path, truth: str | os.PathLike[str] | None) -> Facts:
         "class_colours": _colours(len(result.class_values)),
         "tiles": len(plan),
         "done": int(result.done.sum()),
+        "given_up": result.given_up,
         "log": log,
         "no_image": no_image,
         "slices": [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from unet_ray.boxes import Box
 from unet_ray.errors import InputError, RunError
 from unet_ray.events import measured, read_events
-from unet_ray.ledger import committed
+from unet_ray.ledger import committed, quarantined
 from unet_ray.pictures import Picture, to_grey
 from unet_ray.stores import ARRAYS, LEDGER, Store, provenance_of
 from unet_ray.tiles import TilePlan
@@ -29,6 +29,7 @@ from unet_ray.volumes import Volume, open_volume
 # What bounds the reading, whatever the volume.
 SLICES, WINDOW, CHUNKS = 5, 640, 64
 LONGEST_TEXT = 4096
+FAILURES = 10_000  # tiles of which the first one is kept
 
 # What a damaged shard is met with.
 DAMAGE = (ValueError, RuntimeError, OSError)
@@ -43,6 +44,7 @@ class Result:
         told: its provenance.
         plan: its tiles.
         done: which of them are committed.
+        given_up: numbers of those that are quarantined.
         store: its arrays.
     """
 
@@ -50,6 +52,7 @@ class Result:
     told: Mapping[str, Any]
     plan: TilePlan
     done: NDArray[np.bool_]
+    given_up: Sequence[int]
     store: Store
 
     @property
@@ -117,7 +120,8 @@ def open_result(path: Path) -> Result:
         raise InputError(f"{path}: does not exist; name a folder of train or segment.")
     plan = TilePlan.from_json(told["plan"])
     done = committed(path / LEDGER, len(plan))
-    return Result(path, told, plan, done, Store(path, told["outputs"]))
+    given_up = np.flatnonzero(quarantined(path / LEDGER, len(plan))).tolist()
+    return Result(path, told, plan, done, given_up, Store(path, told["outputs"]))
 
 
 def open_truth(truth: str | os.PathLike[str], result: Result) -> Volume:
@@ -147,8 +151,9 @@ class RunLog:
         began, ended: times of the first and of the last event, or None.
         working: seconds from each start to the last event before the next, summed.
         voxels: written in that time.
-        failed: number of tiles that failed; each ended a run.
+        failed: how often a tile failed.
         failure: what the last of them failed with.
+        failures: facts of the first failure of each tile of the plan, of so many tiles.
     """
 
     seconds: NDArray[np.float64]
@@ -160,6 +165,7 @@ class RunLog:
     voxels: int = 0
     failed: int = 0
     failure: str = ""
+    failures: dict[int, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def known(self) -> NDArray[np.float64]:
@@ -185,7 +191,10 @@ def read_log(path: Path, plan: TilePlan) -> RunLog:
             log.seconds[tile] = math.nan if seconds is None else seconds
             log.voxels += plan[tile].write.size
         elif what == "failed":
-            log.failed, log.failure = log.failed + 1, str(_plain(event).get("error", "nothing"))
+            facts = _plain(event)
+            log.failed, log.failure = log.failed + 1, str(facts.get("error", "nothing"))
+            if type(tile) is int and 0 <= tile < len(plan) and len(log.failures) < FAILURES:
+                log.failures.setdefault(tile, facts)
         last = now
     return log
 
