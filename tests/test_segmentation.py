@@ -12,10 +12,11 @@ import tifffile
 import torch
 import zarr
 
-from unet_ray import planning, segmentation
+from unet_ray import lease, planning, segmentation
 from unet_ray.boxes import Box
 from unet_ray.checkpoints import ModelHeader, architecture_of, read_model, write_model
-from unet_ray.errors import InputError, QuarantinedError
+from unet_ray.errors import InputError, QuarantinedError, RunError
+from unet_ray.lease import Lease
 from unet_ray.ledger import Ledger
 from unet_ray.network import UNet
 from unet_ray.planning import Settings, choose_plan, network_size
@@ -606,9 +607,36 @@ def test_an_input_inside_the_output_of_another_is_refused(tmp_path, model, volum
     assert state_of(tmp_path) == before
 
 
-def test_overwriting_beside_a_live_run_is_refused(tmp_path, model, volume):
+def test_another_run_on_the_same_store_is_refused_and_may_be_forced_out(tmp_path, model, volume):
     store = segment(volume, model, tmp_path / "out", FLOAT32)
     before = bytes_of(store)
-    with Ledger(store / segmentation.LEDGER, 1), pytest.raises(InputError, match="another run"):
-        segment(volume, model, store, dataclasses.replace(FLOAT32, overwrite=True))
+    shutil.rmtree(store / segmentation.LEDGER)  # or there would be nothing to do
+    again = dataclasses.replace(FLOAT32, overwrite=True)
+    with Lease(store / segmentation.PRIVATE):
+        for settings in (FLOAT32, again):
+            with pytest.raises(InputError, match=rf"out: process {os.getpid()} on .*--takeover"):
+                segment(volume, model, store, settings)
+        assert bytes_of(store) == before
+        segment(volume, model, store, dataclasses.replace(FLOAT32, takeover=True))
     assert bytes_of(store) == before
+
+
+def test_a_run_that_is_forced_out_stops_and_loses_nothing(
+    tmp_path, model, volume, monkeypatch, capsys
+):
+    monkeypatch.setattr(lease, "CHECK_SECONDS", 0)
+    whole = segment(volume, model, tmp_path / "whole", TILED)
+
+    def force_out(progress):
+        if progress.finished == 5:
+            last = Box((2, 60, 74), (3, 61, 75))
+            other = dataclasses.replace(TILED, takeover=True, region=last)
+            segment(volume, model, tmp_path / "out", other)
+
+    with pytest.raises(RunError, match="so this run stops; what was committed stays"):
+        segment(volume, model, tmp_path / "out", TILED, force_out)
+    assert "taking over from process" in capsys.readouterr().err
+    seen = []
+    store = segment(volume, model, tmp_path / "out", TILED, seen.append)
+    assert seen[0].done >= 7  # five of the first run, one of the second
+    assert bytes_of(store) == bytes_of(whole)

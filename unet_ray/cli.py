@@ -361,6 +361,9 @@ def plan(ctx: click.Context, /, input: str, model: str, as_json: bool, **flags: 
     click.option("--out", required=True, metavar="OUT.zarr", help="Store; a folder for several."),
     *TILING,
     click.option("--overwrite", is_flag=True, help="Delete the store first, if it is ours."),
+    click.option(
+        "--takeover", is_flag=True, help="Force out another run that is writing to the store."
+    ),
 )
 @click.pass_context
 def segment(
@@ -369,14 +372,13 @@ def segment(
     inputs: tuple[str, ...],
     model: str,
     out: str,
-    overwrite: bool,
     **flags: Any,
 ) -> None:
     """Segments volumes, tile by tile, into OME-Zarr 0.5 stores.
 
     The same command again goes on where it was interrupted; a finished one does nothing.
     """
-    settings = _settings(ctx, flags, overwrite)
+    settings = _settings(ctx, flags)
     from unet_ray import segmentation
 
     quarantined = None
@@ -514,7 +516,7 @@ def _describe(outlook: Outlook) -> str:
     )
 
 
-def _settings(ctx: click.Context, flags: dict[str, Any], overwrite: bool = False) -> Settings:
+def _settings(ctx: click.Context, flags: dict[str, Any]) -> Settings:
     """Everything that can be checked without opening a file is checked here."""
     _check_workers(flags["workers"])
     tile = None if flags["tile"] is None else _parse_tile(flags["tile"])
@@ -535,7 +537,8 @@ def _settings(ctx: click.Context, flags: dict[str, Any], overwrite: bool = False
         precision=None if flags["precision"] == "auto" else flags["precision"],
         tta=flags["tta"],
         nan=flags["nan"],
-        overwrite=overwrite,
+        overwrite=flags.get("overwrite", False),
+        takeover=flags.get("takeover", False),
     )
 
 

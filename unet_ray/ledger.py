@@ -35,22 +35,24 @@ FORMAT = 1
 
 
 class Ledger:
-    """The tiles of one stage, open for more; one process at a time, which its caller sees to.
+    """The tiles of one stage, open for more.
 
     A tile that is committed is no longer quarantined.
 
     Args:
         folder: of the segments; made if it is not there.
         tiles: number of tiles of the plan.
+        epoch: of the run; at least one more than that of any segment there.
     """
 
-    def __init__(self, folder: Path, tiles: int) -> None:
+    def __init__(self, folder: Path, tiles: int, epoch: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._bits, self._files = _read(folder, tiles)
         self._bits["quarantined"] &= ~self._bits["committed"]
         self._count = int(self._bits["committed"].sum())
-        self._epoch = 1 + max((int(path.stem.split("-")[0]) for path in self._files), default=0)
+        newest = max((int(path.stem.split("-")[0]) for path in self._files), default=0)
+        self._epoch = max(epoch, newest + 1)
         self._sequence = 0
         self._added: dict[State, list[int]] = {state: [] for state in STATES}
         self._written, self._lock = time.monotonic(), threading.Lock()

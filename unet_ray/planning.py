@@ -49,6 +49,7 @@ class Settings:
         tta: average over the 8 symmetries of the square.
         nan: what a voxel that is not a finite number is: an ``error`` of its tile, or ``zero``.
         overwrite: delete what is at the output path first.
+        takeover: force out another run that is writing there.
     """
 
     outputs: tuple[str, ...] | None = None
@@ -64,6 +65,7 @@ class Settings:
     tta: bool = False
     nan: Literal["error", "zero"] = "error"
     overwrite: bool = False
+    takeover: bool = False
 
 
 def choose_plan(

@@ -32,7 +32,8 @@ from unet_ray.errors import (
 from unet_ray.events import EventLog
 from unet_ray.files import remove_partial
 from unet_ray.intensity import Intensity, measure
-from unet_ray.ledger import Ledger
+from unet_ray.lease import Lease
+from unet_ray.ledger import Ledger, committed
 from unet_ray.memory import WorkerMemory, format_bytes
 from unet_ray.mirror import read_mirrored, reflect
 from unet_ray.planning import (
@@ -315,17 +316,27 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
 
     Raises:
         QuarantinedError: if tiles failed too often; all others are done.
-        RunError: if the disk takes nothing more. What was committed stays in either case, and the
-            next run goes on from it.
+        InputError: if another run is writing there.
+        RunError: if the disk takes nothing more, or another run has taken over. What was
+            committed stays in either case, and the next run goes on from it.
     """
+    private = run.out / PRIVATE
     if not run.resumed:
         if settings.overwrite and run.out.exists():
-            delete_store(run.out)
+            with Lease(private, settings.takeover):
+                delete_store(run.out)
         layout = StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)
         create_store(run.out, layout, run.provenance)
-    with Ledger(run.out / LEDGER, len(run.plan)) as ledger:
-        remove_partial(run.out / PRIVATE)
-        return _Execution(run, settings, ledger, watch).go()
+    region = settings.region or Box.of(run.plan.shape)
+    done = committed(run.out / LEDGER, len(run.plan))
+    if all(done[tile] for tile in run.plan.within(region)):
+        return 0  # a finished store is not touched at all
+    with (
+        Lease(private, settings.takeover) as lease,
+        Ledger(run.out / LEDGER, len(run.plan), lease.epoch) as ledger,
+    ):
+        remove_partial(private)
+        return _Execution(run, settings, lease, ledger, watch).go()
 
 
 class _Execution:
@@ -335,10 +346,12 @@ class _Execution:
         self,
         run: Segmentation,
         settings: Settings,
+        lease: Lease,
         ledger: Ledger,
         watch: Callable[[Progress], None],
     ) -> None:
-        self._run, self._settings, self._ledger, self._watch = run, settings, ledger, watch
+        self._run, self._settings, self._watch = run, settings, watch
+        self._lease, self._ledger = lease, ledger
         self._log = EventLog(run.out / EVENTS)
         self._region = settings.region or Box.of(run.plan.shape)
         self._total = sum(1 for _ in run.plan.within(self._region))
@@ -348,8 +361,6 @@ class _Execution:
     def go(self) -> int:
         run, settings = self._run, self._settings
         missing = list(self._ledger.missing(run.plan.within(self._region)))
-        if not missing:
-            return 0
         self._before = self._total - len(missing)
         self._log.add(
             "start",
@@ -366,6 +377,7 @@ class _Execution:
         for last in [False] * (engines.TRIES - 1) + [True]:
             failed = []
             for receipt in engines.run(stage, missing, settings.engine, settings.workers):
+                self._lease.check()
                 if not receipt.error:
                     self._commit(receipt)
                 elif self._failed(receipt, last):
