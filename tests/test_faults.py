@@ -3,18 +3,20 @@
 import errno
 import json
 from collections import Counter
+from subprocess import run
 
 import numpy as np
 import pytest
 import zarr
 
 from tests.test_segmentation import FLOAT32, TILED, bytes_of, noise, random_model, write_stack
+from unet_ray import ledger as ledgers
 from unet_ray import segmentation
-from unet_ray.errors import QuarantinedError, RunError
+from unet_ray.errors import InputError, QuarantinedError, RunError
 from unet_ray.events import read_events
 from unet_ray.ledger import committed, quarantined
 from unet_ray.segmentation import segment
-from unet_ray.stores import ARRAYS, EVENTS, LEDGER
+from unet_ray.stores import ARRAYS, EVENTS, LEDGER, Store
 
 TILES = 24
 
@@ -148,6 +150,45 @@ def test_a_disk_that_takes_nothing_more_ends_the_run_at_once(task, tmp_path, fai
     assert tried.total() < TILES
     segment(volume, model, out, one_by_one)
     assert bytes_of(out) == bytes_of(whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 160 kB, and a function that gives it 16 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder, lambda: run(["mount", "-o", "remount,size=16m", folder], check=True)
+    finally:
+        run(["umount", folder], check=True)
+
+
+def test_a_file_system_that_fills_up_is_told_and_loses_nothing(task, small_disk, monkeypatch):
+    monkeypatch.setattr(ledgers, "SECONDS", 0)  # all that was written was noted, too
+    volume, model, whole = task
+    folder, enlarge = small_disk
+    out = folder / "out.zarr"
+    for _ in range(2):  # the second one finds it full at once
+        with pytest.raises((RunError, InputError), match="No space left on device"):
+            segment(volume, model, out, TILED)
+    assert 0 < len(done(out)) < TILES and given_up(out) == set()
+    assert not list(out.rglob("*.partial"))
+    kept = {tile: state_of_tile(volume, model, out, tile) for tile in done(out)}
+    enlarge()
+    segment(volume, model, out, TILED)
+    assert bytes_of(out) == bytes_of(whole)
+    assert kept == {tile: state_of_tile(volume, model, out, tile) for tile in kept}
+
+
+def state_of_tile(volume, model, out, tile):
+    """Inode and time of the shards of a tile."""
+    store = Store(out, ("probabilities", "classes"))
+    place = segmentation.prepare(volume, model, out, TILED).plan[tile]
+    stats = [store.shard(name, place).stat() for name in ARRAYS]
+    return [(stat.st_ino, stat.st_mtime_ns) for stat in stats]
 
 
 @pytest.mark.ray

@@ -1,6 +1,7 @@
 """Kills in the middle: the same command again gives the bytes of a run that nobody disturbed."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_segmentation import bytes_of, noise, random_model, write_stack
+from tests.test_segmentation import bytes_of, noise, random_model, state_of, write_stack
+from tests.test_train_kill import session, title
 from unet_ray.ledger import committed
 from unet_ray.planning import Settings
 from unet_ray.segmentation import segment
@@ -41,7 +43,9 @@ def started(folder, out, engine="local"):
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -50,15 +54,26 @@ def shards(store):
     return sum(1 for path in (store / "0" / "c").rglob("*") if path.is_file())
 
 
-def kill_at(folder, out, count, engine):
-    """Starts the command and kills it once `count` tiles are committed."""
-    process, end = started(folder, out, engine), time.monotonic() + SECONDS
-    while shards(folder / out) < count:
-        assert process.poll() is None, "ended before it could be killed"
+def wait_for(ready, process):
+    end = time.monotonic() + SECONDS
+    while not ready():
+        assert process.poll() is None, f"ended too early: {process.stderr.read()}"
         assert time.monotonic() < end
         time.sleep(0.002)
+
+
+def ended(process):
+    """What it told, once it has ended."""
+    return process.communicate(timeout=SECONDS)[1]
+
+
+def kill_at(folder, out, count, engine):
+    """Starts the command and kills it once `count` tiles are committed."""
+    process = started(folder, out, engine)
+    wait_for(lambda: shards(folder / out) >= count, process)
     os.kill(process.pid, signal.SIGKILL)
-    assert process.wait(SECONDS) == -signal.SIGKILL
+    ended(process)
+    assert process.returncode == -signal.SIGKILL
     assert count <= shards(folder / out) < TILES, "too late for a kill in the middle"
 
 
@@ -89,7 +104,75 @@ def test_a_killed_run_goes_on_to_the_same_bytes(task, engine, counts):
         kill_at(task, out, count, engine)
         assert kept.items() <= committed_shards(task / out).items()
     kept = committed_shards(task / out)
-    assert started(task, out, engine).wait(SECONDS) == 0
+    last = started(task, out, engine)
+    told = ended(last)
+    assert last.returncode == 0, told
     assert len(committed_shards(task / out)) == 2 * TILES
     assert bytes_of(task / out) == bytes_of(task / "whole.zarr")
     assert kept.items() <= committed_shards(task / out).items()
+
+
+def test_the_second_run_is_refused_and_the_next_after_a_kill_just_works(task):
+    first = started(task, "twice.zarr")
+    wait_for(lambda: shards(task / "twice.zarr") >= 10, first)
+    os.kill(first.pid, signal.SIGSTOP)  # lives, and writes nothing
+    before = state_of(task / "twice.zarr")
+    second = started(task, "twice.zarr")
+    told = ended(second)
+    assert second.returncode == 2
+    assert f"process {first.pid} on " in told.splitlines()[-1] and "--takeover" in told
+    assert state_of(task / "twice.zarr") == before
+    first.kill()
+    ended(first)
+    third = started(task, "twice.zarr")
+    told = ended(third)
+    assert third.returncode == 0
+    assert told.count(f"taking over from process {first.pid} on ") == 1
+    assert bytes_of(task / "twice.zarr") == bytes_of(task / "whole.zarr")
+
+
+VICTIMS = {"worker": "_TileActor", "raylet": "/raylet"}
+
+
+def victims(process, kind):
+    """Ids of the processes of a kind that a command started."""
+    return [pid for pid in session(process.pid) if VICTIMS[kind] in title(pid)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "engine, kinds",
+    [
+        ("local", ["driver"] * 28),
+        pytest.param(
+            "ray", ["worker"] * 12 + ["driver"] * 7 + ["raylet"] * 5, marks=pytest.mark.ray
+        ),
+    ],
+)
+def test_a_sweep_of_kills_ends_in_the_same_bytes(task, engine, kinds):
+    rng, out, process, begun = random.Random(len(kinds)), f"sweep-{engine}.zarr", None, []
+    rng.shuffle(kinds)
+    for number, kind in enumerate(kinds):
+        kept = committed_shards(task / out)
+        count = shards(task / out) + rng.randrange(1, 4)
+        assert count < TILES, f"too late for kill {number}"
+        if process is None:
+            process = started(task, out, engine)
+            begun.append(process)
+        wait_for(lambda: shards(task / out) >= count, process)  # noqa: B023
+        victim = process.pid if kind == "driver" else rng.choice(victims(process, kind))
+        os.kill(victim, signal.SIGKILL)
+        if kind != "worker":
+            ended(process)
+            assert process.returncode == (-signal.SIGKILL if kind == "driver" else 1)
+            process = None
+        assert kept.items() <= committed_shards(task / out).items()
+    kept = committed_shards(task / out)
+    process = process or started(task, out, engine)
+    assert ended(process) is not None and process.returncode == 0
+    assert bytes_of(task / out) == bytes_of(task / "whole.zarr")
+    assert kept.items() <= committed_shards(task / out).items()
+    for each in begun:
+        for pid in session(each.pid):
+            os.kill(pid, signal.SIGKILL)

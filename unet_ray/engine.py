@@ -11,6 +11,7 @@ import errno
 import itertools
 import logging
 import os
+import sys
 import threading
 import time
 import traceback
@@ -202,6 +203,23 @@ def connect(workers: int | None = None) -> None:
         logging_level=logging.WARNING,
         object_store_memory=OBJECT_STORE_BYTES,
     )
+    threading.Thread(target=_tell_end_of_ray, name="raylet", daemon=True).start()
+
+
+def _tell_end_of_ray() -> None:
+    """Says why this process ends: Ray ends it without a word soon after its raylet is killed."""
+    import ray
+    from ray._private import worker  # there is no public way to ask
+
+    (raylet,) = worker._global_node.all_processes["raylet"]
+    raylet.process.wait()
+    if ray.is_initialized():
+        print(
+            f"unet-ray: Ray on this machine has ended (raylet, process {raylet.process.pid}): it "
+            "was killed, or memory ran out; what was committed stays, the same command goes on.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _attempt(worker: Worker, tile: int, alone: AbstractContextManager[Any]) -> Receipt:

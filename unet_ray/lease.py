@@ -39,6 +39,7 @@ LEASE, LOCK = "lease.json", ".lease.lock"
 BYTES = 2**16  # more than any lease
 LATEST = 4e9  # seconds since 1970: the year 2096
 PROC = Path("/proc")
+_UNRELEASED: set[Path] = set()  # folders of the leases that this process could not release
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Lease:
         self, folder: Path, takeover: bool = False, tell: Callable[[str], None] | None = None
     ) -> None:
         self.epoch = 0
-        self._folder, self._output = folder, folder.absolute().parent
+        self._folder, self._output = folder, folder.parent
         self._takeover, self._tell = takeover, tell or _tell_stderr
         self._file = _SwapFile(folder / LEASE, folder / LOCK)
         self._me = _this_process()
@@ -123,6 +124,7 @@ class Lease:
             ) from error
         if line:
             self._tell(line)
+        _UNRELEASED.discard(self._folder.resolve())
         self._thread.start()
         return self
 
@@ -137,6 +139,7 @@ class Lease:
         try:
             self._write(dataclasses.replace(self._me, heartbeat=time.time(), released=True))
         except OSError as failure:
+            _UNRELEASED.add(self._folder.resolve())
             self._tell(f"{self._output}: the lease could not be released ({failure}).")
 
     def check(self) -> None:
@@ -179,7 +182,7 @@ class Lease:
         age = _age(owner, modified)
         name = str(owner) if owner else f"an unknown process (a damaged {LEASE})"
         taking = f"{self._output}: taking over from {name}, "
-        if owner and _is_gone(owner, self._me):
+        if owner and (_is_gone(owner, self._me) or self._was_this_run(owner)):
             return f"{taking}which is gone."
         if age >= SILENT_SECONDS:
             return f"{taking}which has been silent for {age:.0f} s."
@@ -189,6 +192,15 @@ class Lease:
             f"{self._output}: {name} is writing here, its last sign of life was {age:.0f} s ago; "
             "wait for it or end it, or force it out with --takeover."
         )
+
+    def _was_this_run(self, owner: Owner) -> bool:
+        """Whether a lease of this process is over, but a full disk kept it from saying so."""
+        same = (owner.host, owner.pid, owner.started) == (
+            self._me.host,
+            self._me.pid,
+            self._me.started,
+        )
+        return same and self._folder.resolve() in _UNRELEASED
 
     def _keep_beating(self) -> None:
         while not self._lost and not self._stop.wait(HEARTBEAT_SECONDS):
@@ -343,9 +355,8 @@ def _is_gone(owner: Owner, me: Owner) -> bool:
     except PermissionError:
         pass  # it is there, and another user's
     state, started = _process(owner.pid)
-    return state in ("Z", "X") or (
-        None not in (owner.started, started) and owner.started != started
-    )
+    reused = None not in (owner.started, started) and owner.started != started
+    return reused or state in ("Z", "X")
 
 
 def _process(pid: int) -> tuple[str, int | None]:

@@ -331,12 +331,25 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
     done = committed(run.out / LEDGER, len(run.plan))
     if all(done[tile] for tile in run.plan.within(region)):
         return 0  # a finished store is not touched at all
-    with (
-        Lease(private, settings.takeover) as lease,
-        Ledger(run.out / LEDGER, len(run.plan), lease.epoch) as ledger,
-    ):
-        remove_partial(private)
-        return _Execution(run, settings, lease, ledger, watch).go()
+    try:
+        with (
+            Lease(private, settings.takeover) as lease,
+            Ledger(run.out / LEDGER, len(run.plan), lease.epoch) as ledger,
+        ):
+            remove_partial(private)
+            return _Execution(run, settings, lease, ledger, watch).go()
+    except OSError as error:  # of ledger, lease or log, which lie on the same disk
+        if error.errno not in engines.DISK_ERRORS:
+            raise
+        raise RunError(_stopped(run, str(error.strerror))) from error
+
+
+def _stopped(run: Segmentation, error: str) -> str:
+    done = int(committed(run.out / LEDGER, len(run.plan)).sum())
+    return (
+        f"{run.out}: {error}; {done} of {len(run.plan)} tiles are done and stay: make room, and "
+        "give the same command again."
+    )
 
 
 class _Execution:
@@ -405,10 +418,7 @@ class _Execution:
         self._log.add("failed", tile=tile, box=box, error=receipt.error, trace=receipt.trace)
         if receipt.verdict == "stop":
             self._ledger.flush()
-            raise RunError(
-                f"{self._run.out}: {receipt.error}; {self._before + self._done} of {self._total} "
-                "tiles are done and stay: make room, and give the same command again."
-            )
+            raise RunError(_stopped(self._run, receipt.error))
         if receipt.verdict == "again" and not last:
             return True
         self._ledger.quarantine(tile)
