@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import math
 import os
 import queue
@@ -44,7 +45,7 @@ class Sample:
 
 # What is drawn as one block, and how many of them each task is ahead.
 WAVE_BYTES, WAVES_AHEAD = 8 << 20, 2
-DRAWING_CPUS = 0.02  # bookkeeping that leaves the CPUs to the trainers
+DRAWING_CPUS = 0.001  # bookkeeping that leaves the CPUs to the trainers
 
 Wanted = TypeVar("Wanted")
 Drawn = TypeVar("Drawn")
@@ -192,13 +193,13 @@ def streamed(
     waves, asked = enumerate(_waves(wanted, size)), _asked()
     blocks = _blocks(data, recipe, asked, drawers, size * each)
     early: dict[int, dict[str, NDArray[Any]]] = {}  # drawn before an earlier wave was
-    sent = 0
+    sent: list[int] = []  # how many samples each wave has
 
     def ask() -> None:
-        nonlocal sent
         wave = next(waves, None)
         asked.put.remote(wave)
-        sent += wave is not None
+        if wave:
+            sent.append(len(wave[1]))
 
     try:
         for _ in range(WAVES_AHEAD * drawers):
@@ -206,14 +207,19 @@ def streamed(
         for number in itertools.count():
             while number not in early:
                 if (block := next(blocks, None)) is None:
-                    if number == sent:
+                    if number == len(sent):
                         return
                     raise RuntimeError("a task that drew training patches was lost")
-                early[int(block["wave"][0])] = block
+                drawn = block["wave"].tolist()
+                if drawn != [drawn[0]] * sent[drawn[0]]:
+                    raise RuntimeError(f"a block of training patches is no whole wave: {drawn}")
+                early[drawn[0]] = block
             ask()
             block = early.pop(number)
             for image, targets, weights in zip(*(block[k] for k in _COLUMNS), strict=True):
                 yield Sample(image, targets, weights)
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(f"drawing of training patches failed: {error}") from error
     finally:
         blocks.close()
         ray.kill(asked)
@@ -230,12 +236,18 @@ def _blocks(
     """The waves that are asked for, each a block of so many bytes, as they are drawn."""
     import ray.data
 
+    # Ray Data writes down what it counts every five seconds, 280 MB a day.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # a long validation asks for nothing
     context.target_max_block_size = size * 4 // 5  # a wave fills it, and is not cut
     run = ray.data.from_items(list(range(drawers)), override_num_blocks=drawers).map_batches(
-        _draw, fn_args=([data], recipe, asked), batch_size=None, num_cpus=DRAWING_CPUS
+        _draw,
+        fn_args=([data], recipe, asked),
+        batch_size=None,
+        num_cpus=DRAWING_CPUS,
+        label_selector=_here(),
     )
     # One that fetched ahead would keep back what is drawn until more is asked for.
     yield from run.iter_batches(batch_size=None, prefetch_batches=0)
@@ -270,7 +282,14 @@ def _asked() -> Any:
                 await self.put(None)
             return wave
 
-    return ray.remote(num_cpus=0)(Asked).remote()
+    return ray.remote(num_cpus=0, label_selector=_here())(Asked).remote()
+
+
+def _here() -> dict[str, str]:
+    """This machine: drawers that are lost with their trainer leave nobody waiting for blocks."""
+    import ray
+
+    return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
 
 
 def _draw(
@@ -283,7 +302,7 @@ def _draw(
     import ray
 
     ray.get(asked.join.remote(int(batch["item"][0])))
-    os.nice(19)  # draws in the moments that the trainers leave
+    os.nice(19)  # below the trainers, which Ray runs at 15
     sampler = Sampler(ray.get(data[0]), recipe)
     while (wave := ray.get(asked.get.remote())) is not None:
         number, wanted = wave
