@@ -78,7 +78,9 @@ def test_a_poison_tile_is_quarantined_and_the_rest_finishes(task, tmp_path, fail
     volume, model, whole = task
     tried = fail("predict", {5: 99}, ValueError("poison"))
     out, seen = tmp_path / "out.zarr", []
-    with pytest.raises(QuarantinedError, match=r"1 of 24 tiles .* tile 5 .*ValueError: poison"):
+    with pytest.raises(
+        QuarantinedError, match=r"quarantined 1 of 24 tiles.* tile 5 .*ValueError: poison"
+    ):
         segment(volume, model, out, TILED, seen.append)
     assert tried[5] == 3 and tried.total() == TILES + 2
     assert done(out) == set(range(TILES)) - {5} and given_up(out) == {5}

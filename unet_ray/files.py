@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import uuid
 from pathlib import Path
@@ -33,6 +34,15 @@ def write_whole(path: Path, data: bytes, scratch: Path | None = None) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def try_lock(file: int) -> bool:
+    """Locks an open file until it is closed; whether it could: another may hold it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def remove_partial(folder: Path) -> None:

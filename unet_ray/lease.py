@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import Self
 
 from unet_ray.errors import InputError, RunError
-from unet_ray.files import write_whole
+from unet_ray.files import try_lock, write_whole
 
 HEARTBEAT_SECONDS = 15.0
 SILENT_SECONDS = 90.0
@@ -283,7 +283,7 @@ def _locked(path: Path) -> Iterator[None]:
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what can be written
     end = time.monotonic() + LOCK_SECONDS
     try:
-        while not _lock(file):
+        while not try_lock(file):
             if time.monotonic() > end:
                 raise TimeoutError(f"{path} has been locked for {LOCK_SECONDS:.0f} s")
             time.sleep(0.01)
@@ -293,14 +293,6 @@ def _locked(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)  # a forked child may have the file open too
     finally:
         os.close(file)
-
-
-def _lock(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _decode(data: bytes) -> Owner | None:

@@ -6,7 +6,6 @@ Knows what is kept and how it survives a kill; does not know how a network learn
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from unet_ray.checkpoints import read_tensors, write_tensors
 from unet_ray.errors import InputError, refuse_below_file
-from unet_ray.files import remove_partial, write_whole
+from unet_ray.files import remove_partial, try_lock, write_whole
 
 MODEL, BEST, METRICS = "model.safetensors", "best.safetensors", "metrics.jsonl"
 PATCHES, WEIGHTS = "patches.safetensors", "weights.safetensors"
@@ -119,7 +118,7 @@ class RunFolder:
         end = time.monotonic() + LOCK_SECONDS
         try:
             # Held until the file is closed, also by a kill.
-            while not _locked(file):
+            while not try_lock(file):
                 if time.monotonic() > end:
                     holder = os.pread(file, 1000, 0).decode(errors="replace") or "unknown"
                     raise InputError(
@@ -225,14 +224,6 @@ def _short(value: Any) -> str:
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         return str(value)
     return ", ".join(f"{each.get('name')} {str(each.get('sha256'))[:8]}" for each in value)
-
-
-def _locked(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 class Log:

@@ -434,7 +434,7 @@ class _Execution:
     def _told(self) -> str:
         tile, error = next(iter(self._given_up.items()))
         return (
-            f"{self._run.out}: {len(self._given_up)} of {self._total} tiles are quarantined, all "
+            f"{self._run.out}: quarantined {len(self._given_up)} of {self._total} tiles, all "
             f"others are done; the first is tile {tile} ({self._run.plan[tile].write}): {error} "
             "The same command tries only these again."
         )
