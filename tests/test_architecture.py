@@ -15,12 +15,12 @@ PACKAGE = ROOT / "unet_ray"
 # A file imports only from the rungs below its own and from the files before it on its own rung.
 RUNGS = (
     "errors versions files compiled boxes mirror progress",
-    "tiles memory cost tiff volumes intensity stores lease ledger events "
+    "tiles memory cost tiff volumes intensity stores shards lease ledger events "
     "weights augment warping thinning overlaps cuts stacks scores metrics "
     "phantom pictures charts results",
     "network checkpoints prediction recipes runs",
     "annotations samples engine",
-    "evaluation validation training planning segmentation report demo",
+    "evaluation validation training planning segmentation verification report demo",
     "__init__ cli __main__",
 )
 LADDER = [name for rung in RUNGS for name in rung.split()]

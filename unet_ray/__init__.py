@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from unet_ray.tiles import Context as Context
     from unet_ray.tiles import TilePlan as TilePlan
     from unet_ray.training import train as train
+    from unet_ray.verification import verify as verify
     from unet_ray.volumes import open_volume as open_volume
 
 
@@ -39,6 +40,7 @@ _ROOMS = {
     "read_model": "checkpoints",
     "segment": "segmentation",
     "train": "training",
+    "verify": "verification",
     "write_report": "report",
 }
 __all__ = sorted(_ROOMS)

@@ -437,6 +437,36 @@ def evaluate(prediction: str, truth: str, kind: Any, per_slice: bool, file: str 
 
 @app.command(
     cls=Verb,
+    epilog="\b\nExample: unet-ray verify volume.zarr --tiles 10",
+    short_help="Check every checksum of a store, and some tiles by making them again.",
+)
+@click.argument("out", metavar="OUT.zarr")
+@click.option(
+    "--tiles",
+    type=int,
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Tiles, chosen at random, to make again and compare; they need input and model.",
+)
+@click.option("--repair", is_flag=True, help="Make damaged and missing shards again.")
+@click.pass_context
+def verify(ctx: click.Context, /, out: str, tiles: int, repair: bool) -> None:
+    """Names every damaged or missing shard of the tiles that are done; exit code 1 if there is one.
+
+    Every byte of a shard is under a checksum; that shards were swapped, only new tiles tell.
+    """
+    from unet_ray.verification import verify as check
+
+    verdict = check(out, tiles, repair)
+    click.echo("\n".join([*verdict.notes, *verdict.damage, f"{out}: {verdict.summary()}"]))
+    if verdict.refusal:
+        _say(f"unet-ray: {verdict.refusal}")
+    ctx.exit(1 if verdict.damage else 2 if verdict.refusal else 0)
+
+
+@app.command(
+    cls=Verb,
     epilog="\b\nExample: unet-ray report volume.zarr --truth truth.tif",
     short_help="Write a page with pictures about a run.",
 )

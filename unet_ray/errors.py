@@ -33,6 +33,10 @@ class DeadlyError(RunError):
     """A tile that has ended several workers, which could tell nobody."""
 
 
+class DamageError(RunError):
+    """What is wrong with a stored file, in words that go on from its name."""
+
+
 class QuarantinedError(RunError):
     """Some tiles failed too often; all others are done, and the next run tries only these."""
 

@@ -215,7 +215,7 @@ class Store:
         for name, array in self._arrays.items():
             front = (slice(None),) * (array.ndim - 3)
             voxels = results[name][(*front, *tile.crop.slices)]
-            shard = self._encoded(name, (*front, *tile.write.slices), voxels, self._key(name, tile))
+            shard = self._encoded(name, (*front, *tile.write.slices), voxels, self.key(name, tile))
             write_whole(self.shard(name, tile), shard, self.path / PRIVATE)
 
     def _encoded(
@@ -228,7 +228,8 @@ class Store:
         array.with_config({"write_empty_chunks": True})[place] = voxels
         return bytes(memory[key].to_bytes())
 
-    def _key(self, name: str, tile: Tile) -> str:
+    def key(self, name: str, tile: Tile) -> str:
+        """The name of a tile's shard in the array of one output, such as ``c/0/1/2``."""
         array = self._arrays[name]
         core = (array.shards or array.chunks)[-3:]
         place = [a // n for a, n in zip(tile.write.start, core, strict=True)]
@@ -236,7 +237,7 @@ class Store:
 
     def shard(self, name: str, tile: Tile) -> Path:
         """The file that holds `tile` of one output."""
-        return self.path / ARRAYS[name] / self._key(name, tile)
+        return self.path / ARRAYS[name] / self.key(name, tile)
 
     def require(self, name: str, tile: Tile) -> None:
         """Makes sure that the shard of a finished tile is there: absent is never background.
@@ -250,6 +251,10 @@ class Store:
                 f"{shard}: is missing, though tile {tile.index} was finished; copy the store "
                 "again, or make it anew with segment --overwrite."
             )
+
+    def metadata(self, name: str) -> bytes:
+        """The ``zarr.json`` of one output's array, as it was when the store was opened."""
+        return self._metadata[name]
 
     def read(self, name: str) -> Any:
         """The array of one output, to be indexed like a NumPy array."""
