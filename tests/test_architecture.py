@@ -19,7 +19,7 @@ RUNGS = (
     "weights augment warping thinning overlaps cuts stacks scores metrics "
     "phantom pictures charts results",
     "network checkpoints prediction recipes runs",
-    "annotations samples engine",
+    "annotations samples attempts engine",
     "evaluation validation training planning segmentation verification report demo",
     "__init__ cli __main__",
 )

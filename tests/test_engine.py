@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.test_segmentation import FLOAT32, bytes_of, noise, random_model, write_stack
 from unet_ray import engine
-from unet_ray.engine import Stage, run
-from unet_ray.errors import QuarantinedError, VoxelError
+from unet_ray.attempts import TRIES, Clock, Deadline, Patience, Receipt, Stage, is_out_of_memory
+from unet_ray.engine import run
+from unet_ray.errors import QuarantinedError, RunError, VoxelError
 from unet_ray.segmentation import prepare, segment
 
 ENGINES = ["local", pytest.param("ray", marks=pytest.mark.ray)]
@@ -30,10 +32,12 @@ class Marker:
         bad: what reading, predicting or writing a tile raises, by (step, tile).
         deadly: the tile whose prediction kills its process.
         deaths: how many times it does.
+        hanging: the tiles whose prediction takes a minute.
     """
 
-    def __init__(self, folder, bad=None, deadly=None, deaths=1):
+    def __init__(self, folder, bad=None, deadly=None, deaths=1, hanging=()):
         self.folder, self.bad, self.deadly, self.deaths = folder, bad or {}, deadly, deaths
+        self.hanging = hanging
 
     def step(self, name, tile):
         if (name, tile) in self.bad:
@@ -46,6 +50,10 @@ class Marker:
     def predict(self, tile, voxels):
         self.step("predict", tile)
         assert voxels.tolist() == [tile] * 3
+        if tile in self.hanging:
+            with open(Path(self.folder, "hung"), "ab") as mark:
+                mark.write(b".")
+            time.sleep(60)
         if tile == self.deadly:
             with open(Path(self.folder, "killed"), "ab") as mark:
                 if mark.tell() < self.deaths:
@@ -205,6 +213,79 @@ def test_one_worker_is_made_for_all_threads(folder):
     assert made == [1]
 
 
+SOON = Deadline(first=1.5, multiple=5, least=0.5)
+
+
+def test_a_tile_that_hangs_is_given_up_and_the_others_are_done(folder):
+    hanging = dataclasses.replace(stage(folder, hanging=[5]), deadline=SOON)
+    start = time.monotonic()
+    receipts = list(run(hanging, range(8), "local", 2))
+    assert time.monotonic() - start < 20
+    assert [(r.tile, r.verdict, r.error[:18]) for r in receipts if r.error] == [
+        (5, "again", "did not end within")
+    ]
+    assert set(written(folder)) == set(range(8)) - {5}
+
+
+def test_a_run_in_which_all_tiles_hang_ends(folder):
+    hanging = dataclasses.replace(stage(folder, hanging=range(8)), deadline=SOON)
+    with pytest.raises(RunError, match="2 tiles hang, none ended within 2 s: see whether input"):
+        list(run(hanging, range(8), "local", 2))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "limit"), [([], 100), ([9, 9], 100), ([1, 1, 1], 30), ([1, 8, 9], 80)]
+)
+def test_the_deadline_is_a_multiple_of_the_median(seconds, limit):
+    patience = Patience(Deadline(first=100, multiple=10, least=30))
+    for number in seconds:
+        patience.saw(Receipt(0, number))
+        patience.saw(Receipt(0, 1e6, "a failure"))
+    assert patience.limit == limit
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count(monkeypatch):
+    times = iter([0.0, 1.0, 5000.0, 5001.0])
+    monkeypatch.setattr("unet_ray.attempts.time.monotonic", lambda: next(times))
+    clock = Clock()
+    assert [clock.now() for _ in range(3)] == [1.0, 3.0, 4.0]
+
+
+OUT_OF_MEMORY = [
+    MemoryError(),
+    np.exceptions.AxisError("x"),  # not one
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    OSError(12, "Cannot allocate memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
+def test_a_lack_of_memory_is_told_from_other_failures(folder, error):
+    [receipt] = run(stage(folder, bad={("predict", 3): error}), [3], "local", 1)
+    none = isinstance(error, np.exceptions.AxisError)
+    assert (receipt.verdict, receipt.room > 1 << 24) == (
+        ("again", False) if none else ("alone", True)
+    )
+
+
+def test_what_torch_says_when_memory_runs_out_is_known():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+def test_alone_is_one_tile_at_a_time(monkeypatch):
+    monkeypatch.setattr(engine, "usable_cores", lambda: 3)
+    for device in ("cpu", "cuda"):
+        worker = Watching()
+        assert (
+            len(list(run(Stage("w", lambda w=worker: w, device), range(6), "local", 3, True))) == 6
+        )
+        assert worker.most["tile"] == 1
+
+
 # Ray against the local engine
 
 
@@ -266,11 +347,24 @@ def test_a_tile_that_kills_every_worker_is_given_up_and_the_others_are_done(fold
     begun.mkdir()
     deadly = dataclasses.replace(stage(folder, deadly=5, deaths=99), begun=begun)
     receipts = list(run(deadly, range(8), "ray", 2))
-    assert (folder / "killed").stat().st_size == engine.TRIES
+    assert (folder / "killed").stat().st_size == TRIES
     assert [(r.tile, r.verdict) for r in receipts if r.error] == [(5, "never")]
     assert "was begun 3 times and never ended" in next(r.error for r in receipts if r.error)
     assert set(written(folder)) == set(range(8)) - {5}
     assert [path.name for path in begun.iterdir()] == ["5"]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_tile_that_hangs_ends_its_worker_and_the_others_are_done(folder):
+    begun = folder / "begun"
+    begun.mkdir()
+    hanging = dataclasses.replace(stage(folder, hanging=[5]), begun=begun, deadline=SOON)
+    receipts = list(run(hanging, range(8), "ray", 2))
+    assert (folder / "hung").stat().st_size == TRIES
+    assert [(r.tile, r.verdict) for r in receipts if r.error] == [(5, "never")]
+    assert "did not end in time, 3 times" in next(r.error for r in receipts if r.error)
+    assert set(written(folder)) == set(range(8)) - {5}
 
 
 @pytest.mark.ray

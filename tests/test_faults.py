@@ -3,15 +3,18 @@
 import errno
 import json
 from collections import Counter
+from functools import partial
 from subprocess import run
+from threading import Event
 
 import numpy as np
 import pytest
 import zarr
 
 from tests.test_segmentation import FLOAT32, TILED, bytes_of, noise, random_model, write_stack
+from unet_ray import engine, segmentation
 from unet_ray import ledger as ledgers
-from unet_ray import segmentation
+from unet_ray.attempts import Deadline, Stage
 from unet_ray.errors import InputError, QuarantinedError, RunError
 from unet_ray.events import read_events
 from unet_ray.ledger import committed, quarantined
@@ -41,6 +44,8 @@ def fail(monkeypatch):
         def failing(worker, tile, *more):
             tried[tile] += 1
             if tried[tile] <= failures.get(tile, 0):
+                if not isinstance(error, Exception):
+                    error()
                 raise error
             return whole(worker, tile, *more)
 
@@ -138,6 +143,41 @@ def test_nan_zero_takes_what_is_not_finite_as_zero(task, tmp_path, value):
     for name in ARRAYS.values():
         one, two = (zarr.open_array(path / name, mode="r")[:] for path in (store, other.out))
         np.testing.assert_array_equal(one, two)
+
+
+def test_a_slow_tile_is_tried_again_and_gives_the_same_bytes(task, tmp_path, fail, monkeypatch):
+    volume, model, whole = task
+    soon = partial(Stage, deadline=Deadline(first=60, multiple=10, least=1))
+    monkeypatch.setattr(segmentation, "Stage", soon)
+    tried = fail("predict", {5: 1, 17: 9}, Event().wait)
+    out = tmp_path / "out.zarr"
+    with pytest.raises(QuarantinedError, match=r"1 of 24 .* tile 17 .* did not end within 1 s"):
+        segment(volume, model, out, segmentation.replace(TILED, workers=9))
+    assert (tried[5], tried[17]) == (2, 3) and given_up(out) == {17}
+    tried[17] = 99
+    segment(volume, model, out, TILED)
+    assert bytes_of(out) == bytes_of(whole)
+
+
+def test_a_tile_that_lacks_memory_is_tried_alone(task, tmp_path, fail, monkeypatch):
+    volume, model, whole = task
+    run, alone = engine.run, []
+
+    def listening(stage, tiles, *more):
+        tiles = list(tiles)
+        alone.append(tiles if more[-1] is True else None)
+        return run(stage, tiles, *more)
+
+    monkeypatch.setattr("unet_ray.segmentation.engines.run", listening)
+    tried = fail("predict", {5: 1, 17: 99}, MemoryError("no more"))
+    out = tmp_path / "out.zarr"
+    with pytest.raises(QuarantinedError, match=r"1 of 24 .* tile 17 .* give --memory (\d+)MiB and"):
+        segment(volume, model, out, TILED)
+    assert (tried[5], tried[17]) == (2, 2) and given_up(out) == {17}
+    assert sorted(alone[2]) == [5, 17] and alone[:2] == [None, None]
+    tried[17] = 99
+    segment(volume, model, out, TILED)
+    assert bytes_of(out) == bytes_of(whole)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])

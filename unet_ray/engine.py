@@ -1,34 +1,43 @@
 """Who runs the tiles: a loop with threads in this process, or an actor pool of Ray Data.
 
 Knows a stage (a name and how to make its worker) and tile numbers; does not know what a tile is
-about. Both engines call the same three steps on the same worker class and yield one receipt per
+about. Both engines try tiles in the same way with the same worker class and yield one receipt per
 tile, in any order, so they cannot differ in what they compute.
 """
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
+import math
 import os
 import sys
 import threading
-import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from contextlib import nullcontext
+from dataclasses import fields
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, Literal, TypeVar
 
 import torch
 
-from unet_ray.errors import DeadlyError, InputError, UnetRayError, VoxelError
+from unet_ray.attempts import (
+    TICK,
+    Clock,
+    Deadline,
+    Guarded,
+    Marks,
+    Patience,
+    Receipt,
+    Stage,
+    TryOne,
+    attempt,
+)
+from unet_ray.errors import InputError, RunError
 from unet_ray.memory import kept_memory_environment
 
 EngineName = Literal["local", "ray"]
-Verdict = Literal["again", "never", "stop"]
 Answer = TypeVar("Answer")
 # Tile numbers go to Ray in waves, so that the driver's memory does not grow with the volume.
 WAVE = 4096
@@ -39,10 +48,6 @@ TILES_PER_GPU_BATCH = 8
 # Only tile numbers and receipts cross the object store while segmenting.
 OBJECT_STORE_BYTES = 1 << 30
 UNBOUNDED = 1 << 20
-# How often a tile is tried in a run, before it is given up.
-TRIES = 3
-# A disk that takes nothing more: full, over quota, read-only.
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 # What Ray says on every start and users can do nothing about.
 _RAY_LOGS = {
     "ray.data": logging.WARNING,
@@ -51,64 +56,17 @@ _RAY_LOGS = {
 }
 
 
-@dataclass(frozen=True)
-class Receipt:
-    """What is known of a tile that was tried.
-
-    Attributes:
-        tile: its number.
-        seconds: time spent reading, predicting and writing together.
-        error: one sentence if it failed; nothing was committed then.
-        trace: where it failed, as Python tells it.
-        verdict: of a failure: ``again`` may do better, ``never`` cannot, ``stop``: nor can any
-            other tile.
-    """
-
-    tile: int
-    seconds: float
-    error: str = ""
-    trace: str = ""
-    verdict: Verdict = "again"
-
-
-class Worker(Protocol):
-    """The three steps of one tile; made once in each process that runs tiles."""
-
-    def read(self, tile: int) -> Any:
-        """What the tile needs from the input."""
-
-    def predict(self, tile: int, voxels: Any) -> Any:
-        """The tile's result, from what was read."""
-
-    def write(self, tile: int, result: Any) -> None:
-        """Puts the result on disk; returns when it is there."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A piece of work on all tiles of a plan.
-
-    Attributes:
-        name: for messages and the ledger.
-        make_worker: makes the worker where it is to run; small to pickle.
-        device: ``cpu`` (one thread per pass, workers side by side) or ``cuda``.
-        begun: folder, seen by every worker of Ray, of marks of the tiles that were begun and not
-            ended; None for no marks.
-    """
-
-    name: str
-    make_worker: Callable[[], Worker]
-    device: str
-    begun: Path | None = None
-
-
 def usable_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(
-    stage: Stage, tiles: Iterable[int], engine: EngineName, workers: int | None = None
+    stage: Stage,
+    tiles: Iterable[int],
+    engine: EngineName,
+    workers: int | None = None,
+    alone: bool = False,
 ) -> Iterator[Receipt]:
     """Runs `tiles` of a stage and yields a receipt for each as it is done.
 
@@ -117,11 +75,16 @@ def run(
         tiles: which tiles.
         engine: who does it.
         workers: how many side by side; by default one per core, or one per GPU.
+        alone: one tile at a time, by one fresh worker.
+
+    Raises:
+        RunError: if as many tiles hang as there are workers.
     """
     if engine == "ray":
-        return _run_ray(stage, iter(tiles), workers)
-    threads = 2 if stage.device == "cuda" else workers or usable_cores()
-    return _side_by_side(stage, stage.make_worker(), iter(tiles), threads)
+        return _run_ray(stage, iter(tiles), 1 if alone else workers, alone)
+    threads = 1 if alone else 2 if stage.device == "cuda" else workers or usable_cores()
+    try_one = partial(attempt, stage.make_worker())
+    return _side_by_side(try_one, stage.device, stage.deadline, iter(tiles), threads)
 
 
 def find_device(engine: EngineName, workers: int | None = None) -> str:
@@ -222,107 +185,146 @@ def _tell_end_of_ray() -> None:
         )
 
 
-def _attempt(worker: Worker, tile: int, alone: AbstractContextManager[Any]) -> Receipt:
-    """Read, predict, write; a failure becomes a receipt that says what happened."""
-    start = time.monotonic()
-    try:
-        voxels = worker.read(tile)
-        with alone:
-            result = worker.predict(tile, voxels)
-        worker.write(tile, result)
-    except Exception as error:  # not swallowed: the driver decides, and shows it
-        trace = traceback.format_exc()
-        return Receipt(tile, time.monotonic() - start, _told(error), trace, _verdict(error))
-    return Receipt(tile, time.monotonic() - start)
+class _Hand:
+    """A thread that tries one tile after another, as they are handed to it."""
+
+    def __init__(self, try_one: Callable[[int], Receipt], ended: SimpleQueue[Any]) -> None:
+        self._try, self._ended = try_one, ended
+        self._tiles: SimpleQueue[int | None] = SimpleQueue()
+        threading.Thread(target=self._work, name="tile", daemon=True).start()
+
+    def take(self, tile: int | None) -> None:
+        """Hands it a tile, or lets it go with None."""
+        self._tiles.put(tile)
+
+    def _work(self) -> None:
+        torch.set_num_threads(1)
+        while (tile := self._tiles.get()) is not None:
+            self._ended.put((self, self._try(tile)))
 
 
-def _told(error: Exception) -> str:
-    return str(error) if isinstance(error, UnetRayError) else f"{type(error).__name__}: {error}"
+class _SideBySide:
+    """Tries tiles on threads of this process, as many at a time as there are threads.
 
+    A try that takes too long is given up with its thread, since a thread cannot be ended, and
+    another takes the next tile. When as many hang as there are threads, nothing works any more.
+    """
 
-def _verdict(error: Exception) -> Verdict:
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return "stop"
-    return "never" if isinstance(error, VoxelError | DeadlyError) else "again"
+    def __init__(
+        self,
+        try_one: Callable[[int], Receipt],
+        deadline: Deadline,
+        tiles: Iterator[int],
+        threads: int,
+    ) -> None:
+        self._try, self._tiles, self._threads = try_one, tiles, threads
+        self._patience, self._clock = Patience(deadline), Clock()
+        self._ended: SimpleQueue[tuple[_Hand, Receipt]] = SimpleQueue()
+        self._idle: list[_Hand] = []
+        self._busy: dict[_Hand, tuple[int, float]] = {}
+        self._lost: set[_Hand] = set()
+
+    def receipts(self) -> Iterator[Receipt]:
+        """A receipt for each tile, as it ends."""
+        try:
+            while self._hand_out():
+                yield from self._await()
+        finally:
+            while self._busy:  # what is under way may still write
+                for _ in self._await():
+                    pass
+            for hand in [*self._idle, *self._lost]:
+                hand.take(None)
+
+    def _hand_out(self) -> bool:
+        """Gives every idle thread a tile; whether any is busy then."""
+        for tile in itertools.islice(self._tiles, self._threads - len(self._busy)):
+            hand = self._idle.pop() if self._idle else _Hand(self._try, self._ended)
+            self._busy[hand] = tile, self._clock.now()
+            hand.take(tile)
+        return bool(self._busy)
+
+    def _await(self) -> list[Receipt]:
+        """What has ended since, or has taken too long."""
+        try:
+            hand, receipt = self._ended.get(timeout=min(TICK, self._patience.limit / 4))
+        except Empty:
+            return self._give_up_late()
+        if hand in self._lost:  # it ended after all: the same bytes, whoever wrote them
+            self._lost.remove(hand)
+            hand.take(None)
+            return []
+        del self._busy[hand]
+        self._idle.append(hand)
+        self._patience.saw(receipt)
+        return [receipt, *self._give_up_late()]
+
+    def _give_up_late(self) -> list[Receipt]:
+        now, limit = self._clock.now(), self._patience.limit
+        late = {hand: told for hand, told in self._busy.items() if now - told[1] > limit}
+        for hand in late:
+            del self._busy[hand]
+            self._lost.add(hand)
+        if len(self._lost) >= max(2, self._threads):
+            self._busy.clear()
+            raise RunError(
+                f"{len(self._lost)} tiles hang, none ended within {limit:.0f} s: see whether input "
+                "and output answer; what is done stays, the same command goes on."
+            )
+        return [
+            Receipt(tile, now - begun, f"did not end within {limit:.0f} s.")
+            for tile, begun in late.values()
+        ]
 
 
 def _side_by_side(
-    stage: Stage, worker: Worker, tiles: Iterator[int], threads: int
+    try_one: TryOne, device: str, deadline: Deadline, tiles: Iterator[int], threads: int
 ) -> Iterator[Receipt]:
-    """Runs tiles on threads of this process, as many at a time as there are threads."""
     # On a GPU one pass runs at a time, while the other thread reads or writes its tile.
-    alone = threading.Lock() if stage.device == "cuda" else nullcontext()
-    waiting: set[Future[Receipt]] = set()
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    patient = True
-    try:
-        while True:
-            for tile in itertools.islice(tiles, threads - len(waiting)):
-                waiting.add(pool.submit(_attempt, worker, tile, alone))
-            if not waiting:
-                return
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    except KeyboardInterrupt:
-        patient = False
-        raise
-    finally:
-        pool.shutdown(wait=patient, cancel_futures=True)
-
-
-class _Marking:
-    """A worker that marks what it begins: Ray tries a tile that kills its actor without end."""
-
-    def __init__(self, worker: Worker, begun: Path) -> None:
-        self._worker, self._begun = worker, begun
-
-    def read(self, tile: int) -> Any:
-        with open(self._begun / str(tile), "ab") as mark:
-            deaths = mark.tell()
-            if deaths >= TRIES:
-                raise DeadlyError(
-                    f"was begun {deaths} times and never ended: its workers were killed, as by a "
-                    "lack of memory; give fewer --workers, or machines with more memory."
-                )
-            mark.write(b".")
-        return self._worker.read(tile)
-
-    def predict(self, tile: int, voxels: Any) -> Any:
-        return self._worker.predict(tile, voxels)
-
-    def write(self, tile: int, result: Any) -> None:
-        self._worker.write(tile, result)
-        (self._begun / str(tile)).unlink(missing_ok=True)
+    alone = threading.Lock() if device == "cuda" else nullcontext()
+    return _SideBySide(lambda tile: try_one(tile, alone), deadline, tiles, threads).receipts()
 
 
 class _TileActor:
     """A worker in a Ray actor. It reads, predicts and writes: only receipts leave it."""
 
     def __init__(self, stage: Stage) -> None:
-        self._stage, self._worker = stage, stage.make_worker()
+        self._gpu = stage.device == "cuda"
+        self._try: TryOne = partial(attempt, stage.make_worker())
+        self._begun: Callable[[int], object] = lambda tile: False
         if stage.begun:
-            self._worker = _Marking(self._worker, stage.begun)
+            marks = Marks(stage.begun)
+            self._try, self._begun = Guarded(self._try, marks, stage.deadline).attempt, marks.of
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         tiles = [int(tile) for tile in batch["tile"]]
-        if self._stage.device == "cuda":
-            receipts = list(_side_by_side(self._stage, self._worker, iter(tiles), threads=2))
-        else:
-            # No threads of our own: the convolution library keeps buffers for each it has seen.
-            torch.set_num_threads(1)
-            receipts = [_attempt(self._worker, tile, nullcontext()) for tile in tiles]
+        receipts = self._on_gpu(tiles) if self._gpu else self._on_cpu(tiles)
         return {name: [getattr(r, name) for r in receipts] for name in _COLUMNS}
 
+    def _on_cpu(self, tiles: list[int]) -> list[Receipt]:
+        # No threads of our own: the convolution library keeps buffers for each it has seen.
+        torch.set_num_threads(1)
+        return [self._try(tile, nullcontext()) for tile in tiles]
 
-def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None) -> Iterator[Receipt]:
+    def _on_gpu(self, tiles: list[int]) -> list[Receipt]:
+        # A tile that may have ended its process is tried with nothing beside it.
+        first = [tile for tile in tiles if self._begun(tile)]
+        others = (tile for tile in tiles if tile not in first)
+        # The guard of the actor keeps the time.
+        rest = _side_by_side(self._try, "cuda", Deadline(math.inf), others, threads=2)
+        return [*(self._try(tile, nullcontext()) for tile in first), *rest]
+
+
+def _run_ray(
+    stage: Stage, tiles: Iterator[int], workers: int | None, alone: bool
+) -> Iterator[Receipt]:
     import ray
     from ray.data import ActorPoolStrategy
 
     connect(workers)
     gpu = stage.device == "cuda"
     size = pool_size(stage.device, workers)
-    batch = TILES_PER_GPU_BATCH if gpu else 1
+    batch = TILES_PER_GPU_BATCH if gpu and not alone else 1
     while wave := list(itertools.islice(tiles, WAVE)):
         blocks = -(-len(wave) // batch)
         # `from_items`, not `range`, whose read tasks take a whole CPU each and starve the actors.

@@ -29,10 +29,6 @@ class VoxelError(RunError):
     """What a tile reads cannot be segmented, however often it is tried."""
 
 
-class DeadlyError(RunError):
-    """A tile that has ended several workers, which could tell nobody."""
-
-
 class DamageError(RunError):
     """What is wrong with a stored file, in words that go on from its name."""
 

@@ -127,6 +127,11 @@ class Ledger:
         """Those of `tiles` that are not committed, in their order."""
         return (tile for tile in tiles if not self._bits["committed"][tile])
 
+    @property
+    def committed(self) -> Bits:
+        """Which tiles are committed: (tiles,), not to be changed."""
+        return self._bits["committed"]
+
     def quarantined(self, tiles: Iterable[int]) -> Iterator[int]:
         """Those of `tiles` that are quarantined, in their order."""
         return (tile for tile in tiles if self._bits["quarantined"][tile])

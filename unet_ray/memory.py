@@ -10,7 +10,9 @@ import ctypes
 import math
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from unet_ray.errors import InputError
 from unet_ray.tiles import TilePlan
@@ -173,6 +175,34 @@ def worker_bytes(
         # While a tile is read or written no pass runs; mirroring and encoding need a copy.
         forward=max(forward, write, read, decoded),
     )
+
+
+def room() -> int:
+    """Bytes that this process could hold if nothing else changed; 0 where the system tells none.
+
+    What it holds, and what is free on the machine or, if that is less, in its container.
+    """
+    try:
+        held, free = _told("/proc/self/status", "RssAnon"), _told("/proc/meminfo", "MemAvailable")
+    except OSError:
+        return 0
+    for limit, used in _CGROUP:
+        with suppress(OSError, ValueError):  # no container, or no limit ("max")
+            left = int(Path(limit).read_text()) - int(Path(used).read_text())
+            free = min(free, max(0, left))
+    return held + free
+
+
+_CGROUP = [
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+]
+
+
+def _told(file: str, name: str) -> int:
+    """Bytes that a line ``NAME:  123 kB`` of a file tells."""
+    found = re.search(rf"^{name}:\s+(\d+) kB$", Path(file).read_text(), re.M)
+    return int(found[1]) * 1024 if found else 0
 
 
 def keep_freed_memory() -> None:

@@ -209,7 +209,7 @@ def plan(
     stored = math.prod(tiles.core) * values * len(tiles)
     region = settings.region or Box.of(tiles.shape)
     overhead = halo_overhead(size, tiles)
-    count = sum(1 for _ in tiles.within(region))
+    count = tiles.part(region).size
     return Outlook(volume, tiles, count, memory, precision, device, overhead, stored)
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray import engine as engines
+from unet_ray.attempts import DISK_ERRORS, TRIES, Patience, Receipt, Stage
 from unet_ray.boxes import Box
 from unet_ray.checkpoints import ModelHeader, find_model, read_model, sha256_of
 from unet_ray.errors import (
@@ -328,8 +329,7 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
         layout = StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)
         create_store(run.out, layout, run.provenance)
     region = settings.region or Box.of(run.plan.shape)
-    done = committed(run.out / LEDGER, len(run.plan))
-    if all(done[tile] for tile in run.plan.within(region)):
+    if _done(run.plan, region, committed(run.out / LEDGER, len(run.plan))).all():
         return 0  # a finished store is not touched at all
     try:
         with (
@@ -339,9 +339,14 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
             remove_partial(private)
             return _Execution(run, settings, lease, ledger, watch).go()
     except OSError as error:  # of ledger, lease or log, which lie on the same disk
-        if error.errno not in engines.DISK_ERRORS:
+        if error.errno not in DISK_ERRORS:
             raise
         raise RunError(_stopped(run, str(error.strerror))) from error
+
+
+def _done(plan: TilePlan, region: Box, bits: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Of the bits of all tiles, those of the tiles that touch `region`."""
+    return bits.reshape(plan.counts)[plan.part(region).slices]
 
 
 def _stopped(run: Segmentation, error: str) -> str:
@@ -367,65 +372,87 @@ class _Execution:
         self._lease, self._ledger = lease, ledger
         self._log = EventLog(run.out / EVENTS)
         self._region = settings.region or Box.of(run.plan.shape)
-        self._total = sum(1 for _ in run.plan.within(self._region))
+        self._total = run.plan.part(self._region).size
         self._start, self._before, self._done, self._voxels = time.monotonic(), 0, 0, 0
         self._given_up: dict[int, str] = {}
 
     def go(self) -> int:
         run, settings = self._run, self._settings
-        missing = list(self._ledger.missing(run.plan.within(self._region)))
-        self._before = self._total - len(missing)
+        self._before = int(_done(run.plan, self._region, self._ledger.committed).sum())
         self._log.add(
             "start",
             input=str(Path(run.volume.path).absolute()),
             model=str(run.model.absolute()),
             engine=settings.engine,
             workers=settings.workers,
-            missing=len(missing),
+            missing=self._total - self._before,
         )
         begun = run.out / BEGUN
         shutil.rmtree(begun, ignore_errors=True)
         begun.mkdir()
-        stage = engines.Stage("segment", run.make_worker, run.device, begun)
-        for last in [False] * (engines.TRIES - 1) + [True]:
-            failed = []
-            for receipt in engines.run(stage, missing, settings.engine, settings.workers):
-                self._lease.check()
-                if not receipt.error:
-                    self._commit(receipt)
-                elif self._failed(receipt, last):
-                    failed.append(receipt.tile)
-            missing = failed
+        self._stage = Stage("segment", run.make_worker, run.device, begun)
+        self._patience = Patience(self._stage.deadline)
+        again = self._try(self._ledger.missing(run.plan.within(self._region)))
+        for last in [False] * (TRIES - 2) + [True]:
+            crowd = [receipt.tile for receipt in again if receipt.verdict == "again"]
+            alone = [receipt.tile for receipt in again if receipt.verdict == "alone"]
+            again = self._try(crowd, last) + self._try(alone, last=True, alone=True)
         self._log.add("end", tiles=self._done, seconds=round(self._seconds, 3))
         if self._given_up:
             raise QuarantinedError(self._told())
         return self._done
 
+    def _try(self, tiles: Iterable[int], last: bool = False, alone: bool = False) -> list[Receipt]:
+        """Tries tiles; gives the failures of those that are to be tried again."""
+        failed, settings = [], self._settings
+        # Workers that are made anew have measured nothing yet.
+        deadline = replace(self._stage.deadline, first=self._patience.limit)
+        stage = replace(self._stage, deadline=deadline)
+        for receipt in engines.run(stage, tiles, settings.engine, settings.workers, alone):
+            self._lease.check()
+            self._patience.saw(receipt)
+            if not receipt.error:
+                self._commit(receipt)
+            elif self._failed(receipt, last):
+                failed.append(receipt)
+        return failed
+
     @property
     def _seconds(self) -> float:
         return time.monotonic() - self._start
 
-    def _commit(self, receipt: engines.Receipt) -> None:
+    def _commit(self, receipt: Receipt) -> None:
         self._ledger.commit(receipt.tile)
         self._log.add("tile", tile=receipt.tile, seconds=round(receipt.seconds, 4))
         self._done += 1
         self._voxels += self._run.plan[receipt.tile].write.size
         self._tell()
 
-    def _failed(self, receipt: engines.Receipt, last: bool) -> bool:
+    def _failed(self, receipt: Receipt, last: bool) -> bool:
         """Notes a failure; whether the tile is to be tried again in this run."""
         tile, box = receipt.tile, str(self._run.plan[receipt.tile].write)
-        self._log.add("failed", tile=tile, box=box, error=receipt.error, trace=receipt.trace)
+        error = receipt.error + (self._fitting(receipt.room) if receipt.room else "")
+        self._log.add("failed", tile=tile, box=box, error=error, trace=receipt.trace)
         if receipt.verdict == "stop":
             self._ledger.flush()
-            raise RunError(_stopped(self._run, receipt.error))
-        if receipt.verdict == "again" and not last:
+            raise RunError(_stopped(self._run, error))
+        if receipt.verdict in ("again", "alone") and not last:
             return True
         self._ledger.quarantine(tile)
-        self._log.add("quarantined", tile=tile, box=box, error=receipt.error)
-        self._given_up[tile] = receipt.error
+        self._log.add("quarantined", tile=tile, box=box, error=error)
+        self._given_up[tile] = error
         self._tell()
         return False
+
+    def _fitting(self, room: int) -> str:
+        """What to do about a lack of memory where a worker could have had `room` bytes."""
+        planned = self._run.memory.total
+        # A worker that failed within its plan had less than the system says; and all have more.
+        fits = min(int(0.9 * room), int(0.75 * planned)) >> 20
+        return (
+            f" The plan of this store is for {format_bytes(planned)} per worker, and "
+            f"{format_bytes(room)} could be had: give --memory {fits}MiB and another --out."
+        )
 
     def _tell(self) -> None:
         done, given_up = self._before + self._done, len(self._given_up)

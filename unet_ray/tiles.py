@@ -13,6 +13,7 @@ for, so every voxel is owned by one tile and computed from the same numbers in e
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -213,18 +214,24 @@ class TilePlan:
         read = core.grow(self.context.before, self.context.after)
         return Tile(index, read, write, write.relative_to(start))
 
+    def part(self, region: Box) -> Box:
+        """The tiles that touch `region`, as a box of the grid `counts`: `size` is their number."""
+        if not region.intersect(Box.of(self.shape)).size:
+            return Box((0,) * len(self.core), (0,) * len(self.core))
+        low = tuple(a // c for a, c in zip(region.start, self.core, strict=True))
+        high = tuple(-(-b // c) for b, c in zip(region.stop, self.core, strict=True))
+        return Box(low, high).intersect(Box.of(self.counts))
+
     def within(self, region: Box) -> Iterator[int]:
         """Numbers of the tiles that touch `region`, ascending; none for an empty one."""
-        if not region.intersect(Box.of(self.shape)).size:
-            return
-        low = [a // c for a, c in zip(region.start, self.core, strict=True)]
-        high = [-(-b // c) for b, c in zip(region.stop, self.core, strict=True)]
-        inside = Box(tuple(low), tuple(high)).intersect(Box.of(self.counts))
-        for place in inside.split((1,) * len(self.core)):
-            index = 0
-            for at, count in zip(place.start, self.counts, strict=True):
-                index = index * count + at
-            yield index
+        part, counts = self.part(region), self.counts
+        rows = (range(a, b) for a, b in zip(part.start[:-1], part.stop[:-1], strict=True))
+        for place in itertools.product(*rows):
+            row = 0
+            for at, count in zip(place, counts[:-1], strict=True):
+                row = row * count + at
+            row *= counts[-1]
+            yield from range(row + part.start[-1], row + part.stop[-1])
 
     def pass_boxes(self, tile: Tile) -> Iterator[Box]:
         """Parts of the core that forward calls compute, relative to the core's start.

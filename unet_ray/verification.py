@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray import engine as engines
+from unet_ray.attempts import Receipt, Stage
 from unet_ray.errors import DamageError, InputError, RunError
 from unet_ray.events import read_events
 from unet_ray.files import write_whole
@@ -193,7 +194,7 @@ class _Check:
         """Checks every committed tile; gives at most so many of the sound ones, at random."""
         chance, sound = random.SystemRandom(), 0
         chosen: list[int] = []
-        stage = engines.Stage("verify", lambda: _Checking(self._check_tile), "cpu")
+        stage = Stage("verify", lambda: _Checking(self._check_tile), "cpu")
         for receipt in engines.run(stage, _numbers(self._done), "local"):
             if receipt.error:
                 raise RunError(f"{self._path}: tile {receipt.tile}: {receipt.error}")
@@ -351,11 +352,11 @@ class _Check:
         run: Segmentation,
         tiles: Iterable[int],
         use: Callable[[int, Mapping[str, NDArray[np.uint8]]], None],
-    ) -> Iterator[engines.Receipt]:
+    ) -> Iterator[Receipt]:
         """Makes tiles again and hands the outputs of each to `use`."""
         # The empty store is known to be sound, and nothing is written there.
         worker = _Again(replace(run, out=self._empty), use)
-        return engines.run(engines.Stage(stage, lambda: worker, run.device), tiles, "local")
+        return engines.run(Stage(stage, lambda: worker, run.device), tiles, "local")
 
     def _repair(self, run: Segmentation) -> None:
         """Writes damaged files again, and checks them again."""

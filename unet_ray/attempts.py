@@ -1,0 +1,271 @@
+"""One try of a tile: read, predict, write; what a failure means, and how long a try may take.
+
+Knows a worker's three steps and tile numbers; does not know who runs them, or what a tile is about.
+A tile that ends its process can tell nobody, so workers of Ray leave a mark of each try on disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import statistics
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from unet_ray.errors import UnetRayError, VoxelError
+from unet_ray.memory import room
+
+Verdict = Literal["again", "alone", "never", "stop"]
+# How often a tile is tried in a run, before it is given up.
+TRIES = 3
+# A disk that takes nothing more: full, over quota, read-only.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+# How torch and its libraries say it; they have no type of their own for it, but on a GPU.
+_NO_MEMORY = re.compile(r"can.t allocate memory|(out of|not enough) memory|bad_alloc|ALLOC_FAILED")
+# Tiles of which the median is taken, at most, and at least.
+SEEN, ENOUGH = 101, 3
+TICK = 1.0  # seconds between two looks at the clock
+BEGUN, LATE = b".", b"L"  # in the mark of a tile
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What is known of a tile that was tried.
+
+    Attributes:
+        tile: its number.
+        seconds: time spent reading, predicting and writing together.
+        error: one sentence if it failed; nothing was committed then.
+        trace: where it failed, as Python tells it.
+        verdict: of a failure: ``again`` may do better, ``alone`` (on a machine's memory) may do
+            better with nothing beside it, ``never`` cannot, ``stop``: nor can any other tile.
+        room: of a failure for lack of memory, bytes that the process could have had; 0 if unknown.
+    """
+
+    tile: int
+    seconds: float
+    error: str = ""
+    trace: str = ""
+    verdict: Verdict = "again"
+    room: int = 0
+
+
+class Worker(Protocol):
+    """The three steps of one tile; made once in each process that runs tiles."""
+
+    def read(self, tile: int) -> Any:
+        """What the tile needs from the input."""
+
+    def predict(self, tile: int, voxels: Any) -> Any:
+        """The tile's result, from what was read."""
+
+    def write(self, tile: int, result: Any) -> None:
+        """Puts the result on disk; returns when it is there."""
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """How long a try may take, so that nothing waits for ever.
+
+    Attributes:
+        first: seconds, until a few tiles are done.
+        multiple: of the median of the tiles that were done.
+        least: seconds; file servers that fail over take minutes.
+    """
+
+    first: float = 3600.0
+    multiple: float = 20.0
+    least: float = 300.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A piece of work on all tiles of a plan.
+
+    Attributes:
+        name: for messages and the ledger.
+        make_worker: makes the worker where it is to run; small to pickle.
+        device: ``cpu`` (one thread per pass, workers side by side) or ``cuda``.
+        begun: folder, seen by every worker of Ray, of marks of the tiles that were begun and not
+            ended; None for no marks, and no deadline on Ray.
+        deadline: of a try.
+    """
+
+    name: str
+    make_worker: Callable[[], Worker]
+    device: str
+    begun: Path | None = None
+    deadline: Deadline = Deadline()
+
+
+def attempt(worker: Worker, tile: int, alone: AbstractContextManager[Any]) -> Receipt:
+    """Read, predict, write; a failure becomes a receipt that says what happened.
+
+    Args:
+        worker: does it.
+        tile: what is tried.
+        alone: held while predicting.
+    """
+    start = time.monotonic()
+    try:
+        voxels = worker.read(tile)
+        with alone:
+            result = worker.predict(tile, voxels)
+        worker.write(tile, result)
+    except Exception as error:  # not swallowed: the driver decides, and shows it
+        trace, verdict = traceback.format_exc(), _verdict(error)
+        seconds, bytes_left = time.monotonic() - start, room() if verdict == "alone" else 0
+        return Receipt(tile, seconds, _told(error), trace, verdict, bytes_left)
+    return Receipt(tile, time.monotonic() - start)
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, UnetRayError) else f"{type(error).__name__}: {error}"
+
+
+def _verdict(error: Exception) -> Verdict:
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return "stop"
+    if is_out_of_memory(error):
+        return "alone"
+    return "never" if isinstance(error, VoxelError) else "again"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of Python, NumPy, torch or the system says that memory ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
+
+
+TryOne = Callable[[int, AbstractContextManager[Any]], Receipt]
+
+
+class Patience:
+    """How long the tries of one process may take, from how long others took."""
+
+    def __init__(self, deadline: Deadline) -> None:
+        self._deadline = deadline
+        self._seconds: deque[float] = deque(maxlen=SEEN)
+
+    def saw(self, receipt: Receipt) -> None:
+        """Counts a try that ended."""
+        if not receipt.error:
+            self._seconds.append(receipt.seconds)
+
+    @property
+    def limit(self) -> float:
+        """Seconds that a try may take now."""
+        seconds = [*self._seconds]
+        if len(seconds) < ENOUGH:
+            return self._deadline.first
+        return max(self._deadline.least, self._deadline.multiple * statistics.median(seconds))
+
+
+class Clock:
+    """Seconds that this process was awake: one that is stopped for an hour has not waited.
+
+    `now` is to be asked every second or so.
+    """
+
+    def __init__(self) -> None:
+        self._last, self._now = time.monotonic(), 0.0
+
+    def now(self) -> float:
+        """Seconds since it was made; between two looks, two at most."""
+        last, self._last = self._last, time.monotonic()
+        self._now += min(self._last - last, 2 * TICK)
+        return self._now
+
+
+class Marks:
+    """Which tiles were begun and have not ended: a small file each, of a sign for each try."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def begin(self, tile: int) -> bytes:
+        """Marks another try; gives the signs of those before it."""
+        before = self.of(tile)
+        if before.count(BEGUN) < TRIES:
+            self._add(tile, BEGUN)
+        return before
+
+    def late(self, tile: int) -> None:
+        """Marks that the try did not end in time."""
+        self._add(tile, LATE)
+
+    def end(self, tile: int) -> None:
+        """Removes the mark."""
+        (self._folder / str(tile)).unlink(missing_ok=True)
+
+    def of(self, tile: int) -> bytes:
+        """The signs of a tile; none if it was not begun, or has ended."""
+        try:
+            return (self._folder / str(tile)).read_bytes()
+        except FileNotFoundError:
+            return b""
+
+    def _add(self, tile: int, sign: bytes) -> None:
+        with open(self._folder / str(tile), "ab") as mark:
+            mark.write(sign)
+
+
+class Guarded:
+    """Tries of a Ray worker: each is marked, and one that takes too long ends the process.
+
+    Ray tries a tile that ends its actor without end; the marks say when to stop. A thread cannot
+    be ended, so a try that hangs takes its process along, and Ray starts another.
+    """
+
+    def __init__(self, try_one: TryOne, marks: Marks, deadline: Deadline) -> None:
+        self._try, self._marks, self._patience = try_one, marks, Patience(deadline)
+        self._clock, self._begun = Clock(), dict[int, float]()
+        threading.Thread(target=self._watch, name="deadline", daemon=True).start()
+
+    def attempt(self, tile: int, alone: AbstractContextManager[Any]) -> Receipt:
+        """As the function of this name, unless the tile ended its process too often."""
+        before = self._marks.begin(tile)
+        if before.count(BEGUN) >= TRIES:
+            return Receipt(tile, 0.0, _deadly(before), "", "never", 0 if LATE in before else room())
+        self._begun[tile] = self._clock.now()
+        receipt = self._try(tile, alone)
+        self._begun.pop(tile)
+        self._patience.saw(receipt)
+        self._marks.end(tile)
+        return receipt
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(min(TICK, self._patience.limit / 4))
+            now, limit = self._clock.now(), self._patience.limit
+            late = [tile for tile, begun in [*self._begun.items()] if now - begun > limit]
+            for tile in late:
+                self._marks.late(tile)
+            if late:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _deadly(signs: bytes) -> str:
+    tries, late = signs.count(BEGUN), signs.count(LATE)
+    if late:
+        return (
+            f"was begun {tries} times and did not end in time, {late} times; see whether its part "
+            "of the input can be read, and whether the output's disk answers."
+        )
+    return (
+        f"was begun {tries} times and never ended: its workers were killed, as by a lack of memory."
+    )
