@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from unet_ray import intensity
+from unet_ray import intensity, volumes
 from unet_ray.boxes import Box
+from unet_ray.errors import InputError, RunError
 from unet_ray.intensity import Intensity, measure
+from unet_ray.volumes import Volume
 
 
 class ArrayVolume:
@@ -23,6 +25,9 @@ class ArrayVolume:
     def read(self, box):
         self.asked.append(box)
         return self.voxels[(slice(None), *box.slices)].copy()
+
+    def read_patiently(self, box):
+        return Volume.read_patiently(self, box)
 
 
 def close(found, mean, sd):
@@ -94,6 +99,53 @@ def test_the_values_do_not_depend_on_chunks(chunk, dtype):
         painted[box.slices] += 1
         assert all(a % n == 0 for a, n in zip(box.start, chunk, strict=True))
     assert (painted == 1).all()
+
+
+# Volumes that cannot be read everywhere.
+
+
+class DamagedVolume(ArrayVolume):
+    """As its parent, but reading voxel `bad` (z, y, x) fails so many times."""
+
+    def __init__(self, voxels, chunk, bad, times):
+        super().__init__(voxels, chunk)
+        self.bad, self.times = Box.of((1, 1, 1)).shift(bad), times
+
+    def read(self, box):
+        if box.intersect(self.bad).size and self.times:
+            self.times -= 1
+            raise RunError("a.zarr cannot be read.")
+        return super().read(box)
+
+
+@pytest.fixture
+def damaged(monkeypatch):
+    """(voxels, their volume in chunks of 4 x 8 x 8 of which one fails so many times)."""
+    monkeypatch.setattr(volumes, "_PAUSE", 0)
+    voxels = np.random.default_rng(3).integers(0, 256, (1, 8, 16, 24), np.uint8)
+    return lambda times: (voxels, DamagedVolume(voxels, (4, 8, 8), (5, 3, 9), times))
+
+
+def test_a_read_that_fails_twice_changes_nothing(damaged):
+    voxels, volume = damaged(2)
+    assert measure(volume) == measure(ArrayVolume(voxels, (4, 8, 8)))
+    assert volume.times == 0
+
+
+def test_a_chunk_that_cannot_be_read_is_left_out_and_noted(damaged):
+    voxels, volume = damaged(10**9)
+    found, kept = measure(volume), np.ones(voxels.shape, bool)
+    kept[:, 4:8, 0:8, 8:16] = False
+    close(found, [voxels[kept].mean()], [voxels[kept].std()])
+    assert found.unread == ("4:8,0:8,8:16",)
+    assert Intensity.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_a_volume_that_cannot_be_read_at_all_is_refused(monkeypatch):
+    monkeypatch.setattr(volumes, "_PAUSE", 0)
+    volume = DamagedVolume(np.ones((1, 1, 5, 5)), (1, 8, 8), (0, 0, 0), 10**9)
+    with pytest.raises(InputError, match=r"a.zarr cannot be read"):
+        measure(volume)
 
 
 # Volumes that are too large to be measured whole.

@@ -32,7 +32,10 @@ TRIES = 3
 # A disk that takes nothing more: full, over quota, read-only.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 # How torch and its libraries say it; they have no type of their own for it, but on a GPU.
-_NO_MEMORY = re.compile(r"can.t allocate memory|(out of|not enough) memory|bad_alloc|ALLOC_FAILED")
+_NO_MEMORY = re.compile(
+    r"(can.t|cannot) allocate memory|(out of|not enough) memory|bad_alloc|ALLOC_FAILED|new thread",
+    re.I,
+)
 # Tiles of which the median is taken, at most, and at least.
 SEEN, ENOUGH = 101, 3
 TICK = 1.0  # seconds between two looks at the clock

@@ -514,6 +514,11 @@ def _announce(run: Segmentation, settings: Settings) -> None:
     if settings.tile and settings.tile != tiles.core:
         asked, fitted = _commas(settings.tile), _commas(tiles.core)
         _say(f"tile {asked} fitted to the network and the volume: {fitted}")
+    if unread := run.intensity.unread:
+        _say(
+            f"{len(unread)} parts of the input cannot be read, as {unread[0]}: the mean grey value "
+            "is that of the rest."
+        )
     verb = "going on with" if run.resumed else "writing"
     _say(
         f"{verb} {run.out.name}: {len(tiles)} tiles of {_commas(tiles.core)}, {run.precision} on "

@@ -35,7 +35,7 @@ from unet_ray.attempts import (
     attempt,
 )
 from unet_ray.errors import InputError, RunError
-from unet_ray.memory import kept_memory_environment
+from unet_ray.memory import give_back_freed_memory, kept_memory_environment
 
 EngineName = Literal["local", "ray"]
 Answer = TypeVar("Answer")
@@ -82,6 +82,8 @@ def run(
     """
     if engine == "ray":
         return _run_ray(stage, iter(tiles), 1 if alone else workers, alone)
+    if alone:
+        give_back_freed_memory()
     threads = 1 if alone else 2 if stage.device == "cuda" else workers or usable_cores()
     try_one = partial(attempt, stage.make_worker())
     return _side_by_side(try_one, stage.device, stage.deadline, iter(tiles), threads)

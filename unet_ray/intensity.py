@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.boxes import Box
+from unet_ray.errors import InputError, RunError
 from unet_ray.tiles import round_up
 from unet_ray.volumes import Volume
 
@@ -31,19 +32,22 @@ class Intensity:
     Attributes:
         mean: one number per channel.
         sd: one number per channel; 1 for a constant channel, so that it becomes 0.
+        unread: boxes that could not be read and were left out.
     """
 
     mean: tuple[float, ...]
     sd: tuple[float, ...]
+    unread: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """For the store's provenance and model headers."""
-        return {"method": "mean-std", **{k: list(v) for k, v in asdict(self).items()}}
+        told = {k: list(v) for k, v in asdict(self).items() if k != "unread" or v}
+        return {"method": "mean-std", **told}
 
     @classmethod
     def from_json(cls, told: dict[str, Any]) -> Intensity:
         """The reverse of `to_json`."""
-        return cls(tuple(told["mean"]), tuple(told["sd"]))
+        return cls(tuple(told["mean"]), tuple(told["sd"]), tuple(told.get("unread", ())))
 
     def normalise(self, voxels: NDArray[Any]) -> NDArray[np.float32]:
         """``(voxels - mean) / sd`` in float32, for an array ``(c, ...)``."""
@@ -63,21 +67,41 @@ def measure(volume: Volume) -> Intensity:
     """Measures `volume`: exactly up to 2 GiB, beyond that over a deterministic sample of pieces.
 
     Pieces are cut at fixed places and summed in a fixed order, so the result does not depend on
-    who measures. Values that are not finite are passed over; the tile that reads them names them.
+    who measures. Values that are not finite are passed over, and chunks that cannot be read are
+    left out; the tile that reads them names them.
+
+    Raises:
+        InputError: if nothing of the volume can be read.
     """
     moments = np.zeros((3, volume.shape[0]))
     shift: NDArray[np.float64] = np.zeros(volume.shape[0])
-    for number, box in enumerate(_pieces(volume)):
-        voxels = volume.read(box).reshape(volume.shape[0], -1)
+    unread: dict[Box, str] = {}
+    for number, voxels in enumerate(_readable(volume, unread)):
         if number == 0:
             # Sums about a value near the mean lose no digits where the mean is far from zero.
             count, first, _ = _moments(voxels, shift)
             shift = np.round(first / np.maximum(count, 1))
         moments += _moments(voxels, shift)
+    if unread and not moments[0].any():
+        raise InputError(next(iter(unread.values())))
     count, first, second = moments / np.maximum(moments[0], 1)
     mean, sd = first + shift, np.sqrt(np.maximum(second - first**2, 0.0))
     sd[sd <= 1e-12 * np.abs(mean)] = 1.0
-    return Intensity(tuple(mean.tolist()), tuple(sd.tolist()))
+    return Intensity(tuple(mean.tolist()), tuple(sd.tolist()), tuple(map(str, unread)))
+
+
+def _readable(volume: Volume, unread: dict[Box, str]) -> Iterator[NDArray[Any]]:
+    """The voxels (c, n) of each piece, or of its chunks that can be read; notes the others."""
+    for piece in _pieces(volume):
+        try:
+            yield volume.read_patiently(piece).reshape(volume.shape[0], -1)
+        except RunError:
+            # Pieces begin where chunks do.
+            for chunk in piece.split(volume.chunk):
+                try:
+                    yield volume.read_patiently(chunk).reshape(volume.shape[0], -1)
+                except RunError as error:
+                    unread[chunk] = str(error)
 
 
 def _moments(voxels: NDArray[Any], shift: NDArray[np.float64]) -> NDArray[np.float64]:

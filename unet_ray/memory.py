@@ -7,9 +7,11 @@ measured peaks by a test.
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 import os
 import re
+import resource
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -180,15 +182,21 @@ def worker_bytes(
 def room() -> int:
     """Bytes that this process could hold if nothing else changed; 0 where the system tells none.
 
-    What it holds, and what is free on the machine or, if that is less, in its container.
+    What it holds, and what is free on the machine or, if that is less, in its container or by a
+    limit of its own (``ulimit``).
     """
+    status = Path("/proc/self/status")
     try:
-        held, free = _told("/proc/self/status", "RssAnon"), _told("/proc/meminfo", "MemAvailable")
+        held, free = _told(status, "RssAnon"), _told(Path("/proc/meminfo"), "MemAvailable")
+        for limit, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+            most, _ = resource.getrlimit(limit)
+            if most != resource.RLIM_INFINITY:
+                free = min(free, max(0, most - _told(status, name)))
     except OSError:
         return 0
-    for limit, used in _CGROUP:
+    for most_file, used_file in _CGROUP:
         with suppress(OSError, ValueError):  # no container, or no limit ("max")
-            left = int(Path(limit).read_text()) - int(Path(used).read_text())
+            left = int(Path(most_file).read_text()) - int(Path(used_file).read_text())
             free = min(free, max(0, left))
     return held + free
 
@@ -199,9 +207,9 @@ _CGROUP = [
 ]
 
 
-def _told(file: str, name: str) -> int:
+def _told(file: Path, name: str) -> int:
     """Bytes that a line ``NAME:  123 kB`` of a file tells."""
-    found = re.search(rf"^{name}:\s+(\d+) kB$", Path(file).read_text(), re.M)
+    found = re.search(rf"^{name}:\s+(\d+) kB$", file.read_text(), re.M)
     return int(found[1]) * 1024 if found else 0
 
 
@@ -217,6 +225,14 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for option, (_, value) in _MALLOC.items():
             mallopt(option, value)
+
+
+def give_back_freed_memory() -> None:
+    """Gives what is kept for the next pass back to the system, where there is glibc."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def kept_memory_environment() -> dict[str, str]:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray import engine as engines
-from unet_ray.attempts import DISK_ERRORS, TRIES, Patience, Receipt, Stage
+from unet_ray.attempts import DISK_ERRORS, TRIES, Patience, Receipt, Stage, is_out_of_memory
 from unet_ray.boxes import Box
 from unet_ray.checkpoints import ModelHeader, find_model, read_model, sha256_of
 from unet_ray.errors import (
@@ -35,7 +35,7 @@ from unet_ray.files import remove_partial
 from unet_ray.intensity import Intensity, measure
 from unet_ray.lease import Lease
 from unet_ray.ledger import Ledger, committed
-from unet_ray.memory import WorkerMemory, format_bytes
+from unet_ray.memory import WorkerMemory, format_bytes, room
 from unet_ray.mirror import read_mirrored, reflect
 from unet_ray.planning import (
     Settings,
@@ -342,6 +342,14 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
         if error.errno not in DISK_ERRORS:
             raise
         raise RunError(_stopped(run, str(error.strerror))) from error
+    except RuntimeError as error:  # of torch, while a worker is made
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(
+            f"{run.out}: no memory for a worker ({error}); its plan is for "
+            f"{format_bytes(run.memory.total)} each, {format_bytes(room())} could be had: give "
+            "fewer --workers, or use a machine with more."
+        ) from error
 
 
 def _done(plan: TilePlan, region: Box, bits: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -396,7 +404,8 @@ class _Execution:
         for last in [False] * (TRIES - 2) + [True]:
             crowd = [receipt.tile for receipt in again if receipt.verdict == "again"]
             alone = [receipt.tile for receipt in again if receipt.verdict == "alone"]
-            again = self._try(crowd, last) + self._try(alone, last=True, alone=True)
+            again = self._try(crowd, last) if crowd else []
+            again += self._try(alone, last=True, alone=True) if alone else []
         self._log.add("end", tiles=self._done, seconds=round(self._seconds, 3))
         if self._given_up:
             raise QuarantinedError(self._told())

@@ -12,8 +12,10 @@ import json
 import math
 import os
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -42,6 +44,7 @@ _FOREIGN = {
 }
 _ZARR = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
 _SAMPLES, _SAMPLE_BYTES = 16, 2**20
+_TRIES, _PAUSE = 3, 0.2  # seconds between two tries
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,18 @@ class Volume(ABC):
             raise RunError(f"{self.path} has become smaller since it was opened.")
         return voxels
 
+    def read_patiently(self, box: Box) -> NDArray[Any]:
+        """As `read`, tried again if it fails: disks and file servers have bad moments.
+
+        Raises:
+            RunError: if it fails every time.
+        """
+        for _ in range(_TRIES - 1):
+            with suppress(RunError):
+                return self.read(box)
+            time.sleep(_PAUSE)
+        return self.read(box)
+
     def identity(self) -> dict[str, Any]:
         """What tells this input from another, for JSON; the same on every call.
 
@@ -152,7 +167,11 @@ class Volume(ABC):
             index = np.unravel_index(pick, grid)
             start = tuple(int(i) * m for i, m in zip(index, self.chunk, strict=True))
             box = Box(start, start).grow((0, 0, 0), extent).intersect(Box.of(self.shape[1:]))
-            voxels = self.read(box)
+            try:
+                voxels = self.read_patiently(box)
+            except RunError:  # the tiles that read it will tell
+                digest.update(b"cannot be read")
+                continue
             digest.update(voxels.astype(self.dtype.newbyteorder("<"), copy=False).tobytes())
         return digest.hexdigest()
 
