@@ -914,6 +914,9 @@ def test_ctrl_c_ends_training(files):
     assert "Traceback" not in err
 
 
-def test_a_dashboard_is_not_a_ray_to_join(unet_ray, files, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
-    refused(unet_ray, files, [*segment(files), "--engine", "ray"], "RAY_ADDRESS=http://127.0.0.1:1")
+def test_a_dashboard_is_not_a_ray_to_join(files):
+    def in_its_own_process(*args):  # where no Ray was started yet
+        return output_of("-m", "unet_ray", *args, env={"RAY_ADDRESS": "http://127.0.0.1:1"})
+
+    args = [*segment(files), "--engine", "ray"]
+    refused(in_its_own_process, files, args, "RAY_ADDRESS=http://127.0.0.1:1")

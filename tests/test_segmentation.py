@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -565,10 +566,12 @@ def test_an_unknown_output_is_refused(tmp_path, model, volume):
 
 
 def test_one_input_goes_to_the_path_itself_and_several_into_a_folder():
-    assert list(map(str, output_paths(["a/x.tif"], "out.zarr"))) == ["out.zarr"]
+    assert output_paths(["a/x.tif"], "out.zarr") == [Path("out.zarr").absolute()]
     named = output_paths(["a/x.tif", "y.OME.TIFF", "z.ome.zarr", "folder/", "p.png"], "out")
     assert [path.name for path in named] == ["x.zarr", "y.zarr", "z.zarr", "folder.zarr", "p.zarr"]
-    assert {str(path.parent) for path in named} == {"out"}
+    assert {path.parent for path in named} == {Path("out").absolute()}
+    bucket = output_paths(["a/x.tif", "y.tif"], "s3://bucket/out")
+    assert [*map(str, bucket)] == ["s3://bucket/out/x.zarr", "s3://bucket/out/y.zarr"]
     with pytest.raises(InputError, match="Two inputs are named 'x'"):
         output_paths(["a/x.tif", "b/x.zarr"], "out")
 

@@ -18,13 +18,13 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 
 from unet_ray.errors import UnetRayError, VoxelError
 from unet_ray.memory import room
+from unet_ray.places import Place, append
 
 Verdict = Literal["again", "alone", "never", "stop"]
 # How often a tile is tried in a run, before it is given up.
@@ -108,7 +108,7 @@ class Stage:
     name: str
     make_worker: Callable[[], Worker]
     device: str
-    begun: Path | None = None
+    begun: Place | None = None
     deadline: Deadline = Deadline()
 
 
@@ -197,7 +197,7 @@ class Clock:
 class Marks:
     """Which tiles were begun and have not ended: a small file each, of a sign for each try."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self._folder = folder
 
     def begin(self, tile: int) -> bytes:
@@ -223,8 +223,7 @@ class Marks:
             return b""
 
     def _add(self, tile: int, sign: bytes) -> None:
-        with open(self._folder / str(tile), "ab") as mark:
-            mark.write(sign)
+        append(self._folder / str(tile), sign)
 
 
 class Guarded:

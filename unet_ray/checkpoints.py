@@ -21,8 +21,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from unet_ray.errors import InputError
-from unet_ray.files import write_whole
 from unet_ray.network import UNet
+from unet_ray.places import write_whole
 
 FORMAT = "unet-ray model 1"
 WEIGHT = "model."  # how the names of a checkpoint's weights begin

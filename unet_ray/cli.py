@@ -24,8 +24,8 @@ from unet_ray.errors import (
     nearest,
     refuse_below_file,
 )
-from unet_ray.files import write_whole
 from unet_ray.memory import format_bytes, keep_freed_memory, parse_bytes
+from unet_ray.places import write_whole
 from unet_ray.progress import ProgressLine, format_seconds
 from unet_ray.versions import VERSION
 
@@ -479,7 +479,7 @@ def report(path: str, truth: str | None) -> None:
     """
     from unet_ray.report import write_report
 
-    click.echo(write_report(Path(path), Path(truth) if truth else None))
+    click.echo(write_report(path, truth))
 
 
 def _refuse_json(file: Path, inputs: Sequence[str]) -> None:

@@ -72,7 +72,7 @@ def run(out: Path, say: Say) -> None:
     for path in _draw(out / "pictures", truth, np.asarray(probability), np.asarray(classes)):
         print(path)
     for page in (write_report(out / "run"), write_report(store, test / "labels.tif")):
-        print(os.path.relpath(page))
+        print(os.path.relpath(str(page)))
 
 
 def _phantom(folder: Path, shape: tuple[int, int, int], seed: int) -> tuple[Phantom, Path]:

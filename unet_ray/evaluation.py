@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy as np
 from unet_ray.errors import InputError
 from unet_ray.ledger import committed
 from unet_ray.overlaps import Overlaps
+from unet_ray.places import Place, Where, place_of
 from unet_ray.scores import (
     ClassScore,
     Score,
@@ -28,7 +28,7 @@ from unet_ray.scores import (
     overlap_tables,
 )
 from unet_ray.stacks import Stack
-from unet_ray.stores import ARRAYS, LEDGER, PRIVATE, Store, is_output, provenance_of
+from unet_ray.stores import ARRAYS, LEDGER, PRIVATE, Store, has_private, is_output, provenance_of
 from unet_ray.tiles import TilePlan
 from unet_ray.volumes import Volume, open_volume
 
@@ -132,8 +132,8 @@ def _number(value: float) -> str:
 
 
 def evaluate(
-    prediction: str | os.PathLike[str],
-    truth: str | os.PathLike[str],
+    prediction: Where,
+    truth: Where,
     kind: Kind,
     per_slice: bool = False,
     watch: Watch = lambda done, total: None,
@@ -152,7 +152,7 @@ def evaluate(
     Raises:
         InputError: if files cannot be read, do not fit each other, or hold what is not allowed.
     """
-    found, right = _Opened(Path(prediction), kind), _Opened(Path(truth), kind)
+    found, right = _Opened(place_of(prediction), kind), _Opened(place_of(truth), kind)
     first, note = _side_by_side(found, right)
     second = right.stack()
     scores: dict[str, Score]
@@ -174,7 +174,7 @@ def evaluate(
 class _Opened:
     """One of the two files, opened as what `kind` needs of it."""
 
-    def __init__(self, path: Path, kind: Kind) -> None:
+    def __init__(self, path: Place, kind: Kind) -> None:
         self.path = path
         self.class_values: list[int] | None = None
         self._scale: float | None = None
@@ -190,9 +190,9 @@ class _Opened:
         return Stack(self.volume, str(self.path), self._scale, planes)
 
 
-def _provenance(path: Path) -> dict[str, Any]:
+def _provenance(path: Place) -> dict[str, Any]:
     """What a store says of itself."""
-    if not (path / PRIVATE).is_dir():
+    if not has_private(path):
         raise InputError(
             f"{path}: its folder {PRIVATE} is missing, so nothing says whether it is whole; copy "
             "it with hidden files, or name one of its arrays."
@@ -205,7 +205,7 @@ def _provenance(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: is an output of unet-ray with damaged metadata.") from error
 
 
-def _stored(path: Path, told: Mapping[str, Any], kind: Kind) -> Path:
+def _stored(path: Place, told: Mapping[str, Any], kind: Kind) -> Place:
     """The array of a store that holds what `kind` needs, all of it."""
     what = STORED[kind]
     if what not in told["outputs"]:

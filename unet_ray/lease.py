@@ -1,14 +1,14 @@
 """One run at a time on one output: who owns it, since when, and whether the owner still lives.
 
-Knows processes, clocks and one small file; does not know what a run does. The lease saves cost
-only: two runs on one output would do the work twice, not write it wrong. That two never own it at
-once is not promised either, since an owner that is silent for long loses it unasked; it finds out
-by `Lease.check` and stops.
+Knows processes, clocks and one small file or object; does not know what a run does. The lease saves
+cost only: two runs on one output would do the work twice, not write it wrong. That two never own it
+at once is not promised either, since an owner that is silent for long loses it unasked; it finds
+out by `Lease.check` and stops.
 
 Clocks: a heartbeat is the wall clock of its owner, read by the clock of another host. One that
 lies in the future is of a clock that differs: then the time of the file counts, which the file
-server sets. An owner whose clock is behind looks silent the sooner by that much, so hosts that
-share a disk should agree to half a minute, as any time service sees to.
+server or object store sets. An owner whose clock is behind looks silent the sooner by that much, so
+hosts that share an output should agree to half a minute, as any time service sees to.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from unet_ray.errors import InputError, RunError
-from unet_ray.files import try_lock, write_whole
+from unet_ray.places import Held, ObjectPath, Place, try_lock, write_whole
 
 HEARTBEAT_SECONDS = 15.0
 SILENT_SECONDS = 90.0
@@ -39,7 +40,7 @@ LEASE, LOCK = "lease.json", ".lease.lock"
 BYTES = 2**16  # more than any lease
 LATEST = 4e9  # seconds since 1970: the year 2096
 PROC = Path("/proc")
-_UNRELEASED: set[Path] = set()  # folders of the leases that this process could not release
+_UNRELEASED: set[Place] = set()  # folders of the leases that this process could not release
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Owner:
         started: when the process was started, in clock ticks since the boot, where that is told.
         namespace: in which its pid counts: containers of one host have several; empty if unknown.
         released: whether it is done.
+        nonce: tells the leases of one process from each other.
     """
 
     host: str
@@ -65,6 +67,7 @@ class Owner:
     started: int | None = None
     namespace: str = ""
     released: bool = False
+    nonce: str = ""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -72,7 +75,15 @@ class Owner:
     @property
     def name(self) -> tuple[object, ...]:
         """What tells this owner from every other."""
-        return self.host, self.boot_id, self.namespace, self.pid, self.started, self.epoch
+        return (
+            self.host,
+            self.boot_id,
+            self.namespace,
+            self.pid,
+            self.started,
+            self.epoch,
+            self.nonce,
+        )
 
     def encode(self) -> bytes:
         """The owner as JSON."""
@@ -86,7 +97,7 @@ class Lease:
     the next beat.
 
     Args:
-        folder: of the lease, in the folder of the output; made if it is not there.
+        folder: of the lease, in the output; made if it is not there.
         takeover: takes the lease from whoever holds it.
         tell: is given one line if the lease is taken from another run, or cannot be released.
 
@@ -100,12 +111,12 @@ class Lease:
     """
 
     def __init__(
-        self, folder: Path, takeover: bool = False, tell: Callable[[str], None] | None = None
+        self, folder: Place, takeover: bool = False, tell: Callable[[str], None] | None = None
     ) -> None:
         self.epoch = 0
         self._folder, self._output = folder, folder.parent
         self._takeover, self._tell = takeover, tell or _tell_stderr
-        self._file = _SwapFile(folder / LEASE, folder / LOCK)
+        self._file = _swap(folder)
         self._me = _this_process()
         self._beaten = self._checked = time.monotonic()
         self._error: OSError | None = None
@@ -116,6 +127,8 @@ class Lease:
     def __enter__(self) -> Self:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            if isinstance(self._folder, ObjectPath):
+                _refuse_unconditional(self._folder)
             line = self._take()
         except OSError as error:
             raise InputError(
@@ -169,6 +182,10 @@ class Lease:
             held, line, epoch = self._file.read(), "", 1
             if held:
                 owner = _decode(held.data)
+                # A put whose answer was lost is ours all the same.
+                if owner and owner.name == self._me.name and not owner.released:
+                    self.epoch = owner.epoch
+                    return ""
                 line = "" if owner and owner.released else self._judge(owner, held.modified)
                 epoch = owner.epoch + 1 if owner else int(time.time())
             self._beaten = time.monotonic()
@@ -225,7 +242,7 @@ class Lease:
             if self._file.replace(owner.encode(), held.tag):
                 return
 
-    def _look(self) -> _Held | None:
+    def _look(self) -> Held | None:
         """The lease if it is still this run's; else notes what became of it."""
         held = self._file.read()
         owner = _decode(held.data) if held else None
@@ -240,35 +257,77 @@ class Lease:
         return time.monotonic() - self._beaten > SILENT_SECONDS / 2
 
 
-@dataclass(frozen=True)
-class _Held:
-    """Bytes as they were read, their tag, and when they were written (seconds since 1970)."""
+class _Swap(Protocol):
+    """A small file that is replaced only by who has seen its last content: compare and swap."""
 
-    data: bytes
-    tag: str
-    modified: float
+    def read(self) -> Held | None:
+        """The content; None if there is no file."""
+
+    def replace(self, data: bytes, tag: str | None) -> bool:
+        """Writes `data` if the tag is still `tag` (None: no file); tells whether it did."""
+
+
+def _swap(folder: Place) -> _Swap:
+    if isinstance(folder, ObjectPath):
+        return _SwapObject(folder / LEASE)
+    return _SwapFile(folder / LEASE, folder / LOCK)
+
+
+class _SwapObject:
+    """On an object store: by conditional puts."""
+
+    def __init__(self, path: ObjectPath) -> None:
+        self._path = path
+
+    def read(self) -> Held | None:
+        try:
+            return self._path.held()
+        except FileNotFoundError:
+            return None
+
+    def replace(self, data: bytes, tag: str | None) -> bool:
+        return self._path.put_if(data, tag) is not None
+
+
+def _refuse_unconditional(folder: ObjectPath) -> None:
+    """Refuses a store that lets everybody write whatever the condition.
+
+    Raises:
+        InputError: if it does so, or knows no conditions.
+    """
+    probe = folder / f"probe-{uuid.uuid4().hex}"
+    try:
+        tag = probe.put_if(b"1", None)
+        # A store that ignores conditions overwrites; one that honours them says no.
+        deaf = probe.put_if(b"2", None) is not None
+        newer = probe.put_if(b"3", tag or "")
+        deaf = deaf or newer is None or newer == tag or probe.put_if(b"4", tag or "") is not None
+    except NotImplementedError:
+        deaf = True
+    finally:
+        probe.unlink()
+    if deaf:
+        raise InputError(
+            f"{folder.parent}: this object store does not honour conditional puts (If-None-Match "
+            "and If-Match), so two runs could not be kept apart; use one that does, or a disk."
+        )
 
 
 class _SwapFile:
-    """A small file that is replaced only by who has seen its last content: compare and swap.
-
-    On an object store, the tag would be the ETag, and `replace` a conditional put.
-    """
+    """On a disk: by a lock, and a hash for a tag."""
 
     def __init__(self, path: Path, lock: Path) -> None:
         self._path, self._lock = path, lock
 
-    def read(self) -> _Held | None:
-        """The content; None if there is no file."""
+    def read(self) -> Held | None:
         try:
             with open(self._path, "rb") as file:
                 data, modified = file.read(BYTES), os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
             return None
-        return _Held(data, hashlib.sha256(data).hexdigest(), modified)
+        return Held(data, hashlib.sha256(data).hexdigest(), modified)
 
     def replace(self, data: bytes, tag: str | None) -> bool:
-        """Writes `data` if the tag is still `tag` (None: no file); tells whether it did."""
         with _locked(self._lock):
             held = self.read()
             if (held.tag if held else None) != tag:
@@ -315,6 +374,7 @@ def _is_sound(owner: Owner) -> bool:
         and isinstance(owner.boot_id, str)
         and isinstance(owner.namespace, str)
         and isinstance(owner.released, bool)
+        and isinstance(owner.nonce, str)
         and _is_whole(owner.pid, 1, 2**31 - 1)
         and _is_whole(owner.epoch, 1, 2**62)
         and (owner.started is None or _is_whole(owner.started, 0, 2**63))
@@ -369,7 +429,16 @@ def _this_process() -> Owner:
     except OSError:
         boot_id = namespace = ""
     pid = os.getpid()
-    return Owner(os.uname().nodename, boot_id, pid, 0, 0.0, _process(pid)[1], namespace)
+    return Owner(
+        host=os.uname().nodename,
+        boot_id=boot_id,
+        pid=pid,
+        epoch=0,
+        heartbeat=0.0,
+        started=_process(pid)[1],
+        namespace=namespace,
+        nonce=uuid.uuid4().hex,
+    )
 
 
 def _tell_stderr(line: str) -> None:

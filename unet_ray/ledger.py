@@ -16,14 +16,13 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unet_ray.files import write_whole
+from unet_ray.places import Place, write_whole
 
 State = Literal["committed", "quarantined"]
 STATES: tuple[State, ...] = ("committed", "quarantined")
@@ -45,7 +44,7 @@ class Ledger:
         epoch: of the run; at least one more than that of any segment there.
     """
 
-    def __init__(self, folder: Path, tiles: int, epoch: int = 1) -> None:
+    def __init__(self, folder: Place, tiles: int, epoch: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._bits, self._files = _read(folder, tiles)
@@ -152,22 +151,22 @@ class Ledger:
             self._compact()
 
 
-def committed(folder: Path, tiles: int) -> Bits:
+def committed(folder: Place, tiles: int) -> Bits:
     """Which of so many tiles a ledger holds, also while a run adds to it: (tiles,)."""
     return _read(folder, tiles)[0]["committed"]
 
 
-def quarantined(folder: Path, tiles: int) -> Bits:
+def quarantined(folder: Place, tiles: int) -> Bits:
     """Which of so many tiles have failed too often, and are not committed since: (tiles,)."""
     bits, _ = _read(folder, tiles)
     return bits["quarantined"] & ~bits["committed"]
 
 
-def _read(folder: Path, tiles: int) -> tuple[dict[State, Bits], list[Path]]:
+def _read(folder: Place, tiles: int) -> tuple[dict[State, Bits], list[Place]]:
     """The bits of all segments together, and the segments."""
     bits: dict[State, Bits] = {state: np.zeros(tiles, bool) for state in STATES}
     while True:
-        files = [path for state in STATES for path in sorted(folder.glob(f"[0-9]*-[0-9]*.{state}"))]
+        files = [path for state in STATES for path in folder.glob(f"[0-9]*-[0-9]*.{state}")]
         try:
             for path in files:
                 first, held = _decode(path.read_bytes(), tiles)

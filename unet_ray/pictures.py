@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from unet_ray.errors import InputError
-from unet_ray.files import write_whole
+from unet_ray.places import write_whole
 
 Picture = NDArray[np.uint8]
 

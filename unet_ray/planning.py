@@ -18,6 +18,7 @@ from unet_ray.cost import halo_overhead
 from unet_ray.errors import InputError, nearest
 from unet_ray.memory import NetworkSize, WorkerMemory, format_bytes, worker_bytes
 from unet_ray.network import UNet
+from unet_ray.places import Where
 from unet_ray.prediction import Device, Precision, best_precision
 from unet_ray.stores import ARRAYS
 from unet_ray.tiles import Context, TilePlan, equal_core, round_up
@@ -192,9 +193,7 @@ class Outlook:
         }
 
 
-def plan(
-    source: str | os.PathLike[str], model: str | os.PathLike[str], settings: Settings
-) -> Outlook:
+def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Outlook:
     """What `segment` would do with these settings and a new store; reads metadata only.
 
     Raises:
@@ -214,7 +213,7 @@ def plan(
 
 
 def open_inputs(
-    source: str | os.PathLike[str], model: str | os.PathLike[str], settings: Settings
+    source: Where, model: str | os.PathLike[str], settings: Settings
 ) -> tuple[Volume, UNet, ModelHeader]:
     """Opens input and model and checks that they fit each other and the region."""
     volume = open_volume(source, channel=settings.channel, time=settings.time, level=settings.level)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from unet_ray.checkpoints import read_tensors
 from unet_ray.errors import InputError
 from unet_ray.evaluation import MEANINGS, Evaluation, Kind, evaluate
 from unet_ray.events import measured, read_events
-from unet_ray.files import write_whole
 from unet_ray.pictures import (
     Picture,
     colour_cells,
@@ -40,6 +38,7 @@ from unet_ray.pictures import (
     strike_out,
     to_grey,
 )
+from unet_ray.places import Place, Where, place_of, write_whole
 from unet_ray.progress import format_seconds
 from unet_ray.results import (
     CHUNKS,
@@ -73,7 +72,7 @@ SHEET = 1152
 Facts = dict[str, Any]
 
 
-def write_report(path: str | os.PathLike[str], truth: str | os.PathLike[str] | None = None) -> Path:
+def write_report(path: Where, truth: Where | None = None) -> Place:
     """Writes the page about a RUN folder, into it, or about an output store, beside it.
 
     The page is one file that loads nothing from elsewhere. Its size and what is read for it are
@@ -91,8 +90,11 @@ def write_report(path: str | os.PathLike[str], truth: str | os.PathLike[str] | N
         InputError: if `path` is neither, or holds nothing yet; if `truth` does not fit.
         RunError: if what is stored is damaged.
     """
-    found = Path(os.path.abspath(path))
-    if any((found / name).exists() for name in (MODEL, METRICS, "checkpoints")):
+    found = place_of(path)
+    page: Place
+    if isinstance(found, Path) and any(
+        (found / name).exists() for name in (MODEL, METRICS, "checkpoints")
+    ):
         if truth is not None:
             raise InputError(f"{found}: is a training run; --truth is for an output of segment.")
         page, facts = found / "report.html", _about_run(found)
@@ -104,6 +106,10 @@ def write_report(path: str | os.PathLike[str], truth: str | os.PathLike[str] | N
     text = _rendered({"name": found.name, "version": VERSION, **facts})
     write_whole(page, text.encode("utf-8", "replace"))  # a file's name need not be UTF-8
     return page
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (MODEL, METRICS, "checkpoints"))
 
 
 def _stem(name: str) -> str:
@@ -365,7 +371,7 @@ def _colours(classes: int) -> list[str]:
 # A segmentation
 
 
-def _about_store(path: Path, truth: str | os.PathLike[str] | None) -> Facts:
+def _about_store(path: Place, truth: Where | None) -> Facts:
     result = open_result(path)
     right = open_truth(truth, result) if truth is not None else None
     log = read_log(path / EVENTS, result.plan)
@@ -389,7 +395,7 @@ def _about_store(path: Path, truth: str | os.PathLike[str] | None) -> Facts:
             _slice(result, box, image, right) for box, image in zip(boxes, images, strict=True)
         ],
         "probability_bar": Markup(charts.colour_bar("Probability", (0.0, 1.0), "")),
-        "truth": Path(right.path) if right else None,
+        "truth": place_of(right.path) if right else None,
         **_histograms(result),
         "tile_maps": [(title, Markup(svg)) for title, svg in maps],
         "tile_bar": Markup(bar),

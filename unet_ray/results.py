@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from unet_ray.errors import InputError, RunError
 from unet_ray.events import measured, read_events
 from unet_ray.ledger import committed, quarantined
 from unet_ray.pictures import Picture, to_grey
+from unet_ray.places import Place, Where
 from unet_ray.stores import ARRAYS, LEDGER, Store, provenance_of
 from unet_ray.tiles import TilePlan
 from unet_ray.volumes import Volume, open_volume
@@ -48,7 +48,7 @@ class Result:
         store: its arrays.
     """
 
-    path: Path
+    path: Place
     told: Mapping[str, Any]
     plan: TilePlan
     done: NDArray[np.bool_]
@@ -75,7 +75,7 @@ class Result:
             ) from error
         return voxels
 
-    def _damaged(self, output: str, box: Box) -> Path:
+    def _damaged(self, output: str, box: Box) -> Place:
         """The first file of a box that cannot be read; the array if each can, by itself."""
         for tile in (self.plan[index] for index in self.plan.within(box)):
             try:
@@ -106,7 +106,7 @@ class Result:
         return known
 
 
-def open_result(path: Path) -> Result:
+def open_result(path: Place) -> Result:
     """Opens a store to look at it, finished or not.
 
     Raises:
@@ -124,7 +124,7 @@ def open_result(path: Path) -> Result:
     return Result(path, told, plan, done, given_up, Store(path, told["outputs"]))
 
 
-def open_truth(truth: str | os.PathLike[str], result: Result) -> Volume:
+def open_truth(truth: Where, result: Result) -> Volume:
     """Opens the labels of the volume that was segmented.
 
     Raises:
@@ -173,7 +173,7 @@ class RunLog:
         return np.sort(self.seconds[np.isfinite(self.seconds)])
 
 
-def read_log(path: Path, plan: TilePlan) -> RunLog:
+def read_log(path: Place, plan: TilePlan) -> RunLog:
     """Adds up the event log of a store; what is not an event of a tile of the plan is left out."""
     log = RunLog(np.full(len(plan), np.nan))
     last = 0.0

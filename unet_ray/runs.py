@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unet_ray.checkpoints import read_tensors, write_tensors
 from unet_ray.errors import InputError, refuse_below_file
-from unet_ray.files import remove_partial, try_lock, write_whole
+from unet_ray.places import remove_partial, try_lock, write_whole
 
 MODEL, BEST, METRICS = "model.safetensors", "best.safetensors", "metrics.jsonl"
 PATCHES, WEIGHTS = "patches.safetensors", "weights.safetensors"

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, cast
 
 import numpy as np
@@ -31,12 +30,12 @@ from unet_ray.errors import (
     refuse_below_file,
 )
 from unet_ray.events import EventLog
-from unet_ray.files import remove_partial
 from unet_ray.intensity import Intensity, measure
 from unet_ray.lease import Lease
 from unet_ray.ledger import Ledger, committed
 from unet_ray.memory import WorkerMemory, format_bytes, room
 from unet_ray.mirror import read_mirrored, reflect
+from unet_ray.places import Place, Where, place_of, remove_partial, remove_tree, unusable
 from unet_ray.planning import (
     Settings,
     checked_outputs,
@@ -91,7 +90,7 @@ class Segmentation:
 
     volume: Volume
     model: Path
-    out: Path
+    out: Place
     plan: TilePlan
     intensity: Intensity
     precision: Precision
@@ -156,9 +155,9 @@ def _not_finite(run: Segmentation, tile: int, voxels: NDArray[Any]) -> str:
 
 
 def prepare(
-    source: str | os.PathLike[str],
+    source: Where,
     model: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    out: Where,
     settings: Settings,
 ) -> Segmentation:
     """Checks everything and fixes what the bytes of the run depend on; writes nothing.
@@ -170,10 +169,14 @@ def prepare(
         InputError: for anything wrong with input, model, settings or an existing store.
     """
     volume, network, header = open_inputs(source, model, settings)
-    path = Path(out).absolute()
-    refuse_below_file(path)
-    _check_output(path, Path(volume.path))
-    told = provenance_of(path)  # also refuses a path that is not ours, whatever is asked
+    path = place_of(out)
+    if isinstance(path, Path):
+        refuse_below_file(path)
+    _check_output(path, place_of(volume.path))
+    try:
+        told = provenance_of(path)  # also refuses a path that is not ours, whatever is asked
+    except OSError as error:
+        raise InputError(unusable(path, error)) from error
     if settings.overwrite:
         told = None
     device: Device = told["device"] if told else device_of(settings)
@@ -216,14 +219,14 @@ def prepare(
     return run
 
 
-def _check_output(path: Path, read: Path) -> None:
+def _check_output(path: Place, read: Place) -> None:
     """Refuses a store that would lie in, or hold, something that is read."""
-    there, source = path.resolve(), read.resolve()
+    there, source = PurePath(str(path.resolve())), PurePath(str(read.resolve()))
     if there == source or there in source.parents or source in there.parents:
         raise InputError(f"{path}: overlaps {read}, which is read; choose another --out.")
 
 
-def _check_memory(memory: WorkerMemory, settings: Settings, path: Path) -> None:
+def _check_memory(memory: WorkerMemory, settings: Settings, path: Place) -> None:
     if memory.total > settings.memory:
         raise InputError(
             f"{path}: its plan needs {format_bytes(memory.total)} per worker, "
@@ -264,7 +267,7 @@ def _provenance(run: Segmentation, header: ModelHeader, settings: Settings) -> d
     return cast(dict[str, Any], json.loads(json.dumps(told)))  # tuples become lists, as when read
 
 
-def _refuse_difference(path: Path, told: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _refuse_difference(path: Place, told: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     there, here = dict(_flat(told)), dict(_flat(now))
     for field in UNCOMPARED:
         there.pop(field, None)
@@ -337,7 +340,11 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
             Ledger(run.out / LEDGER, len(run.plan), lease.epoch) as ledger,
         ):
             remove_partial(private)
-            return _Execution(run, settings, lease, ledger, watch).go()
+            execution = _Execution(run, settings, lease, ledger, watch)
+            try:
+                return execution.go()
+            finally:
+                execution.log.flush()
     except OSError as error:  # of ledger, lease or log, which lie on the same disk
         if error.errno not in DISK_ERRORS:
             raise
@@ -378,7 +385,7 @@ class _Execution:
     ) -> None:
         self._run, self._settings, self._watch = run, settings, watch
         self._lease, self._ledger = lease, ledger
-        self._log = EventLog(run.out / EVENTS)
+        self.log = EventLog(run.out / EVENTS)
         self._region = settings.region or Box.of(run.plan.shape)
         self._total = run.plan.part(self._region).size
         self._start, self._before, self._done, self._voxels = time.monotonic(), 0, 0, 0
@@ -387,16 +394,16 @@ class _Execution:
     def go(self) -> int:
         run, settings = self._run, self._settings
         self._before = int(_done(run.plan, self._region, self._ledger.committed).sum())
-        self._log.add(
+        self.log.add(
             "start",
-            input=str(Path(run.volume.path).absolute()),
+            input=run.volume.path,
             model=str(run.model.absolute()),
             engine=settings.engine,
             workers=settings.workers,
             missing=self._total - self._before,
         )
         begun = run.out / BEGUN
-        shutil.rmtree(begun, ignore_errors=True)
+        remove_tree(begun)
         begun.mkdir()
         self._stage = Stage("segment", run.make_worker, run.device, begun)
         self._patience = Patience(self._stage.deadline)
@@ -406,7 +413,7 @@ class _Execution:
             alone = [receipt.tile for receipt in again if receipt.verdict == "alone"]
             again = self._try(crowd, last) if crowd else []
             again += self._try(alone, last=True, alone=True) if alone else []
-        self._log.add("end", tiles=self._done, seconds=round(self._seconds, 3))
+        self.log.add("end", tiles=self._done, seconds=round(self._seconds, 3))
         if self._given_up:
             raise QuarantinedError(self._told())
         return self._done
@@ -432,7 +439,7 @@ class _Execution:
 
     def _commit(self, receipt: Receipt) -> None:
         self._ledger.commit(receipt.tile)
-        self._log.add("tile", tile=receipt.tile, seconds=round(receipt.seconds, 4))
+        self.log.add("tile", tile=receipt.tile, seconds=round(receipt.seconds, 4))
         self._done += 1
         self._voxels += self._run.plan[receipt.tile].write.size
         self._tell()
@@ -441,14 +448,14 @@ class _Execution:
         """Notes a failure; whether the tile is to be tried again in this run."""
         tile, box = receipt.tile, str(self._run.plan[receipt.tile].write)
         error = receipt.error + (self._fitting(receipt.room) if receipt.room else "")
-        self._log.add("failed", tile=tile, box=box, error=error, trace=receipt.trace)
+        self.log.add("failed", tile=tile, box=box, error=error, trace=receipt.trace)
         if receipt.verdict == "stop":
             self._ledger.flush()
             raise RunError(_stopped(self._run, error))
         if receipt.verdict in ("again", "alone") and not last:
             return True
         self._ledger.quarantine(tile)
-        self._log.add("quarantined", tile=tile, box=box, error=error)
+        self.log.add("quarantined", tile=tile, box=box, error=error)
         self._given_up[tile] = error
         self._tell()
         return False
@@ -477,12 +484,12 @@ class _Execution:
 
 
 def segment(
-    source: str | os.PathLike[str],
+    source: Where,
     model: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    out: Where,
     settings: Settings | None = None,
     watch: Callable[[Progress], None] = lambda progress: None,
-) -> Path:
+) -> Place:
     """Segments one volume into a store, or goes on with it where it stopped.
 
     Args:
@@ -520,22 +527,22 @@ def prepare_all(
         for source, store in zip(sources, stores, strict=True)
     ]
     for run in runs:
-        for other in [run.model, *(Path(each.volume.path) for each in runs)]:
+        for other in [run.model, *(place_of(each.volume.path) for each in runs)]:
             _check_output(run.out, other)
     return runs
 
 
-def output_paths(sources: Sequence[str], out: str) -> list[Path]:
+def output_paths(sources: Sequence[str], out: str) -> list[Place]:
     """The store of each input: `out` itself for one, a store each in folder `out` for several.
 
     Raises:
         InputError: if two inputs would share a store.
     """
     if len(sources) == 1:
-        return [Path(out)]
+        return [place_of(out)]
     names = [Path(source).name for source in sources]
     stems = [re.sub(r"(\.ome)?\.(tiff?|zarr|png)$", "", name, flags=re.I) for name in names]
     for stem in stems:
         if stems.count(stem) > 1:
             raise InputError(f"Two inputs are named {stem!r}: run them with an --out each.")
-    return [Path(out) / f"{stem}.zarr" for stem in stems]
+    return [place_of(out) / f"{stem}.zarr" for stem in stems]

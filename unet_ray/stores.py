@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,16 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from unet_ray.errors import InputError, RunError
-from unet_ray.files import write_whole
+from unet_ray.places import (
+    ObjectPath,
+    Place,
+    Where,
+    open_array,
+    place_of,
+    remove_objects,
+    remove_tree,
+    write_whole,
+)
 from unet_ray.tiles import Tile, TilePlan
 
 PRIVATE = ".unet_ray"
@@ -59,14 +69,17 @@ def chunk_of(core: Sequence[int]) -> tuple[int, ...]:
     return tuple(chunk)
 
 
-def create_store(path: Path, layout: StoreLayout, provenance: Mapping[str, Any]) -> None:
+def create_store(path: Place, layout: StoreLayout, provenance: Mapping[str, Any]) -> None:
     """Makes an empty store at `path`, whole or not at all.
 
     Raises:
         InputError: if something is there already.
     """
+    if isinstance(path, ObjectPath):
+        _create_objects(path, layout, provenance)
+        return
     if path.exists():
-        raise InputError(f"{path}: already exists; choose another --out or give --overwrite.")
+        raise InputError(_exists(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -76,6 +89,29 @@ def create_store(path: Path, layout: StoreLayout, provenance: Mapping[str, Any])
         os.rename(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _create_objects(path: ObjectPath, layout: StoreLayout, provenance: Mapping[str, Any]) -> None:
+    """The same in an object store: what makes it a store is written last."""
+    with tempfile.TemporaryDirectory(prefix="unet-ray-") as folder:
+        whole = Path(folder, "store")
+        _write_metadata(whole, layout, provenance)
+        files = {
+            PurePath(file.relative_to(whole)): file.read_bytes()
+            for file in whole.rglob("zarr.json")
+        }
+    # Of a creation that was killed there may be some of these.
+    if any(PurePath(each.key).relative_to(path.key) not in files for each in path.below()):
+        raise InputError(_exists(path))
+    root = PurePath("zarr.json")
+    for name in [name for name in files if name != root]:
+        (path / name).put(files[name])
+    if not (path / root).put_if(files[root], None):
+        raise InputError(_exists(path))
+
+
+def _exists(path: Place) -> str:
+    return f"{path}: already exists; choose another --out or give --overwrite."
 
 
 def _write_metadata(path: Path, layout: StoreLayout, provenance: Mapping[str, Any]) -> None:
@@ -154,14 +190,19 @@ def _create_array(path: Path, name: str, layout: StoreLayout, channels: int = 0)
     )
 
 
-def delete_store(path: Path) -> None:
-    """Removes a store. It goes under another name first: a kill leaves none that is half there."""
+def delete_store(path: Place) -> None:
+    """Removes a store; a kill leaves none that is half there and taken for whole."""
+    if isinstance(path, ObjectPath):
+        remove_tree(path / LEDGER)  # from here on nothing of it counts as done
+        remove_objects([each for each in path.below() if each != path / "zarr.json"])
+        (path / "zarr.json").unlink()
+        return
     gone = path.with_name(f".{path.name}.{os.getpid()}.deleted")
     os.rename(path, gone)
     shutil.rmtree(gone)
 
 
-def is_output(path: Path) -> bool:
+def is_output(path: Place) -> bool:
     """Whether a folder is an output of ours, whole or not, or a copy of one."""
     if (path / PRIVATE).is_dir():
         return True
@@ -171,17 +212,25 @@ def is_output(path: Path) -> bool:
         return False
 
 
-def provenance_of(path: Path) -> dict[str, Any] | None:
+def has_private(path: Place) -> bool:
+    """Whether what tells which tiles are done is there; in an object store there are no folders."""
+    return isinstance(path, ObjectPath) or (path / PRIVATE).is_dir()
+
+
+def provenance_of(path: Place) -> dict[str, Any] | None:
     """How the store at `path` was made, or None if there is nothing at `path`.
 
     Raises:
         InputError: if what is there is not a store of ours.
+        OSError: if an object store does not answer.
     """
-    if not path.exists():
+    # In an object store a creation that was killed leaves the rest of the metadata.
+    there = (path / "zarr.json").is_file() if isinstance(path, ObjectPath) else path.exists()
+    if not there:
         return None
     try:
         told = json.loads((path / "zarr.json").read_text())["attributes"]["unet_ray"]
-        if told["format"] != FORMAT or not (path / PRIVATE).is_dir():
+        if told["format"] != FORMAT or not has_private(path):
             raise ValueError(f"format {told['format']}")
         return dict(told)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -193,11 +242,9 @@ def provenance_of(path: Path) -> dict[str, Any] | None:
 class Store:
     """The arrays of an existing store, opened for writing tiles and reading them back."""
 
-    def __init__(self, path: str | os.PathLike[str], outputs: Sequence[str]) -> None:
-        self.path = Path(path)
-        self._arrays = {
-            name: zarr.open_array(self.path / ARRAYS[name], mode="r") for name in outputs
-        }
+    def __init__(self, path: Where, outputs: Sequence[str]) -> None:
+        self.path = place_of(path)
+        self._arrays = {name: open_array(self.path / ARRAYS[name]) for name in outputs}
         self._metadata = {
             name: (self.path / ARRAYS[name] / "zarr.json").read_bytes() for name in outputs
         }
@@ -235,7 +282,7 @@ class Store:
         place = [a // n for a, n in zip(tile.write.start, core, strict=True)]
         return str(array.metadata.encode_chunk_key((*(0,) * (array.ndim - 3), *place)))
 
-    def shard(self, name: str, tile: Tile) -> Path:
+    def shard(self, name: str, tile: Tile) -> Place:
         """The file that holds `tile` of one output."""
         return self.path / ARRAYS[name] / self.key(name, tile)
 

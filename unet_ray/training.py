@@ -30,9 +30,9 @@ from unet_ray import engine as engines
 from unet_ray.annotations import TrainingData, keep_weights, load_training_data
 from unet_ray.checkpoints import WEIGHT, ModelHeader, architecture_of, read_tensors, write_tensors
 from unet_ray.errors import InputError, RunError, UnetRayError
-from unet_ray.files import write_whole
 from unet_ray.memory import keep_freed_memory
 from unet_ray.network import UNet
+from unet_ray.places import write_whole
 from unet_ray.prediction import Device, Precision, best_precision
 from unet_ray.recipes import Recipe
 from unet_ray.runs import (

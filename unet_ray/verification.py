@@ -28,9 +28,9 @@ from unet_ray import engine as engines
 from unet_ray.attempts import Receipt, Stage
 from unet_ray.errors import DamageError, InputError, RunError
 from unet_ray.events import read_events
-from unet_ray.files import write_whole
 from unet_ray.lease import Lease
 from unet_ray.ledger import committed
+from unet_ray.places import ObjectPath, Place, Where, files_below, place_of, stat_of, write_whole
 from unet_ray.planning import Settings
 from unet_ray.segmentation import Segmentation, prepare
 from unet_ray.shards import Shards
@@ -42,6 +42,7 @@ from unet_ray.stores import (
     Store,
     StoreLayout,
     create_store,
+    has_private,
     is_output,
     provenance_of,
 )
@@ -85,7 +86,7 @@ class Verdict:
         return f"{', '.join(facts)}: {found}."
 
 
-def verify(out: str | os.PathLike[str], tiles: int = 3, repair: bool = False) -> Verdict:
+def verify(out: Where, tiles: int = 3, repair: bool = False) -> Verdict:
     """Checks every shard of the committed tiles, and makes some tiles again to compare them.
 
     Decoded voxels of all outputs are compared; compressed bytes may differ between versions of a
@@ -101,7 +102,7 @@ def verify(out: str | os.PathLike[str], tiles: int = 3, repair: bool = False) ->
         InputError: if `out` is no output of ours; with `repair`, if a run is writing there.
         RunError: if the disk takes nothing more while repairing.
     """
-    path = Path(out)
+    path = place_of(out)
     if tiles < 0:
         raise InputError(f"tiles={tiles} must be at least 0.")
     if not is_output(path):
@@ -118,14 +119,14 @@ def verify(out: str | os.PathLike[str], tiles: int = 3, repair: bool = False) ->
 class _Check:
     """One call of `verify`: what is expected of the store, and what was found so far."""
 
-    def __init__(self, path: Path, scratch: Path) -> None:
+    def __init__(self, path: Place, scratch: Path) -> None:
         self._path, self._scratch = path, scratch
         self._told, self._plan = _provenance(path)
         self._outputs: list[str] = self._told["outputs"]
         self._done = _committed(path, self._plan)
         self._expect(_stored_voxel_size(path))
         self._bad: dict[int, dict[str, str]] = {}  # what is wrong, by tile and output
-        self._metadata: dict[Path, str] = {}  # what is wrong, by file
+        self._metadata: dict[Place, str] = {}  # what is wrong, by file
         self._failed: list[str] = []  # what could not be made again
         self._notes: list[str] = []
         self._recomputed: list[int] = []
@@ -185,8 +186,8 @@ class _Check:
             for name, what in found.items():
                 yield f"{self._shard(name, tile)}: the shard of tile {tile} {what}."
 
-    def _shard(self, name: str, tile: int) -> Path:
-        return self._path / self._store.shard(name, self._plan[tile]).relative_to(self._empty)
+    def _shard(self, name: str, tile: int) -> Place:
+        return self._path / ARRAYS[name] / self._store.key(name, self._plan[tile])
 
     # Checking
 
@@ -231,7 +232,7 @@ class _Check:
         data = _read(self._path, self._shard(name, tile), shards.most)
         return shards.decode(data, place, self._store.key(name, place))
 
-    def _check_metadata(self) -> dict[Path, str]:
+    def _check_metadata(self) -> dict[Place, str]:
         """A sentence for each metadata file that is not what the provenance implies."""
         found = {}
         for expected in sorted(self._empty.rglob("zarr.json")):
@@ -246,7 +247,7 @@ class _Check:
         """What is worth knowing of a store and no damage."""
         missing = len(self._plan) - int(self._done.sum())
         notes = [f"{missing} of {len(self._plan)} tiles are not done."] if missing else []
-        uncommitted, strays, first = 0, 0, Path()
+        uncommitted, strays, first = 0, 0, self._path
         for path, tile in self._files():
             if tile is None:
                 strays, first = strays + 1, first if strays else path
@@ -261,18 +262,16 @@ class _Check:
             notes.append(f"{strays} files among the shards are none of ours, as {str(first)!r}.")
         return notes
 
-    def _files(self) -> Iterator[tuple[Path, int | None]]:
+    def _files(self) -> Iterator[tuple[Place, int | None]]:
         """Every file in the folders of the arrays, and the tile whose shard it is, if it is one."""
         for name in self._outputs:
             top = self._path / ARRAYS[name]
-            for folder, _, files in os.walk(top):
-                for file in files:
-                    path = Path(folder, file)
-                    if path != top / "zarr.json":
-                        yield path, self._tile_of(name, path)
+            for path in files_below(top):
+                if path != top / "zarr.json":
+                    yield path, self._tile_of(name, path)
 
-    def _tile_of(self, name: str, path: Path) -> int | None:
-        place = path.parts[-3:]
+    def _tile_of(self, name: str, path: Place) -> int | None:
+        place = str(path).split("/")[-3:]
         if not all(part.isascii() and part.isdigit() and len(part) < 20 for part in place):
             return None
         at, counts = tuple(map(int, place)), self._plan.counts
@@ -383,10 +382,10 @@ class _Check:
                 elif self._check_tile(receipt.tile):
                     self._repaired.append(receipt.tile)
 
-    def _write_metadata(self, path: Path) -> None:
+    def _write_metadata(self, path: Place) -> None:
         try:
             _refuse_link(self._path, path.parent)
-            expected = self._empty / path.relative_to(self._path)
+            expected = self._empty / str(path)[len(str(self._path)) + 1 :]
             write_whole(path, expected.read_bytes(), self._path / PRIVATE)
         except (OSError, RunError) as error:
             self._failed.append(f"{path}: cannot be repaired: {error}.")
@@ -418,19 +417,20 @@ class _Again:
         self.read, self.predict, self.write = worker.read, worker.predict, use
 
 
-def _read(store: Path, path: Path, most: int = 1 << 26) -> bytes:
+def _read(store: Place, path: Place, most: int = 1 << 26) -> bytes:
     """The bytes of a file of a store.
 
     Raises:
         DamageError: if it is none, cannot be read or has more bytes than it can have.
     """
     try:
-        _refuse_link(store, path)
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode):
-            raise DamageError(f"is a {'folder' if path.is_dir() else 'special file'}, not a file")
-        if status.st_size > most:
-            raise DamageError(f"is damaged: it has {status.st_size} bytes, {most} at most are due")
+        if isinstance(path, Path):
+            _refuse_link(store, path)
+            if not stat.S_ISREG(path.lstat().st_mode):
+                what = "folder" if path.is_dir() else "special file"
+                raise DamageError(f"is a {what}, not a file")
+        if (size := stat_of(path).size) > most:
+            raise DamageError(f"is damaged: it has {size} bytes, {most} at most are due")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise DamageError("is missing") from error
@@ -438,8 +438,10 @@ def _read(store: Path, path: Path, most: int = 1 << 26) -> bytes:
         raise DamageError(f"cannot be read ({error.strerror})") from error
 
 
-def _refuse_link(store: Path, path: Path) -> None:
+def _refuse_link(store: Place, path: Place) -> None:
     """Refuses what lies behind a symbolic link inside a store: it may lead anywhere."""
+    if isinstance(path, ObjectPath) or isinstance(store, ObjectPath):
+        return
     if Path(os.path.realpath(path)) != Path(os.path.realpath(store), path.relative_to(store)):
         raise DamageError("lies behind a symbolic link")
 
@@ -455,13 +457,13 @@ def _compare_json(there: bytes, expected: bytes) -> None:
         raise DamageError(f"differs in {', '.join(map(repr, keys))} from what its store implies")
 
 
-def _provenance(path: Path) -> tuple[dict[str, Any], TilePlan]:
+def _provenance(path: Place) -> tuple[dict[str, Any], TilePlan]:
     """What a store says of itself, as far as it is needed here.
 
     Raises:
         DamageError: if that is damaged.
     """
-    if not (path / PRIVATE).is_dir():
+    if not has_private(path):
         raise DamageError(
             f"{path}: its folder {PRIVATE} is missing, so nothing says which tiles are done; copy "
             "the store with hidden files."
@@ -482,12 +484,12 @@ def _provenance(path: Path) -> tuple[dict[str, Any], TilePlan]:
         raise _damaged_provenance(path, error) from error
 
 
-def _damaged_provenance(path: Path, error: Exception) -> DamageError:
+def _damaged_provenance(path: Place, error: Exception) -> DamageError:
     what = "not readable" if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
     return DamageError(f"{path / 'zarr.json'}: its provenance is damaged ({what}).")
 
 
-def _committed(path: Path, plan: TilePlan) -> NDArray[np.bool_]:
+def _committed(path: Place, plan: TilePlan) -> NDArray[np.bool_]:
     try:
         return committed(path / LEDGER, len(plan))
     except Exception as error:  # a segment may hold anything
@@ -499,7 +501,7 @@ def _numbers(done: NDArray[np.bool_]) -> Iterator[int]:
     return (tile for tile in range(done.size) if done[tile])
 
 
-def _stored_voxel_size(path: Path) -> tuple[float, ...] | None:
+def _stored_voxel_size(path: Place) -> tuple[float, ...] | None:
     """The voxel size that the store's images tell, which its provenance does not; None if none."""
     for group in (path, path / "labels/classes"):
         try:

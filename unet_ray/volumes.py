@@ -14,19 +14,20 @@ import os
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import PurePath
 from typing import Any, ClassVar
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngImageFile
 
 from unet_ray.boxes import Box
 from unet_ray.errors import InputError, RunError, nearest
+from unet_ray.places import ObjectPath, Where, open_array, place_of, stat_of, unusable
 from unet_ray.tiff import MICROMETRES, Sizes, TiffImage, open_tiff, reason
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -135,9 +136,9 @@ class Volume(ABC):
         files; the other 16 storage units at most, evenly spread, of at most 1 MiB each.
         """
         files = sorted(self._files())
-        stats = [os.stat(name) for name in files]
+        stats = [stat_of(place_of(name)) for name in files]
         listed = [
-            f"{os.path.basename(name)} {stat.st_size} {stat.st_mtime_ns}\n"
+            f"{os.path.basename(name)} {stat.size} {stat.modified_ns}\n"
             for name, stat in zip(files, stats, strict=True)
         ]
         return {
@@ -145,8 +146,8 @@ class Volume(ABC):
             "kind": self.kind,
             "shape": list(self.shape),
             "dtype": str(self.dtype),
-            "bytes": sum(stat.st_size for stat in stats),
-            "modified_ns": max(stat.st_mtime_ns for stat in stats),
+            "bytes": sum(stat.size for stat in stats),
+            "modified_ns": max(stat.modified_ns for stat in stats),
             "files_sha256": hashlib.sha256("".join(listed).encode()).hexdigest(),
             "sampled_sha256": self._sampled_hash(),
         }
@@ -379,7 +380,7 @@ class _Zarr(Volume):
             ) from error
         self._folder = image.folder
         try:
-            array = zarr.open_array(image.folder, mode="r")
+            array = open_array(place_of(image.folder))
         except Exception as error:  # zarr fails in many ways on damaged metadata
             raise InputError(
                 f"{image.folder} cannot be opened as Zarr: {reason(error)}."
@@ -412,14 +413,17 @@ class _Zarr(Volume):
     def _files(self) -> list[str]:
         folders = dict.fromkeys((self.path, self._folder))
         names = [os.path.join(folder, name) for folder in folders for name in _ZARR]
-        return [name for name in names if os.path.exists(name)]
+        return [name for name in names if place_of(name).is_file()]
 
 
 def _refuse_cut_chunks(array: Any, folder: str, window: Sequence[slice]) -> None:
     """Refuses chunk files that zarr would misread without an error.
 
-    An empty shard is read as a blank one, and Blosc reads past the end of a truncated chunk.
+    An empty shard is read as a blank one, and Blosc reads past the end of a truncated chunk. In an
+    object store, which puts objects whole, it would take a request per chunk, and is left out.
     """
+    if isinstance(place_of(folder), ObjectPath):
+        return
     last = type(array.compressors[-1]).__name__ if array.compressors and not array.shards else ""
     extents = array.shards or array.chunks
     ranges = [range(s.start // n, -(-s.stop // n)) for s, n in zip(window, extents, strict=True)]
@@ -456,16 +460,28 @@ def _zarr_image(path: str, level: int) -> _ZarrImage:
     attributes = node.get("attributes", {})
     attributes = attributes.get("ome", attributes)
     if "multiscales" not in attributes:
-        inside = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())[:5]
-        raise InputError(f"{path} is a Zarr group without an image: open one of {inside} in it.")
+        inside = (
+            ""
+            if "://" in path
+            else f" of {sorted(e.name for e in os.scandir(path) if e.is_dir())[:5]}"
+        )
+        raise InputError(f"{path} is a Zarr group without an image: open one{inside} in it.")
     return _multiscale(path, attributes, level)
+
+
+def _groups(path: str) -> Iterator[PurePath]:
+    """Names of what lies right below a group."""
+    if isinstance(place := place_of(path), ObjectPath):
+        yield from (PurePath(each.key).relative_to(place.key) for each in place.below())
+    else:
+        yield from (PurePath(entry.name) for entry in os.scandir(path) if entry.is_dir())
 
 
 def _zarr_v2(path: str) -> dict[str, Any]:
     """The metadata of a Zarr v2 array or group, in the words of v3."""
     attributes = _json(path, ".zattrs")
     found: dict[str, Any] = {"attributes": attributes}
-    if os.path.exists(os.path.join(path, ".zarray")):
+    if place_of(os.path.join(path, ".zarray")).is_file():
         found["node_type"] = "array"
         found["dimension_names"] = attributes.get("_ARRAY_DIMENSIONS")
     return found
@@ -475,8 +491,7 @@ def _json(folder: str, name: str) -> dict[str, Any]:
     """An object in a metadata file; empty where there is no such file."""
     path = os.path.join(folder, name)
     try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+        found = json.loads(place_of(path).read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -578,6 +593,16 @@ def _open(path: str, choice: _Choice) -> Volume:
 
 def _kind(path: str) -> type[Volume]:
     """Which class reads a path, by what is there."""
+    if isinstance(place := place_of(path), ObjectPath):
+        try:
+            if any((place / name).is_file() for name in _ZARR):
+                return _Zarr
+        except OSError as error:
+            raise InputError(unusable(place, error)) from error
+        raise InputError(
+            f"{path} is no Zarr array or OME-Zarr image; of an object store only these are read: "
+            "copy anything else to a disk."
+        )
     if os.path.isdir(path):
         return _Zarr if any(os.path.exists(os.path.join(path, name)) for name in _ZARR) else _Folder
     try:
@@ -602,7 +627,7 @@ def _kind(path: str) -> type[Volume]:
 
 
 def open_volume(
-    url: str | os.PathLike[str],
+    url: Where,
     *,
     channel: int | None = None,
     time: int | None = None,
@@ -611,7 +636,8 @@ def open_volume(
     """Opens a TIFF or PNG file, a folder of slices, a Zarr array or an OME-Zarr image.
 
     Args:
-        url: local path. Of several images in one file or group the first is taken.
+        url: path, or URL of a Zarr array or OME-Zarr image in an object store. Of several images in
+            one file or group the first is taken.
         channel: the one channel to read, from 0; all by default. RGB samples are channels.
         time: the time point to read, from 0; needed where there are several.
         level: of the resolutions of an OME-Zarr image, 0 being the finest.
@@ -619,7 +645,4 @@ def open_volume(
     Raises:
         InputError: if the path, the file or the choice is at fault.
     """
-    path = os.fspath(url)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
-        raise InputError(f"{path} is not a local path: copy or mount it and name it without '://'.")
-    return _open(os.path.abspath(path), _Choice(channel, time, level))
+    return _open(str(place_of(url)), _Choice(channel, time, level))

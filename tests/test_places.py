@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from unet_ray.files import remove_partial, write_whole
+from unet_ray.places import remove_partial, write_whole
 
 
 def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):

@@ -1,0 +1,183 @@
+"""A small object store that speaks S3, with conditional puts, and faults on demand."""
+
+import hashlib
+import re
+import threading
+from collections import Counter
+from contextlib import contextmanager
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from time import time
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+import pytest
+
+
+class Bucket:
+    """What the store holds, and how it behaves.
+
+    Attributes:
+        objects: data, tag and time of each key.
+        deaf: ignores the conditions of puts.
+        denied: refuses puts of keys that fit this pattern.
+        lost: puts whose answer is lost (the client sees an error, and tries again), yet to come.
+        puts: how often each key was written.
+    """
+
+    def __init__(self):
+        self.objects, self.deaf, self.denied, self.lost = {}, False, None, 0
+        self.lock, self.puts = threading.Lock(), Counter()
+
+    def put(self, key, data, match, none_match):
+        """The status of a put, and the tag."""
+        with self.lock:
+            held = self.objects.get(key)
+            if self.denied and re.search(self.denied, key):
+                return 403, ""
+            if not self.deaf:
+                if none_match == "*" and held:
+                    return 412, ""
+                if match and not held:
+                    return 404, ""
+                if match and match != held[1]:
+                    return 412, ""
+            self.puts[key] += 1
+            tag = f'"{hashlib.md5(data).hexdigest()}-{self.puts[key]}"'
+            self.objects[key] = data, tag, time()
+            if self.lost:
+                self.lost -= 1
+                return 500, ""
+            return 200, tag
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    @property
+    def key(self):
+        return unquote(urlsplit(self.path).path).partition("/")[2].partition("/")[2]
+
+    @property
+    def query(self):
+        return parse_qs(urlsplit(self.path).query, keep_blank_values=True)
+
+    def answer(self, status, body=b"", **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        if self.command != "HEAD" or "Content_Length" not in headers:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def body(self):
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def do_PUT(self):
+        data = self.body()
+        match, none = self.headers.get("If-Match"), self.headers.get("If-None-Match")
+        status, tag = self.server.bucket.put(self.key, data, match, none)
+        self.answer(status, b"" if status == 200 else b"<Error/>", **({"ETag": tag} if tag else {}))
+
+    def do_GET(self):
+        if "list-type" in self.query:
+            self.list()
+            return
+        held = self.server.bucket.objects.get(self.key)
+        if not held:
+            self.answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
+            return
+        data, tag, when = held
+        headers = {"ETag": tag, "Last_Modified": formatdate(when, usegmt=True)}
+        if part := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
+            start = int(part[1]) if part[1] else len(data) - int(part[2])
+            stop = int(part[2]) + 1 if part[1] and part[2] else len(data)
+            headers["Content_Range"] = f"bytes {start}-{min(stop, len(data)) - 1}/{len(data)}"
+            self.answer(206, data[start:stop], **headers)
+        elif self.command == "HEAD":
+            self.answer(200, Content_Length=str(len(data)), **headers)
+        else:
+            self.answer(200, data, **headers)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def list(self):
+        prefix, after = (self.query.get(name, [""])[0] for name in ("prefix", "continuation-token"))
+        keys = sorted(key for key in [*self.server.bucket.objects] if key.startswith(prefix))
+        page = [key for key in keys if key > after][:7]  # short pages
+        more = bool(page) and page[-1] != keys[-1]
+        parts = []
+        for key in page:
+            data, tag, when = self.server.bucket.objects[key]
+            parts.append(
+                f"<Contents><Key>{escape(key)}</Key><Size>{len(data)}</Size><ETag>{escape(tag)}"
+                f"</ETag><LastModified>{_iso(when)}</LastModified></Contents>"
+            )
+        token = f"<NextContinuationToken>{escape(page[-1])}</NextContinuationToken>" if more else ""
+        body = (
+            '<?xml version="1.0" encoding="UTF-8"?><ListBucketResult>'
+            f"<IsTruncated>{str(more).lower()}</IsTruncated>{token}{''.join(parts)}"
+            "</ListBucketResult>"
+        )
+        self.answer(200, body.encode(), Content_Type="application/xml")
+
+    def do_DELETE(self):
+        self.server.bucket.objects.pop(self.key, None)
+        self.answer(204)
+
+    def do_POST(self):
+        keys = re.findall(r"<Key>(.*?)</Key>", self.body().decode())
+        for key in keys:
+            self.server.bucket.objects.pop(key, None)
+        gone = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in keys)
+        self.answer(200, f"<DeleteResult>{gone}</DeleteResult>".encode())
+
+
+def _iso(when):
+    from datetime import UTC, datetime
+
+    return (
+        datetime.fromtimestamp(when, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    )
+
+
+@contextmanager
+def serving():
+    """A bucket, and the environment of processes that use it."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads, server.bucket = True, Bucket()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nothing",
+        "AWS_REGION": "nowhere",
+    }
+    try:
+        yield server.bucket, environment
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An object store at s3://bucket, for this test alone."""
+    from unet_ray import places
+
+    with serving() as (bucket, environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(places._store, "cache_clear", places._store.cache_clear)
+        places._store.cache_clear()
+        bucket.environment = environment
+        yield bucket
+        places._store.cache_clear()
