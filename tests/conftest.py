@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.s3 import bucket  # noqa: F401, a fixture
+
 # Ray reads these when it is imported, and its workers inherit them: no test file comes before.
 os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",

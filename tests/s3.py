@@ -176,7 +176,6 @@ def bucket(monkeypatch):
     with serving() as (bucket, environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(places._store, "cache_clear", places._store.cache_clear)
         places._store.cache_clear()
         bucket.environment = environment
         yield bucket

@@ -1,10 +1,26 @@
-"""Files that are there whole or not at all."""
+"""Files and objects that are there whole or not at all."""
 
 import os
+import pickle
+import re
+import sys
+import time
+import uuid
+from pathlib import Path, PurePath
 
 import pytest
 
-from unet_ray.places import remove_partial, write_whole
+from unet_ray.errors import InputError
+from unet_ray.places import (
+    ObjectPath,
+    append,
+    files_below,
+    place_of,
+    remove_partial,
+    remove_tree,
+    stat_of,
+    write_whole,
+)
 
 
 def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):
@@ -32,3 +48,86 @@ def test_what_a_kill_left_is_removed(tmp_path):
     (tmp_path / "a").write_bytes(b"whole")
     remove_partial(tmp_path)
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+# Names in object stores
+
+
+def test_a_name_in_a_bucket_has_the_parts_of_a_path():
+    place = place_of("s3://bucket/lab//out.zarr/")
+    assert place == ObjectPath("s3://bucket", "lab/out.zarr")
+    assert str(place / "0" / PurePath("c/1.x")) == "s3://bucket/lab/out.zarr/0/c/1.x"
+    assert (place.name, place.stem, place.suffix) == ("out.zarr", "out", ".zarr")
+    assert str(place.parent) == "s3://bucket/lab"
+    assert place.with_name("b") == place.parent / "b"
+    assert place_of(place) is place and pickle.loads(pickle.dumps(place)) == place
+    assert place_of("S3://bucket/a") == place_of("s3://bucket/a")
+
+
+def test_a_path_is_a_path_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert place_of("a:b/c") == tmp_path / "a:b" / "c"
+    assert place_of(Path("x/../y")) == tmp_path / "y"
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("https://server/a", "https:// is not an object store that is known"),
+        ("s4://bucket/a", "did you mean 's3'"),
+        ("s3://bucket", "is no name in a bucket; write s3://BUCKET/NAME"),
+        ("s3://bucket//", "is no name in a bucket"),
+        ("s3:///a", "is no name in a bucket"),
+        ("s3://bucket/a/../../b", "is no name in a bucket"),
+    ],
+)
+def test_what_is_no_name_in_a_bucket_is_refused(url, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        place_of(url)
+
+
+def test_object_stores_need_their_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(InputError, match=r"pip install 'unet-ray\[cloud\]'"):
+        place_of("s3://bucket/a").exists()
+
+
+@pytest.fixture
+def memory():
+    """A place in an object store of this test alone."""
+    return place_of(f"memory://{uuid.uuid4().hex}/a")
+
+
+def test_objects_are_written_read_listed_and_removed(memory):
+    assert not memory.exists() and list(memory.below()) == []
+    for name in ("b", "b/c", "b/d.x", "e"):
+        write_whole(memory / name, name.encode())
+    append(memory / "e", b"!")
+    append(memory / "new", b"?")
+    assert (memory / "e").read_text() == "e!" and (memory / "new").read_bytes() == b"?"
+    assert memory.is_dir() and not memory.is_file() and (memory / "b").is_file()
+    assert [str(p)[len(str(memory)) :] for p in memory.below()] == [
+        "/b", "/b/c", "/b/d.x", "/e", "/new"
+    ]  # fmt: skip
+    assert [p.name for p in memory.glob("[a-d]*")] == ["b"]
+    assert [p.name for p in files_below(memory / "b")] == ["c", "d.x"]
+    assert stat_of(memory / "e").size == 2
+    (memory / "e").unlink()
+    (memory / "e").unlink()
+    remove_tree(memory / "b")
+    assert [p.name for p in memory.below()] == ["b", "new"]
+    remove_tree(memory / "b")
+    for ask in (ObjectPath.read_bytes, stat_of):
+        with pytest.raises(FileNotFoundError, match=re.escape(str(memory / "e"))):
+            ask(memory / "e")
+
+
+def test_a_conditional_put_is_refused_to_who_has_not_seen_the_last_content(memory):
+    first = memory.put_if(b"1", None)
+    assert first and memory.put_if(b"2", None) is None
+    second = memory.put_if(b"2", first)
+    assert second and memory.put_if(b"3", first) is None
+    held = memory.held()
+    assert (held.data, held.tag) == (b"2", second) and abs(held.modified - time.time()) < 60
+    memory.unlink()
+    assert memory.put_if(b"4", second) is None and not memory.exists()

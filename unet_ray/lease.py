@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from unet_ray.errors import InputError, RunError
-from unet_ray.places import Held, ObjectPath, Place, try_lock, write_whole
+from unet_ray.places import Held, ObjectPath, Place, try_lock, unusable, write_whole
 
 HEARTBEAT_SECONDS = 15.0
 SILENT_SECONDS = 90.0
@@ -128,7 +128,7 @@ class Lease:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if isinstance(self._folder, ObjectPath):
-                _refuse_unconditional(self._folder)
+                refuse_unconditional(self._folder)
             line = self._take()
         except OSError as error:
             raise InputError(
@@ -289,28 +289,36 @@ class _SwapObject:
         return self._path.put_if(data, tag) is not None
 
 
-def _refuse_unconditional(folder: ObjectPath) -> None:
+def refuse_unconditional(folder: ObjectPath) -> None:
     """Refuses a store that lets everybody write whatever the condition.
 
     Raises:
-        InputError: if it does so, or knows no conditions.
+        InputError: if it does so, knows no conditions, or cannot be used at all.
     """
     probe = folder / f"probe-{uuid.uuid4().hex}"
     try:
-        tag = probe.put_if(b"1", None)
-        # A store that ignores conditions overwrites; one that honours them says no.
-        deaf = probe.put_if(b"2", None) is not None
-        newer = probe.put_if(b"3", tag or "")
-        deaf = deaf or newer is None or newer == tag or probe.put_if(b"4", tag or "") is not None
-    except NotImplementedError:
-        deaf = True
-    finally:
-        probe.unlink()
+        deaf = _is_deaf(probe)
+    except OSError as error:
+        raise InputError(unusable(folder.parent, error)) from error
     if deaf:
         raise InputError(
             f"{folder.parent}: this object store does not honour conditional puts (If-None-Match "
             "and If-Match), so two runs could not be kept apart; use one that does, or a disk."
         )
+
+
+def _is_deaf(probe: ObjectPath) -> bool:
+    """Whether an object store writes whatever the condition."""
+    try:
+        tag = probe.put_if(b"1", None)
+        if not tag or probe.put_if(b"2", None):
+            return True
+        newer = probe.put_if(b"3", tag)
+        return not newer or newer == tag or bool(probe.put_if(b"4", tag))
+    except NotImplementedError:
+        return True
+    finally:
+        probe.unlink()
 
 
 class _SwapFile:

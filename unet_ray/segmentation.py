@@ -31,11 +31,19 @@ from unet_ray.errors import (
 )
 from unet_ray.events import EventLog
 from unet_ray.intensity import Intensity, measure
-from unet_ray.lease import Lease
+from unet_ray.lease import Lease, refuse_unconditional
 from unet_ray.ledger import Ledger, committed
 from unet_ray.memory import WorkerMemory, format_bytes, room
 from unet_ray.mirror import read_mirrored, reflect
-from unet_ray.places import Place, Where, place_of, remove_partial, remove_tree, unusable
+from unet_ray.places import (
+    ObjectPath,
+    Place,
+    Where,
+    place_of,
+    remove_partial,
+    remove_tree,
+    unusable,
+)
 from unet_ray.planning import (
     Settings,
     checked_outputs,
@@ -326,7 +334,9 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
     """
     private = run.out / PRIVATE
     if not run.resumed:
-        if settings.overwrite and run.out.exists():
+        if isinstance(private, ObjectPath):
+            refuse_unconditional(private)  # before anything is written
+        if settings.overwrite and provenance_of(run.out):
             with Lease(private, settings.takeover):
                 delete_store(run.out)
         layout = StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)
