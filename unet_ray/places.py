@@ -330,7 +330,7 @@ def _obstore() -> Any:
         import obstore
     except ImportError as error:
         raise InputError(
-            "Object stores need a package that is not installed: pip install 'unet-ray[cloud]'."
+            "Object stores need a package that is not installed: pip install obstore."
         ) from error
     return obstore
 
