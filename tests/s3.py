@@ -20,13 +20,14 @@ class Bucket:
     Attributes:
         objects: data, tag and time of each key.
         deaf: ignores the conditions of puts.
+        full: takes no put of keys that fit this pattern.
         denied: refuses puts of keys that fit this pattern.
         lost: puts whose answer is lost (the client sees an error, and tries again), yet to come.
         puts: how often each key was written.
     """
 
     def __init__(self):
-        self.objects, self.deaf, self.denied, self.lost = {}, False, None, 0
+        self.objects, self.deaf, self.denied, self.full, self.lost = {}, False, None, None, 0
         self.lock, self.puts = threading.Lock(), Counter()
 
     def put(self, key, data, match, none_match):
@@ -35,6 +36,8 @@ class Bucket:
             held = self.objects.get(key)
             if self.denied and re.search(self.denied, key):
                 return 403, ""
+            if self.full and re.search(self.full, key):
+                return 507, ""
             if not self.deaf:
                 if none_match == "*" and held:
                     return 412, ""

@@ -161,13 +161,14 @@ def test_a_store_without_conditions_is_refused_before_anything_is_written(task, 
     assert bucket.objects == {}
 
 
-def test_a_store_that_denies_writing_ends_the_run_at_once(task, bucket):
+@pytest.mark.parametrize(("how", "words"), [("denied", "access denied"), ("full", "507")])
+def test_a_store_that_takes_nothing_more_ends_the_run_at_once(task, bucket, how, words):
     volume, model, whole = task
-    bucket.denied = "/0/c/0/1"
-    with pytest.raises(RunError, match=r"access denied .* tiles are done and stay"):
+    setattr(bucket, how, "/0/c/0/1")
+    with pytest.raises(RunError, match=rf"{words} .* tiles are done and stay"):
         segment(volume, model, OUT, dataclasses.replace(TILED, workers=1))
     assert len([e for e in read_events(place_of(OUT) / EVENTS) if e["event"] == "failed"]) == 1
-    bucket.denied = None
+    setattr(bucket, how, None)
     segment(volume, model, OUT, TILED)
     assert stored(bucket) == bytes_of(whole)
 
@@ -212,6 +213,21 @@ def test_a_creation_that_was_killed_is_no_hindrance(task, bucket):
     bucket.objects.update(kept)
     segment(volume, model, OUT, TILED)
     assert stored(bucket) == bytes_of(whole)
+
+
+@pytest.mark.parametrize("out", [OUT, "out.zarr"])
+def test_of_two_that_create_one_store_at_once_the_lease_chooses(
+    task, bucket, tmp_path, monkeypatch, out
+):
+    volume, model, _ = task
+    monkeypatch.chdir(tmp_path)
+    late = segmentation.prepare(volume, model, out, TILED)
+    early = segmentation.prepare(volume, model, out, TILED)
+    segmentation.execute(early, TILED, print)
+    assert segmentation.execute(late, TILED, print) == 0
+    other = dataclasses.replace(TILED, nan="zero")
+    with pytest.raises(InputError, match=r"another nan"):
+        segmentation.prepare(volume, model, out, other)
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "0/c/0/0/0/0", "zarr.json"])

@@ -78,7 +78,10 @@ def test_a_path_is_a_path_made_absolute(tmp_path, monkeypatch):
         ("s3://bucket", "is no name in a bucket; write s3://BUCKET/NAME"),
         ("s3://bucket//", "is no name in a bucket"),
         ("s3:///a", "is no name in a bucket"),
-        ("s3://bucket/a/../../b", "is no name in a bucket"),
+        ("s3://bucket/a/../../b", "has no part '.' or '..'"),
+        ("s3://bucket/./b", "has no part '.' or '..'"),
+        ("s3://bucket/a\\b", "no backslash"),
+        ("s3://bucket/a\nb", "no control character"),
     ],
 )
 def test_what_is_no_name_in_a_bucket_is_refused(url, words):

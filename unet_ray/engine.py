@@ -231,6 +231,9 @@ class _SideBySide:
         try:
             while self._hand_out():
                 yield from self._await()
+        except KeyboardInterrupt:
+            self._busy.clear()  # who interrupts does not wait
+            raise
         finally:
             while self._busy:  # what is under way may still write
                 for _ in self._await():

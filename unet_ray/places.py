@@ -26,7 +26,9 @@ from typing import Any
 from unet_ray.errors import InputError, nearest
 
 SCHEMES = ("s3", "gs", "az", "memory")  # memory: of this process alone, for tests
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://([^/]*)/*(.*?)/*")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://([^/]*)/*(.*?)/*", re.DOTALL)
+# How object stores say that they hold no more; they have no code for it in common.
+_FULL = re.compile(r"\b507\b|quota|StorageFull|InsufficientStorage", re.IGNORECASE)
 
 
 @dataclass(frozen=True, order=True)
@@ -204,8 +206,13 @@ def place_of(name: Where) -> Place:
             f"{name}: {scheme}:// is not an object store that is known{nearest(scheme, SCHEMES)}; "
             "use s3://, gs:// or az://, or a path."
         )
-    if not key or not (bucket or scheme == "memory") or ".." in key.split("/"):
+    if not key or not (bucket or scheme == "memory"):
         raise InputError(f"{name}: is no name in a bucket; write {scheme}://BUCKET/NAME.")
+    if {".", ".."} & {*key.split("/")} or "\\" in key or not key.isprintable():
+        raise InputError(
+            f"{str(name)!r}: a name in a bucket has no part '.' or '..', no backslash and no "
+            "control character; choose another."
+        )
     return ObjectPath(f"{scheme}://{bucket}", re.sub("/+", "/", key))
 
 
@@ -364,7 +371,8 @@ def _told_as_os_errors(path: ObjectPath, writing: bool = False) -> Iterator[None
     except exceptions.NotSupportedError as error:
         raise NotImplementedError(_line(error)) from error
     except exceptions.BaseError as error:
-        raise OSError(errno.EIO, _line(error), str(path)) from error
+        number = errno.ENOSPC if writing and _FULL.search(str(error)) else errno.EIO
+        raise OSError(number, _line(error), str(path)) from error
 
 
 def unusable(path: Place, error: OSError) -> str:

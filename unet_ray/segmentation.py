@@ -339,8 +339,7 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
         if settings.overwrite and provenance_of(run.out):
             with Lease(private, settings.takeover):
                 delete_store(run.out)
-        layout = StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)
-        create_store(run.out, layout, run.provenance)
+        _create(run)
     region = settings.region or Box.of(run.plan.shape)
     if _done(run.plan, region, committed(run.out / LEDGER, len(run.plan))).all():
         return 0  # a finished store is not touched at all
@@ -367,6 +366,16 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
             f"{format_bytes(run.memory.total)} each, {format_bytes(room())} could be had: give "
             "fewer --workers, or use a machine with more."
         ) from error
+
+
+def _create(run: Segmentation) -> None:
+    layout = StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)
+    try:
+        create_store(run.out, layout, run.provenance)
+    except InputError:
+        # The same command may have made it since; the lease decides which of the two goes on.
+        if provenance_of(run.out) != run.provenance:
+            raise
 
 
 def _done(plan: TilePlan, region: Box, bits: NDArray[np.bool_]) -> NDArray[np.bool_]:

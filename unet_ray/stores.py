@@ -100,8 +100,9 @@ def _create_objects(path: ObjectPath, layout: StoreLayout, provenance: Mapping[s
             PurePath(file.relative_to(whole)): file.read_bytes()
             for file in whole.rglob("zarr.json")
         }
-    # Of a creation that was killed there may be some of these.
-    if any(PurePath(each.key).relative_to(path.key) not in files for each in path.below()):
+    # Of a creation that was killed, or of another that goes on now, there may be some of these.
+    names = (PurePath(each.key).relative_to(path.key) for each in path.below())
+    if any(name not in files and name.parts[0] != PRIVATE for name in names):
         raise InputError(_exists(path))
     root = PurePath("zarr.json")
     for name in [name for name in files if name != root]:
