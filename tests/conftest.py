@@ -49,3 +49,14 @@ def local_ray():
     )
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory):
+    """A volume, a model, and the store of an undisturbed run of 24 tiles: not to be changed."""
+    from tests.test_segmentation import TILED, noise, random_model, segment, write_stack
+
+    folder = tmp_path_factory.mktemp("task")
+    volume = write_stack(folder / "volume.tif", noise((3, 61, 75)))
+    model = random_model(folder / "model.safetensors")
+    return volume, model, segment(volume, model, folder / "whole.zarr", TILED)

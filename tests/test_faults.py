@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zarr
 
-from tests.test_segmentation import FLOAT32, TILED, bytes_of, noise, random_model, write_stack
+from tests.test_segmentation import FLOAT32, TILED, bytes_of, noise, write_stack
 from unet_ray import engine, segmentation
 from unet_ray import ledger as ledgers
 from unet_ray.attempts import Deadline, Stage
@@ -22,15 +22,6 @@ from unet_ray.segmentation import segment
 from unet_ray.stores import ARRAYS, EVENTS, LEDGER, Store
 
 TILES = 24
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    """A volume, a model, and the store of an undisturbed run: (volume, model, whole)."""
-    folder = tmp_path_factory.mktemp("faults")
-    volume = write_stack(folder / "volume.tif", noise((3, 61, 75)))
-    model = random_model(folder / "model.safetensors")
-    return volume, model, segment(volume, model, folder / "whole.zarr", TILED)
 
 
 @pytest.fixture

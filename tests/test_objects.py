@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import zarr
 
-from tests.test_segmentation import TILED, bytes_of, noise, random_model, write_stack
+from tests.test_segmentation import TILED, bytes_of, noise, write_stack
 from unet_ray import segmentation
 from unet_ray.errors import InputError, QuarantinedError, RunError
 from unet_ray.evaluation import evaluate
@@ -29,15 +29,6 @@ from unet_ray.volumes import open_volume
 ROOT = Path(__file__).parent.parent
 OUT = "s3://bucket/lab/out.zarr"
 TILES = 24
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    """A volume, a model, and the store of an undisturbed run on a disk: (volume, model, whole)."""
-    folder = tmp_path_factory.mktemp("objects")
-    volume = write_stack(folder / "volume.tif", noise((3, 61, 75)))
-    model = random_model(folder / "model.safetensors")
-    return volume, model, segment(volume, model, folder / "whole.zarr", TILED)
 
 
 def stored(bucket, out=OUT):

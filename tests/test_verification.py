@@ -41,15 +41,6 @@ SHARDS = 2 * TILES
 NEAR = Context((0, 4, 4), (0, 4, 4), (1, 4, 4))
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    """A volume, a model, and the store of an undisturbed run: (volume, model, whole)."""
-    folder = tmp_path_factory.mktemp("verification")
-    volume = write_stack(folder / "volume.tif", noise((3, 61, 75)))
-    model = random_model(folder / "model.safetensors")
-    return volume, model, segment(volume, model, folder / "whole.zarr", TILED)
-
-
 @pytest.fixture
 def store(task, tmp_path):
     """A copy of that store, to be damaged."""
