@@ -176,3 +176,45 @@ def test_a_sweep_of_kills_ends_in_the_same_bytes(task, engine, kinds):
     for each in begun:
         for pid in session(each.pid):
             os.kill(pid, signal.SIGKILL)
+
+
+LOST_MACHINE = """
+import sys
+import ray
+from ray.cluster_utils import Cluster
+from unet_ray.planning import Settings
+from unet_ray.segmentation import segment
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+lost, _ = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
+cluster.wait_for_nodes()
+ray.init(address=cluster.address, log_to_driver=False)
+killed = []
+
+
+def watch(progress):
+    if progress.done >= 20 and not killed:
+        killed.append(progress.done)
+        lost.kill_raylet()
+
+
+settings = Settings(precision="float32", tile=(1, 64, 32), engine="ray", workers=3)
+segment("volume.tif", "model.safetensors", sys.argv[1], settings, watch)
+print("killed after", killed[0], "CPUs left", int(ray.cluster_resources()["CPU"]))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_lost_machine_changes_no_byte(task, tmp_path):
+    """Three machines in one: the raylet of one is killed, and its worker with it."""
+    ran = subprocess.run(
+        [sys.executable, "-c", LOST_MACHINE, tmp_path / "out.zarr"],
+        cwd=task,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=2 * SECONDS,
+    )
+    assert "CPUs left 2" in ran.stdout, ran.stderr
+    assert bytes_of(tmp_path / "out.zarr") == bytes_of(task / "whole.zarr")
