@@ -795,7 +795,7 @@ def test_damage_is_named(folder):
             path.write_bytes(data)
     with pytest.raises(
         RunError,
-        match=r"labels/classes/0/c/0/0/0: classes .* cannot be read .* or missing; delete",
+        match=r"labels/classes/0/c/0/0/0: classes .* cannot be read .* or missing: repair",
     ):
         write_report(folder / "out.zarr")
     assert not (folder / "out.report.html").exists()

@@ -70,8 +70,7 @@ class Result:
         except DAMAGE as error:
             raise RunError(
                 f"{self._damaged(output, box)}: {output} at {box} cannot be read ({error}); the "
-                "file is damaged or missing; delete the store's folder or give segment --overwrite "
-                "to make it anew."
+                "file is damaged or missing: repair it with `unet-ray verify --repair`."
             ) from error
         return voxels
 

@@ -297,7 +297,7 @@ class Store:
         if not shard.is_file():
             raise RunError(
                 f"{shard}: is missing, though tile {tile.index} was finished; copy the store "
-                "again, or make it anew with segment --overwrite."
+                "again, or repair it with `unet-ray verify --repair`."
             )
 
     def metadata(self, name: str) -> bytes:
