@@ -26,6 +26,8 @@ PROCESS_BYTES = {"local": 165 << 20, "ray": 250 << 20}
 # buffers of different sizes, and a fixed part for the convolution library's own code and scratch.
 KEPT = 1.65
 SCRATCH_BYTES = 96 << 20
+# Results of constant passes that are kept: empty background is one value, seldom two.
+CONSTANTS = 2
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{u}i": 1 << 10 * k for k, u in enumerate("kmgt", start=1)}
@@ -128,7 +130,7 @@ class WorkerMemory:
         process: the interpreter with its libraries.
         load: peak while the model is loaded: file, network and folded network beside each other.
         weights: of the network that predicts.
-        tile: voxels read and values to be written.
+        tile: voxels read and values to be written, with the constant passes that are kept.
         forward: peak of one pass.
     """
 
@@ -167,13 +169,14 @@ def worker_bytes(
     """
     read = math.prod(plan.read_shape) * voxel_bytes
     write = math.prod(plan.core) * outputs
+    constants = CONSTANTS * math.prod(plan.passes) * outputs
     forward = pass_bytes(net, (plan.pass_shape[0], plan.pass_shape[1], plan.pass_shape[2]))
     return WorkerMemory(
         # The larger of the two, or a plan would depend on the engine.
         process=PROCESS_BYTES["ray"],
         load=net.weights * (3 * 4 + net.itemsize),
         weights=net.weights * net.itemsize,
-        tile=read + write,
+        tile=read + write + constants,
         # While a tile is read or written no pass runs; mirroring and encoding need a copy.
         forward=max(forward, write, read, decoded),
     )

@@ -6,6 +6,7 @@ voxels come from or where results go.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Literal, cast
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from unet_ray.boxes import Box
 from unet_ray.errors import RunError
 from unet_ray.intensity import Intensity
-from unet_ray.memory import keep_freed_memory
+from unet_ray.memory import CONSTANTS, keep_freed_memory
 from unet_ray.network import UNet
 from unet_ray.tiles import Tile, TilePlan
 
@@ -71,6 +72,8 @@ class Predictor:
         torch.backends.cudnn.allow_tf32 = False
         self._plan, self._intensity, self._tta = plan, intensity, tta
         self._classes = network.classes
+        self._constants: dict[tuple[bytes, tuple[str, ...]], dict[str, NDArray[np.uint8]]] = {}
+        self._lock = threading.Lock()
         self._device = torch.device(device)
         self._dtype = getattr(torch, precision)
         self._network = (
@@ -99,28 +102,55 @@ class Predictor:
             "classes": self._plan.core,
         }
         results = {name: np.zeros(shapes[name], np.uint8) for name in outputs}
-        with torch.inference_mode():
-            for part in self._plan.pass_boxes(tile):
-                # The network returns a little more than the core: sizes come in steps.
-                inside = (..., slice(part.shape[-2]), slice(part.shape[-1]))
-                image = self._image(part, voxels)
-                if self._tta:
-                    scores = shares = self._averaged(image, tile)[inside]
-                else:
-                    scores = self._scores(image, tile)[inside]
-                    shares = scores.softmax(dim=1)
-                if "probabilities" in outputs:
-                    probabilities = shares[:, 1:].mul(255).round_().byte()
-                    where = results["probabilities"][(slice(None), *part.slices)]
-                    where[...] = probabilities.transpose(0, 1).cpu().numpy()
-                if "classes" in outputs:
-                    results["classes"][part.slices] = scores.argmax(dim=1).byte().cpu().numpy()
+        for part in self._plan.pass_boxes(tile):
+            stop = (a + n for a, n in zip(part.start, self._plan.pass_shape, strict=True))
+            seen = voxels[(slice(None), *Box(part.start, tuple(stop)).slices)]
+            for name, values in self._pass(seen, tile, tuple(outputs)).items():
+                z, y, x = part.slices
+                results[name][..., z, y, x] = values
         return results
 
-    def _image(self, part: Box, voxels: NDArray[np.generic]) -> torch.Tensor:
+    def _pass(
+        self, seen: NDArray[np.generic], tile: Tile, outputs: tuple[str, ...]
+    ) -> dict[str, NDArray[np.uint8]]:
+        """What one pass gives, ``(..., *passes)``; of voxels that are all the same, from memory.
+
+        All passes have one shape, so the same voxels give the same bytes.
+        """
+        value = _constant(seen)
+        if value is None:
+            return self._forward(seen, tile, outputs)
+        with self._lock:  # or two threads would compute the same
+            key = value, outputs
+            if key not in self._constants:
+                if len(self._constants) == CONSTANTS:
+                    del self._constants[next(iter(self._constants))]
+                self._constants[key] = self._forward(seen, tile, outputs)
+            return self._constants[key]
+
+    def _forward(
+        self, seen: NDArray[np.generic], tile: Tile, outputs: tuple[str, ...]
+    ) -> dict[str, NDArray[np.uint8]]:
+        # The network returns a little more than the core: sizes come in steps.
+        inside = (..., slice(self._plan.passes[-2]), slice(self._plan.passes[-1]))
+        results = {}
+        with torch.inference_mode():
+            image = self._image(seen)
+            if self._tta:
+                scores = shares = self._averaged(image, tile)[inside]
+            else:
+                scores = self._scores(image, tile)[inside]
+                shares = scores.softmax(dim=1)
+            if "probabilities" in outputs:
+                probabilities = shares[:, 1:].mul(255).round_().byte()
+                results["probabilities"] = probabilities.transpose(0, 1).cpu().numpy()
+            if "classes" in outputs:
+                results["classes"] = scores.argmax(dim=1).byte().cpu().numpy()
+        return results
+
+    def _image(self, seen: NDArray[np.generic]) -> torch.Tensor:
         """What one pass reads, normalised, ``(z, c, y, x)``."""
-        read = Box(part.start, tuple(a + n for a, n in zip(part.start, self._plan.pass_shape)))  # noqa: B905
-        image = self._intensity.normalise(voxels[(slice(None), *read.slices)])
+        image = self._intensity.normalise(seen)
         batch = torch.from_numpy(image).transpose(0, 1)
         if self._device.type == "cuda":
             batch = batch.pin_memory()
@@ -147,3 +177,13 @@ class Predictor:
                 back = (shares.flip(3) if mirrored else shares).rot90(-turns, (2, 3))
                 total = total + back
         return total / 8
+
+
+def _constant(seen: NDArray[np.generic]) -> bytes | None:
+    """The value of each channel if all its voxels are the same, bit for bit."""
+    bits = seen.view(f"u{seen.dtype.itemsize}") if seen.dtype.kind == "f" else seen
+    first = bits[:, :1, :1, :1]
+    # A look at one voxel tells nearly always that they are not.
+    if (first != bits[:, -1:, -1:, -1:]).any() or (first != bits).any():
+        return None
+    return first.tobytes()

@@ -1,0 +1,77 @@
+"""Passes of constant voxels: one for each value, with the bytes of all others."""
+
+import numpy as np
+import pytest
+import torch
+
+from unet_ray import prediction
+from unet_ray.intensity import Intensity
+from unet_ray.network import UNet
+from unet_ray.prediction import Predictor, _constant
+from unet_ray.tiles import TilePlan
+
+OUTPUTS = ("probabilities", "classes")
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    network = UNet(1, 3, 8, 2, "none", 0.0).eval()
+    network.head.weight.data.mul_(3)
+    return network
+
+
+def made(network, plan, volume, monkeypatch=None, tta=False):
+    """All tiles of a volume (z, y, x), and how many passes were computed."""
+    predictor = Predictor(network, plan, Intensity((9.0,), (30.0,)), "float32", "cpu", tta)
+    calls, forward = [], predictor._forward
+    predictor._forward = lambda *args: calls.append(1) or forward(*args)
+    results = []
+    for tile in plan:
+        before, after = plan.context.before, plan.context.after
+        padded = np.pad(volume, [*zip(before, after, strict=True)], mode="reflect")
+        seen = padded[tuple(slice(a + b, c + b) for a, b, c in zip(
+            tile.read.start, before, tile.read.stop, strict=True))]  # fmt: skip
+        results.append(predictor(tile, seen[None], OUTPUTS))
+    return results, len(calls)
+
+
+@pytest.mark.parametrize("tta", [False, True])
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_constant_passes_are_computed_once_for_each_value(network, monkeypatch, dtype, tta):
+    plan = TilePlan((2, 96, 192), (2, 96, 96), network.context, (1, 32, 32))
+    volume = np.zeros((2, 96, 192), dtype)
+    volume[1] = 7
+    volume[1, 90, 180] = 50
+    found, few = made(network, plan, volume, tta=tta)
+    monkeypatch.setattr(prediction, "_constant", lambda seen: None)
+    right, all_of_them = made(network, plan, volume, tta=tta)
+    assert all_of_them == 36 and 2 + 2 <= few < 2 + 9
+    for one, two in zip(found, right, strict=True):
+        for name in OUTPUTS:
+            np.testing.assert_array_equal(one[name], two[name])
+    # A pattern of the pooling, not one number: only whole passes may be taken from memory.
+    assert len(np.unique(right[0]["probabilities"][0, 0])) > 1
+
+
+def test_few_results_are_kept(network):
+    plan = TilePlan((6, 32, 32), (6, 32, 32), network.context, (1, 32, 32))
+    volume = np.repeat(np.array([1, 1, 2, 2, 3, 1], np.uint8), 32 * 32).reshape(6, 32, 32)
+    assert made(network, plan, volume)[1] == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "same"),
+    [
+        (np.zeros((2, 3, 4, 5), np.uint16), True),
+        (np.array([1, 2], np.uint8)[:, None, None, None] * np.ones((2, 3, 4, 5), np.uint8), True),
+        (np.array([0.0, 1, 0], np.float32).reshape(1, 1, 1, 3), False),
+        (np.array([0.0, -0.0], np.float32).reshape(1, 1, 1, 2), False),
+        (np.full((1, 2, 2, 2), np.nan, np.float64), True),
+    ],
+)
+def test_constant_means_the_same_bits_in_each_channel(values, same):
+    assert (_constant(values) is not None) == same
+    assert (_constant(values[..., ::2, ::-1]) is not None) == same
+    if same and values.shape[0] == 2 and values.max():
+        assert _constant(values) != _constant(values[::-1])
