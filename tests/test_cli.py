@@ -303,9 +303,9 @@ def test_segment_gives_the_path_of_the_store_and_says_what_it_does(unet_ray, fil
     assert (code, out) == (0, f"{files / 'out.zarr'}\n")
     first, *progress = err.splitlines()
     assert first.startswith("writing out.zarr: 18 tiles of 1,16,16, float32 on cpu, engine local, ")
-    assert re.fullmatch(r"image\.tif: 18/18 tiles, \d+\.\d{3} Mvoxel/s, 0 s left", progress[-1]), (
-        progress
-    )
+    memory = r"\d+ MiB of \d+ MiB"
+    told = rf"image\.tif: 18/18 tiles, \d+\.\d{{3}} Mvoxel/s, 0 s left, {memory}"
+    assert re.fullmatch(told, progress[-1]), progress
     assert classes_of(files / "out.zarr").shape == (2, 40, 44)
 
 

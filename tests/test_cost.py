@@ -1,11 +1,22 @@
 """The cost of the halo: against the layers of the network itself, and against known numbers."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from unet_ray.cost import core_multiplications, halo_overhead, pass_multiplications
+from unet_ray.cost import (
+    core_multiplications,
+    halo_overhead,
+    pass_multiplications,
+    read_amplification,
+)
 from unet_ray.memory import NetworkSize
+from unet_ray.mirror import read_mirrored
 from unet_ray.network import UNet
 from unet_ray.tiles import Context, TilePlan
 
@@ -102,3 +113,24 @@ def test_small_passes_cost_as_much_as_small_cores():
     plan = TilePlan((1, 768, 768), (1, 768, 768), PAPER, (1, 384, 384))
     same = TilePlan((1, 768, 768), (1, 384, 384), PAPER, (1, 384, 384))
     assert halo_overhead(paper(), plan) == pytest.approx(halo_overhead(paper(), same))
+
+
+@settings(max_examples=60)
+@given(st.tuples(*[st.integers(1, 60)] * 3), st.tuples(*[st.integers(1, 20)] * 3), st.data())
+def test_what_is_decoded_is_what_reading_every_tile_touches(shape, chunk, data):
+    core = tuple(data.draw(st.integers(1, 5)) * 4 for _ in range(3))
+    plan = TilePlan(shape, core, Context((0, 5, 9), (0, 7, 12), (1, 4, 4)), core)
+    decoded = 0
+
+    def read(box):
+        nonlocal decoded
+        extents = (
+            min(-(-b // c) * c, n) - a // c * c
+            for a, b, c, n in zip(box.start, box.stop, chunk, shape, strict=True)
+        )
+        decoded += math.prod(extents)
+        return np.zeros(box.shape, np.uint8)
+
+    for tile in plan:
+        read_mirrored(read, shape, tile.read)
+    assert read_amplification(plan, chunk) == pytest.approx(decoded / math.prod(shape))

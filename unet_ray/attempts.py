@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from unet_ray.errors import UnetRayError, VoxelError
-from unet_ray.memory import room
+from unet_ray.memory import held, room
 from unet_ray.places import Place, append
 
 Verdict = Literal["again", "alone", "never", "stop"]
@@ -53,6 +53,7 @@ class Receipt:
         trace: where it failed, as Python tells it.
         verdict: of a failure: ``again`` may do better, ``alone`` (on a machine's memory) may do
             better with nothing beside it, ``never`` cannot, ``stop``: nor can any other tile.
+        held: anonymous bytes of the process when the tile was done; 0 if unknown.
         room: of a failure for lack of memory, bytes that the process could have had; 0 if unknown.
     """
 
@@ -62,6 +63,7 @@ class Receipt:
     trace: str = ""
     verdict: Verdict = "again"
     room: int = 0
+    held: int = 0
 
 
 class Worker(Protocol):
@@ -130,7 +132,7 @@ def attempt(worker: Worker, tile: int, alone: AbstractContextManager[Any]) -> Re
         trace, verdict = traceback.format_exc(), _verdict(error)
         seconds, bytes_left = time.monotonic() - start, room() if verdict == "alone" else 0
         return Receipt(tile, seconds, _told(error), trace, verdict, bytes_left)
-    return Receipt(tile, time.monotonic() - start)
+    return Receipt(tile, time.monotonic() - start, held=held())
 
 
 def _told(error: Exception) -> str:

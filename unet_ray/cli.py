@@ -26,7 +26,7 @@ from unet_ray.errors import (
 )
 from unet_ray.memory import format_bytes, keep_freed_memory, parse_bytes
 from unet_ray.places import write_whole
-from unet_ray.progress import ProgressLine, format_seconds
+from unet_ray.progress import Pace, ProgressLine, format_seconds
 from unet_ray.versions import VERSION
 
 if TYPE_CHECKING:
@@ -493,18 +493,22 @@ def _refuse_json(file: Path, inputs: Sequence[str]) -> None:
 
 
 def _watch(label: str) -> Callable[[Progress], None]:
-    line = ProgressLine(label)
+    line, pace = ProgressLine(label), Pace()
 
     def watch(progress: Progress) -> None:
-        rate = progress.voxels / max(progress.seconds, 1e-9) / 1e6
+        pace.saw(progress.seconds, progress.finished, progress.voxels)
         to_do = progress.total - progress.done - progress.quarantined
-        left = progress.seconds / max(progress.finished, 1) * to_do
-        given_up = f", {progress.quarantined} quarantined" if progress.quarantined else ""
-        line.show(
-            1 - to_do / progress.total,
-            f"{progress.done}/{progress.total} tiles{given_up}, {rate:.3f} Mvoxel/s, "
-            f"{format_seconds(left)} left",
-        )
+        parts = [
+            f"{progress.done}/{progress.total} tiles",
+            f"{progress.quarantined} quarantined" if progress.quarantined else "",
+            f"{progress.failures} failures" if progress.failures else "",
+            f"{pace.voxels / 1e6:.3f} Mvoxel/s",
+            f"{format_seconds(pace.seconds(to_do))} left",
+            f"{format_bytes(progress.held)} of {format_bytes(progress.promised)}"
+            if progress.held
+            else "",
+        ]
+        line.show(1 - to_do / progress.total, ", ".join(filter(None, parts)))
 
     return watch
 
@@ -527,12 +531,10 @@ def _announce(run: Segmentation, settings: Settings) -> None:
 
 
 def _memory(run: Segmentation, settings: Settings) -> str:
-    if settings.engine == "ray":
-        return f"{format_bytes(run.memory.total)} per worker"
-    from unet_ray.engine import usable_cores
+    from unet_ray.segmentation import promised_memory
 
-    threads = settings.workers or usable_cores()
-    return f"{format_bytes(run.memory.shared_by(threads))} for {threads} workers in this process"
+    whose = "per worker" if settings.engine == "ray" else "for all workers, in this process"
+    return f"{format_bytes(promised_memory(run, settings))} {whose}"
 
 
 def _describe(outlook: Outlook) -> str:

@@ -1,12 +1,16 @@
-"""What tiles cost in arithmetic: multiplications of a pass, and how many of them the halo takes.
+"""What tiles cost: multiplications of a pass, how many the halo takes, voxels decoded again.
 
-Knows the shapes of the network's layers as numbers. The ratio of areas is the wrong model: deep
-layers, where most of the work is, lose less of their area to the halo than the input does.
+Knows the shapes of the network's layers and of the input's storage units as numbers. The ratio of
+areas is the wrong model: deep layers, where most of the work is, lose less of their area to the
+halo than the input does.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 from unet_ray.memory import NetworkSize
 from unet_ray.tiles import TilePlan, round_up
@@ -32,6 +36,29 @@ def halo_overhead(net: NetworkSize, plan: TilePlan) -> float:
     passes = math.prod(plan.counts[1:]) * in_core
     spent = slices * passes * pass_multiplications(net, *plan.pass_shape[1:])
     return spent / core_multiplications(net, *plan.shape[1:]) / plan.shape[0] - 1
+
+
+def read_amplification(plan: TilePlan, chunk: Sequence[int]) -> float:
+    """Voxels that all tiles together decode, over the voxels of the volume.
+
+    1.3 says that three in ten are decoded twice: for the halo, and since chunks are decoded whole.
+
+    Args:
+        plan: the tiles.
+        chunk: storage unit of the input, (z, y, x).
+    """
+    axes = zip(plan.shape, plan.core, plan.context.before, plan.context.after, chunk, strict=True)
+    return math.prod(_decoded(*axis) / axis[0] for axis in axes)
+
+
+def _decoded(extent: int, core: int, before: int, after: int, chunk: int) -> int:
+    """Voxels along one axis that its tiles decode, one after another."""
+    first = np.arange(0, extent, core) - before
+    last = first + before + core + after
+    # What lies beyond a face is mirrored, from inside.
+    low = np.minimum(np.maximum(first, 0), np.maximum(2 * extent - 1 - last, 0))
+    high = np.maximum(np.minimum(last, extent), np.minimum(1 - first, extent))
+    return int((np.minimum(-(-high // chunk) * chunk, extent) - low // chunk * chunk).sum())
 
 
 def _walk(net: NetworkSize, y: float, x: float, shrink: int) -> float:

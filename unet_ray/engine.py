@@ -84,9 +84,14 @@ def run(
         return _run_ray(stage, iter(tiles), 1 if alone else workers, alone)
     if alone:
         give_back_freed_memory()
-    threads = 1 if alone else 2 if stage.device == "cuda" else workers or usable_cores()
+    threads = 1 if alone else threads_of(stage.device, workers)
     try_one = partial(attempt, stage.make_worker())
     return _side_by_side(try_one, stage.device, stage.deadline, iter(tiles), threads)
+
+
+def threads_of(device: str, workers: int | None) -> int:
+    """Tiles side by side in this process: one a core, or one that is read while another runs."""
+    return 2 if device == "cuda" else workers or usable_cores()
 
 
 def find_device(engine: EngineName, workers: int | None = None) -> str:

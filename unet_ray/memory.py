@@ -190,7 +190,7 @@ def room() -> int:
     """
     status = Path("/proc/self/status")
     try:
-        held, free = _told(status, "RssAnon"), _told(Path("/proc/meminfo"), "MemAvailable")
+        free = _told(Path("/proc/meminfo"), "MemAvailable")
         for limit, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
             most, _ = resource.getrlimit(limit)
             if most != resource.RLIM_INFINITY:
@@ -201,7 +201,15 @@ def room() -> int:
         with suppress(OSError, ValueError):  # no container, or no limit ("max")
             left = int(Path(most_file).read_text()) - int(Path(used_file).read_text())
             free = min(free, max(0, left))
-    return held + free
+    return held() + free
+
+
+def held() -> int:
+    """Anonymous bytes that this process holds; 0 where the system does not tell."""
+    try:
+        return _told(Path("/proc/self/status"), "RssAnon")
+    except OSError:
+        return 0
 
 
 _CGROUP = [

@@ -5,16 +5,21 @@ Writes to standard error only; knows numbers and text, not what is being done.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 LINE_SECONDS = 10.0
+PACE_SECONDS, PACE_TILES = 60.0, 20
 BAR_WIDTH = 24
 
 
 def format_seconds(seconds: float) -> str:
     """A duration for people: ``42 s``, ``3 min 05 s``, ``2 h 07 min``."""
+    if math.isinf(seconds):
+        return "unknown time"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -52,3 +57,42 @@ class ProgressLine:
         elif ended or now - self._shown >= LINE_SECONDS:
             self._shown = now
             print(f"{self.label}: {text}", file=sys.stderr, flush=True)
+
+
+class Pace:
+    """How fast tiles are done now: over the last minute or the last 20, whichever is longer.
+
+    The start of the run counts only until two tiles are done: workers take a while to begin.
+    """
+
+    def __init__(self) -> None:
+        self._seen = deque([(0.0, 0, 0)])
+
+    def saw(self, seconds: float, tiles: int, voxels: int) -> None:
+        """Notes how far it is.
+
+        Args:
+            seconds: since the first tile was started.
+            tiles: done since then.
+            voxels: done since then.
+        """
+        self._seen.append((seconds, tiles, voxels))
+        while len(self._seen) > 2 and (not self._seen[0][1] or self._is_old(*self._seen[1][:2])):
+            self._seen.popleft()
+
+    def _is_old(self, seconds: float, tiles: int) -> bool:
+        now, done, _ = self._seen[-1]
+        return now - seconds >= PACE_SECONDS and done - tiles >= PACE_TILES
+
+    @property
+    def voxels(self) -> float:
+        """Voxels per second."""
+        return self._per_second(2)
+
+    def seconds(self, tiles: int) -> float:
+        """Seconds that so many tiles take; infinite while none was done."""
+        return tiles / speed if (speed := self._per_second(1)) else math.inf
+
+    def _per_second(self, what: int) -> float:
+        first, last = self._seen[0], self._seen[-1]
+        return (last[what] - first[what]) / max(last[0] - first[0], 1e-9)

@@ -306,6 +306,9 @@ class Progress:
         finished: tiles done by this call.
         voxels: voxels written by this call so far.
         seconds: since the first tile was started.
+        failures: tries that failed in this call.
+        held: the most bytes that a process held after a tile; 0 if unknown.
+        promised: bytes that one was planned to hold at most.
     """
 
     done: int
@@ -314,6 +317,9 @@ class Progress:
     finished: int
     voxels: int
     seconds: float
+    failures: int = 0
+    held: int = 0
+    promised: int = 0
 
 
 def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], None]) -> int:
@@ -383,6 +389,13 @@ def _done(plan: TilePlan, region: Box, bits: NDArray[np.bool_]) -> NDArray[np.bo
     return bits.reshape(plan.counts)[plan.part(region).slices]
 
 
+def promised_memory(run: Segmentation, settings: Settings) -> int:
+    """Bytes of a process in which tiles run: a worker's, or all workers' of this process."""
+    if settings.engine == "ray":
+        return run.memory.total
+    return run.memory.shared_by(engines.threads_of(run.device, settings.workers))
+
+
 def _stopped(run: Segmentation, error: str) -> str:
     done = int(committed(run.out / LEDGER, len(run.plan)).sum())
     return (
@@ -409,6 +422,8 @@ class _Execution:
         self._total = run.plan.part(self._region).size
         self._start, self._before, self._done, self._voxels = time.monotonic(), 0, 0, 0
         self._given_up: dict[int, str] = {}
+        self._failures, self._held = 0, 0
+        self._promised = promised_memory(run, settings)
 
     def go(self) -> int:
         run, settings = self._run, self._settings
@@ -461,12 +476,14 @@ class _Execution:
         self.log.add("tile", tile=receipt.tile, seconds=round(receipt.seconds, 4))
         self._done += 1
         self._voxels += self._run.plan[receipt.tile].write.size
+        self._held = max(self._held, receipt.held)
         self._tell()
 
     def _failed(self, receipt: Receipt, last: bool) -> bool:
         """Notes a failure; whether the tile is to be tried again in this run."""
         tile, box = receipt.tile, str(self._run.plan[receipt.tile].write)
         error = receipt.error + (self._fitting(receipt.room) if receipt.room else "")
+        self._failures += 1
         self.log.add("failed", tile=tile, box=box, error=error, trace=receipt.trace)
         if receipt.verdict == "stop":
             self._ledger.flush()
@@ -491,7 +508,19 @@ class _Execution:
 
     def _tell(self) -> None:
         done, given_up = self._before + self._done, len(self._given_up)
-        self._watch(Progress(done, self._total, given_up, self._done, self._voxels, self._seconds))
+        self._watch(
+            Progress(
+                done,
+                self._total,
+                given_up,
+                self._done,
+                self._voxels,
+                self._seconds,
+                self._failures,
+                self._held,
+                self._promised,
+            )
+        )
 
     def _told(self) -> str:
         tile, error = next(iter(self._given_up.items()))
