@@ -174,6 +174,11 @@ TILING = (
         metavar="z0:z1,y0:y1,x0:x1",
         help="Only this part, in voxels, rounded outwards to whole tiles.",
     ),
+    click.option(
+        "--mask",
+        metavar="PATH",
+        help="Only tiles where this volume, coarser or as fine as the input, is not zero.",
+    ),
     click.option("--level", type=int, default=0, help="Resolution level of an OME-Zarr input."),
     click.option("--channel", type=int, help="Channel of the input, from 0."),
     click.option("--time", type=int, help="Time point of the input, from 0."),
@@ -564,6 +569,7 @@ def _settings(ctx: click.Context, flags: dict[str, Any]) -> Settings:
     return Settings(
         outputs=tuple(flags["outputs"].split(",")) if flags["outputs"] else None,
         region=region,
+        mask=flags["mask"],
         channel=flags["channel"],
         time=flags["time"],
         level=flags["level"],

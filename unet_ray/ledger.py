@@ -1,4 +1,4 @@
-"""Which tiles of a stage are committed, and which are quarantined: immutable segments of bits.
+"""Which tiles of a stage are committed, quarantined or skipped: immutable segments of bits.
 
 Knows numbers; a tile is committed after its shards are on disk, and only by the driver. A segment
 is a small file, written whole or not at all, that holds the bits of a range of tiles; what a run
@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from unet_ray.places import Place, write_whole
 
-State = Literal["committed", "quarantined"]
-STATES: tuple[State, ...] = ("committed", "quarantined")
+State = Literal["committed", "quarantined", "skipped"]
+STATES: tuple[State, ...] = ("committed", "quarantined", "skipped")
 Bits = NDArray[np.bool_]
 # A segment is written at most so often, and put together with others before they are many.
 SECONDS = 1.0
@@ -36,7 +36,7 @@ FORMAT = 1
 class Ledger:
     """The tiles of one stage, open for more.
 
-    A tile that is committed is no longer quarantined.
+    A tile that is committed is no longer quarantined or skipped.
 
     Args:
         folder: of the segments; made if it is not there.
@@ -48,7 +48,8 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._bits, self._files = _read(folder, tiles)
-        self._bits["quarantined"] &= ~self._bits["committed"]
+        for state in STATES[1:]:
+            self._bits[state] &= ~self._bits["committed"]
         self._count = int(self._bits["committed"].sum())
         newest = max((int(path.stem.split("-")[0]) for path in self._files), default=0)
         self._epoch = max(epoch, newest + 1)
@@ -62,11 +63,17 @@ class Ledger:
         """Notes that the shards of `tile` are on disk; the note is there itself a second later."""
         self._count += not self._bits["committed"][tile]
         self._add("committed", tile)
-        self._bits["quarantined"][tile] = False
+        self._bits["quarantined"][tile] = self._bits["skipped"][tile] = False
 
     def quarantine(self, tile: int) -> None:
         """Notes that `tile` has failed too often, and is left until the next run."""
         self._add("quarantined", tile)
+
+    def skip(self, tiles: Bits) -> None:
+        """Notes that these tiles, (tiles,), are not asked for; it is on disk on return."""
+        with self._lock:
+            self._bits["skipped"] |= tiles & ~self._bits["committed"]
+            self._write("skipped", 0, self._bits["skipped"])
 
     def _add(self, state: State, tile: int) -> None:
         if not 0 <= tile < self._bits[state].size:
@@ -162,6 +169,12 @@ def quarantined(folder: Place, tiles: int) -> Bits:
     return bits["quarantined"] & ~bits["committed"]
 
 
+def skipped(folder: Place, tiles: int) -> Bits:
+    """Which of so many tiles no mask asked for, and are not committed since: (tiles,)."""
+    bits, _ = _read(folder, tiles)
+    return bits["skipped"] & ~bits["committed"]
+
+
 def _read(folder: Place, tiles: int) -> tuple[dict[State, Bits], list[Place]]:
     """The bits of all segments together, and the segments."""
     bits: dict[State, Bits] = {state: np.zeros(tiles, bool) for state in STATES}
@@ -170,7 +183,7 @@ def _read(folder: Place, tiles: int) -> tuple[dict[State, Bits], list[Place]]:
         try:
             for path in files:
                 first, held = _decode(path.read_bytes(), tiles)
-                state: State = "committed" if path.suffix == ".committed" else "quarantined"
+                state = next(state for state in STATES if path.suffix == f".{state}")
                 bits[state][first : first + held.size] |= held
         except FileNotFoundError:  # put together with others in the meantime
             continue

@@ -41,6 +41,7 @@ class Settings:
     Attributes:
         outputs: which of ``probabilities`` and ``classes`` to store.
         region: the part of the volume to do, (z, y, x); None is all of it.
+        mask: path of a volume that is not zero where tiles are wanted; see `masks`.
         channel, time, level: which part of the input file is the volume.
         tile: core in voxels (z, y, x).
         memory: bytes that one worker may use.
@@ -55,6 +56,7 @@ class Settings:
 
     outputs: tuple[str, ...] | None = None
     region: Box | None = None
+    mask: Where | None = None
     channel: int | None = None
     time: int | None = None
     level: int = 0

@@ -32,7 +32,8 @@ from unet_ray.errors import (
 from unet_ray.events import EventLog
 from unet_ray.intensity import Intensity, measure
 from unet_ray.lease import Lease, refuse_unconditional
-from unet_ray.ledger import Ledger, committed
+from unet_ray.ledger import Ledger, committed, skipped
+from unet_ray.masks import open_mask, tiles_under
 from unet_ray.memory import WorkerMemory, format_bytes, room
 from unet_ray.mirror import read_mirrored, reflect
 from unet_ray.places import (
@@ -73,6 +74,7 @@ from unet_ray.versions import versions
 from unet_ray.volumes import Volume
 
 # Told in the store, but another version of these gives the same bytes.
+PIECE = 1 << 16  # tiles whose numbers are in memory at once
 UNCOMPARED = ("versions.numpy", "versions.zarr")
 
 
@@ -94,6 +96,7 @@ class Segmentation:
         memory: what one worker needs.
         provenance: all of this as JSON, kept in the store and compared when a run goes on.
         resumed: the store was there already and is continued.
+        mask: shows which tiles are asked for; None for all.
     """
 
     volume: Volume
@@ -110,6 +113,7 @@ class Segmentation:
     memory: WorkerMemory
     provenance: Mapping[str, Any]
     resumed: bool
+    mask: Volume | None = None
 
     def make_worker(self) -> TileWorker:
         """The worker of the segment stage, for the process that runs it."""
@@ -220,6 +224,7 @@ def prepare(
         memory=memory,
         provenance={},
         resumed=told is not None,
+        mask=open_mask(settings.mask, volume.shape[1:]) if settings.mask else None,
     )
     run = replace(run, provenance=_provenance(run, header, settings))
     if told:
@@ -346,8 +351,8 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
             with Lease(private, settings.takeover):
                 delete_store(run.out)
         _create(run)
-    region = settings.region or Box.of(run.plan.shape)
-    if _done(run.plan, region, committed(run.out / LEDGER, len(run.plan))).all():
+    wanted = wanted_tiles(run, settings)
+    if not _left(run, wanted).any():
         return 0  # a finished store is not touched at all
     try:
         with (
@@ -355,7 +360,7 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
             Ledger(run.out / LEDGER, len(run.plan), lease.epoch) as ledger,
         ):
             remove_partial(private)
-            execution = _Execution(run, settings, lease, ledger, watch)
+            execution = _Execution(run, settings, wanted, lease, ledger, watch)
             try:
                 return execution.go()
             finally:
@@ -384,9 +389,35 @@ def _create(run: Segmentation) -> None:
             raise
 
 
-def _done(plan: TilePlan, region: Box, bits: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Of the bits of all tiles, those of the tiles that touch `region`."""
-    return bits.reshape(plan.counts)[plan.part(region).slices]
+@dataclass(frozen=True)
+class Wanted:
+    """What was asked for: the tiles of a region, and of those the ones that a mask shows.
+
+    Attributes:
+        region: of the volume.
+        tiles: bits of the tiles that are to be done, (tiles,).
+        skipped: bits of those in the region that are not, (tiles,).
+    """
+
+    region: Box
+    tiles: NDArray[np.bool_]
+    skipped: NDArray[np.bool_]
+
+
+def wanted_tiles(run: Segmentation, settings: Settings) -> Wanted:
+    """Which tiles of a run were asked for."""
+    region = settings.region or Box.of(run.plan.shape)
+    inside = np.zeros(run.plan.counts, bool)
+    inside[run.plan.part(region).slices] = True
+    shown = tiles_under(run.mask, run.plan) if run.mask else np.ones(1, bool)
+    return Wanted(region, (inside & shown).ravel(), (inside & ~shown).ravel())
+
+
+def _left(run: Segmentation, wanted: Wanted) -> NDArray[np.bool_]:
+    """Bits of the tiles that are still to be done, or to be noted as skipped."""
+    done = committed(run.out / LEDGER, len(run.plan))
+    noted = skipped(run.out / LEDGER, len(run.plan)) if wanted.skipped.any() else done
+    return (wanted.tiles & ~done) | (wanted.skipped & ~done & ~noted)
 
 
 def promised_memory(run: Segmentation, settings: Settings) -> int:
@@ -394,6 +425,12 @@ def promised_memory(run: Segmentation, settings: Settings) -> int:
     if settings.engine == "ray":
         return run.memory.total
     return run.memory.shared_by(engines.threads_of(run.device, settings.workers))
+
+
+def _numbers(bits: NDArray[np.bool_]) -> Iterator[int]:
+    """Where `bits` are true, in ascending order, without a list of them all."""
+    for start in range(0, bits.size, PIECE):
+        yield from (start + np.flatnonzero(bits[start : start + PIECE])).tolist()
 
 
 def _stopped(run: Segmentation, error: str) -> str:
@@ -411,6 +448,7 @@ class _Execution:
         self,
         run: Segmentation,
         settings: Settings,
+        wanted: Wanted,
         lease: Lease,
         ledger: Ledger,
         watch: Callable[[Progress], None],
@@ -418,8 +456,7 @@ class _Execution:
         self._run, self._settings, self._watch = run, settings, watch
         self._lease, self._ledger = lease, ledger
         self.log = EventLog(run.out / EVENTS)
-        self._region = settings.region or Box.of(run.plan.shape)
-        self._total = run.plan.part(self._region).size
+        self._wanted, self._total = wanted, int(wanted.tiles.sum())
         self._start, self._before, self._done, self._voxels = time.monotonic(), 0, 0, 0
         self._given_up: dict[int, str] = {}
         self._failures, self._held = 0, 0
@@ -427,7 +464,10 @@ class _Execution:
 
     def go(self) -> int:
         run, settings = self._run, self._settings
-        self._before = int(_done(run.plan, self._region, self._ledger.committed).sum())
+        if self._wanted.skipped.any():
+            self._ledger.skip(self._wanted.skipped)
+        missing = self._wanted.tiles & ~self._ledger.committed
+        self._before = self._total - int(missing.sum())
         self.log.add(
             "start",
             input=run.volume.path,
@@ -435,13 +475,14 @@ class _Execution:
             engine=settings.engine,
             workers=settings.workers,
             missing=self._total - self._before,
+            **({"mask": run.mask.path} if run.mask else {}),
         )
         begun = run.out / BEGUN
         remove_tree(begun)
         begun.mkdir()
         self._stage = Stage("segment", run.make_worker, run.device, begun)
         self._patience = Patience(self._stage.deadline)
-        again = self._try(self._ledger.missing(run.plan.within(self._region)))
+        again = self._try(_numbers(missing))
         for last in [False] * (TRIES - 2) + [True]:
             crowd = [receipt.tile for receipt in again if receipt.verdict == "again"]
             alone = [receipt.tile for receipt in again if receipt.verdict == "alone"]
