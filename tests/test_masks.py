@@ -1,15 +1,26 @@
 """Which tiles a mask asks for, against a look at every voxel."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.test_segmentation import TILED, bytes_of, state_of, write_stack
 from unet_ray import masks
+from unet_ray.boxes import Box
 from unet_ray.errors import InputError
+from unet_ray.evaluation import evaluate
+from unet_ray.ledger import committed, skipped
 from unet_ray.masks import open_mask, tiles_under
+from unet_ray.planning import plan
+from unet_ray.report import write_report
+from unet_ray.segmentation import TileWorker, segment
+from unet_ray.stores import LEDGER
 from unet_ray.tiles import Context, TilePlan
+from unet_ray.verification import verify
 
 NEAR = Context((0, 0, 0), (0, 0, 0), (1, 1, 1))
 
@@ -62,3 +73,70 @@ def test_what_is_no_mask_of_the_volume_is_refused(tmp_path, axes, shape, words):
     tifffile.imwrite(tmp_path / "mask.tif", voxels, imagej=True, metadata={"axes": axes})
     with pytest.raises(InputError, match=words):
         open_mask(tmp_path / "mask.tif", (4, 4, 9))
+
+
+# Runs under a mask
+
+
+@pytest.fixture
+def masked(tmp_path):
+    """A mask that asks for 5 of the 24 tiles, and their numbers."""
+    mask = np.zeros((3, 31, 25), np.uint8)
+    mask[0, 2, 2] = mask[1, 15:18, 20] = mask[2, 30, 24] = mask[2, 0, 7] = 9
+    write_stack(tmp_path / "mask.tif", mask)
+    return dataclasses.replace(TILED, mask=tmp_path / "mask.tif"), [0, 11, 15, 17, 23]
+
+
+def test_only_the_tiles_of_a_mask_are_read_and_the_others_are_skipped(
+    task, tmp_path, masked, monkeypatch
+):
+    volume, model, whole = task
+    under_mask, numbers = masked
+    read, asked = TileWorker.read, []
+    monkeypatch.setattr(
+        TileWorker, "read", lambda worker, tile: asked.append(tile) or read(worker, tile)
+    )
+    seen, out = [], tmp_path / "out.zarr"
+    segment(volume, model, out, under_mask, seen.append)
+    assert sorted(asked) == numbers and [p.total for p in seen] == [5] * 5
+    assert np.flatnonzero(committed(out / LEDGER, 24)).tolist() == numbers
+    assert np.flatnonzero(~skipped(out / LEDGER, 24)).tolist() == numbers
+    there, right = bytes_of(out), bytes_of(whole)
+    assert there.items() <= right.items()
+    assert sum("/c/" in name for name in there) == 10
+
+    before = state_of(out)
+    segment(volume, model, out, under_mask)
+    assert state_of(out) == before
+    verdict = verify(out, tiles=1)
+    assert verdict.sound and verdict.notes == ("19 of 24 tiles were left out by a mask.",)
+    truth = tmp_path / "truth.tif"
+    write_stack(truth, np.zeros((3, 61, 75), np.uint8))
+    assert 0.5 < evaluate(out, truth, "classes").scores["accuracy"].value <= 1
+    assert "19 tiles were left out by a mask." in write_report(out).read_text()
+
+    asked.clear()
+    segment(volume, model, out, TILED)  # without the mask, the others
+    assert bytes_of(out) == right and len(asked) == 19
+    assert not skipped(out / LEDGER, 24).any()
+
+
+def test_a_mask_and_a_region_ask_for_what_both_show(task, tmp_path, masked):
+    volume, model, _ = task
+    under_mask, _ = masked
+    region = dataclasses.replace(under_mask, region=Box((0, 0, 0), (1, 61, 75)))
+    out = tmp_path / "out.zarr"
+    assert plan(volume, model, region).tiles == 1 and plan(volume, model, under_mask).tiles == 5
+    segment(volume, model, out, region)
+    assert np.flatnonzero(committed(out / LEDGER, 24)).tolist() == [0]
+    assert np.flatnonzero(skipped(out / LEDGER, 24)).tolist() == [*range(1, 8)]
+    with pytest.raises(InputError, match="16 of 24 tiles are not done"):
+        evaluate(out, volume, "classes")
+
+
+def test_an_empty_mask_is_no_work(task, tmp_path):
+    volume, model, _ = task
+    write_stack(tmp_path / "mask.tif", np.zeros((1, 4, 4), np.uint8))
+    nothing = dataclasses.replace(TILED, mask=tmp_path / "mask.tif")
+    out = segment(volume, model, tmp_path / "out.zarr", nothing)
+    assert skipped(out / LEDGER, 24).all()

@@ -549,6 +549,8 @@ def _describe(outlook: Outlook) -> str:
             f"{outlook.volume.path}: {outlook.volume.dtype}, {outlook.volume.shape} (c, z, y, x)",
             repr(outlook.plan),
             f"  halo    {100 * outlook.halo_overhead:.0f} % more arithmetic than the voxels alone",
+            f"  reads   {outlook.read_amplification:.2f} times the input, in its chunks of "
+            f"{_commas(outlook.volume.chunk)}",
             f"  memory  {format_bytes(memory.total)} per worker (process "
             f"{format_bytes(memory.process)}, weights {format_bytes(memory.weights)}, tile "
             f"{format_bytes(memory.tile)}, pass {format_bytes(memory.forward)}, allocator)",

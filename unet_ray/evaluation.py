@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from unet_ray.errors import InputError
-from unet_ray.ledger import committed
+from unet_ray.ledger import committed, skipped
 from unet_ray.overlaps import Overlaps
 from unet_ray.places import Place, Where, place_of
 from unet_ray.scores import (
@@ -214,15 +214,16 @@ def _stored(path: Place, told: Mapping[str, Any], kind: Kind) -> Place:
             f"give another --as or another store."
         )
     plan = TilePlan.from_json(told["plan"])
-    missing = len(plan) - int(committed(path / LEDGER, len(plan)).sum())
+    done = committed(path / LEDGER, len(plan))
+    missing = int((~done & ~skipped(path / LEDGER, len(plan))).sum())
     if missing:
         raise InputError(
             f"{path}: {missing} of {len(plan)} tiles are not done; finish it with the same "
             "`unet-ray segment` and no --region."
         )
     store = Store(path, [what])
-    for number in range(len(plan)):
-        store.require(what, plan[number])
+    for number in np.flatnonzero(done):  # what a mask left out is 0 there: the first class
+        store.require(what, plan[int(number)])
     return path / ARRAYS[what]
 
 

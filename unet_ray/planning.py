@@ -14,8 +14,9 @@ from typing import Any, Literal
 from unet_ray import engine as engines
 from unet_ray.boxes import Box
 from unet_ray.checkpoints import ModelHeader, find_model, read_model
-from unet_ray.cost import halo_overhead
+from unet_ray.cost import halo_overhead, read_amplification
 from unet_ray.errors import InputError, nearest
+from unet_ray.masks import open_mask, tiles_under
 from unet_ray.memory import NetworkSize, WorkerMemory, format_bytes, worker_bytes
 from unet_ray.network import UNet
 from unet_ray.places import Where
@@ -169,6 +170,7 @@ class Outlook:
         precision, device: of the network.
         halo_overhead: arithmetic spent on the halo, as a part of what the cores alone would cost.
         disk_bytes: upper bound of what is stored.
+        read_amplification: voxels that all tiles decode, over those of the volume.
     """
 
     volume: Volume
@@ -179,6 +181,7 @@ class Outlook:
     device: Device
     halo_overhead: float
     disk_bytes: int
+    read_amplification: float
 
     def to_json(self) -> dict[str, Any]:
         """The keys that ``unet-ray plan --json`` prints; sizes in voxels and bytes."""
@@ -190,6 +193,7 @@ class Outlook:
             "halo_overhead": round(self.halo_overhead, 4),
             "worker_memory_bytes": self.memory.total,
             "disk_bytes": self.disk_bytes,
+            "read_amplification": round(self.read_amplification, 4),
             "precision": self.precision,
             "device": self.device,
         }
@@ -207,11 +211,14 @@ def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Ou
     values = stored_values(network.classes, checked_outputs(settings.outputs))
     size = network_size(network, precision, settings.tta)
     tiles, memory = choose_plan(volume, network, size, settings, values)
-    stored = math.prod(tiles.core) * values * len(tiles)
     region = settings.region or Box.of(tiles.shape)
     overhead = halo_overhead(size, tiles)
-    count = tiles.part(region).size
-    return Outlook(volume, tiles, count, memory, precision, device, overhead, stored)
+    part = tiles.part(region)
+    mask = open_mask(settings.mask, tiles.shape) if settings.mask else None
+    count = int(tiles_under(mask, tiles)[part.slices].sum()) if mask else part.size
+    stored = math.prod(tiles.core) * values * count
+    again = read_amplification(tiles, volume.chunk)
+    return Outlook(volume, tiles, count, memory, precision, device, overhead, stored, again)
 
 
 def open_inputs(

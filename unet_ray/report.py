@@ -389,6 +389,7 @@ def _about_store(path: Place, truth: Where | None) -> Facts:
         "tiles": len(plan),
         "done": int(result.done.sum()),
         "given_up": result.given_up,
+        "masked": result.masked,
         "log": log,
         "no_image": no_image,
         "slices": [

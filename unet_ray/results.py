@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from unet_ray.boxes import Box
 from unet_ray.errors import InputError, RunError
 from unet_ray.events import measured, read_events
-from unet_ray.ledger import committed, quarantined
+from unet_ray.ledger import committed, quarantined, skipped
 from unet_ray.pictures import Picture, to_grey
 from unet_ray.places import Place, Where
 from unet_ray.stores import ARRAYS, LEDGER, Store, provenance_of
@@ -45,6 +45,7 @@ class Result:
         plan: its tiles.
         done: which of them are committed.
         given_up: numbers of those that are quarantined.
+        masked: how many a mask left out.
         store: its arrays.
     """
 
@@ -53,6 +54,7 @@ class Result:
     plan: TilePlan
     done: NDArray[np.bool_]
     given_up: Sequence[int]
+    masked: int
     store: Store
 
     @property
@@ -120,7 +122,8 @@ def open_result(path: Place) -> Result:
     plan = TilePlan.from_json(told["plan"])
     done = committed(path / LEDGER, len(plan))
     given_up = np.flatnonzero(quarantined(path / LEDGER, len(plan))).tolist()
-    return Result(path, told, plan, done, given_up, Store(path, told["outputs"]))
+    masked = int(skipped(path / LEDGER, len(plan)).sum())
+    return Result(path, told, plan, done, given_up, masked, Store(path, told["outputs"]))
 
 
 def open_truth(truth: Where, result: Result) -> Volume:

@@ -29,7 +29,7 @@ from unet_ray.attempts import Receipt, Stage
 from unet_ray.errors import DamageError, InputError, RunError
 from unet_ray.events import read_events
 from unet_ray.lease import Lease
-from unet_ray.ledger import committed
+from unet_ray.ledger import committed, skipped
 from unet_ray.places import ObjectPath, Place, Where, files_below, place_of, stat_of, write_whole
 from unet_ray.planning import Settings
 from unet_ray.segmentation import Segmentation, prepare
@@ -245,8 +245,11 @@ class _Check:
 
     def _remarks(self) -> list[str]:
         """What is worth knowing of a store and no damage."""
-        missing = len(self._plan) - int(self._done.sum())
+        masked = int(skipped(self._path / LEDGER, len(self._plan)).sum())
+        missing = len(self._plan) - int(self._done.sum()) - masked
         notes = [f"{missing} of {len(self._plan)} tiles are not done."] if missing else []
+        if masked:
+            notes.append(f"{masked} of {len(self._plan)} tiles were left out by a mask.")
         uncommitted, strays, first = 0, 0, self._path
         for path, tile in self._files():
             if tile is None:
