@@ -227,9 +227,16 @@ def test_a_tile_that_hangs_is_given_up_and_the_others_are_done(folder):
     assert set(written(folder)) == set(range(8)) - {5}
 
 
+def test_two_tiles_that_hang_at_once_are_given_up_and_the_others_are_done(folder):
+    hanging = dataclasses.replace(stage(folder, hanging=[4, 5]), deadline=SOON)
+    receipts = list(run(hanging, range(8), "local", 2))
+    assert sorted(r.tile for r in receipts if r.error) == [4, 5]
+    assert set(written(folder)) == set(range(8)) - {4, 5}
+
+
 def test_a_run_in_which_all_tiles_hang_ends(folder):
     hanging = dataclasses.replace(stage(folder, hanging=range(8)), deadline=SOON)
-    with pytest.raises(RunError, match="2 tiles hang, none ended within 2 s: see whether input"):
+    with pytest.raises(RunError, match="4 tiles hang, none ended within 2 s: see whether input"):
         list(run(hanging, range(8), "local", 2))
 
 

@@ -178,7 +178,7 @@ def test_a_tile_that_lacks_memory_is_tried_alone(task, tmp_path, fail, monkeypat
         return run(stage, tiles, *more)
 
     monkeypatch.setattr("unet_ray.segmentation.engines.run", listening)
-    tried = fail("predict", {5: 1, 17: 99}, MemoryError("no more"))
+    tried = fail("predict", {5: 1, 17: 99}, MemoryError("out of memory"))
     out = tmp_path / "out.zarr"
     with pytest.raises(QuarantinedError, match=r"1 of 24 .* tile 17 .* give --memory (\d+)MiB and"):
         segment(volume, model, out, TILED)

@@ -582,7 +582,7 @@ def test_a_plan_says_what_a_run_does_and_writes_nothing(tmp_path, model, volume)
     outlook = planning.plan(volume, model, settings)
     assert state_of(tmp_path) == before
     assert (outlook.tiles, outlook.plan.core) == (8, (1, 32, 20))
-    store = segment(volume, model, tmp_path / "out", TILED)
+    store = segment(volume, model, tmp_path / "out", settings)
     assert sum(os.path.getsize(store / name) for name in shards_of(store)) <= outlook.disk_bytes
 
 

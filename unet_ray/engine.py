@@ -214,7 +214,8 @@ class _SideBySide:
     """Tries tiles on threads of this process, as many at a time as there are threads.
 
     A try that takes too long is given up with its thread, since a thread cannot be ended, and
-    another takes the next tile. When as many hang as there are threads, nothing works any more.
+    another takes the next tile. When that happens again and again and no tile ends in between,
+    nothing works any more.
     """
 
     def __init__(
@@ -230,6 +231,7 @@ class _SideBySide:
         self._idle: list[_Hand] = []
         self._busy: dict[_Hand, tuple[int, float]] = {}
         self._lost: set[_Hand] = set()
+        self._in_a_row = 0  # tries given up since one ended
 
     def receipts(self) -> Iterator[Receipt]:
         """A receipt for each tile, as it ends."""
@@ -266,6 +268,7 @@ class _SideBySide:
             return []
         del self._busy[hand]
         self._idle.append(hand)
+        self._in_a_row = 0
         self._patience.saw(receipt)
         return [receipt, *self._give_up_late()]
 
@@ -275,7 +278,9 @@ class _SideBySide:
         for hand in late:
             del self._busy[hand]
             self._lost.add(hand)
-        if len(self._lost) >= max(2, self._threads):
+            self._in_a_row += 1
+        # Each that hangs keeps the memory of its tile, too.
+        if self._in_a_row >= 2 * max(2, self._threads) or len(self._lost) > 8 * self._threads:
             self._busy.clear()
             raise RunError(
                 f"{len(self._lost)} tiles hang, none ended within {limit:.0f} s: see whether input "

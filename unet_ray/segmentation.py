@@ -370,7 +370,7 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
             raise
         raise RunError(_stopped(run, str(error.strerror))) from error
     except RuntimeError as error:  # of torch, while a worker is made
-        if not is_out_of_memory(error):
+        if isinstance(error, RunError) or not is_out_of_memory(error):
             raise
         raise RunError(
             f"{run.out}: no memory for a worker ({error}); its plan is for "
