@@ -531,6 +531,18 @@ def test_shards_that_no_commit_tells_of_are_a_note(store):
     assert verdict.notes[1].startswith("8 shards are there whose tiles are not done")
 
 
+def test_a_damaged_ledger_is_damage_until_the_run_goes_on(store, task):
+    volume, model, whole = task
+    [segment_of_ledger] = (store / LEDGER).glob("*.committed")
+    flip(segment_of_ledger, 400)
+    verdict = verify(store, tiles=0, repair=True)
+    [sentence] = verdict.damage
+    assert sentence.startswith(f"{segment_of_ledger}: is damaged") and "segment" in sentence
+    assert verdict.notes[0] == "24 of 24 tiles are not done."
+    segment(volume, model, store, TILED)
+    assert verify(store, tiles=0).sound and bytes_of(store) == bytes_of(whole)
+
+
 @pytest.mark.parametrize(
     "stray", ["notes.txt", "c/0/0", "c/0/0/0/99", "c/0/0/0/00", "c/1/0/0/0", "d/0/0/0/0", "c/٣/0/0"]
 )

@@ -47,7 +47,7 @@ class Ledger:
     def __init__(self, folder: Place, tiles: int, epoch: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._bits, self._files = _read(folder, tiles)
+        self._bits, self._files, hurt = _read(folder, tiles)
         for state in STATES[1:]:
             self._bits[state] &= ~self._bits["committed"]
         self._count = int(self._bits["committed"].sum())
@@ -57,7 +57,7 @@ class Ledger:
         self._added: dict[State, list[int]] = {state: [] for state in STATES}
         self._written, self._lock = time.monotonic(), threading.Lock()
         self._timer: threading.Timer | None = None
-        self._compact()
+        self._compact(always=bool(hurt))
 
     def commit(self, tile: int) -> None:
         """Notes that the shards of `tile` are on disk; the note is there itself a second later."""
@@ -113,9 +113,9 @@ class Ledger:
         write_whole(path, _encode(first, bits, self._bits[state].size))
         self._files.append(path)
 
-    def _compact(self) -> None:
+    def _compact(self, always: bool = False) -> None:
         """Puts all segments together; a kill in between leaves both, which say the same."""
-        if len(self._files) <= len(STATES):
+        if len(self._files) <= len(STATES) and not always:
             return
         old, self._files = self._files, []
         for state in STATES:
@@ -165,29 +165,39 @@ def committed(folder: Place, tiles: int) -> Bits:
 
 def quarantined(folder: Place, tiles: int) -> Bits:
     """Which of so many tiles have failed too often, and are not committed since: (tiles,)."""
-    bits, _ = _read(folder, tiles)
+    bits, *_ = _read(folder, tiles)
     return bits["quarantined"] & ~bits["committed"]
 
 
 def skipped(folder: Place, tiles: int) -> Bits:
     """Which of so many tiles no mask asked for, and are not committed since: (tiles,)."""
-    bits, _ = _read(folder, tiles)
+    bits, *_ = _read(folder, tiles)
     return bits["skipped"] & ~bits["committed"]
 
 
-def _read(folder: Place, tiles: int) -> tuple[dict[State, Bits], list[Place]]:
-    """The bits of all segments together, and the segments."""
+def damaged(folder: Place, tiles: int) -> list[Place]:
+    """The segments that do not check out, and so hold nothing; the next run removes them."""
+    return _read(folder, tiles)[2]
+
+
+def _read(folder: Place, tiles: int) -> tuple[dict[State, Bits], list[Place], list[Place]]:
+    """The bits of all segments together, the segments, and those of them that are damaged."""
     bits: dict[State, Bits] = {state: np.zeros(tiles, bool) for state in STATES}
     while True:
         files = [path for state in STATES for path in folder.glob(f"[0-9]*-[0-9]*.{state}")]
+        hurt = []
         try:
             for path in files:
-                first, held = _decode(path.read_bytes(), tiles)
                 state = next(state for state in STATES if path.suffix == f".{state}")
-                bits[state][first : first + held.size] |= held
+                held = _decode(path.read_bytes(), tiles)
+                if held:
+                    first, some = held
+                    bits[state][first : first + some.size] |= some
+                else:
+                    hurt.append(path)
         except FileNotFoundError:  # put together with others in the meantime
             continue
-        return bits, files
+        return bits, files, hurt
 
 
 def _encode(first: int, bits: Bits, tiles: int) -> bytes:
@@ -197,13 +207,13 @@ def _encode(first: int, bits: Bits, tiles: int) -> bytes:
     return data + zlib.crc32(data).to_bytes(4, "little")
 
 
-def _decode(data: bytes, tiles: int) -> tuple[int, Bits]:
-    """The first tile and the bits of a segment; none if it is damaged or of another plan."""
+def _decode(data: bytes, tiles: int) -> tuple[int, Bits] | None:
+    """The first tile and the bits of a segment; None if it is damaged or of another plan."""
     head, _, packed = data[:-4].partition(b"\n")
     if zlib.crc32(data[:-4]).to_bytes(4, "little") != data[-4:]:
-        return 0, np.zeros(0, bool)
+        return None
     about = json.loads(head)
     if about["format"] != FORMAT or about["tiles"] != tiles:
-        return 0, np.zeros(0, bool)
+        return None
     held = np.frombuffer(zlib.decompress(packed), np.uint8)
     return about["first"], np.unpackbits(held, count=about["bits"]).astype(bool)

@@ -29,7 +29,7 @@ from unet_ray.attempts import Receipt, Stage
 from unet_ray.errors import DamageError, InputError, RunError
 from unet_ray.events import read_events
 from unet_ray.lease import Lease
-from unet_ray.ledger import committed, skipped
+from unet_ray.ledger import committed, damaged, skipped
 from unet_ray.places import ObjectPath, Place, Where, files_below, place_of, stat_of, write_whole
 from unet_ray.planning import Settings
 from unet_ray.segmentation import Segmentation, prepare
@@ -159,7 +159,7 @@ class _Check:
             tiles=done,
             shards=done * len(self._outputs),
             recomputed=tuple(sorted(self._recomputed)),
-            damage=(*self._sentences(), *self._failed),
+            damage=(*self._sentences(), *self._failed, *self._damaged_notes()),
             notes=tuple(self._notes),
             repaired=tuple(sorted(self._repaired)),
             refusal=self._refusal,
@@ -185,6 +185,13 @@ class _Check:
         for tile, found in sorted(self._bad.items()):
             for name, what in found.items():
                 yield f"{self._shard(name, tile)}: the shard of tile {tile} {what}."
+
+    def _damaged_notes(self) -> Iterator[str]:
+        for path in damaged(self._path / LEDGER, len(self._plan)):
+            yield (
+                f"{path}: is damaged, so the tiles that it tells of count as not done; the same "
+                "`unet-ray segment` makes them again."
+            )
 
     def _shard(self, name: str, tile: int) -> Place:
         return self._path / ARRAYS[name] / self._store.key(name, self._plan[tile])
