@@ -62,6 +62,12 @@ def wait_for(ready, process):
         time.sleep(0.002)
 
 
+def is_stopped(pid):
+    """Whether every thread of a process has stopped; a signal takes a moment."""
+    states = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(state.rpartition(")")[2].split()[0] == "T" for state in states)
+
+
 def ended(process):
     """What it told, once it has ended."""
     return process.communicate(timeout=SECONDS)[1]
@@ -116,6 +122,7 @@ def test_the_second_run_is_refused_and_the_next_after_a_kill_just_works(task):
     first = started(task, "twice.zarr")
     wait_for(lambda: shards(task / "twice.zarr") >= 10, first)
     os.kill(first.pid, signal.SIGSTOP)  # lives, and writes nothing
+    wait_for(lambda: is_stopped(first.pid), first)
     before = state_of(task / "twice.zarr")
     second = started(task, "twice.zarr")
     told = ended(second)
