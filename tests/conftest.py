@@ -60,3 +60,10 @@ def task(tmp_path_factory):
     volume = write_stack(folder / "volume.tif", noise((3, 61, 75)))
     model = random_model(folder / "model.safetensors")
     return volume, model, segment(volume, model, folder / "whole.zarr", TILED)
+
+
+@pytest.fixture
+def ready(request):
+    """A Ray for the tests that need one."""
+    if request.node.get_closest_marker("ray"):
+        request.getfixturevalue("local_ray")

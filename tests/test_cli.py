@@ -762,7 +762,10 @@ def test_a_model_whose_channels_do_not_fit_is_refused(unet_ray, files):
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_an_output_that_is_not_ours_is_refused(unet_ray, files, kind, flags):
     path = files / "out.zarr"
-    (path.mkdir() if kind == "folder" else path.write_text("years of work"))
+    if kind == "folder":
+        path.mkdir()
+        path /= "thesis.tex"
+    path.write_text("years of work")
     refused(unet_ray, files, segment(files, *flags), "out.zarr: exists and is not an output")
 
 

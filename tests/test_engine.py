@@ -4,9 +4,12 @@ import dataclasses
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -107,13 +110,6 @@ class Watching:
 def folder(tmp_path):
     (tmp_path / "tiles").mkdir()
     return tmp_path / "tiles"
-
-
-@pytest.fixture
-def ready(request):
-    """A Ray for the tests that need one."""
-    if request.node.get_closest_marker("ray"):
-        request.getfixturevalue("local_ray")
 
 
 def written(folder):
@@ -236,8 +232,110 @@ def test_two_tiles_that_hang_at_once_are_given_up_and_the_others_are_done(folder
 
 def test_a_run_in_which_all_tiles_hang_ends(folder):
     hanging = dataclasses.replace(stage(folder, hanging=range(8)), deadline=SOON)
-    with pytest.raises(RunError, match="4 tiles hang, none ended within 2 s: see whether input"):
+    with pytest.raises(
+        RunError, match=r"4 tiles hang, and none ended in between \(each may take 2 s\)"
+    ):
         list(run(hanging, range(8), "local", 2))
+
+
+class Slow:
+    """A worker whose tiles take so many seconds."""
+
+    def __init__(self, seconds):
+        self.seconds, self.ended = seconds, []
+
+    def read(self, tile):
+        time.sleep(self.seconds(tile))
+
+    def predict(self, tile, voxels):
+        """Nothing."""
+
+    def write(self, tile, result):
+        self.ended.append(tile)
+
+
+def slowly(seconds, first):
+    worker = Slow(seconds)
+    return worker, Stage("slow", lambda: worker, "cpu", deadline=Deadline(first, 5, 0.3))
+
+
+def test_tiles_that_end_after_their_deadline_are_told_of_and_the_deadline_grows():
+    worker, late = slowly(lambda tile: 1.0, first=0.7)
+    receipts = list(run(late, range(12), "local", 2))
+    assert 0 < len([r for r in receipts if r.error]) < 8
+    assert sorted(r.tile for r in receipts if not r.error) == sorted(worker.ended)
+    assert len(worker.ended) >= 10  # those of the last moment may be unheard
+
+
+def test_a_caller_that_takes_its_time_makes_no_tile_late():
+    _, quick = slowly(lambda tile: 0.05, first=0.5)
+    for receipt in run(quick, range(8), "local", 4):
+        time.sleep(0.6)
+        assert receipt.error == ""
+
+
+def test_nobody_waits_for_a_tile_that_hangs_when_the_caller_stops(monkeypatch):
+    monkeypatch.setattr(engine, "GRACE_SECONDS", 0.5)
+    _, hanging = slowly(lambda tile: 60 * (tile > 0), first=3600)
+    start = time.monotonic()
+    with closing(run(hanging, range(2), "local", 2)) as receipts:
+        next(receipts)
+    assert time.monotonic() - start < 20
+
+
+class UnspeakableError(Exception):
+    def __str__(self):
+        raise MemoryError
+
+
+def test_an_error_that_cannot_be_told_is_a_failure_too(folder):
+    bad = {("read", 0): UnspeakableError()}
+    receipts = list(run(stage(folder, bad=bad), range(3), "local", 1))
+    assert [(r.tile, r.verdict) for r in receipts] == [(0, "alone"), (1, "again"), (2, "again")]
+    assert [r.error for r in receipts] == ["MemoryError: ", "", ""]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_marks_that_cannot_be_made_are_failures(folder, device):
+    lost = dataclasses.replace(stage(folder, device), begun=folder / "none" / "such")
+    told = engine._TileActor(lost)({"tile": [1, 2]})
+    assert sorted(told["tile"]) == [1, 2] and set(told["verdict"]) == {"again"}
+    assert all("No such file" in error for error in told["error"])
+    assert written(folder) == Counter()
+
+
+GUARDED = """
+import sys, threading, time
+from contextlib import nullcontext
+from pathlib import Path
+from unet_ray import attempts
+attempts.NOTE_SECONDS = 0.5
+marks = attempts.Marks(Path(sys.argv[1]))
+def fails(tile): raise RuntimeError("marks")
+setattr(marks, sys.argv[2], {"hangs": lambda tile: time.sleep(60), "fails": fails}[sys.argv[3]])
+def slow(tile, alone):
+    time.sleep(60)
+attempts.Guarded(slow, marks, attempts.Deadline(1, 1, 1)).attempt(7, nullcontext())
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "how"), [("begin", "hangs"), ("late", "hangs"), ("late", "fails"), ("of", "hangs")]
+)
+def test_a_guard_ends_its_process_whatever_becomes_of_the_marks(folder, step, how):
+    told = subprocess.run(
+        [sys.executable, "-c", GUARDED, str(folder), step, how],
+        capture_output=True,
+        timeout=40,
+        check=False,
+    )
+    assert told.returncode == -signal.SIGKILL
+
+
+def test_a_worker_whose_gpu_has_failed_is_told_from_others(folder):
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    [receipt] = run(stage(folder, bad={("predict", 3): error}), [3], "local", 1)
+    assert receipt.verdict == "broken"
 
 
 @pytest.mark.parametrize(

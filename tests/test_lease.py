@@ -351,7 +351,7 @@ def test_a_takeover_by_force_stops_the_old_one(folder, holder, monkeypatch, told
         (line,) = told
         assert f"from process {holder.pid} on " in line and "as --takeover asks" in line
         answer = holder.ask()
-        assert answer.startswith(f"RunError {folder.parent}: process {os.getpid()} on ")
+        assert answer.startswith(f"LostError {folder.parent}: process {os.getpid()} on ")
         holder.end()
         held.check()
         assert facts(folder)["epoch"] == 2
@@ -383,7 +383,7 @@ def test_who_was_stopped_for_long_finds_out(folder, holder, monkeypatch, told):
         monkeypatch.setattr(lease, "SILENT_SECONDS", 90.0)
         assert "which has been silent for" in told[0]
         os.kill(holder.pid, signal.SIGCONT)
-        assert holder.ask().startswith("RunError")
+        assert holder.ask().startswith("LostError")
         holder.end()
         held.check()
     assert facts(folder)["epoch"] == 2

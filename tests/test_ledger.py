@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unet_ray import ledger as ledgers
+from unet_ray.errors import RunError
 from unet_ray.ledger import STATES, Ledger, committed, quarantined
 
 TILES = 21
@@ -192,3 +193,44 @@ def test_millions_of_tiles_open_quickly_enough_to_be_one_small_file(folder):
             ledger.commit(tile)
     assert sum(path.stat().st_size for path in folder.iterdir()) < 100_000
     assert held(committed(folder, tiles)) == [0, 1, 5_000_000, tiles - 1]
+
+
+# A store that was made anew.
+
+
+def test_what_a_run_notes_that_was_forced_out_of_the_store_before_counts_for_nothing(folder):
+    old = Ledger(folder, TILES, epoch=3)
+    old.commit(1)
+    old.flush()
+    old.commit(2)
+    ledgers.begin(folder, 4)
+    assert held(committed(folder, TILES)) == []
+    with Ledger(folder, TILES, epoch=4) as new:
+        new.commit(5)
+    old.flush()
+    old.commit(7)
+    old.__exit__(None, None, None)
+    assert held(committed(folder, TILES)) == [5]
+    assert ledgers.damaged(folder, TILES) == []
+    with Ledger(folder, TILES, epoch=5) as new:
+        assert len(new) == 1
+    assert {path.name[:8] for path in folder.iterdir()} == {"00000004"}
+
+
+def test_the_last_store_made_counts(folder):
+    assert not ledgers.has_begun(folder)
+    for epoch in (1, 2, 2):
+        ledgers.begin(folder, epoch)
+        commit(folder, 3)
+    assert held(committed(folder, TILES)) == [3]
+    ledgers.begin(folder, 1)  # as after its lease was removed
+    assert held(committed(folder, TILES)) == []
+    assert ledgers.has_begun(folder)
+
+
+@pytest.mark.parametrize("name", ["00000001-00000001.committed", "00000001-00000001.skipped"])
+def test_a_segment_that_leads_nowhere_is_named(folder, name):
+    folder.mkdir(parents=True)
+    (folder / name).symlink_to("nowhere")
+    with pytest.raises(RunError, match=rf"{name}: cannot be read, though it is there"):
+        committed(folder, TILES)

@@ -14,7 +14,7 @@ import zarr
 
 from tests.test_segmentation import TILED, bytes_of, noise, write_stack
 from unet_ray import segmentation
-from unet_ray.errors import InputError, QuarantinedError, RunError
+from unet_ray.errors import InputError, LostError, QuarantinedError, RunError
 from unet_ray.evaluation import evaluate
 from unet_ray.events import read_events
 from unet_ray.lease import Lease
@@ -199,7 +199,8 @@ def test_overwriting_leaves_nothing_of_the_old_store(task, bucket):
 def test_a_creation_that_was_killed_is_no_hindrance(task, bucket):
     volume, model, whole = task
     segment(volume, model, OUT, TILED)
-    kept = {k: v for k, v in bucket.objects.items() if k.endswith("0/zarr.json")}
+    left = "0/zarr.json", "lease.json", ".born", "00000001.committed"
+    kept = {k: v for k, v in bucket.objects.items() if k.endswith(left)}
     bucket.objects.clear()
     bucket.objects.update(kept)
     segment(volume, model, OUT, TILED)
@@ -293,3 +294,59 @@ def test_what_is_no_zarr_in_a_bucket_is_refused(bucket, name):
     bucket.put("volume.tif", b"II*\0", None, None)
     with pytest.raises(InputError, match="of an object store only these are read"):
         open_volume(f"s3://bucket/{name}")
+
+
+def test_a_copy_without_what_tells_of_its_tiles_is_damaged(task, bucket):
+    volume, model, _ = task
+    segment(volume, model, OUT, TILED)
+    for name in [name for name in bucket.objects if PRIVATE in name]:
+        del bucket.objects[name]
+    (damage,) = verify(OUT, tiles=0).damage
+    assert ".unet_ray is missing" in damage
+
+
+def test_what_an_old_ledger_tells_of_a_store_that_is_gone_counts_for_nothing(task, bucket):
+    volume, model, whole = task
+    segment(volume, model, OUT, TILED)
+    for name in [name for name in bucket.objects if PRIVATE not in name]:
+        del bucket.objects[name]
+    segment(volume, model, OUT, TILED)
+    assert stored(bucket) == bytes_of(whole)
+
+
+def test_a_creation_that_was_killed_is_no_hindrance_to_another_store(task, bucket, tmp_path):
+    volume, model, _ = task
+    classes = dataclasses.replace(TILED, outputs=("classes",))
+    whole = segment(volume, model, tmp_path / "whole.zarr", classes)
+    put = ObjectPath.put
+
+    def killed(path, data):
+        if path == place_of(OUT) / "zarr.json":
+            raise KeyboardInterrupt
+        put(path, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ObjectPath, "put", killed)
+        with pytest.raises(KeyboardInterrupt):
+            segment(volume, model, OUT, TILED)
+    assert key("0/zarr.json") in bucket.objects
+    segment(volume, model, OUT, classes)
+    assert stored(bucket) == bytes_of(whole)
+
+
+def test_a_run_that_was_forced_out_writes_nothing_into_the_store_of_the_next(
+    task, bucket, tmp_path, monkeypatch
+):
+    volume, model, _ = task
+    fresh = dataclasses.replace(TILED, tile=(1, 64, 76))
+    whole = segment(volume, model, tmp_path / "whole.zarr", fresh)
+
+    def overwrite(progress):
+        if progress.finished == 3:
+            other = dataclasses.replace(fresh, overwrite=True, takeover=True)
+            segment(volume, model, OUT, other)
+
+    with pytest.raises(LostError, match="has taken it over, so this run stops"):
+        segment(volume, model, OUT, dataclasses.replace(TILED, workers=1), overwrite)
+    assert stored(bucket) == bytes_of(whole)
+    assert verify(OUT).sound

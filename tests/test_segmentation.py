@@ -16,12 +16,13 @@ import zarr
 from unet_ray import lease, planning, segmentation
 from unet_ray.boxes import Box
 from unet_ray.checkpoints import ModelHeader, architecture_of, read_model, write_model
-from unet_ray.errors import InputError, QuarantinedError, RunError
+from unet_ray.errors import InputError, LostError, QuarantinedError, RunError
 from unet_ray.lease import Lease
 from unet_ray.ledger import Ledger
 from unet_ray.network import UNet
 from unet_ray.planning import Settings, choose_plan, network_size
 from unet_ray.segmentation import output_paths, segment
+from unet_ray.verification import verify
 from unet_ray.volumes import open_volume
 
 FLOAT32 = Settings(precision="float32", workers=2)
@@ -81,7 +82,7 @@ def shards_of(store):
 
 def state_of(folder):
     """Everything under a folder, with inode and time: equal only if nothing was touched."""
-    stats = {p: p.stat() for p in folder.rglob("*")}
+    stats = {p: p.lstat() for p in folder.rglob("*")}
     return {p: (s.st_ino, s.st_size, s.st_mtime_ns) for p, s in stats.items()}
 
 
@@ -480,7 +481,8 @@ def test_overwrite_never_deletes_its_own_input(tmp_path, volume):
 
 FOREIGN = {
     "folder": lambda path: [path.mkdir(), (path / "chapter.tex").write_text("years of work")],
-    "empty folder": lambda path: path.mkdir(),
+    "a link that leads nowhere": lambda path: path.symlink_to("nowhere"),
+    "metadata of another": lambda path: zarr.create_group(path / "labels"),
     "file": lambda path: path.write_text("years of work"),
     "array": lambda path: zarr.create_array(path, shape=(4,), dtype="uint8"),
     "group": lambda path: zarr.create_group(path, attributes={"ome": {"version": "0.5"}}),
@@ -489,6 +491,12 @@ FOREIGN = {
     "nothing told": lambda path: zarr.create_group(path, attributes={"unet_ray": {}}),
     "later format": lambda path: zarr.create_group(path, attributes={"unet_ray": {"format": 2}}),
 }
+
+
+def test_an_empty_folder_is_as_good_as_none(tmp_path, model, volume):
+    (tmp_path / "out").mkdir()
+    whole = segment(volume, model, tmp_path / "whole", TILED)
+    assert bytes_of(segment(volume, model, tmp_path / "out", TILED)) == bytes_of(whole)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -643,3 +651,60 @@ def test_a_run_that_is_forced_out_stops_and_loses_nothing(
     store = segment(volume, model, tmp_path / "out", TILED, seen.append)
     assert seen[0].done >= 7  # five of the first run, one of the second
     assert bytes_of(store) == bytes_of(whole)
+
+
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.ray)])
+@pytest.mark.usefixtures("ready")
+def test_a_run_whose_store_was_made_anew_by_another_writes_nothing_there(
+    tmp_path, model, volume, engine
+):
+    """The old run is amid a tile when the new one deletes its store and makes its own."""
+    fresh = dataclasses.replace(TILED, tile=(1, 64, 76))
+    whole = segment(volume, model, tmp_path / "whole", fresh)
+    store = tmp_path / "out"
+    old = dataclasses.replace(TILED, engine=engine, workers=1)
+
+    def overwrite(progress):
+        if progress.finished == 3:
+            other = dataclasses.replace(fresh, overwrite=True, takeover=True)
+            segment(volume, model, store, other)
+
+    with pytest.raises(LostError, match="has taken it over, so this run stops"):
+        segment(volume, model, store, old, overwrite)
+    assert bytes_of(store) == bytes_of(whole)
+    assert verify(store).sound
+    assert segment(volume, model, store, fresh, pytest.fail) == store
+
+
+def test_a_run_that_finds_another_store_than_it_was_prepared_for_is_refused(
+    tmp_path, model, volume
+):
+    other = dataclasses.replace(TILED, tile=(1, 64, 76))
+    for out in ("new", "old"):
+        if out == "old":
+            segment(
+                volume,
+                model,
+                tmp_path / out,
+                dataclasses.replace(TILED, region=Box((2, 60, 74), (3, 61, 75))),
+            )
+        late = segmentation.prepare(volume, model, tmp_path / out, TILED)
+        whole = segment(
+            volume, model, tmp_path / out, dataclasses.replace(other, overwrite=out == "old")
+        )
+        before = state_of(whole)
+        with pytest.raises(InputError, match=r"another plan\.core"):
+            segmentation.execute(late, TILED, print)
+        after = state_of(whole)
+        assert {k for k in after if after[k] != before.get(k)} <= {
+            whole / segmentation.PRIVATE / name for name in ("", "lease.json")
+        }
+
+
+def test_overwriting_through_a_link_leaves_the_link(tmp_path, model, volume):
+    whole = segment(volume, model, tmp_path / "whole", TILED)
+    there = segment(volume, model, tmp_path / "disk", dataclasses.replace(TILED, tile=(1, 64, 76)))
+    (tmp_path / "out").symlink_to(there)
+    segment(volume, model, tmp_path / "out", dataclasses.replace(TILED, overwrite=True))
+    assert (tmp_path / "out").is_symlink()
+    assert bytes_of(there) == bytes_of(whole)

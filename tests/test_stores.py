@@ -1,5 +1,6 @@
 """The result on disk: the layout of OME-Zarr 0.5, one file per tile, checksums, rewrites."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,8 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unet_ray.errors import InputError
+from unet_ray.errors import InputError, RunError
+from unet_ray.places import remove_tree
 from unet_ray.stores import (
     ARRAYS,
     LARGEST_CHUNK,
@@ -20,6 +22,7 @@ from unet_ray.stores import (
     StoreLayout,
     chunk_of,
     create_store,
+    delete_store,
     provenance_of,
 )
 from unet_ray.tiles import Context, TilePlan
@@ -296,33 +299,60 @@ def test_a_tile_is_on_disk_when_write_returns(path, monkeypatch):
 # Whole or not at all, ours or not.
 
 
-@pytest.mark.parametrize("step", ["rename", "replace"])
-def test_a_store_that_cannot_be_finished_is_not_there(tmp_path, monkeypatch, step):
-    # Metadata files are put in place by one of them, the whole store by the other.
-    def fails(*arguments):
-        raise OSError("the disk is full")
+def test_a_creation_that_fails_anywhere_leaves_no_store_and_is_done_again(tmp_path, monkeypatch):
+    whole = tmp_path / "whole.zarr"
+    create_store(whole, layout(), PROVENANCE)
+    move = os.replace
+    for number in range(len(files(whole))):
+        path, calls = tmp_path / f"{number}.zarr", itertools.count()
 
-    monkeypatch.setattr(os, step, fails)
-    with pytest.raises(OSError, match="the disk is full"):
-        create_store(tmp_path / "out.zarr", layout(), PROVENANCE)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_store_appears_complete(tmp_path, monkeypatch):
-    path, seen = tmp_path / "deep" / "out.zarr", []
-
-    def watched(move):
-        def moved(source, target):
-            if Path(target) == path:
-                seen.append((path.exists(), sorted(files(Path(source)))))
+        def fails(source, target, number=number, calls=calls):
+            if next(calls) == number:
+                raise OSError("the disk is full")
             move(source, target)
 
-        return moved
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", fails)
+            with pytest.raises(OSError, match="the disk is full"):
+                create_store(path, layout(), PROVENANCE)
+        assert provenance_of(path) is None
+        create_store(path, layout(("classes",)), PROVENANCE)  # of what was left nothing stays
+        fresh = tmp_path / f"{number}.fresh.zarr"
+        create_store(fresh, layout(("classes",)), PROVENANCE)
+        assert files(path) == files(fresh)
 
-    for step in ("rename", "replace"):
-        monkeypatch.setattr(os, step, watched(getattr(os, step)))
-    create_store(path, layout(), PROVENANCE)
-    assert seen == [(False, sorted(files(path)))]
+
+def test_a_deletion_that_fails_anywhere_leaves_a_store_that_can_be_deleted(tmp_path, monkeypatch):
+    for number in range(4):
+        path, calls = tmp_path / f"{number}.zarr", itertools.count()
+        create_store(path, layout(), PROVENANCE)
+
+        def fails(place, number=number, calls=calls):
+            if next(calls) == number:
+                raise OSError("the disk is gone")
+            remove_tree(place)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("unet_ray.stores.remove_tree", fails)
+            with pytest.raises(OSError, match="the disk is gone"):
+                delete_store(path)
+        assert provenance_of(path) == PROVENANCE
+        delete_store(path)
+        assert provenance_of(path) is None
+        create_store(path, layout(), PROVENANCE)
+
+
+@pytest.mark.parametrize("damage", ["missing", "another plan", "no JSON"])
+def test_metadata_that_does_not_fit_is_named(path, damage):
+    file = path / "labels" / "classes" / "0" / "zarr.json"
+    if damage == "missing":
+        file.unlink()
+    elif damage == "no JSON":
+        file.write_text("{")
+    else:
+        file.write_text(file.read_text().replace(str(PLAN.shape[2]), str(PLAN.shape[2] + 1)))
+    with pytest.raises(RunError, match=rf"^{file}: .*; repair it with `unet-ray verify --repair`"):
+        Store(path, ["classes"]).require_plan(PLAN)
 
 
 def test_a_store_is_not_made_over_another(path):
@@ -338,7 +368,6 @@ def test_how_a_store_was_made_can_be_read(path):
 
 
 FOREIGN = {
-    "empty folder": {},
     "photos": {"cat.jpg": "meow"},
     "another image": {"zarr.json": json.dumps({"zarr_format": 3, "attributes": {"ome": {}}})},
     "no attributes": {"zarr.json": json.dumps({"zarr_format": 3})},

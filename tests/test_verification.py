@@ -29,7 +29,8 @@ from unet_ray.boxes import Box
 from unet_ray.errors import InputError, RunError
 from unet_ray.events import EventLog, read_events
 from unet_ray.lease import Lease
-from unet_ray.ledger import Ledger, committed
+from unet_ray.ledger import Ledger, begin, committed
+from unet_ray.places import write_whole
 from unet_ray.segmentation import segment
 from unet_ray.shards import _told_size
 from unet_ray.stores import ARRAYS, EVENTS, LEDGER, PRIVATE, Store, StoreLayout, create_store
@@ -514,6 +515,7 @@ def test_an_interrupted_store_is_sound(tmp_path, task):
 def test_an_empty_store_is_sound(tmp_path, task):
     run = segmentation.prepare(*task[:2], tmp_path / "out.zarr", TILED)
     layout = StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)
+    begin(run.out / LEDGER, 1)
     create_store(run.out, layout, run.provenance)
     verdict = verify(run.out)
     assert verdict.sound and verdict.shards == 0 and verdict.recomputed == ()
@@ -598,8 +600,10 @@ def test_repair_is_refused_while_a_run_is_writing(store):
 def test_a_full_disk_ends_a_repair(store, monkeypatch):
     damage_all_kinds(store)
 
-    def full(*args):
-        raise OSError(28, "No space left on device")
+    def full(path, *more):
+        if store in path.parents:
+            raise OSError(28, "No space left on device")
+        write_whole(path, *more)
 
     monkeypatch.setattr("unet_ray.stores.write_whole", full)
     with pytest.raises(RunError, match="No space left on device; make room"):
@@ -710,3 +714,48 @@ def test_a_negative_number_of_tiles_is_refused(unet_ray, store):
     code, out, err = unet_ray("verify", store, "--tiles", "-1")
     assert (code, out) == (2, "") and "-1" in err
     assert unet_ray("verify", store, "--tiles", "many")[0] == 2
+
+
+# Shards that are sound, but not of this run.
+
+
+def of_another_model(store, task, names=None):
+    """Puts shards in a store that another model made; gives the names of those that differ."""
+    other = random_model(store.parent / "other.safetensors", seed=1)
+    theirs = bytes_of(segment(task[0], other, store.parent / "other.zarr", TILED))
+    mine = bytes_of(store)
+    changed = [n for n in names or mine if "/c/" in n and mine[n] != theirs[n]]
+    for name in changed:
+        (store / name).write_bytes(theirs[name])
+    return changed
+
+
+def test_repair_finds_every_tile_of_another_model_once_it_knows_of_one(store, task):
+    whole = bytes_of(store)
+    tiles = [f"0/c/0/{z}/{y}/0" for z in range(3) for y in range(2)]
+    assert len(of_another_model(store, task, tiles)) == 6
+    verdict = verify(store, tiles=TILES - 4, repair=True)  # so that it must find some of them
+    assert verdict.sound and len(verdict.repaired) == 6
+    assert bytes_of(store) == whole
+
+
+@pytest.mark.parametrize("kind", ["shards", "provenance"])
+def test_nothing_is_repaired_where_nobody_knows_what_is_right(store, task, kind):
+    if kind == "shards":
+        of_another_model(store, task)
+    else:
+        file = store / "zarr.json"
+        told = json.loads(file.read_text())
+        told["attributes"]["unet_ray"]["normalisation"]["mean"] = [50.0]
+        file.write_text(json.dumps(told))
+    before = bytes_of(store)
+    verdict = verify(store, tiles=2, repair=True)
+    assert not verdict.sound and not verdict.repaired
+    assert "nobody knows which is right; nothing was repaired" in verdict.refusal
+    assert bytes_of(store) == before
+
+
+def test_a_copy_without_its_ledger_is_damaged(store):
+    shutil.rmtree(store / LEDGER)
+    (damage,) = verify(store, tiles=0).damage
+    assert "ledger/segment: is missing" in damage

@@ -16,17 +16,17 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 
-from unet_ray.errors import UnetRayError, VoxelError
+from unet_ray.errors import LostError, UnetRayError, VoxelError
 from unet_ray.memory import held, room
 from unet_ray.places import Place, append
 
-Verdict = Literal["again", "alone", "never", "stop"]
+Verdict = Literal["again", "alone", "never", "stop", "broken"]
 # How often a tile is tried in a run, before it is given up.
 TRIES = 3
 # A disk that takes nothing more: full, over quota, read-only.
@@ -39,6 +39,7 @@ _NO_MEMORY = re.compile(
 # Tiles of which the median is taken, at most, and at least.
 SEEN, ENOUGH = 101, 3
 TICK = 1.0  # seconds between two looks at the clock
+NOTE_SECONDS = 5.0  # for the last marks of a process
 BEGUN, LATE = b".", b"L"  # in the mark of a tile
 
 
@@ -52,7 +53,8 @@ class Receipt:
         error: one sentence if it failed; nothing was committed then.
         trace: where it failed, as Python tells it.
         verdict: of a failure: ``again`` may do better, ``alone`` (on a machine's memory) may do
-            better with nothing beside it, ``never`` cannot, ``stop``: nor can any other tile.
+            better with nothing beside it, ``never`` cannot, ``stop``: nor can any other tile,
+            ``broken``: nor can any other in this process, whose GPU has failed.
         held: anonymous bytes of the process when the tile was done; 0 if unknown.
         room: of a failure for lack of memory, bytes that the process could have had; 0 if unknown.
     """
@@ -129,10 +131,15 @@ def attempt(worker: Worker, tile: int, alone: AbstractContextManager[Any]) -> Re
             result = worker.predict(tile, voxels)
         worker.write(tile, result)
     except Exception as error:  # not swallowed: the driver decides, and shows it
-        trace, verdict = traceback.format_exc(), _verdict(error)
-        seconds, bytes_left = time.monotonic() - start, room() if verdict == "alone" else 0
-        return Receipt(tile, seconds, _told(error), trace, verdict, bytes_left)
+        return failure(tile, time.monotonic() - start, error)
     return Receipt(tile, time.monotonic() - start, held=held())
+
+
+def failure(tile: int, seconds: float, error: Exception) -> Receipt:
+    """The receipt of a try that raised `error`, which is being handled."""
+    verdict = _verdict(error)
+    bytes_left = _room(error) if verdict == "alone" else 0
+    return Receipt(tile, seconds, _told(error), traceback.format_exc(), verdict, bytes_left)
 
 
 def _told(error: Exception) -> str:
@@ -140,11 +147,21 @@ def _told(error: Exception) -> str:
 
 
 def _verdict(error: Exception) -> Verdict:
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+    full = isinstance(error, OSError) and error.errno in DISK_ERRORS
+    if full or isinstance(error, LostError):
         return "stop"
     if is_out_of_memory(error):
         return "alone"
+    if isinstance(error, RuntimeError) and "CUDA error" in str(error):
+        return "broken"
     return "never" if isinstance(error, VoxelError) else "again"
+
+
+def _room(error: Exception) -> int:
+    """Bytes that were there for a pass which ran out of them."""
+    if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0]) + torch.cuda.memory_reserved()
+    return room()
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -183,17 +200,18 @@ class Patience:
 class Clock:
     """Seconds that this process was awake: one that is stopped for an hour has not waited.
 
-    `now` is to be asked every second or so.
+    `now` is to be asked every second or so, by any thread.
     """
 
     def __init__(self) -> None:
-        self._last, self._now = time.monotonic(), 0.0
+        self._last, self._now, self._lock = time.monotonic(), 0.0, threading.Lock()
 
     def now(self) -> float:
         """Seconds since it was made; between two looks, two at most."""
-        last, self._last = self._last, time.monotonic()
-        self._now += min(self._last - last, 2 * TICK)
-        return self._now
+        with self._lock:
+            last, self._last = self._last, time.monotonic()
+            self._now += min(self._last - last, 2 * TICK)
+            return self._now
 
 
 class Marks:
@@ -242,25 +260,45 @@ class Guarded:
 
     def attempt(self, tile: int, alone: AbstractContextManager[Any]) -> Receipt:
         """As the function of this name, unless the tile ended its process too often."""
-        before = self._marks.begin(tile)
-        if before.count(BEGUN) >= TRIES:
-            return Receipt(tile, 0.0, _deadly(before), "", "never", 0 if LATE in before else room())
-        self._begun[tile] = self._clock.now()
-        receipt = self._try(tile, alone)
-        self._begun.pop(tile)
-        self._patience.saw(receipt)
-        self._marks.end(tile)
-        return receipt
+        self._begun[tile] = start = self._clock.now()
+        try:
+            before = self._marks.begin(tile)
+            if before.count(BEGUN) >= TRIES:
+                bytes_left = 0 if LATE in before else room()
+                return Receipt(tile, 0.0, _deadly(before), "", "never", bytes_left)
+            receipt = self._try(tile, alone)
+            if receipt.verdict == "broken":
+                os.kill(os.getpid(), signal.SIGKILL)  # a fresh process may do better
+            self._patience.saw(receipt)
+            self._marks.end(tile)
+            return receipt
+        except OSError as error:  # of the marks
+            return failure(tile, self._clock.now() - start, error)
+        finally:
+            self._begun.pop(tile, None)
 
     def _watch(self) -> None:
         while True:
             time.sleep(min(TICK, self._patience.limit / 4))
             now, limit = self._clock.now(), self._patience.limit
-            late = [tile for tile, begun in [*self._begun.items()] if now - begun > limit]
-            for tile in late:
-                self._marks.late(tile)
+            late = [tile for tile, begun in self._begun.copy().items() if now - begun > limit]
             if late:
-                os.kill(os.getpid(), signal.SIGKILL)
+                self._end(late)
+
+    def _end(self, late: list[int]) -> None:
+        """Ends the process; marks why, if the disk of the marks answers."""
+        try:
+            noting = threading.Thread(target=self._note, args=(late,), daemon=True)
+            noting.start()
+            noting.join(NOTE_SECONDS)
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _note(self, late: list[int]) -> None:
+        with suppress(OSError):
+            for tile in late:
+                if tile in self._begun:
+                    self._marks.late(tile)
 
 
 def _deadly(signs: bytes) -> str:
@@ -271,5 +309,6 @@ def _deadly(signs: bytes) -> str:
             "of the input can be read, and whether the output's disk answers."
         )
     return (
-        f"was begun {tries} times and never ended: its workers were killed, as by a lack of memory."
+        f"was begun {tries} times and never ended: its workers were killed, as by a lack of "
+        "memory, their GPUs failed, or their machines were lost."
     )

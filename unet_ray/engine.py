@@ -13,8 +13,9 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -33,12 +34,16 @@ from unet_ray.attempts import (
     Stage,
     TryOne,
     attempt,
+    failure,
 )
 from unet_ray.errors import InputError, RunError
 from unet_ray.memory import give_back_freed_memory, kept_memory_environment
 
 EngineName = Literal["local", "ray"]
 Answer = TypeVar("Answer")
+Receipts = Generator[Receipt, None, None]
+# How long one waits for tiles that are under way when no more are wanted.
+GRACE_SECONDS = 5.0
 # Tile numbers go to Ray in waves, so that the driver's memory does not grow with the volume.
 WAVE = 4096
 # Below one, so that Ray always finds room for its own reading and writing beside the actors.
@@ -67,8 +72,11 @@ def run(
     engine: EngineName,
     workers: int | None = None,
     alone: bool = False,
-) -> Iterator[Receipt]:
+) -> Receipts:
     """Runs `tiles` of a stage and yields a receipt for each as it is done.
+
+    Who stops before the end closes it, or what is under way goes on unheard. A tile that was given
+    up may be told of twice, the second time as done.
 
     Args:
         stage: what to do.
@@ -78,12 +86,14 @@ def run(
         alone: one tile at a time, by one fresh worker.
 
     Raises:
-        RunError: if as many tiles hang as there are workers.
+        RunError: if tile after tile hangs and none ends, or so many that they fill the memory.
     """
     if engine == "ray":
         return _run_ray(stage, iter(tiles), 1 if alone else workers, alone)
     if alone:
         give_back_freed_memory()
+        if stage.device == "cuda":
+            torch.cuda.empty_cache()
     threads = 1 if alone else threads_of(stage.device, workers)
     try_one = partial(attempt, stage.make_worker())
     return _side_by_side(try_one, stage.device, stage.deadline, iter(tiles), threads)
@@ -159,7 +169,7 @@ def connect(workers: int | None = None) -> None:
             ray.init(log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"RAY_ADDRESS={address}: cannot join that Ray ({str(error).splitlines()[0]}); a "
+                f"RAY_ADDRESS={address}: cannot join that Ray ({_line(error)}); a "
                 f"dashboard's http address is for `ray job submit` only; unset it to run here."
             ) from error
         return
@@ -174,6 +184,10 @@ def connect(workers: int | None = None) -> None:
         object_store_memory=OBJECT_STORE_BYTES,
     )
     threading.Thread(target=_tell_end_of_ray, name="raylet", daemon=True).start()
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _tell_end_of_ray() -> None:
@@ -207,15 +221,19 @@ class _Hand:
     def _work(self) -> None:
         torch.set_num_threads(1)
         while (tile := self._tiles.get()) is not None:
-            self._ended.put((self, self._try(tile)))
+            try:
+                receipt = self._try(tile)
+            except Exception as error:  # nobody would ever hear of this tile
+                receipt = failure(tile, 0.0, error)
+            self._ended.put((self, receipt))
 
 
 class _SideBySide:
     """Tries tiles on threads of this process, as many at a time as there are threads.
 
     A try that takes too long is given up with its thread, since a thread cannot be ended, and
-    another takes the next tile. When that happens again and again and no tile ends in between,
-    nothing works any more.
+    another takes the next tile; should it end after all, that is told in a second receipt. When
+    that happens again and again and no try ends in between, nothing works any more.
     """
 
     def __init__(
@@ -233,19 +251,20 @@ class _SideBySide:
         self._lost: set[_Hand] = set()
         self._in_a_row = 0  # tries given up since one ended
 
-    def receipts(self) -> Iterator[Receipt]:
+    def receipts(self) -> Receipts:
         """A receipt for each tile, as it ends."""
         try:
             while self._hand_out():
-                yield from self._await()
-        except KeyboardInterrupt:
-            self._busy.clear()  # who interrupts does not wait
+                told = self._await(min(TICK, self._patience.limit / 4))
+                yield from [*told, *self._give_up_late()]
+                self._refuse_to_hang()
+        except GeneratorExit:
+            end = time.monotonic() + GRACE_SECONDS  # what is under way may just end
+            while self._busy and (left := end - time.monotonic()) > 0:
+                self._await(left)
             raise
         finally:
-            while self._busy:  # what is under way may still write
-                for _ in self._await():
-                    pass
-            for hand in [*self._idle, *self._lost]:
+            for hand in [*self._idle, *self._busy, *self._lost]:
                 hand.take(None)
 
     def _hand_out(self) -> bool:
@@ -256,21 +275,22 @@ class _SideBySide:
             hand.take(tile)
         return bool(self._busy)
 
-    def _await(self) -> list[Receipt]:
-        """What has ended since, or has taken too long."""
-        try:
-            hand, receipt = self._ended.get(timeout=min(TICK, self._patience.limit / 4))
-        except Empty:
-            return self._give_up_late()
-        if hand in self._lost:  # it ended after all: the same bytes, whoever wrote them
-            self._lost.remove(hand)
-            hand.take(None)
-            return []
-        del self._busy[hand]
-        self._idle.append(hand)
-        self._in_a_row = 0
-        self._patience.saw(receipt)
-        return [receipt, *self._give_up_late()]
+    def _await(self, seconds: float) -> list[Receipt]:
+        """What has ended since; waits so long for the first."""
+        told = []
+        with suppress(Empty):
+            while True:
+                hand, receipt = self._ended.get(timeout=seconds)
+                seconds, self._in_a_row = 0.0, 0
+                self._patience.saw(receipt)
+                if self._busy.pop(hand, None):
+                    self._idle.append(hand)
+                    told.append(receipt)
+                else:
+                    self._lost.remove(hand)
+                    hand.take(None)
+                    told += [] if receipt.error else [receipt]
+        return told
 
     def _give_up_late(self) -> list[Receipt]:
         now, limit = self._clock.now(), self._patience.limit
@@ -279,22 +299,27 @@ class _SideBySide:
             del self._busy[hand]
             self._lost.add(hand)
             self._in_a_row += 1
-        # Each that hangs keeps the memory of its tile, too.
-        if self._in_a_row >= 2 * max(2, self._threads) or len(self._lost) > 8 * self._threads:
-            self._busy.clear()
-            raise RunError(
-                f"{len(self._lost)} tiles hang, none ended within {limit:.0f} s: see whether input "
-                "and output answer; what is done stays, the same command goes on."
-            )
         return [
             Receipt(tile, now - begun, f"did not end within {limit:.0f} s.")
             for tile, begun in late.values()
         ]
 
+    def _refuse_to_hang(self) -> None:
+        if self._in_a_row >= 2 * max(2, self._threads):
+            reason = "and none ended in between"
+        elif len(self._lost) > 8 * self._threads:
+            reason = "and each keeps its memory"
+        else:
+            return
+        raise RunError(
+            f"{len(self._lost)} tiles hang, {reason} (each may take {self._patience.limit:.0f} s): "
+            "see whether input and output answer; what is done stays, the same command goes on."
+        )
+
 
 def _side_by_side(
     try_one: TryOne, device: str, deadline: Deadline, tiles: Iterator[int], threads: int
-) -> Iterator[Receipt]:
+) -> Receipts:
     # On a GPU one pass runs at a time, while the other thread reads or writes its tile.
     alone = threading.Lock() if device == "cuda" else nullcontext()
     return _SideBySide(lambda tile: try_one(tile, alone), deadline, tiles, threads).receipts()
@@ -326,13 +351,13 @@ class _TileActor:
         first = [tile for tile in tiles if self._begun(tile)]
         others = (tile for tile in tiles if tile not in first)
         # The guard of the actor keeps the time.
-        rest = _side_by_side(self._try, "cuda", Deadline(math.inf), others, threads=2)
+        rest = _side_by_side(
+            self._try, "cuda", Deadline(math.inf, math.inf, math.inf), others, threads=2
+        )
         return [*(self._try(tile, nullcontext()) for tile in first), *rest]
 
 
-def _run_ray(
-    stage: Stage, tiles: Iterator[int], workers: int | None, alone: bool
-) -> Iterator[Receipt]:
+def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: bool) -> Receipts:
     import ray
     from ray.data import ActorPoolStrategy
 

@@ -25,6 +25,10 @@ class RunError(UnetRayError, RuntimeError):
     exit_code = 1
 
 
+class LostError(RunError):
+    """Another run has taken the output over, so this one writes nothing more."""
+
+
 class VoxelError(RunError):
     """What a tile reads cannot be segmented, however often it is tried."""
 

@@ -1,9 +1,10 @@
 """One run at a time on one output: who owns it, since when, and whether the owner still lives.
 
-Knows processes, clocks and one small file or object; does not know what a run does. The lease saves
-cost only: two runs on one output would do the work twice, not write it wrong. That two never own it
-at once is not promised either, since an owner that is silent for long loses it unasked; it finds
-out by `Lease.check` and stops.
+Knows processes, clocks and one small file or object; does not know what a run does. That two never
+own it at once is not promised, since an owner that is silent for long loses it unasked; it finds
+out by `Lease.check` and stops, and its workers by `Fence.check` before each thing that they write.
+Two runs that go on with the same store would only do the work twice. A run that makes the store
+anew counts on the fence, and on the epoch, which grows with every owner, new store or old.
 
 Clocks: a heartbeat is the wall clock of its owner, read by the clock of another host. One that
 lies in the future is of a clock that differs: then the time of the file counts, which the file
@@ -29,7 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from unet_ray.errors import InputError, RunError
+from unet_ray.errors import InputError, LostError, RunError
 from unet_ray.places import Held, ObjectPath, Place, try_lock, unusable, write_whole
 
 HEARTBEAT_SECONDS = 15.0
@@ -88,6 +89,29 @@ class Owner:
     def encode(self) -> bytes:
         """The owner as JSON."""
         return json.dumps(dataclasses.asdict(self)).encode()
+
+
+@dataclass(frozen=True)
+class Fence:
+    """Tells any process of a run, wherever it is, whether the run still owns its output.
+
+    Attributes:
+        folder: of the lease.
+        owner: the run.
+    """
+
+    folder: Place
+    owner: Owner
+
+    def check(self) -> None:
+        """Makes sure that the run may still write; reads one small file.
+
+        Raises:
+            LostError: if it may not.
+            OSError: if the lease cannot be read.
+        """
+        if fate := _fate(_swap(self.folder).read(), self.owner):
+            raise LostError(f"{self.folder.parent}: {fate}, so this run stops.")
 
 
 class Lease:
@@ -155,20 +179,29 @@ class Lease:
             _UNRELEASED.add(self._folder.resolve())
             self._tell(f"{self._output}: the lease could not be released ({failure}).")
 
-    def check(self) -> None:
+    @property
+    def fence(self) -> Fence:
+        """What workers ask before they write."""
+        return Fence(self._folder, self._me)
+
+    def check(self, now: bool = False) -> None:
         """Makes sure that this run may go on; cheap, it looks at the file once a second.
 
+        Args:
+            now: looks at the file in any case.
+
         Raises:
-            RunError: if another run has taken the lease over, if it was removed, or if its
-                heartbeat could not be written for so long that another run may soon take it over.
+            LostError: if another run has taken the lease over, or if it was removed.
+            RunError: if its heartbeat could not be written for so long that another run may soon
+                take it over.
         """
-        now = time.monotonic()
-        if now - self._checked >= CHECK_SECONDS:
-            self._checked = now
+        seconds = time.monotonic() - self._checked
+        if now or seconds >= CHECK_SECONDS:
+            self._checked += seconds
             # A process that was stopped, or a machine that slept, catches up here.
             self._attempt(self._beat if self._silent() else self._look)
         if self._lost:
-            raise RunError(self._lost)
+            raise LostError(self._lost)
         if self._error and self._silent():
             raise RunError(
                 f"{self._output}: the lease could not be renewed for "
@@ -245,16 +278,23 @@ class Lease:
     def _look(self) -> Held | None:
         """The lease if it is still this run's; else notes what became of it."""
         held = self._file.read()
-        owner = _decode(held.data) if held else None
-        if held and owner and owner.name == self._me.name and not owner.released:
-            return held
-        taken = owner and owner.name != self._me.name
-        fate = f"{owner} has taken it over" if taken else f"its {LEASE} was removed or damaged"
-        self._lost = f"{self._output}: {fate}, so this run stops; what was committed stays."
-        return None
+        if fate := _fate(held, self._me):
+            self._lost = f"{self._output}: {fate}, so this run stops; what was committed stays."
+            return None
+        return held
 
     def _silent(self) -> bool:
         return time.monotonic() - self._beaten > SILENT_SECONDS / 2
+
+
+def _fate(held: Held | None, me: Owner) -> str:
+    """What became of the lease of `me`; nothing if it still holds it."""
+    owner = _decode(held.data) if held else None
+    if owner and owner.name == me.name and not owner.released:
+        return ""
+    if owner and owner.name != me.name:
+        return f"{owner} has taken it over"
+    return f"its {LEASE} was removed or damaged"
 
 
 class _Swap(Protocol):

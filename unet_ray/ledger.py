@@ -5,7 +5,8 @@ is a small file, written whole or not at all, that holds the bits of a range of 
 adds goes into new ones, named by the epoch of the run and a sequence number, and opening a ledger
 puts them together in one. So nothing is ever changed in place, as object stores want it, and a
 kill loses at most the tiles of the last second, which are then made again with the same bytes. A
-segment that does not check out holds nothing.
+segment that does not check out holds nothing, nor does one that is older than the store: a run that
+was forced out may note what it did to the one before.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from unet_ray.errors import RunError
 from unet_ray.places import Place, write_whole
 
 State = Literal["committed", "quarantined", "skipped"]
@@ -31,6 +34,7 @@ Bits = NDArray[np.bool_]
 SECONDS = 1.0
 SEGMENTS = 256
 FORMAT = 1
+BORN = ".born"  # ending of an empty file whose name is the epoch that made the store
 
 
 class Ledger:
@@ -47,17 +51,19 @@ class Ledger:
     def __init__(self, folder: Place, tiles: int, epoch: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._bits, self._files, hurt = _read(folder, tiles)
+        self._epoch = max(epoch, _newest(folder) + 1)
+        held = _read(folder, tiles)
+        self._bits, self._files = held.bits, held.files
         for state in STATES[1:]:
             self._bits[state] &= ~self._bits["committed"]
         self._count = int(self._bits["committed"].sum())
-        newest = max((int(path.stem.split("-")[0]) for path in self._files), default=0)
-        self._epoch = max(epoch, newest + 1)
         self._sequence = 0
         self._added: dict[State, list[int]] = {state: [] for state in STATES}
         self._written, self._lock = time.monotonic(), threading.Lock()
         self._timer: threading.Timer | None = None
-        self._compact(always=bool(hurt))
+        for path in held.stale:
+            path.unlink(missing_ok=True)
+        self._compact(always=bool(held.damaged))
 
     def commit(self, tile: int) -> None:
         """Notes that the shards of `tile` are on disk; the note is there itself a second later."""
@@ -158,46 +164,112 @@ class Ledger:
             self._compact()
 
 
+def begin(folder: Place, epoch: int) -> None:
+    """Begins the ledger of a new store: whatever the folder holds counts no more.
+
+    Args:
+        folder: of the segments; made if it is not there.
+        epoch: of the run that makes the store.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / f"{max(epoch, _newest(folder) + 1):08d}{BORN}", b"")
+
+
+def has_begun(folder: Place) -> bool:
+    """Whether there is a ledger at all."""
+    return bool(_listed(folder))
+
+
 def committed(folder: Place, tiles: int) -> Bits:
-    """Which of so many tiles a ledger holds, also while a run adds to it: (tiles,)."""
-    return _read(folder, tiles)[0]["committed"]
+    """Which of so many tiles a ledger holds, also while a run adds to it: (tiles,).
+
+    Raises:
+        RunError: if a segment cannot be read, though it is there.
+    """
+    return _read(folder, tiles).bits["committed"]
 
 
 def quarantined(folder: Place, tiles: int) -> Bits:
     """Which of so many tiles have failed too often, and are not committed since: (tiles,)."""
-    bits, *_ = _read(folder, tiles)
+    bits = _read(folder, tiles).bits
     return bits["quarantined"] & ~bits["committed"]
 
 
 def skipped(folder: Place, tiles: int) -> Bits:
     """Which of so many tiles no mask asked for, and are not committed since: (tiles,)."""
-    bits, *_ = _read(folder, tiles)
+    bits = _read(folder, tiles).bits
     return bits["skipped"] & ~bits["committed"]
 
 
 def damaged(folder: Place, tiles: int) -> list[Place]:
     """The segments that do not check out, and so hold nothing; the next run removes them."""
-    return _read(folder, tiles)[2]
+    return _read(folder, tiles).damaged
 
 
-def _read(folder: Place, tiles: int) -> tuple[dict[State, Bits], list[Place], list[Place]]:
-    """The bits of all segments together, the segments, and those of them that are damaged."""
-    bits: dict[State, Bits] = {state: np.zeros(tiles, bool) for state in STATES}
+@dataclass(frozen=True)
+class _Held:
+    """What a ledger holds.
+
+    Attributes:
+        bits: of all its segments together.
+        files: its segments.
+        damaged: those of them that do not check out.
+        stale: what is older than the store.
+    """
+
+    bits: dict[State, Bits]
+    files: list[Place]
+    damaged: list[Place]
+    stale: list[Place]
+
+
+def _read(folder: Place, tiles: int) -> _Held:
+    missing: set[Place] = set()
     while True:
-        files = [path for state in STATES for path in folder.glob(f"[0-9]*-[0-9]*.{state}")]
-        hurt = []
+        every = _listed(folder)
+        born = max((_epoch_of(path) for path in every if path.suffix == BORN), default=0)
+        files = [path for path in every if _epoch_of(path) >= born and path.suffix != BORN]
+        stale = [path for path in every if _epoch_of(path) < born]
+        held = _Held({state: np.zeros(tiles, bool) for state in STATES}, files, [], stale)
+        path = _add_all(held, tiles)
+        if path is None:
+            return held
+        if path in missing and path in _listed(folder):  # as a link that leads nowhere
+            raise RunError(f"{path}: cannot be read, though it is there; remove it.")
+        missing.add(path)  # put together with others in the meantime
+
+
+def _add_all(held: _Held, tiles: int) -> Place | None:
+    """Reads all segments; gives the first that is not there any more, if one is not."""
+    for path in held.files:
         try:
-            for path in files:
-                state = next(state for state in STATES if path.suffix == f".{state}")
-                held = _decode(path.read_bytes(), tiles)
-                if held:
-                    first, some = held
-                    bits[state][first : first + some.size] |= some
-                else:
-                    hurt.append(path)
-        except FileNotFoundError:  # put together with others in the meantime
-            continue
-        return bits, files, hurt
+            found = _decode(path.read_bytes(), tiles)
+        except FileNotFoundError:
+            return path
+        if found:
+            first, some = found
+            state = next(state for state in STATES if path.suffix == f".{state}")
+            held.bits[state][first : first + some.size] |= some
+        else:
+            held.damaged.append(path)
+    return None
+
+
+def _listed(folder: Place) -> list[Place]:
+    """The segments, and what tells when the store was made."""
+    known = {BORN, *(f".{state}" for state in STATES)}
+    found = (path for path in folder.glob("[0-9]*") if path.suffix in known)
+    return [path for path in found if path.stem.partition("-")[0].isdecimal()]
+
+
+def _epoch_of(path: Place) -> int:
+    return int(path.stem.partition("-")[0])
+
+
+def _newest(folder: Place) -> int:
+    """The newest epoch that noted something; 0 if none did."""
+    segments = (path for path in _listed(folder) if path.suffix != BORN)
+    return max(map(_epoch_of, segments), default=0)
 
 
 def _encode(first: int, bits: Bits, tiles: int) -> bytes:

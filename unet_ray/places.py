@@ -307,11 +307,13 @@ def remove_partial(folder: Place) -> None:
 
 
 def remove_tree(folder: Place) -> None:
-    """Removes a folder with all that is in it; it need not be there."""
+    """Removes a folder with all that is in it, or a file; it need not be there."""
     if isinstance(folder, ObjectPath):
         remove_objects([*folder.below()])
-        return
-    shutil.rmtree(folder, ignore_errors=True)
+    elif folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder)
+    else:
+        folder.unlink(missing_ok=True)
 
 
 def remove_objects(paths: Sequence[ObjectPath]) -> None:

@@ -118,7 +118,8 @@ def open_result(path: Place) -> Result:
     except InputError as error:
         raise InputError(f"{path}: is neither a training run nor an output of segment.") from error
     if told is None:
-        raise InputError(f"{path}: does not exist; name a folder of train or segment.")
+        what = "is neither a training run nor an output" if path.exists() else "does not exist"
+        raise InputError(f"{path}: {what}; name a folder of train or segment.")
     plan = TilePlan.from_json(told["plan"])
     done = committed(path / LEDGER, len(plan))
     given_up = np.flatnonzero(quarantined(path / LEDGER, len(plan))).tolist()

@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, cast
@@ -31,13 +32,12 @@ from unet_ray.errors import (
 )
 from unet_ray.events import EventLog
 from unet_ray.intensity import Intensity, measure
-from unet_ray.lease import Lease, refuse_unconditional
-from unet_ray.ledger import Ledger, committed, skipped
+from unet_ray.lease import Fence, Lease
+from unet_ray.ledger import Ledger, begin, committed, skipped
 from unet_ray.masks import open_mask, tiles_under
 from unet_ray.memory import WorkerMemory, format_bytes, room
 from unet_ray.mirror import read_mirrored, reflect
 from unet_ray.places import (
-    ObjectPath,
     Place,
     Where,
     place_of,
@@ -97,6 +97,7 @@ class Segmentation:
         provenance: all of this as JSON, kept in the store and compared when a run goes on.
         resumed: the store was there already and is continued.
         mask: shows which tiles are asked for; None for all.
+        fence: keeps workers from writing once the run has lost its output; None for no such run.
     """
 
     volume: Volume
@@ -114,6 +115,7 @@ class Segmentation:
     provenance: Mapping[str, Any]
     resumed: bool
     mask: Volume | None = None
+    fence: Fence | None = None
 
     def make_worker(self) -> TileWorker:
         """The worker of the segment stage, for the process that runs it."""
@@ -129,7 +131,8 @@ class TileWorker:
         self._predictor = Predictor(
             network, run.plan, run.intensity, run.precision, run.device, run.tta
         )
-        self._store = Store(run.out, run.outputs)
+        may_write = [run.fence.check] if run.fence else []
+        self._store = Store(run.out, run.outputs, *may_write)
 
     def read(self, tile: int) -> NDArray[Any]:
         """The voxels that a tile reads, ``(c, z, y, x)``, mirrored beyond the volume's faces.
@@ -340,36 +343,30 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
     Raises:
         QuarantinedError: if tiles failed too often; all others are done.
         InputError: if another run is writing there.
-        RunError: if the disk takes nothing more, or another run has taken over. What was
-            committed stays in either case, and the next run goes on from it.
+        LostError: if another run has taken over.
+        RunError: if the disk takes nothing more. What was committed stays in either case, and the
+            next run goes on from it.
     """
-    private = run.out / PRIVATE
-    if not run.resumed:
-        if isinstance(private, ObjectPath):
-            refuse_unconditional(private)  # before anything is written
-        if settings.overwrite and provenance_of(run.out):
-            with Lease(private, settings.takeover):
-                delete_store(run.out)
-        _create(run)
     wanted = wanted_tiles(run, settings)
-    if not _left(run, wanted).any():
+    if run.resumed and not _left(run, wanted).any():
         return 0  # a finished store is not touched at all
+    private = run.out / PRIVATE
     try:
-        with (
-            Lease(private, settings.takeover) as lease,
-            Ledger(run.out / LEDGER, len(run.plan), lease.epoch) as ledger,
-        ):
-            remove_partial(private)
-            execution = _Execution(run, settings, wanted, lease, ledger, watch)
-            try:
-                return execution.go()
-            finally:
-                execution.log.flush()
+        with Lease(private, settings.takeover) as lease:
+            _open_store(run, settings, lease.epoch)
+            with Ledger(run.out / LEDGER, len(run.plan), lease.epoch) as ledger:
+                remove_partial(private)
+                owned = replace(run, fence=lease.fence)
+                execution = _Execution(owned, settings, wanted, lease, ledger, watch)
+                try:
+                    return execution.go()
+                finally:
+                    execution.log.flush()
     except OSError as error:  # of ledger, lease or log, which lie on the same disk
         if error.errno not in DISK_ERRORS:
             raise
         raise RunError(_stopped(run, str(error.strerror))) from error
-    except RuntimeError as error:  # of torch, while a worker is made
+    except (RuntimeError, MemoryError) as error:  # of torch, while a worker is made
         if isinstance(error, RunError) or not is_out_of_memory(error):
             raise
         raise RunError(
@@ -379,14 +376,18 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
         ) from error
 
 
-def _create(run: Segmentation) -> None:
-    layout = StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)
-    try:
+def _open_store(run: Segmentation, settings: Settings, epoch: int) -> None:
+    """Makes the store if need be, and makes sure that what lies there is of this run."""
+    told = provenance_of(run.out)
+    if told is None or (settings.overwrite and not run.resumed):
+        begin(run.out / LEDGER, epoch)  # from here on nothing counts as done
+        if told is not None:
+            delete_store(run.out)
+        layout = StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)
         create_store(run.out, layout, run.provenance)
-    except InputError:
-        # The same command may have made it since; the lease decides which of the two goes on.
-        if provenance_of(run.out) != run.provenance:
-            raise
+    else:  # another may have made it since
+        _refuse_difference(run.out, told, run.provenance)
+    Store(run.out, run.outputs).require_plan(run.plan)
 
 
 @dataclass(frozen=True)
@@ -488,6 +489,7 @@ class _Execution:
             alone = [receipt.tile for receipt in again if receipt.verdict == "alone"]
             again = self._try(crowd, last) if crowd else []
             again += self._try(alone, last=True, alone=True) if alone else []
+        self._lease.check(now=True)  # else it would tell of the work of another
         self.log.add("end", tiles=self._done, seconds=round(self._seconds, 3))
         if self._given_up:
             raise QuarantinedError(self._told())
@@ -495,24 +497,29 @@ class _Execution:
 
     def _try(self, tiles: Iterable[int], last: bool = False, alone: bool = False) -> list[Receipt]:
         """Tries tiles; gives the failures of those that are to be tried again."""
-        failed, settings = [], self._settings
+        failed: dict[int, Receipt] = {}
+        settings = self._settings
         # Workers that are made anew have measured nothing yet.
         deadline = replace(self._stage.deadline, first=self._patience.limit)
         stage = replace(self._stage, deadline=deadline)
-        for receipt in engines.run(stage, tiles, settings.engine, settings.workers, alone):
-            self._lease.check()
-            self._patience.saw(receipt)
-            if not receipt.error:
-                self._commit(receipt)
-            elif self._failed(receipt, last):
-                failed.append(receipt)
-        return failed
+        trying = engines.run(stage, tiles, settings.engine, settings.workers, alone)
+        with closing(trying) as receipts:
+            for receipt in receipts:
+                self._lease.check()
+                self._patience.saw(receipt)
+                if not receipt.error:
+                    failed.pop(receipt.tile, None)
+                    self._commit(receipt)
+                elif self._failed(receipt, last):
+                    failed[receipt.tile] = receipt
+        return [*failed.values()]
 
     @property
     def _seconds(self) -> float:
         return time.monotonic() - self._start
 
     def _commit(self, receipt: Receipt) -> None:
+        self._given_up.pop(receipt.tile, None)  # it ended after all
         self._ledger.commit(receipt.tile)
         self.log.add("tile", tile=receipt.tile, seconds=round(receipt.seconds, 4))
         self._done += 1
@@ -527,8 +534,14 @@ class _Execution:
         self._failures += 1
         self.log.add("failed", tile=tile, box=box, error=error, trace=receipt.trace)
         if receipt.verdict == "stop":
+            self._lease.check(now=True)  # a worker may have found out first
             self._ledger.flush()
             raise RunError(_stopped(self._run, error))
+        if receipt.verdict == "broken":
+            raise RunError(
+                f"{self._run.out}: tile {tile} ({box}): {error}; the GPU cannot be used any more "
+                "in this process: give the same command again, it goes on."
+            )
         if receipt.verdict in ("again", "alone") and not last:
             return True
         self._ledger.quarantine(tile)

@@ -7,12 +7,9 @@ what a network is or which tiles are done.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +24,7 @@ from unet_ray.places import (
     ObjectPath,
     Place,
     Where,
+    files_below,
     open_array,
     place_of,
     remove_objects,
@@ -35,11 +33,18 @@ from unet_ray.places import (
 )
 from unet_ray.tiles import Tile, TilePlan
 
-PRIVATE = ".unet_ray"
+PRIVATE, ROOT = ".unet_ray", "zarr.json"
 LEDGER, EVENTS = f"{PRIVATE}/ledger/segment", f"{PRIVATE}/events.jsonl"
 BEGUN = f"{PRIVATE}/begun"
 FORMAT = 1
 ARRAYS = {"probabilities": "0", "classes": "labels/classes/0"}
+# Of a whole store, without its root.
+METADATA = (
+    "0/zarr.json",
+    "labels/zarr.json",
+    "labels/classes/zarr.json",
+    "labels/classes/0/zarr.json",
+)
 LARGEST_CHUNK = (32, 256, 256)
 
 
@@ -70,71 +75,56 @@ def chunk_of(core: Sequence[int]) -> tuple[int, ...]:
 
 
 def create_store(path: Place, layout: StoreLayout, provenance: Mapping[str, Any]) -> None:
-    """Makes an empty store at `path`, whole or not at all.
+    """Makes an empty store at `path`; only one may do so at a time.
+
+    What makes it a store, the metadata of its root, is written last: after a kill it is not there.
 
     Raises:
-        InputError: if something is there already.
+        InputError: if something is there already that is not left of such a kill.
     """
-    if isinstance(path, ObjectPath):
-        _create_objects(path, layout, provenance)
-        return
-    if path.exists():
-        raise InputError(_exists(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        _write_metadata(partial, layout, provenance)
-        (partial / PRIVATE).mkdir()
-        os.rename(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if not _is_blank(path):
+        raise InputError(f"{path}: already exists; choose another --out or give --overwrite.")
+    files = _metadata(layout, provenance)
+    (path / PRIVATE).mkdir(parents=True, exist_ok=True)
+    for name in METADATA:
+        if name in files:
+            write_whole(path / name, files[name], path / PRIVATE)
+        else:
+            (path / name).unlink(missing_ok=True)  # of a creation with other outputs
+    write_whole(path / ROOT, files[ROOT], path / PRIVATE)
 
 
-def _create_objects(path: ObjectPath, layout: StoreLayout, provenance: Mapping[str, Any]) -> None:
-    """The same in an object store: what makes it a store is written last."""
-    with tempfile.TemporaryDirectory(prefix="unet-ray-") as folder:
-        whole = Path(folder, "store")
-        _write_metadata(whole, layout, provenance)
-        files = {
-            PurePath(file.relative_to(whole)): file.read_bytes()
-            for file in whole.rglob("zarr.json")
-        }
-    # Of a creation that was killed, or of another that goes on now, there may be some of these.
-    names = (PurePath(each.key).relative_to(path.key) for each in path.below())
-    if any(name not in files and name.parts[0] != PRIVATE for name in names):
-        raise InputError(_exists(path))
-    root = PurePath("zarr.json")
-    for name in [name for name in files if name != root]:
-        (path / name).put(files[name])
-    if not (path / root).put_if(files[root], None):
-        raise InputError(_exists(path))
+def _is_blank(path: Place) -> bool:
+    """Whether nothing is there but what a creation may leave that was killed."""
+    if isinstance(path, Path) and not path.is_dir():
+        return not (path.exists() or path.is_symlink())
+    known = {str(path / name) for name in METADATA} if has_private(path) else set()
+    ours = f"{path / PRIVATE}/"
+    return all(str(each) in known or str(each).startswith(ours) for each in files_below(path))
 
 
-def _exists(path: Place) -> str:
-    return f"{path}: already exists; choose another --out or give --overwrite."
-
-
-def _write_metadata(path: Path, layout: StoreLayout, provenance: Mapping[str, Any]) -> None:
+def _metadata(layout: StoreLayout, provenance: Mapping[str, Any]) -> dict[str, bytes]:
+    """The metadata files of a store, by name."""
     attributes: dict[str, Any] = {"unet_ray": dict(provenance)}
     scale = list(layout.voxel_size or (1.0, 1.0, 1.0))
+    known = layout.voxel_size is not None
     if "probabilities" in layout.outputs:
         attributes["ome"] = {
             "version": "0.5",
-            "multiscales": [
-                _multiscale("probabilities", "czyx", scale, layout.voxel_size is not None)
-            ],
+            "multiscales": [_multiscale("probabilities", "czyx", scale, known)],
             "omero": {"channels": [_channel(v) for v in layout.class_values[1:]]},
         }
-    zarr.create_group(path, zarr_format=3, attributes=attributes)
+    files: dict[str, Any] = {}
+    store = MemoryStore(files)
+    zarr.create_group(store, zarr_format=3, attributes=attributes)
     if "probabilities" in layout.outputs:
-        _create_array(path, "0", layout, channels=len(layout.class_values) - 1)
+        _create_array(store, "0", layout, channels=len(layout.class_values) - 1)
     if "classes" in layout.outputs:
         labels = {"ome": {"version": "0.5", "labels": ["classes"]}}
-        zarr.create_group(path, path="labels", zarr_format=3, attributes=labels)
+        zarr.create_group(store, path="labels", zarr_format=3, attributes=labels)
         image: dict[str, Any] = {
             "version": "0.5",
-            "multiscales": [_multiscale("classes", "zyx", scale, layout.voxel_size is not None)],
+            "multiscales": [_multiscale("classes", "zyx", scale, known)],
             "image-label": {
                 "colors": [
                     {"label-value": k, "rgba": [*_COLOURS[k % len(_COLOURS)], 255]}
@@ -148,8 +138,9 @@ def _write_metadata(path: Path, layout: StoreLayout, provenance: Mapping[str, An
         }
         if "probabilities" in layout.outputs:
             image["image-label"]["source"] = {"image": "../../"}
-        zarr.create_group(path, path="labels/classes", zarr_format=3, attributes={"ome": image})
-        _create_array(path, "labels/classes/0", layout)
+        zarr.create_group(store, path="labels/classes", zarr_format=3, attributes={"ome": image})
+        _create_array(store, "labels/classes/0", layout)
+    return {name: data.to_bytes() for name, data in files.items()}
 
 
 # Okabe and Ito's colours, which people with any kind of colour vision can tell apart.
@@ -176,10 +167,10 @@ def _multiscale(name: str, axes: str, scale: Sequence[float], known: bool) -> di
     }
 
 
-def _create_array(path: Path, name: str, layout: StoreLayout, channels: int = 0) -> None:
+def _create_array(store: MemoryStore, name: str, layout: StoreLayout, channels: int = 0) -> None:
     front = (channels,) if channels else ()
     zarr.create_array(
-        path,
+        store,
         name=name,
         shape=(*front, *layout.plan.shape),
         shards=(*front, *layout.plan.core),
@@ -192,15 +183,20 @@ def _create_array(path: Path, name: str, layout: StoreLayout, channels: int = 0)
 
 
 def delete_store(path: Place) -> None:
-    """Removes a store; a kill leaves none that is half there and taken for whole."""
+    """Removes a store, but not its lease and ledger; only one may do so at a time.
+
+    What makes it a store goes last: after a kill the store is there, and can be deleted again.
+    """
     if isinstance(path, ObjectPath):
-        remove_tree(path / LEDGER)  # from here on nothing of it counts as done
-        remove_objects([each for each in path.below() if each != path / "zarr.json"])
-        (path / "zarr.json").unlink()
-        return
-    gone = path.with_name(f".{path.name}.{os.getpid()}.deleted")
-    os.rename(path, gone)
-    shutil.rmtree(gone)
+        ours = f"{path / PRIVATE}/"
+        others = (each for each in path.below() if each != path / ROOT)
+        remove_objects([each for each in others if not str(each).startswith(ours)])
+    else:
+        for each in [each for each in path.iterdir() if each.name not in (ROOT, PRIVATE)]:
+            remove_tree(each)
+    for name in (EVENTS, BEGUN):
+        remove_tree(path / name)
+    (path / ROOT).unlink()
 
 
 def is_output(path: Place) -> bool:
@@ -214,23 +210,26 @@ def is_output(path: Place) -> bool:
 
 
 def has_private(path: Place) -> bool:
-    """Whether what tells which tiles are done is there; in an object store there are no folders."""
-    return isinstance(path, ObjectPath) or (path / PRIVATE).is_dir()
+    """Whether what tells which tiles are done is there."""
+    return (path / PRIVATE).is_dir()
 
 
 def provenance_of(path: Place) -> dict[str, Any] | None:
-    """How the store at `path` was made, or None if there is nothing at `path`.
+    """How the store at `path` was made, or None if there is nothing at `path`, or nothing yet.
 
     Raises:
         InputError: if what is there is not a store of ours.
         OSError: if an object store does not answer.
     """
-    # In an object store a creation that was killed leaves the rest of the metadata.
-    there = (path / "zarr.json").is_file() if isinstance(path, ObjectPath) else path.exists()
-    if not there:
-        return None
+    if not (path / ROOT).is_file():
+        if _is_blank(path):
+            return None
+        what = "is not an output of unet-ray"
+        if has_private(path):
+            what = f"has no {ROOT}, as a copy that is not whole"
+        raise InputError(f"{path}: exists and {what}; choose another --out.")
     try:
-        told = json.loads((path / "zarr.json").read_text())["attributes"]["unet_ray"]
+        told = json.loads((path / ROOT).read_text())["attributes"]["unet_ray"]
         if told["format"] != FORMAT or not has_private(path):
             raise ValueError(f"format {told['format']}")
         return dict(told)
@@ -241,14 +240,36 @@ def provenance_of(path: Place) -> dict[str, Any] | None:
 
 
 class Store:
-    """The arrays of an existing store, opened for writing tiles and reading them back."""
+    """The arrays of an existing store, opened for writing tiles and reading them back.
 
-    def __init__(self, path: Where, outputs: Sequence[str]) -> None:
-        self.path = place_of(path)
-        self._arrays = {name: open_array(self.path / ARRAYS[name]) for name in outputs}
-        self._metadata = {
-            name: (self.path / ARRAYS[name] / "zarr.json").read_bytes() for name in outputs
-        }
+    Args:
+        path: the store.
+        outputs: which of its arrays.
+        may_write: asked before each shard is written; raises if it may not be.
+
+    Raises:
+        RunError: if the metadata of an array is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        path: Where,
+        outputs: Sequence[str],
+        may_write: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.path, self._may_write = place_of(path), may_write
+        self._arrays = {name: _opened(self.path / ARRAYS[name]) for name in outputs}
+        self._metadata = {name: (self.path / ARRAYS[name] / ROOT).read_bytes() for name in outputs}
+
+    def require_plan(self, plan: TilePlan) -> None:
+        """Makes sure that a shard of each array is a core of `plan`.
+
+        Raises:
+            RunError: naming the metadata that says otherwise.
+        """
+        for name, array in self._arrays.items():
+            if (array.shape[-3:], (array.shards or ())[-3:]) != (plan.shape, plan.core):
+                raise RunError(_unfit(self.path / ARRAYS[name], "does not fit the plan"))
 
     def write(self, tile: Tile, results: Mapping[str, NDArray[np.uint8]]) -> None:
         """Writes the voxels that `tile` owns, whole shards, and waits until they are on disk.
@@ -264,6 +285,7 @@ class Store:
             front = (slice(None),) * (array.ndim - 3)
             voxels = results[name][(*front, *tile.crop.slices)]
             shard = self._encoded(name, (*front, *tile.write.slices), voxels, self.key(name, tile))
+            self._may_write()
             write_whole(self.shard(name, tile), shard, self.path / PRIVATE)
 
     def _encoded(
@@ -307,3 +329,14 @@ class Store:
     def read(self, name: str) -> Any:
         """The array of one output, to be indexed like a NumPy array."""
         return self._arrays[name]
+
+
+def _opened(place: Place) -> Any:
+    try:
+        return open_array(place)
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise RunError(_unfit(place, "is missing or damaged")) from error
+
+
+def _unfit(place: Place, what: str) -> str:
+    return f"{place / ROOT}: {what}; repair it with `unet-ray verify --repair`."

@@ -17,6 +17,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ from numpy.typing import NDArray
 
 from unet_ray import engine as engines
 from unet_ray.attempts import Receipt, Stage
+from unet_ray.engine import Receipts
 from unet_ray.errors import DamageError, InputError, RunError
 from unet_ray.events import read_events
 from unet_ray.lease import Lease
-from unet_ray.ledger import committed, damaged, skipped
+from unet_ray.ledger import committed, damaged, has_begun, skipped
 from unet_ray.places import ObjectPath, Place, Where, files_below, place_of, stat_of, write_whole
 from unet_ray.planning import Settings
 from unet_ray.segmentation import Segmentation, prepare
@@ -130,6 +132,8 @@ class _Check:
         self._failed: list[str] = []  # what could not be made again
         self._notes: list[str] = []
         self._recomputed: list[int] = []
+        self._strange: list[int] = []  # of those, the ones that differ
+        self._agreed: list[int] = []  # and the ones that do not, and are not of one value
         self._repaired: list[int] = []
         self._refusal = ""
 
@@ -141,6 +145,8 @@ class _Check:
             layout = StoreLayout(self._plan, values, self._outputs, voxel_size)
             create_store(self._empty, layout, self._told)
             self._store = Store(self._empty, self._outputs)
+        except OSError as error:
+            raise RunError(f"{self._empty}: {error.strerror}; make room there.") from error
         except Exception as error:  # of zarr: what cannot be a store is no provenance of one
             raise _damaged_provenance(self._path, error) from error
         self._arrays = {
@@ -174,11 +180,27 @@ class _Check:
         self._expect(run.volume.voxel_size)  # until here it was what the store says of itself
         self._metadata = self._check_metadata()
         self._recompute(run, sample)
+        if repair and self._strange and not self._is_vouched_for(run, sample):
+            self._refusal = (
+                f"{self._path}: tiles without damage differ from what input, model and zarr.json "
+                "give, and none agrees, so nobody knows which is right; nothing was repaired: make "
+                "the store anew with --overwrite."
+            )
+            return
         found = [*self._sentences()]
         if repair and found:
             self._repair(run)
             left = {*self._sentences()}
             self._notes += [f"repaired: {each}" for each in found if each not in left]
+
+    def _is_vouched_for(self, run: Segmentation, sample: list[int]) -> bool:
+        """Whether what makes the tiles again made this store; makes all of them again to see.
+
+        A tile of one value agrees with almost anything, so it vouches for nothing.
+        """
+        known = {*sample, *self._bad}
+        self._recompute(run, (tile for tile in _numbers(self._done) if tile not in known))
+        return bool(self._agreed)
 
     def _sentences(self) -> Iterator[str]:
         yield from self._metadata.values()
@@ -203,17 +225,18 @@ class _Check:
         chance, sound = random.SystemRandom(), 0
         chosen: list[int] = []
         stage = Stage("verify", lambda: _Checking(self._check_tile), "cpu")
-        for receipt in engines.run(stage, _numbers(self._done), "local"):
-            if receipt.error:
-                raise RunError(f"{self._path}: tile {receipt.tile}: {receipt.error}")
-            if receipt.tile in self._bad:
-                continue
-            sound += 1
-            # Each tile so far is among the chosen with the same chance (Knuth, algorithm R).
-            if len(chosen) < most:
-                chosen.append(receipt.tile)
-            elif (at := chance.randrange(sound)) < most:
-                chosen[at] = receipt.tile
+        with closing(engines.run(stage, _numbers(self._done), "local")) as receipts:
+            for receipt in receipts:
+                if receipt.error:
+                    raise RunError(f"{self._path}: tile {receipt.tile}: {receipt.error}")
+                if receipt.tile in self._bad:
+                    continue
+                sound += 1
+                # Each tile so far is among the chosen with the same chance (Knuth, algorithm R).
+                if len(chosen) < most:
+                    chosen.append(receipt.tile)
+                elif (at := chance.randrange(sound)) < most:
+                    chosen[at] = receipt.tile
         return chosen
 
     def _check_tile(self, tile: int) -> bool:
@@ -326,19 +349,23 @@ class _Check:
             nan=told["nan"],
         )
 
-    def _recompute(self, run: Segmentation, tiles: list[int]) -> None:
+    def _recompute(self, run: Segmentation, tiles: Iterable[int]) -> None:
         def compare(tile: int, result: Mapping[str, NDArray[np.uint8]]) -> None:
             found = self._differing(tile, result)
             if found:
                 self._bad[tile] = found
+                self._strange.append(tile)
+            elif any(np.ptp(voxels) for voxels in result.values()):
+                self._agreed.append(tile)
 
-        for receipt in self._made("verify", run, tiles, compare):
-            if receipt.error:
-                self._failed.append(
-                    f"{self._path}: tile {receipt.tile} cannot be made again: {receipt.error}"
-                )
-            else:
-                self._recomputed.append(receipt.tile)
+        with closing(self._made("verify", run, tiles, compare)) as receipts:
+            for receipt in receipts:
+                if receipt.error:
+                    self._failed.append(
+                        f"{self._path}: tile {receipt.tile} cannot be made again: {receipt.error}"
+                    )
+                else:
+                    self._recomputed.append(receipt.tile)
 
     def _differing(self, tile: int, result: Mapping[str, NDArray[np.uint8]]) -> dict[str, str]:
         """What is wrong with each output of a tile that does not hold the voxels of `result`."""
@@ -361,7 +388,7 @@ class _Check:
         run: Segmentation,
         tiles: Iterable[int],
         use: Callable[[int, Mapping[str, NDArray[np.uint8]]], None],
-    ) -> Iterator[Receipt]:
+    ) -> Receipts:
         """Makes tiles again and hands the outputs of each to `use`."""
         # The empty store is known to be sound, and nothing is written there.
         worker = _Again(replace(run, out=self._empty), use)
@@ -379,18 +406,24 @@ class _Check:
                 for name in outputs[tile]:
                     _refuse_link(self._path, self._shard(name, tile).parent)
                 # Of the store's outputs those that are sound are left alone.
-                Store(self._path, outputs[tile]).write(self._plan[tile], result)
+                store = Store(self._path, outputs[tile], lease.fence.check)
+                store.write(self._plan[tile], result)
 
-            for receipt in self._made("repair", run, sorted(outputs), write):
-                lease.check()
-                if receipt.verdict == "stop":
-                    raise RunError(f"{self._path}: {receipt.error}; make room and repair again.")
-                if receipt.error:
-                    self._failed.append(
-                        f"{self._path}: tile {receipt.tile} cannot be repaired: {receipt.error}"
-                    )
-                elif self._check_tile(receipt.tile):
-                    self._repaired.append(receipt.tile)
+            with closing(self._made("repair", run, sorted(outputs), write)) as receipts:
+                for receipt in receipts:
+                    lease.check()
+                    self._repaired_or_not(receipt)
+            lease.check(now=True)
+
+    def _repaired_or_not(self, receipt: Receipt) -> None:
+        if receipt.verdict == "stop":
+            raise RunError(f"{self._path}: {receipt.error}; make room and repair again.")
+        if receipt.error:
+            self._failed.append(
+                f"{self._path}: tile {receipt.tile} cannot be repaired: {receipt.error}"
+            )
+        elif self._check_tile(receipt.tile):
+            self._repaired.append(receipt.tile)
 
     def _write_metadata(self, path: Place) -> None:
         try:
@@ -477,6 +510,11 @@ def _provenance(path: Place) -> tuple[dict[str, Any], TilePlan]:
         raise DamageError(
             f"{path}: its folder {PRIVATE} is missing, so nothing says which tiles are done; copy "
             "the store with hidden files."
+        )
+    if not has_begun(path / LEDGER):
+        raise DamageError(
+            f"{path / LEDGER}: is missing, so nothing says which tiles are done; copy the store "
+            "again, with hidden files."
         )
     try:
         _read(path, path / "zarr.json")
