@@ -122,12 +122,20 @@ class DamagedVolume(ArrayVolume):
 def damaged(monkeypatch):
     """(voxels, their volume in chunks of 4 x 8 x 8 of which one fails so many times)."""
     monkeypatch.setattr(volumes, "_PAUSE", 0)
-    voxels = np.random.default_rng(3).integers(0, 256, (1, 8, 16, 24), np.uint8)
-    return lambda times: (voxels, DamagedVolume(voxels, (4, 8, 8), (5, 3, 9), times))
+    voxels = np.random.default_rng(3).normal(100, 30, (1, 8, 16, 24)).clip(0, 255)
+
+    def make(times, dtype="uint8"):
+        volume = voxels.astype(dtype)
+        return volume, DamagedVolume(volume, (4, 8, 8), (5, 3, 9), times)
+
+    return make
 
 
-def test_a_read_that_fails_twice_changes_nothing(damaged):
-    voxels, volume = damaged(2)
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_a_read_that_fails_for_a_while_changes_no_bit(damaged, times, dtype, monkeypatch):
+    monkeypatch.setattr(intensity, "PIECE", (4, 8, 8))
+    voxels, volume = damaged(times, dtype)
     assert measure(volume) == measure(ArrayVolume(voxels, (4, 8, 8)))
     assert volume.times == 0
 
@@ -139,6 +147,35 @@ def test_a_chunk_that_cannot_be_read_is_left_out_and_noted(damaged):
     close(found, [voxels[kept].mean()], [voxels[kept].std()])
     assert found.unread == ("4:8,0:8,8:16",)
     assert Intensity.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_a_volume_that_is_gone_is_refused_soon(monkeypatch):
+    monkeypatch.setattr(volumes, "_PAUSE", 0)
+    monkeypatch.setattr(intensity, "PIECE", (1, 8, 8))
+
+    class Gone(ArrayVolume):
+        def read(self, box):
+            self.asked.append(box)
+            raise RunError("a.zarr cannot be read.")
+
+    volume = Gone(np.ones((1, 9, 64, 64), np.uint8), (1, 2, 2))
+    with pytest.raises(InputError, match=r"a.zarr cannot be read"):
+        measure(volume)
+    pieces = 9 * 64
+    assert len(volume.asked) <= pieces + 3 * (1 + intensity.HOPELESS)
+
+
+@settings(max_examples=30)
+@given(st.tuples(*[st.integers(1, 40)] * 3), st.integers(0, 4))
+def test_pieces_begin_where_chunks_do(chunk, small):
+    volume = ArrayVolume(np.zeros((1, 50, 40, 30), np.uint8), chunk)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(intensity, "PIECE", (16, 8, 8))
+        patch.setattr(intensity, "PIECE_BYTES", 1000 * small + 1)
+        measure(volume)
+    for box in volume.asked:
+        assert all(a % n == 0 for a, n in zip(box.start, chunk, strict=True))
+    assert sum(box.size for box in volume.asked) == 50 * 40 * 30
 
 
 def test_a_volume_that_cannot_be_read_at_all_is_refused(monkeypatch):

@@ -1,6 +1,7 @@
 """Outputs and inputs in an object store: the same bytes, and nothing lost there either."""
 
 import dataclasses
+import itertools
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from unet_ray import segmentation
 from unet_ray.errors import InputError, LostError, QuarantinedError, RunError
 from unet_ray.evaluation import evaluate
 from unet_ray.events import read_events
-from unet_ray.lease import Lease
+from unet_ray.lease import Lease, refuse_unconditional
 from unet_ray.ledger import committed
 from unet_ray.places import ObjectPath, place_of
 from unet_ray.report import write_report
@@ -142,6 +143,33 @@ def test_a_put_whose_answer_was_lost_is_no_refusal(bucket):
         with Lease(private) as lease:
             lease.check()
             assert lease.epoch == 2
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_an_answer_that_is_lost_while_the_store_is_tested_is_no_refusal(bucket, number):
+    probe, calls = ObjectPath.put_if, itertools.count()
+
+    def losing(path, data, tag):
+        bucket.lost = 1 if next(calls) == number else 0
+        return probe(path, data, tag)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ObjectPath, "put_if", losing)
+        refuse_unconditional(place_of(OUT))
+
+
+def test_a_conditional_put_tells_tag_and_version(monkeypatch):
+    """Google's stores know an object by its version, which nothing here can show."""
+    told = []
+
+    def put(store, key, data, mode):
+        told.append(mode)
+        return {"e_tag": '"a"', "version": "17"}
+
+    monkeypatch.setattr("obstore.put", put)
+    place = ObjectPath("memory://", "x")
+    assert place.put_if(b"", place.put_if(b"", None)) is not None
+    assert told == ["create", {"e_tag": '"a"', "version": "17"}]
 
 
 def test_a_store_without_conditions_is_refused_before_anything_is_written(task, bucket):

@@ -524,9 +524,10 @@ def _announce(run: Segmentation, settings: Settings) -> None:
         asked, fitted = _commas(settings.tile), _commas(tiles.core)
         _say(f"tile {asked} fitted to the network and the volume: {fitted}")
     if unread := run.intensity.unread:
+        since = "could not be read when this was begun" if run.resumed else "cannot be read"
         _say(
-            f"{len(unread)} parts of the input cannot be read, as {unread[0]}: the mean grey value "
-            "is that of the rest."
+            f"{len(unread)} parts of the input {since}, as {unread[0]}: the mean grey value is "
+            "that of the rest; once they can be read, --overwrite makes it that of all."
         )
     verb = "going on with" if run.resumed else "writing"
     _say(

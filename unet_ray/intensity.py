@@ -6,8 +6,11 @@ never taken per tile, or tiles would differ where they meet.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +26,8 @@ EXACT_BYTES = 2 << 30
 PIECE = (16, 512, 512)
 PIECE_BYTES = 32 << 20
 BLOCK = 1 << 20
+FEW = 1000  # voxels whose median is near enough to the mean
+HOPELESS = 8  # chunks that cannot be read, and nothing else was
 
 
 @dataclass(frozen=True)
@@ -66,42 +71,71 @@ class Intensity:
 def measure(volume: Volume) -> Intensity:
     """Measures `volume`: exactly up to 2 GiB, beyond that over a deterministic sample of pieces.
 
-    Pieces are cut at fixed places and summed in a fixed order, so the result does not depend on
-    who measures. Values that are not finite are passed over, and chunks that cannot be read are
-    left out; the tile that reads them names them.
+    Pieces are cut at fixed places, measured each by itself and put together in a fixed order, so
+    the result does not depend on who measures, or on reads that fail at first. Values that are not
+    finite are passed over, and chunks that cannot be read are left out; the tile that reads them
+    names them.
 
     Raises:
         InputError: if nothing of the volume can be read.
     """
-    moments = np.zeros((3, volume.shape[0]))
-    shift: NDArray[np.float64] = np.zeros(volume.shape[0])
+    pieces = _pieces(volume)
+    found: dict[Box, NDArray[np.float64]] = {}
+    for piece in pieces:
+        with suppress(RunError):  # later, when a bad moment of its disk may be over
+            found[piece] = _summary(volume.read(piece))
     unread: dict[Box, str] = {}
-    for number, voxels in enumerate(_readable(volume, unread)):
-        if number == 0:
-            # Sums about a value near the mean lose no digits where the mean is far from zero.
-            count, first, _ = _moments(voxels, shift)
-            shift = np.round(first / np.maximum(count, 1))
-        moments += _moments(voxels, shift)
-    if unread and not moments[0].any():
-        raise InputError(next(iter(unread.values())))
-    count, first, second = moments / np.maximum(moments[0], 1)
-    mean, sd = first + shift, np.sqrt(np.maximum(second - first**2, 0.0))
+    for piece in pieces:
+        if piece not in found:
+            found[piece] = _patiently(volume, piece, unread, not found)
+    count, mean, squares = functools.reduce(_together, (found[piece] for piece in pieces))
+    sd = np.sqrt(squares / np.maximum(count, 1))
     sd[sd <= 1e-12 * np.abs(mean)] = 1.0
     return Intensity(tuple(mean.tolist()), tuple(sd.tolist()), tuple(map(str, unread)))
 
 
-def _readable(volume: Volume, unread: dict[Box, str]) -> Iterator[NDArray[Any]]:
-    """The voxels (c, n) of each piece, or of its chunks that can be read; notes the others."""
-    for piece in _pieces(volume):
-        try:
-            yield volume.read_patiently(piece).reshape(volume.shape[0], -1)
-        except RunError:
-            # Pieces begin where chunks do.
-            for chunk in piece.split(volume.chunk):
-                try:
-                    yield volume.read_patiently(chunk).reshape(volume.shape[0], -1)
-                except RunError as error:
-                    unread[chunk] = str(error)
+def _patiently(
+    volume: Volume, piece: Box, unread: dict[Box, str], empty: bool
+) -> NDArray[np.float64]:
+    """The summary of a piece, or of its chunks that can be read; notes the others."""
+    total: NDArray[np.float64] = np.zeros((3, volume.shape[0]))
+    try:
+        return _summary(volume.read_patiently(piece))
+    except RunError:
+        for chunk in piece.split(volume.chunk):  # pieces begin where chunks do
+            try:
+                total = _together(total, _summary(volume.read_patiently(chunk)))
+            except RunError as error:
+                unread[chunk] = str(error)
+                if empty and not total[0].any() and len(unread) >= HOPELESS:
+                    break
+    if empty and not total[0].any():
+        raise InputError(next(iter(unread.values())))
+    return total
+
+
+def _summary(voxels: NDArray[Any]) -> NDArray[np.float64]:
+    """Number, mean and squared distances from it of the finite `voxels` (c, ...): (3, c)."""
+    voxels = voxels.reshape(voxels.shape[0], -1)
+    # Sums about a value near the mean lose no digits where the mean is far from zero.
+    few = voxels[:, :: voxels.shape[1] // FEW + 1].astype(np.float64)
+    few[~np.isfinite(few)] = np.nan
+    known = np.isfinite(few).any(1)
+    shift = np.zeros(len(voxels))
+    shift[known] = np.round(np.nanmedian(few[known], axis=1))
+    count, first, second = _moments(voxels, shift)
+    mean = first / np.maximum(count, 1)
+    return np.stack([count, mean + shift, np.maximum(second - count * mean**2, 0.0)])
+
+
+def _together(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The summary of the voxels of two (Chan, Golub, LeVeque 1979)."""
+    count = one[0] + other[0]
+    share = other[0] / np.maximum(count, 1)
+    apart = other[1] - one[1]
+    # The mean of no voxels means nothing.
+    mean = np.where(one[0] == 0, other[1], one[1] + share * apart)
+    return np.stack([count, mean, one[2] + other[2] + apart**2 * one[0] * share])
 
 
 def _moments(voxels: NDArray[Any], shift: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -121,15 +155,29 @@ def _moments(voxels: NDArray[Any], shift: NDArray[np.float64]) -> NDArray[np.flo
     return np.stack([finite.sum(1), about.sum(1), np.square(about).sum(1)])
 
 
-def _pieces(volume: Volume) -> Iterator[Box]:
-    """The boxes that are measured: all, or every k-th by a hash of its number."""
+def _pieces(volume: Volume) -> list[Box]:
+    """The boxes that are measured: all, or one of every so many by a hash of its number."""
     # Whole storage chunks, so that none is decoded twice where chunks are larger than a piece.
     z, y, x = (round_up(p, c) for p, c in zip(PIECE, volume.chunk, strict=True))
+    thick = volume.chunk[0]
     plane = y * x * volume.shape[0] * volume.dtype.itemsize
-    size = max(volume.chunk[0], min(z, PIECE_BYTES // plane)), y, x
-    total = int(np.prod(volume.shape)) * volume.dtype.itemsize
+    size = max(thick, min(z, PIECE_BYTES // plane) // thick * thick), y, x
+    total = math.prod(volume.shape) * volume.dtype.itemsize
     every = -(-total // EXACT_BYTES)
-    for number, box in enumerate(Box.of(volume.shape[1:]).split(size)):
-        mark = hashlib.sha256(number.to_bytes(8, "little")).digest()
-        if every == 1 or number == 0 or int.from_bytes(mark[:8], "little") % every == 0:
-            yield box
+    counts = [-(-n // s) for n, s in zip(volume.shape[1:], size, strict=True)]
+    chosen = range(0, math.prod(counts), every)
+    return [_piece(volume, size, counts, _one_of(first, every, chosen.stop)) for first in chosen]
+
+
+def _one_of(first: int, every: int, end: int) -> int:
+    """One of so many numbers from `first` on, by a hash, the first of all among them."""
+    mark = hashlib.sha256(first.to_bytes(8, "little")).digest()
+    return first and first + int.from_bytes(mark[:8], "little") % min(every, end - first)
+
+
+def _piece(volume: Volume, size: Sequence[int], counts: Sequence[int], number: int) -> Box:
+    rest, x = divmod(number, counts[2])
+    z, y = divmod(rest, counts[1])
+    start = tuple(a * s for a, s in zip((z, y, x), size, strict=True))
+    extents = zip(start, size, volume.shape[1:], strict=True)
+    return Box(start, tuple(min(a + s, n) for a, s, n in extents))

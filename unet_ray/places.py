@@ -13,6 +13,7 @@ import errno
 import fcntl
 import fnmatch
 import functools
+import json
 import os
 import re
 import shutil
@@ -106,7 +107,7 @@ class ObjectPath:
             answer = _obstore().get(_store(self.root), self.key)
             meta = answer.meta
             modified = meta["last_modified"].timestamp()
-            return Held(bytes(answer.bytes()), meta["e_tag"] or "", modified)
+            return Held(bytes(answer.bytes()), _tag(meta), modified)
 
     def put(self, data: bytes) -> None:
         """Writes the object, whole, whatever was there; durable on return.
@@ -128,14 +129,14 @@ class ObjectPath:
             NotImplementedError: if it knows no conditions.
         """
         obstore = _obstore()
-        mode = "create" if tag is None else {"e_tag": tag}
+        mode = "create" if tag is None else json.loads(tag)
         lost = obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError
         with _told_as_os_errors(self, writing=True):
             try:
                 told = obstore.put(_store(self.root), self.key, data, mode=mode)
             except (*lost, FileNotFoundError):
                 return None
-        return str(told["e_tag"])
+        return _tag(told)
 
     def exists(self) -> bool:
         """Whether there is an object of this name, or below it."""
@@ -375,6 +376,11 @@ def _told_as_os_errors(path: ObjectPath, writing: bool = False) -> Iterator[None
     except exceptions.BaseError as error:
         number = errno.ENOSPC if writing and _FULL.search(str(error)) else errno.EIO
         raise OSError(number, _line(error), str(path)) from error
+
+
+def _tag(told: Any) -> str:
+    """What tells an object's content from any other: ``gs://`` asks for the version, too."""
+    return json.dumps({name: told[name] for name in ("e_tag", "version") if told.get(name)})
 
 
 def unusable(path: Place, error: OSError) -> str:
