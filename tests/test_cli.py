@@ -366,16 +366,21 @@ def test_plan_for_machines(unet_ray, files):
     code, out, err = unet_ray("plan", files / "image.tif", *flags, "--json")
     assert (code, err) == (0, "")
     told = json.loads(out)
-    keys = "tiles tile pass halo_overhead worker_memory_bytes disk_bytes precision device"
-    assert set(keys.split()) <= set(told)
+    keys = "tiles tile pass halo_overhead worker_memory_bytes driver_memory_bytes disk_bytes"
+    assert {*keys.split(), "seconds", "price", "precision", "device"} <= set(told)
     assert (told["tiles"], told["tile"], told["pass"]) == (18, [1, 16, 16], [1, 60, 60])
-    assert told["disk_bytes"] == 18 * 256 * 2
+    assert 18 * 256 * 2 < told["disk_bytes"] < 18 * (256 * 2 + 500)
+    assert told["seconds"] > 0 and told["price"] is None
+    assert 0 < told["disk_estimate_bytes"] <= told["disk_bytes"]
     assert state_of(files) == before
 
 
 def test_plan_for_people(unet_ray, files):
     flags = ["--model", files / "model.safetensors", "--engine", "local"]
-    code, out, err = unet_ray("plan", files / "image.tif", *flags)
+    code, out, err = unet_ray("plan", files / "image.tif", *flags, "--price-per-hour", "3600")
+    price = re.search(r"price   about ([0-9.]+)$", out, re.M)
+    seconds = re.search(r"([0-9.]+) s a tile", out)
+    assert abs(float(price[1]) - 2 * float(seconds[1])) < 0.02  # an hour of both tiles
     assert (code, err) == (0, "")
     assert "image.tif: uint8, (1, 2, 40, 44) (c, z, y, x)" in out
     assert "core 44" in out and "halo" in out and "MiB per worker" in out

@@ -708,3 +708,14 @@ def test_overwriting_through_a_link_leaves_the_link(tmp_path, model, volume):
     segment(volume, model, tmp_path / "out", dataclasses.replace(TILED, overwrite=True))
     assert (tmp_path / "out").is_symlink()
     assert bytes_of(there) == bytes_of(whole)
+
+
+@pytest.mark.parametrize(("room", "remedy"), [(300, r"--workers \d+\."), (64, "a smaller --mem")])
+def test_more_workers_than_fit_into_memory_are_refused(
+    tmp_path, model, volume, monkeypatch, room, remedy
+):
+    monkeypatch.setattr(segmentation, "room", lambda: room << 20)
+    many = dataclasses.replace(TILED, workers=500)
+    with pytest.raises(InputError, match=rf"500 workers need .* could be had; give .*{remedy}"):
+        segment(volume, model, tmp_path / "out", many)
+    assert not (tmp_path / "out").exists()

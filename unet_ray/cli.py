@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from unet_ray.progress import Pace, ProgressLine, format_seconds
 from unet_ray.versions import VERSION
 
 if TYPE_CHECKING:
+    from unet_ray.pilot import Pilot
     from unet_ray.planning import Outlook, Settings
     from unet_ray.runs import Measure
     from unet_ray.segmentation import Progress, Segmentation
@@ -344,15 +346,40 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
     short_help="Say what segmenting would take; nothing is written.",
 )
 @click.argument("input", metavar="INPUT")
-@_options(MODEL, *TILING, click.option("--json", "as_json", is_flag=True, help="For machines."))
+@_options(
+    MODEL,
+    *TILING,
+    click.option(
+        "--price-per-hour", type=click.FloatRange(min=0), help="Of one worker; tells the price."
+    ),
+    click.option("--json", "as_json", is_flag=True, help="For machines."),
+)
 @click.pass_context
-def plan(ctx: click.Context, /, input: str, model: str, as_json: bool, **flags: Any) -> None:
-    """Shows tiles, halo cost, memory and disk of a run before it starts; writes nothing."""
+def plan(
+    ctx: click.Context,
+    /,
+    input: str,
+    model: str,
+    price_per_hour: float | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Shows tiles, halo cost, memory, disk and time of a run before it starts; writes nothing.
+
+    A few tiles of the volume are tried, which takes a quarter of a minute or so.
+    """
     settings = _settings(ctx, flags)
-    from unet_ray import planning
+    from unet_ray import pilot, planning
 
     outlook = planning.plan(input, model, settings)
-    click.echo(json.dumps(outlook.to_json(), indent=2) if as_json else _describe(outlook))
+    trial = pilot.try_tiles(outlook, settings.workers)
+    if as_json:
+        told = {**outlook.to_json(), **_trial_json(outlook, trial, price_per_hour)}
+        click.echo(json.dumps(told, indent=2))
+    else:
+        click.echo(
+            "\n".join([_describe(outlook), *_describe_trial(outlook, trial, price_per_hour)])
+        )
 
 
 @app.command(
@@ -555,10 +582,50 @@ def _describe(outlook: Outlook) -> str:
             f"  memory  {format_bytes(memory.total)} per worker (process "
             f"{format_bytes(memory.process)}, weights {format_bytes(memory.weights)}, tile "
             f"{format_bytes(memory.tile)}, pass {format_bytes(memory.forward)}, allocator)",
-            f"  disk    at most {format_bytes(outlook.disk_bytes)}",
+            f"  driver  {format_bytes(outlook.driver_memory)}"
+            + (", all workers in it" if outlook.driver_memory > memory.total else ""),
             f"  runs    {outlook.tiles} tiles in {outlook.precision} on {outlook.device}",
         ]
     )
+
+
+def _trial_json(outlook: Outlook, trial: Pilot | None, price: float | None) -> dict[str, Any]:
+    """What a trial tells, for machines; null is what is not known."""
+    seconds = trial and trial.seconds * outlook.tiles / outlook.workers
+    return {
+        "tile_seconds": trial and round(trial.seconds, 4),
+        "seconds": seconds and round(seconds, 1),
+        "price": _price(outlook, trial, price),
+        "disk_estimate_bytes": trial and round(trial.stored * outlook.tiles),
+        "disk_free_bytes": shutil.disk_usage(".").free,
+    }
+
+
+def _price(outlook: Outlook, trial: Pilot | None, per_hour: float | None) -> float | None:
+    """What all workers cost together, however many they are."""
+    if trial is None or per_hour is None:
+        return None
+    return round(trial.seconds * outlook.tiles / 3600 * per_hour, 4)
+
+
+def _describe_trial(outlook: Outlook, trial: Pilot | None, per_hour: float | None) -> list[str]:
+    free = f"{format_bytes(shutil.disk_usage('.').free)} free in this folder"
+    if trial is None:
+        return [
+            f"  disk    at most {format_bytes(outlook.disk_bytes)}; {free}",
+            "  time    not known: the device of the run is not in this machine",
+        ]
+    seconds = trial.seconds * outlook.tiles / outlook.workers
+    lines = [
+        f"  disk    about {format_bytes(trial.stored * outlook.tiles)}, at most "
+        f"{format_bytes(outlook.disk_bytes)}; {free}",
+        f"  time    about {format_seconds(seconds)} with {outlook.workers} workers, after the "
+        f"start: {trial.seconds:.2f} s a tile (read {trial.read:.2f}, predict "
+        f"{trial.predict:.2f},\n          write {trial.write:.2f}; {trial.tiles} tiles tried, "
+        f"{trial.threads} at a time)",
+    ]
+    price = _price(outlook, trial, per_hour)
+    return lines if price is None else [*lines, f"  price   about {price:.2f}"]
 
 
 def _settings(ctx: click.Context, flags: dict[str, Any]) -> Settings:

@@ -104,6 +104,13 @@ def threads_of(device: str, workers: int | None) -> int:
     return 2 if device == "cuda" else workers or usable_cores()
 
 
+def side_by_side(device: str, engine: EngineName, workers: int | None) -> int:
+    """How many tiles a run has under way at a time: on Ray one per worker of the cluster."""
+    if engine == "ray":
+        return pool_size(device, workers)
+    return threads_of(device, workers)
+
+
 def find_device(engine: EngineName, workers: int | None = None) -> str:
     """``cuda`` if this machine, or the cluster as it is or may grow, has GPUs; else ``cpu``.
 

@@ -11,17 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from unet_ray import engine as engines
 from unet_ray.boxes import Box
 from unet_ray.checkpoints import ModelHeader, find_model, read_model
 from unet_ray.cost import halo_overhead, read_amplification
 from unet_ray.errors import InputError, nearest
 from unet_ray.masks import open_mask, tiles_under
-from unet_ray.memory import NetworkSize, WorkerMemory, format_bytes, worker_bytes
+from unet_ray.memory import NetworkSize, WorkerMemory, driver_bytes, format_bytes, worker_bytes
 from unet_ray.network import UNet
 from unet_ray.places import Where
 from unet_ray.prediction import Device, Precision, best_precision
-from unet_ray.stores import ARRAYS
+from unet_ray.stores import ARRAYS, chunk_of
 from unet_ray.tiles import Context, TilePlan, equal_core, round_up
 from unet_ray.volumes import Volume, open_volume
 
@@ -33,6 +35,10 @@ SLAB = 16
 SLABS = 8
 # Voxels of one pass up to which slices are put together in a batch.
 BATCH_VOXELS = 1 << 18
+# Tiles of which a few are tried before a run.
+SAMPLE = 64
+# Beside its voxels: frame, checksum and index entry of a chunk; ends of the indices of a tile.
+CHUNK_BYTES, SHARD_BYTES = 128, 64
 
 
 @dataclass(frozen=True)
@@ -164,9 +170,16 @@ class Outlook:
 
     Attributes:
         volume: the input.
+        network: that predicts.
         plan: the tiles.
-        tiles: how many of them the region touches.
+        tiles: how many of them region and mask ask for.
+        sample: numbers of some of these, evenly spread.
+        outputs: what would be stored.
+        tta: average over the 8 symmetries of the square.
         memory: what one worker needs.
+        driver_memory: bytes of the process that starts the run: on the local engine the one in
+            which all workers run.
+        workers: how many tiles side by side.
         precision, device: of the network.
         halo_overhead: arithmetic spent on the halo, as a part of what the cores alone would cost.
         disk_bytes: upper bound of what is stored.
@@ -174,9 +187,15 @@ class Outlook:
     """
 
     volume: Volume
+    network: UNet
     plan: TilePlan
     tiles: int
+    sample: tuple[int, ...]
+    outputs: tuple[str, ...]
+    tta: bool
     memory: WorkerMemory
+    driver_memory: int
+    workers: int
     precision: Precision
     device: Device
     halo_overhead: float
@@ -192,6 +211,8 @@ class Outlook:
             "pass": list(self.plan.pass_shape),
             "halo_overhead": round(self.halo_overhead, 4),
             "worker_memory_bytes": self.memory.total,
+            "driver_memory_bytes": self.driver_memory,
+            "workers": self.workers,
             "disk_bytes": self.disk_bytes,
             "read_amplification": round(self.read_amplification, 4),
             "precision": self.precision,
@@ -200,7 +221,7 @@ class Outlook:
 
 
 def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Outlook:
-    """What `segment` would do with these settings and a new store; reads metadata only.
+    """What `segment` would do with these settings and a new store; reads no voxel.
 
     Raises:
         InputError: for anything wrong with input, model or settings.
@@ -208,17 +229,55 @@ def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Ou
     volume, network, _ = open_inputs(source, model, settings)
     device = device_of(settings)
     precision = settings.precision or precision_of(device, settings)
-    values = stored_values(network.classes, checked_outputs(settings.outputs))
+    outputs = checked_outputs(settings.outputs)
+    values = stored_values(network.classes, outputs)
     size = network_size(network, precision, settings.tta)
     tiles, memory = choose_plan(volume, network, size, settings, values)
-    region = settings.region or Box.of(tiles.shape)
-    overhead = halo_overhead(size, tiles)
-    part = tiles.part(region)
+    part = tiles.part(settings.region or Box.of(tiles.shape))
     mask = open_mask(settings.mask, tiles.shape) if settings.mask else None
-    count = int(tiles_under(mask, tiles)[part.slices].sum()) if mask else part.size
-    stored = math.prod(tiles.core) * values * count
-    again = read_amplification(tiles, volume.chunk)
-    return Outlook(volume, tiles, count, memory, precision, device, overhead, stored, again)
+    wanted: Sequence[int] = range(part.size)
+    if mask:
+        wanted = np.flatnonzero(tiles_under(mask, tiles)[part.slices])  # type: ignore[assignment]
+    workers = engines.side_by_side(device, settings.engine, settings.workers)
+    return Outlook(
+        volume=volume,
+        network=network,
+        plan=tiles,
+        tiles=len(wanted),
+        sample=_numbers(tiles, part, spread(wanted, SAMPLE)),
+        outputs=outputs,
+        tta=settings.tta,
+        memory=memory,
+        driver_memory=driver_bytes(memory, settings.engine, len(tiles), workers),
+        workers=workers,
+        precision=precision,
+        device=device,
+        halo_overhead=halo_overhead(size, tiles),
+        disk_bytes=_most_bytes(tiles, values) * len(wanted),
+        read_amplification=read_amplification(tiles, volume.chunk),
+    )
+
+
+def spread(numbers: Sequence[int], most: int) -> list[int]:
+    """At most so many of `numbers`, in their order, evenly spread."""
+    count = min(most, len(numbers))
+    return [int(numbers[(2 * n + 1) * len(numbers) // (2 * count)]) for n in range(count)]
+
+
+def _numbers(tiles: TilePlan, part: Box, inside: Sequence[int]) -> tuple[int, ...]:
+    """The tiles with these numbers in a part of the grid."""
+    if not inside:
+        return ()
+    places = np.unravel_index(inside, part.shape)
+    axes = tuple(a + p for a, p in zip(part.start, places, strict=True))
+    return tuple(np.ravel_multi_index(axes, tiles.counts).tolist())
+
+
+def _most_bytes(tiles: TilePlan, values: int) -> int:
+    """Bytes of a tile's shards if nothing can be compressed, with checksums and index."""
+    chunk = chunk_of(tiles.core)
+    chunks = values * math.prod(c // n for c, n in zip(tiles.core, chunk, strict=True))
+    return values * math.prod(tiles.core) * 257 // 256 + chunks * CHUNK_BYTES + SHARD_BYTES
 
 
 def open_inputs(

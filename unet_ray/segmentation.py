@@ -232,6 +232,7 @@ def prepare(
     run = replace(run, provenance=_provenance(run, header, settings))
     if told:
         _refuse_difference(path, told, run.provenance)
+    _check_room(run, settings)
     return run
 
 
@@ -248,6 +249,22 @@ def _check_memory(memory: WorkerMemory, settings: Settings, path: Place) -> None
             f"{path}: its plan needs {format_bytes(memory.total)} per worker, "
             f"{format_bytes(settings.memory)} allowed; give --memory {memory.total} or more, or "
             f"another --out."
+        )
+
+
+def _check_room(run: Segmentation, settings: Settings) -> None:
+    """Refuses more workers in this process than the machine has memory for; Ray's are elsewhere."""
+    there = room()
+    if settings.engine == "ray" or not there:
+        return
+    threads = engines.threads_of(run.device, settings.workers)
+    needed = run.memory.shared_by(threads)
+    if needed > there:
+        fitting = [n for n in range(1, threads) if run.memory.shared_by(n) <= there]
+        remedy = f"--workers {fitting[-1]}" if fitting else "a smaller --memory and another --out"
+        raise InputError(
+            f"{run.out}: {threads} workers need {format_bytes(needed)} in this process, "
+            f"{format_bytes(there)} could be had; give {remedy}."
         )
 
 

@@ -281,22 +281,26 @@ class Store:
             tile: whose core it is.
             results: for each output the predicted core, ``(..., z, y, x)`` uint8.
         """
-        for name, array in self._arrays.items():
-            front = (slice(None),) * (array.ndim - 3)
-            voxels = results[name][(*front, *tile.crop.slices)]
-            shard = self._encoded(name, (*front, *tile.write.slices), voxels, self.key(name, tile))
+        for name in self._arrays:
+            shard = self.encoded(name, tile, results[name])
             self._may_write()
             write_whole(self.shard(name, tile), shard, self.path / PRIVATE)
 
-    def _encoded(
-        self, name: str, place: tuple[slice, ...], voxels: NDArray[np.uint8], key: str
-    ) -> bytes:
-        """The bytes of one shard. Nothing of an older shard is read, so damage is no hindrance."""
+    def encoded(self, name: str, tile: Tile, result: NDArray[np.uint8]) -> bytes:
+        """The bytes of one shard. Nothing of an older shard is read, so damage is no hindrance.
+
+        Args:
+            name: the output.
+            tile: whose core it is.
+            result: the predicted core, ``(..., z, y, x)``.
+        """
+        front = (slice(None),) * (self._arrays[name].ndim - 3)
         memory = {"zarr.json": default_buffer_prototype().buffer.from_bytes(self._metadata[name])}
         array = zarr.open_array(MemoryStore(memory), mode="r+")
         # Background is stored like everything else: an absent shard means "not computed".
-        array.with_config({"write_empty_chunks": True})[place] = voxels
-        return bytes(memory[key].to_bytes())
+        whole = array.with_config({"write_empty_chunks": True})
+        whole[(*front, *tile.write.slices)] = result[(*front, *tile.crop.slices)]
+        return bytes(memory[self.key(name, tile)].to_bytes())
 
     def key(self, name: str, tile: Tile) -> str:
         """The name of a tile's shard in the array of one output, such as ``c/0/1/2``."""

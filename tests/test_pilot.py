@@ -1,0 +1,118 @@
+"""Tiles that are tried before a run: what is measured is what a run does, and nothing is left."""
+
+import dataclasses
+import tempfile
+
+import numpy as np
+import pytest
+
+from tests.test_segmentation import TILED, noise, random_model, shards_of, write_stack
+from unet_ray import pilot, planning
+from unet_ray.boxes import Box
+from unet_ray.errors import RunError
+from unet_ray.pilot import try_tiles
+from unet_ray.planning import plan, spread
+from unet_ray.segmentation import segment
+
+
+@pytest.fixture
+def files(tmp_path):
+    volume = write_stack(tmp_path / "volume.tif", noise((3, 61, 75)))
+    return volume, random_model(tmp_path / "model.safetensors")
+
+
+def test_the_bytes_of_a_tile_are_those_that_a_run_stores(files, tmp_path):
+    outlook = plan(*files, TILED)
+    store = segment(*files, tmp_path / "out", TILED)
+    stored = sum((store / name).stat().st_size for name in shards_of(store))
+    trial = try_tiles(outlook, 1)
+    assert abs(trial.stored * outlook.tiles / stored - 1) < 0.3
+    assert stored <= outlook.disk_bytes
+
+
+def test_seconds_are_those_of_a_whole_tile(files, monkeypatch):
+    predictor = pilot.Predictor.__call__
+    passes = []
+
+    def counted(*arguments):
+        passes.append(1)
+        return predictor(*arguments)
+
+    monkeypatch.setattr(pilot.Predictor, "__call__", counted)
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(pilot.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(pilot, "SECONDS", 10**6)
+    settings = dataclasses.replace(TILED, tile=(3, 32, 40))
+    outlook = plan(*files, settings)
+    deep = dataclasses.replace(outlook, plan=dataclasses.replace(outlook.plan, passes=(1, 32, 40)))
+    trial = try_tiles(deep, 1)
+    # Each step takes one tick here, and a tile has three passes, of which one is computed.
+    assert len(passes) == trial.tiles == 4
+    assert trial.predict >= 3 * trial.read > 0
+
+
+def test_constant_background_costs_next_to_nothing(tmp_path, files):
+    empty = write_stack(tmp_path / "empty.tif", np.full((3, 61, 75), 7, np.uint8))
+    settings = dataclasses.replace(TILED, tile=(3, 64, 76))
+    empty, full = (try_tiles(plan(path, files[1], settings), 1) for path in (empty, files[0]))
+    assert empty.predict < full.predict
+
+
+def test_nothing_is_left_and_nothing_to_try_is_no_failure(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    outlook = plan(*files, TILED)
+    assert try_tiles(outlook).tiles > 0
+    assert not list((tmp_path / "scratch").iterdir())
+    assert try_tiles(dataclasses.replace(outlook, sample=())) is None
+    if not pilot.torch.cuda.is_available():
+        assert try_tiles(dataclasses.replace(outlook, device="cuda")) is None
+
+
+def test_an_input_that_cannot_be_read_is_told(files, monkeypatch):
+    outlook = plan(*files, TILED)
+
+    def fail(*arguments):
+        raise RunError("volume.tif cannot be read.")
+
+    monkeypatch.setattr(pilot, "read_mirrored", fail)
+    with pytest.raises(RunError, match="cannot be read"):
+        try_tiles(outlook)
+
+
+@pytest.mark.parametrize("region", [None, Box((1, 30, 20), (2, 61, 40))])
+def test_only_tiles_that_are_asked_for_are_tried(files, region, monkeypatch):
+    outlook = plan(*files, dataclasses.replace(TILED, region=region))
+    tiles = outlook.plan
+    asked = {*tiles.within(region or Box.of(tiles.shape))}
+    assert {*outlook.sample} <= asked and len(outlook.sample) == len(asked) == outlook.tiles
+
+
+def test_only_tiles_under_a_mask_are_tried(files, tmp_path):
+    shown = np.zeros((3, 61, 75), np.uint8)
+    shown[2, 40:, 50:] = 1
+    mask = write_stack(tmp_path / "mask.tif", shown)
+    outlook = plan(*files, dataclasses.replace(TILED, mask=mask))
+    boxes = [outlook.plan[tile].write for tile in outlook.sample]
+    assert len(boxes) == outlook.tiles == 2
+    assert all(shown[box.slices].any() for box in boxes)
+
+
+@pytest.mark.parametrize(("count", "most"), [(0, 5), (3, 5), (5, 5), (100, 7), (10**12, 64)])
+def test_a_sample_is_spread_evenly(count, most):
+    found = spread(range(count), most)
+    assert len(found) == min(count, most) == len({*found})
+    assert all(0 <= n < count for n in found)
+    if len(found) > 1:
+        gaps = np.diff(found)
+        assert gaps.max() - gaps.min() <= 1
+
+
+def test_a_petabyte_is_planned_from_its_metadata(files, tmp_path):
+    import zarr
+
+    path = tmp_path / "peta.zarr"
+    zarr.create_array(path, shape=(10**5,) * 3, chunks=(16, 1024, 1024), dtype="uint8")
+    outlook = planning.plan(path, files[1], planning.Settings())
+    assert outlook.tiles > 30e6 and len(outlook.sample) == planning.SAMPLE
+    assert outlook.to_json()["driver_memory_bytes"] < 3 << 30
