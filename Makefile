@@ -29,6 +29,7 @@ test-slow: $(STAMP) ## run the tests that take minutes each
 bench: $(STAMP) ## measure speed, beside other libraries where they do the same
 	$(RUN) tests.bench_scores
 	$(RUN) tests.bench_training
+	$(RUN) tests.bench_engine
 
 check: $(STAMP) ## lint, formatting and types
 	$(RUN) ruff check

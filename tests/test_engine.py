@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.test_segmentation import FLOAT32, bytes_of, noise, random_model, write_stack
 from unet_ray import engine
@@ -298,7 +300,7 @@ def test_an_error_that_cannot_be_told_is_a_failure_too(folder):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_marks_that_cannot_be_made_are_failures(folder, device):
     lost = dataclasses.replace(stage(folder, device), begun=folder / "none" / "such")
-    told = engine._TileActor(lost)({"tile": [1, 2]})
+    told = engine._TileActor(lost)({"tiles": ["1,2"]})
     assert sorted(told["tile"]) == [1, 2] and set(told["verdict"]) == {"again"}
     assert all("No such file" in error for error in told["error"])
     assert written(folder) == Counter()
@@ -472,14 +474,37 @@ def test_a_tile_that_hangs_ends_its_worker_and_the_others_are_done(folder):
     assert set(written(folder)) == set(range(8)) - {5}
 
 
+@pytest.mark.parametrize(
+    ("seconds", "tiles"), [([3.0], 1), ([0.4], 1), ([0.1, 0.1, 9], 4), ([0.15], 3), ([0.0], 64)]
+)
+def test_a_block_is_enough_work_for_a_driver_to_keep_up(seconds, tiles):
+    assert engine._tiles_for(0.4, seconds) == tiles
+
+
+@given(st.integers(0, 50), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
+def test_waves_cut_into_blocks_hold_every_tile_once(count, size, first, later):
+    tiles, waves = iter(range(count)), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "WAVE", later)
+        patch.setattr(engine, "FIRST_WAVE", first)
+        while wave := engine._wave(tiles, size, bool(waves)):
+            waves.append(wave)
+    blocks = [block for wave in waves for block in wave]
+    assert [tile for block in blocks for tile in block] == list(range(count))
+    assert all(len(block) == size for block in blocks[:-1])
+    assert all(len(wave) <= later for wave in waves)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_waves_do_every_tile_once(folder, monkeypatch):
-    monkeypatch.setattr(engine, "WAVE", 4)
-    receipts = list(run(stage(folder), range(10), "ray", 2))
-    assert sorted(r.tile for r in receipts) == list(range(10))
-    assert written(folder) == Counter(range(10))
+    monkeypatch.setattr(engine, "WAVE", 2)
+    monkeypatch.setattr(engine, "FIRST_WAVE", 4)
+    monkeypatch.setattr(engine, "LARGEST_BLOCK", 8)
+    receipts = list(run(stage(folder), range(30), "ray", 2))  # 4, then 16, then 10
+    assert sorted(r.tile for r in receipts) == list(range(30))
+    assert written(folder) == Counter(range(30))
 
 
 @pytest.mark.ray

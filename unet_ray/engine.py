@@ -11,10 +11,11 @@ import itertools
 import logging
 import math
 import os
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import fields
 from functools import partial
@@ -24,6 +25,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from unet_ray.attempts import (
+    SEEN,
     TICK,
     Clock,
     Deadline,
@@ -44,12 +46,15 @@ Answer = TypeVar("Answer")
 Receipts = Generator[Receipt, None, None]
 # How long one waits for tiles that are under way when no more are wanted.
 GRACE_SECONDS = 5.0
-# Tile numbers go to Ray in waves, so that the driver's memory does not grow with the volume.
-WAVE = 4096
+# Tile numbers go to Ray in waves of blocks, so that the driver's memory does not grow with the
+# volume. One driver feeds some 15 blocks a second, so a block is at least so much work; what a tile
+# takes is measured in a first wave.
+WAVE, FIRST_WAVE = 4096, 512
+BLOCK_SECONDS, LARGEST_BLOCK = 0.4, 64
 # Below one, so that Ray always finds room for its own reading and writing beside the actors.
 CPUS_PER_ACTOR = 0.9
 # A GPU actor takes several tiles at a time, to read and write while it predicts.
-TILES_PER_GPU_BATCH = 8
+TILES_PER_GPU_BLOCK = 8
 # Only tile numbers and receipts cross the object store while segmenting.
 OBJECT_STORE_BYTES = 1 << 30
 UNBOUNDED = 1 << 20
@@ -344,7 +349,7 @@ class _TileActor:
             self._try, self._begun = Guarded(self._try, marks, stage.deadline).attempt, marks.of
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        tiles = [int(tile) for tile in batch["tile"]]
+        tiles = [int(tile) for block in batch["tiles"] for tile in block.split(",")]
         receipts = self._on_gpu(tiles) if self._gpu else self._on_cpu(tiles)
         return {name: [getattr(r, name) for r in receipts] for name in _COLUMNS}
 
@@ -369,25 +374,47 @@ def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: boo
     from ray.data import ActorPoolStrategy
 
     connect(workers)
-    gpu = stage.device == "cuda"
     size = pool_size(stage.device, workers)
-    batch = TILES_PER_GPU_BATCH if gpu and not alone else 1
-    while wave := list(itertools.islice(tiles, WAVE)):
-        blocks = -(-len(wave) // batch)
+    few = 1 if alone else _tiles_of_gpu(stage.device)
+    seconds: list[float] = []
+    while wave := _wave(tiles, few, bool(seconds)):
         # `from_items`, not `range`, whose read tasks take a whole CPU each and starve the actors.
-        numbers = ray.data.from_items([{"tile": t} for t in wave], override_num_blocks=blocks)
-        receipts = numbers.map_batches(
+        blocks = ray.data.from_items(
+            [{"tiles": ",".join(map(str, block))} for block in wave], override_num_blocks=len(wave)
+        )
+        receipts = blocks.map_batches(
             _TileActor,
             fn_constructor_args=(stage,),
-            batch_size=batch,
-            compute=ActorPoolStrategy(size=min(size, blocks)),
+            batch_size=1,
+            compute=ActorPoolStrategy(size=min(size, len(wave))),
             num_cpus=CPUS_PER_ACTOR,
-            num_gpus=1 if gpu else None,
+            num_gpus=1 if stage.device == "cuda" else None,
             runtime_env={"env_vars": kept_memory_environment()},
         )
         for rows in receipts.iter_batches(batch_size=None, prefetch_batches=0):
             for row in zip(*(rows[name].tolist() for name in _COLUMNS), strict=True):
-                yield Receipt(*row)
+                receipt = Receipt(*row)
+                seconds = [*seconds[-SEEN:], receipt.seconds]
+                yield receipt
+        if not alone:
+            few = max(few, _tiles_for(BLOCK_SECONDS, seconds))
+
+
+def _tiles_of_gpu(device: str) -> int:
+    return TILES_PER_GPU_BLOCK if device == "cuda" else 1
+
+
+def _wave(tiles: Iterator[int], size: int, known: bool) -> list[list[int]]:
+    """The blocks of the next wave; a short one first, since nobody knows yet what a tile takes."""
+    most = WAVE if known else min(WAVE, FIRST_WAVE)
+    blocks = (list(itertools.islice(tiles, size)) for _ in range(most))
+    return list(itertools.takewhile(bool, blocks))
+
+
+def _tiles_for(goal: float, seconds: Sequence[float]) -> int:
+    """How many tiles take so many seconds, as far as a block goes."""
+    usual = statistics.median(seconds)
+    return min(LARGEST_BLOCK, math.ceil(goal / max(usual, goal / LARGEST_BLOCK)))
 
 
 _COLUMNS = tuple(field.name for field in fields(Receipt))
