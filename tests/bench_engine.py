@@ -47,9 +47,9 @@ def fed(largest):
 def task(folder):
     """A run of a real network (16 channels, depth 4) whose tiles take a second or more."""
     tiles = 2 * WORKERS * TILES_EACH
-    volume = write_stack(folder / "volume.tif", noise((2 * tiles, 1024, 1024)))
+    volume = write_stack(folder / "volume.tif", noise((4 * tiles, 1024, 1024)))
     model = random_model(folder / "model.safetensors", depth=4, base=16)
-    run = prepare(volume, model, folder / "out", Settings(tile=(2, 1024, 1024)))
+    run = prepare(volume, model, folder / "out", Settings(tile=(4, 1024, 1024)))
     layout = StoreLayout(run.plan, run.class_values, run.outputs, None)
     create_store(run.out, layout, run.provenance)
     return run
@@ -97,7 +97,7 @@ def main():
         start, took, busy = steady(run)
         after = looped(run)
     loop = statistics.mean([before, after])
-    print(f"a tile of 2 x 1024 x 1024, {WORKERS} at a time, one thread each, {run.precision}")
+    print(f"a tile of 4 x 1024 x 1024, {WORKERS} at a time, one thread each, {run.precision}")
     print(f"  loop {loop:.3f} s ({before:.3f} before, {after:.3f} after), Ray {took:.3f} s")
     print(f"  Ray at {loop / took:.3f} of it, workers busy {busy:.3f}, first after {start:.1f} s")
     one, many = fed(1), fed(64)

@@ -47,10 +47,10 @@ Receipts = Generator[Receipt, None, None]
 # How long one waits for tiles that are under way when no more are wanted.
 GRACE_SECONDS = 5.0
 # Tile numbers go to Ray in waves of blocks, so that the driver's memory does not grow with the
-# volume. One driver feeds some 15 blocks a second, so a block is at least so much work; what a tile
-# takes is measured in a first wave.
+# volume. Between two blocks a worker idles for some 50 ms, and one driver feeds some tens of blocks
+# a second, so a block is at least so much work; what a tile takes is measured in a first wave.
 WAVE, FIRST_WAVE = 4096, 512
-BLOCK_SECONDS, LARGEST_BLOCK = 0.4, 64
+BLOCK_SECONDS, LARGEST_BLOCK = 2.0, 64
 # Below one, so that Ray always finds room for its own reading and writing beside the actors.
 CPUS_PER_ACTOR = 0.9
 # A GPU actor takes several tiles at a time, to read and write while it predicts.
