@@ -234,3 +234,11 @@ def test_a_segment_that_leads_nowhere_is_named(folder, name):
     (folder / name).symlink_to("nowhere")
     with pytest.raises(RunError, match=rf"{name}: cannot be read, though it is there"):
         committed(folder, TILES)
+
+
+def test_what_is_done_is_noted_though_the_lease_that_made_the_store_was_lost(folder):
+    ledgers.begin(folder, 3)
+    commit(folder, 5)  # by a run that counts its epochs from 1 again
+    assert held(committed(folder, TILES)) == [5]
+    ledgers.begin(folder, 1)
+    assert held(committed(folder, TILES)) == []

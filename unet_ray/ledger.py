@@ -51,7 +51,7 @@ class Ledger:
     def __init__(self, folder: Place, tiles: int, epoch: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._epoch = max(epoch, _newest(folder) + 1)
+        self._epoch = max(epoch, _newest(folder) + 1, _born(folder))
         held = _read(folder, tiles)
         self._bits, self._files = held.bits, held.files
         for state in STATES[1:]:
@@ -172,7 +172,8 @@ def begin(folder: Place, epoch: int) -> None:
         epoch: of the run that makes the store.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"{max(epoch, _newest(folder) + 1):08d}{BORN}", b"")
+    newest = max(epoch, _newest(folder) + 1, _born(folder) + 1)
+    write_whole(folder / f"{newest:08d}{BORN}", b"")
 
 
 def has_begun(folder: Place) -> bool:
@@ -270,6 +271,11 @@ def _newest(folder: Place) -> int:
     """The newest epoch that noted something; 0 if none did."""
     segments = (path for path in _listed(folder) if path.suffix != BORN)
     return max(map(_epoch_of, segments), default=0)
+
+
+def _born(folder: Place) -> int:
+    """The epoch that made the store; 0 if none is told."""
+    return max((_epoch_of(path) for path in _listed(folder) if path.suffix == BORN), default=0)
 
 
 def _encode(first: int, bits: Bits, tiles: int) -> bytes:
