@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from unet_ray.cli import main
+from unet_ray.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main("train"))
+    run("train")

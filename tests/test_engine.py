@@ -23,7 +23,7 @@ from tests.test_segmentation import FLOAT32, bytes_of, noise, random_model, writ
 from unet_ray import engine
 from unet_ray.attempts import TRIES, Clock, Deadline, Patience, Receipt, Stage, is_out_of_memory
 from unet_ray.engine import run
-from unet_ray.errors import QuarantinedError, RunError, VoxelError
+from unet_ray.errors import InputError, QuarantinedError, RunError, VoxelError
 from unet_ray.segmentation import prepare, segment
 
 ENGINES = ["local", pytest.param("ray", marks=pytest.mark.ray)]
@@ -283,6 +283,23 @@ def test_nobody_waits_for_a_tile_that_hangs_when_the_caller_stops(monkeypatch):
     with closing(run(hanging, range(2), "local", 2)) as receipts:
         next(receipts)
     assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("engine_name", ["local", pytest.param("ray", marks=pytest.mark.ray)])
+def test_a_worker_that_cannot_be_made_in_time_ends_the_run(engine_name):
+    hanging = Stage("slow", partial(time.sleep, 60), "cpu", deadline=Deadline(0.3, 5, 0.3))
+    start = time.monotonic()
+    with pytest.raises(RunError, match=r"^slow: no worker could be made within 0 s; see whether"):
+        list(run(hanging, range(2), engine_name, 1))
+    assert time.monotonic() - start < 45
+
+
+def test_a_worker_that_cannot_be_made_says_why():
+    def fails():
+        raise InputError("no such model")
+
+    with pytest.raises(InputError, match="no such model"):
+        run(Stage("broken", fails, "cpu"), range(2), "local", 1)
 
 
 class UnspeakableError(Exception):

@@ -2,8 +2,13 @@
 
 import errno
 import json
+import os
+import re
+import subprocess
+import sys
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from subprocess import run
 from threading import Event
 
@@ -21,6 +26,7 @@ from unet_ray.ledger import committed, quarantined
 from unet_ray.segmentation import segment
 from unet_ray.stores import ARRAYS, EVENTS, LEDGER, Store
 
+ROOT = Path(__file__).parent.parent
 TILES = 24
 
 
@@ -253,3 +259,58 @@ def test_a_value_that_is_not_finite_is_quarantined_on_ray_too(task, tmp_path):
     with pytest.raises(QuarantinedError, match="1 of 3 tiles"):
         segment(volume, model, out, settings)
     assert np.flatnonzero(committed(out / LEDGER, 3)).tolist() == [0, 1]
+
+
+def test_a_tile_that_lacks_memory_at_its_last_try_among_others_is_tried_alone(
+    task, tmp_path, fail, monkeypatch
+):
+    volume, model, whole = task
+    errors = iter([ValueError("flaky"), ValueError("flaky"), MemoryError("none left")])
+
+    def error():
+        raise next(errors)
+
+    tried = fail("predict", {5: 3}, error)
+    store = segment(volume, model, tmp_path / "out.zarr", TILED)
+    assert tried[5] == 4 and bytes_of(store) == bytes_of(whole)
+
+
+CONVOLVING = """
+import sys, time, torch
+from unet_ray import segmentation
+from unet_ray.__main__ import run
+
+read, predict = segmentation.TileWorker.read, segmentation.TileWorker.predict
+
+def reads(self, tile):
+    if tile == 0:
+        time.sleep(1)  # until others are at work
+        raise OSError(28, "No space left on device")
+    return read(self, tile)
+
+def predicts(self, tile, voxels):
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        torch.nn.functional.conv2d(torch.ones(1, 64, 400, 400), torch.ones(64, 64, 3, 3))
+    return predict(self, tile, voxels)
+
+segmentation.TileWorker.read, segmentation.TileWorker.predict = reads, predicts
+run()
+"""
+
+
+def test_an_error_ends_the_process_in_order_though_tiles_are_still_at_work(task, tmp_path):
+    volume, model, _ = task
+    ended = subprocess.run(
+        [
+            *[sys.executable, "-c", CONVOLVING, "segment", volume, "--model", model],
+            *["--out", tmp_path / "out", "--tile", "1,32,20", "--workers", "2"],
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    *_, last = ended.stderr.splitlines()
+    assert re.fullmatch(r"unet-ray: .*No space left on device; 0 of 24 tiles .*", last)

@@ -165,6 +165,41 @@ def test_a_volume_that_is_gone_is_refused_soon(monkeypatch):
     assert len(volume.asked) <= pieces + 3 * (1 + intensity.HOPELESS)
 
 
+@pytest.mark.parametrize("piece", [(1, 8, 8), (16, 64, 64)])
+def test_a_volume_that_was_away_at_first_is_measured_without_its_bad_chunk(monkeypatch, piece):
+    monkeypatch.setattr(volumes, "_PAUSE", 0)
+    monkeypatch.setattr(intensity, "PIECE", piece)
+    voxels = np.random.default_rng(5).integers(0, 255, (1, 4, 16, 16), np.uint8)
+    pieces = len(intensity._pieces(ArrayVolume(voxels, (1, 4, 4))))
+
+    class Away(ArrayVolume):
+        def read(self, box):
+            self.asked.append(box)
+            first = box.start == (0, 0, 0)  # that can never be read, nor any box that has it
+            if len(self.asked) <= pieces or first:
+                raise RunError(f"a.zarr: {box} cannot be read.")
+            return voxels[(slice(None), *box.slices)]
+
+    kept = np.ones(voxels.shape, bool)
+    kept[:, 0, :4, :4] = False
+    found = measure(Away(voxels, (1, 4, 4)))
+    close(found, [voxels[kept].mean()], [voxels[kept].std()])
+    assert found.unread == ("0:1,0:4,0:4",)
+
+
+def test_a_piece_that_cannot_be_read_at_once_and_holds_no_number_counts_for_nothing(monkeypatch):
+    monkeypatch.setattr(volumes, "_PAUSE", 0)
+
+    class Narrow(ArrayVolume):
+        def read(self, box):
+            if box.size > 16:
+                raise RunError("a.zarr: a read of so much fails.")
+            return super().read(box)
+
+    found = measure(Narrow(np.full((1, 2, 8, 8), np.nan, np.float32), (1, 4, 4)))
+    assert (found.mean, found.sd, found.unread) == ((0.0,), (1.0,), ())
+
+
 @settings(max_examples=30)
 @given(st.tuples(*[st.integers(1, 40)] * 3), st.integers(0, 4))
 def test_pieces_begin_where_chunks_do(chunk, small):

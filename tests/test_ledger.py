@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unet_ray import ledger as ledgers
-from unet_ray.errors import RunError
+from unet_ray.errors import LostError, RunError
 from unet_ray.ledger import STATES, Ledger, committed, quarantined
 
 TILES = 21
@@ -30,8 +30,8 @@ def held(bits):
     return np.flatnonzero(bits).tolist()
 
 
-def commit(folder, *numbers, tiles=TILES):
-    with Ledger(folder, tiles) as ledger:
+def commit(folder, *numbers, tiles=TILES, epoch=1):
+    with Ledger(folder, tiles, epoch) as ledger:
         for number in numbers:
             ledger.commit(number)
 
@@ -117,12 +117,13 @@ def test_a_segment_of_another_plan_holds_nothing(folder):
     assert held(committed(folder, TILES + 1)) == []
 
 
-def test_an_epoch_is_never_used_again(folder, at_once):
-    seen = []
-    for tile in range(4):
+def test_no_segment_is_ever_written_over(folder, at_once):
+    seen = set()
+    for tile in range(4):  # all of one epoch
         cut_short(folder, tile)
-        seen.append(max(segments(folder)).split("-")[0])
-    assert seen == [f"{epoch:08d}" for epoch in (1, 2, 3, 4)]
+        new = {*segments(folder)}
+        assert new - seen
+        seen |= new
     assert held(committed(folder, TILES)) == [0, 1, 2, 3]
 
 
@@ -218,14 +219,25 @@ def test_what_a_run_notes_that_was_forced_out_of_the_store_before_counts_for_not
 
 
 def test_the_last_store_made_counts(folder):
-    assert not ledgers.has_begun(folder)
-    for epoch in (1, 2, 2):
+    assert not ledgers.has_begun(folder) and not ledgers.has_notes(folder)
+    for epoch in (1, 2, 5):
         ledgers.begin(folder, epoch)
-        commit(folder, 3)
+        assert ledgers.has_begun(folder) and not ledgers.has_notes(folder)
+        assert held(committed(folder, TILES)) == []
+        commit(folder, 3, epoch=epoch)
+        assert ledgers.has_notes(folder) and ledgers.newest(folder) == epoch
     assert held(committed(folder, TILES)) == [3]
-    ledgers.begin(folder, 1)  # as after its lease was removed
-    assert held(committed(folder, TILES)) == []
-    assert ledgers.has_begun(folder)
+
+
+def test_an_older_run_can_neither_begin_a_store_nor_go_on_with_it(folder):
+    ledgers.begin(folder, 4)
+    commit(folder, 5, epoch=4)
+    for epoch in (3, 4):
+        with pytest.raises(LostError, match="another run has taken over"):
+            ledgers.begin(folder, epoch)
+    with pytest.raises(LostError, match="another run has taken over"):
+        Ledger(folder, TILES, epoch=3)
+    assert held(committed(folder, TILES)) == [5]
 
 
 @pytest.mark.parametrize("name", ["00000001-00000001.committed", "00000001-00000001.skipped"])
@@ -236,9 +248,9 @@ def test_a_segment_that_leads_nowhere_is_named(folder, name):
         committed(folder, TILES)
 
 
-def test_what_is_done_is_noted_though_the_lease_that_made_the_store_was_lost(folder):
-    ledgers.begin(folder, 3)
-    commit(folder, 5)  # by a run that counts its epochs from 1 again
-    assert held(committed(folder, TILES)) == [5]
-    ledgers.begin(folder, 1)
-    assert held(committed(folder, TILES)) == []
+def test_what_a_kill_left_half_written_is_removed(folder):
+    commit(folder, 5)
+    (folder / ".00000001-00000009.committed.0123.partial").write_bytes(b"{")
+    commit(folder, 6)
+    assert held(committed(folder, TILES)) == [5, 6]
+    assert not [*folder.glob(".*")]

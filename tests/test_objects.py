@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,11 @@ import pytest
 import zarr
 
 from tests.test_segmentation import TILED, bytes_of, noise, write_stack
-from unet_ray import segmentation
+from unet_ray import segmentation, verification
 from unet_ray.errors import InputError, LostError, QuarantinedError, RunError
 from unet_ray.evaluation import evaluate
 from unet_ray.events import read_events
-from unet_ray.lease import Lease, refuse_unconditional
+from unet_ray.lease import Fence, Lease, refuse_unconditional
 from unet_ray.ledger import committed
 from unet_ray.places import ObjectPath, place_of
 from unet_ray.report import write_report
@@ -346,15 +347,15 @@ def test_a_creation_that_was_killed_is_no_hindrance_to_another_store(task, bucke
     volume, model, _ = task
     classes = dataclasses.replace(TILED, outputs=("classes",))
     whole = segment(volume, model, tmp_path / "whole.zarr", classes)
-    put = ObjectPath.put
+    put = ObjectPath.put_if
 
-    def killed(path, data):
+    def killed(path, data, tag):
         if path == place_of(OUT) / "zarr.json":
             raise KeyboardInterrupt
-        put(path, data)
+        return put(path, data, tag)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ObjectPath, "put", killed)
+        patch.setattr(ObjectPath, "put_if", killed)
         with pytest.raises(KeyboardInterrupt):
             segment(volume, model, OUT, TILED)
     assert key("0/zarr.json") in bucket.objects
@@ -378,3 +379,88 @@ def test_a_run_that_was_forced_out_writes_nothing_into_the_store_of_the_next(
         segment(volume, model, OUT, dataclasses.replace(TILED, workers=1), overwrite)
     assert stored(bucket) == bytes_of(whole)
     assert verify(OUT).sound
+
+
+def overtaken(monkeypatch, on, method, number, act):
+    """Has `act` done within a call of `method`, the so-manieth; what `act` calls does not count."""
+    calls, original = itertools.count(1), getattr(on, method)
+
+    def called(*args, **kwargs):
+        if next(calls) == number:
+            monkeypatch.setattr(on, method, original)
+            act()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(on, method, called)
+
+
+ANEW = dataclasses.replace(TILED, tta=True)
+TAKING = dataclasses.replace(ANEW, overwrite=True, takeover=True)
+
+
+@pytest.fixture(scope="module")
+def anew(task, tmp_path_factory):
+    """What the run wrote that came later: the same tiles with other voxels in them."""
+    volume, model, _ = task
+    return bytes_of(segment(volume, model, tmp_path_factory.mktemp("anew") / "out.zarr", ANEW))
+
+
+# The lease is looked at before each step: the ledger, the old root, the old arrays, five files of
+# metadata, and the shards of the tiles.
+STEPS = [(out, n) for out in ("out.zarr", OUT) for n in (*range(1, 10 if out == OUT else 13), 40)]
+
+
+@pytest.mark.parametrize(("out", "number"), STEPS)
+def test_a_run_that_makes_a_store_anew_can_be_forced_out_at_every_step(
+    task, anew, bucket, tmp_path, monkeypatch, out, number
+):
+    volume, model, whole = task
+    monkeypatch.chdir(tmp_path)
+    if out == OUT:
+        segment(volume, model, out, TILED)
+    else:
+        shutil.copytree(whole, out)
+    overtaken(
+        monkeypatch, Fence, "check", number, lambda: segment(volume, model, out, TAKING)
+    )  # fmt: skip
+    with pytest.raises(LostError, match=r"out\.zarr: process \d+ on .* has taken it over"):
+        segment(volume, model, out, dataclasses.replace(TILED, overwrite=True, workers=1))
+    assert (stored(bucket) if out == OUT else bytes_of(tmp_path / out)) == anew
+    verdict = verify(out, tiles=0)
+    assert verdict.sound and verdict.tiles == TILES
+    # Of the log nothing is of the one that was forced out.
+    events = [each["event"] for each in read_events(place_of(out) / EVENTS)]
+    assert events == ["start", *["tile"] * TILES, "end"]
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "0/c/0/0/1/1"])
+def test_a_put_that_arrives_late_is_refused(task, anew, bucket, monkeypatch, name):
+    volume, model, _ = task
+    put, sent = ObjectPath.put_if, []
+
+    def late(path, data, tag):
+        if path == place_of(OUT) / name and not sent:
+            sent.append(data)
+            segment(volume, model, OUT, TAKING)
+        return put(path, data, tag)
+
+    monkeypatch.setattr(ObjectPath, "put_if", late)
+    with pytest.raises(LostError, match="has taken it over"):
+        segment(volume, model, OUT, dataclasses.replace(TILED, workers=1))
+    assert sent and stored(bucket) == anew
+
+
+def test_a_repair_keeps_others_from_writing_while_it_checks(task, bucket, monkeypatch):
+    volume, model, whole = task
+    segment(volume, model, OUT, TILED)
+    del bucket.objects[key("0/c/0/0/1/1")]
+    seen = []
+
+    def overwrite(run, *args, **kwargs):
+        with pytest.raises(InputError, match="is writing here"):
+            segment(volume, model, OUT, dataclasses.replace(TILED, overwrite=True))
+        seen.append(run)
+
+    overtaken(monkeypatch, verification, "prepare", 1, lambda: overwrite("one"))
+    assert verify(OUT, repair=True).sound and seen
+    assert stored(bucket) == bytes_of(whole)

@@ -479,6 +479,31 @@ def test_overwrite_never_deletes_its_own_input(tmp_path, volume):
     assert state_of(tmp_path) == before
 
 
+@pytest.mark.parametrize("kind", ["mask", "model", "volume"])
+def test_overwrite_never_deletes_what_the_run_reads(tmp_path, volume, kind):
+    out = tmp_path / "out"
+    given = {"model": random_model(tmp_path / "model.safetensors"), "volume": volume}
+    given["mask"] = write_stack(tmp_path / "mask.tif", np.ones((3, 61, 75), np.uint8))
+    segment(volume, given["model"], out, COARSE)
+    inside = out / segmentation.PRIVATE / Path(given[kind]).name  # where all is taken to be ours
+    given[kind] = shutil.copy(given[kind], inside)
+    before = state_of(tmp_path)
+    settings = dataclasses.replace(COARSE, mask=given["mask"], overwrite=True)
+    with pytest.raises(InputError, match=rf"{out}: overlaps {inside}, which is read"):
+        segment(given["volume"], given["model"], out, settings)
+    assert state_of(tmp_path) == before
+
+
+def test_an_output_that_no_disk_takes_is_named(tmp_path, model, volume):
+    long = tmp_path / ("x" * 300)
+    with pytest.raises(InputError, match=rf"{long}: cannot be used \(File name too long\)"):
+        segment(volume, model, long, TILED)
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(InputError, match=rf"{loop}: exists and is not an output"):
+        segment(volume, model, loop, TILED)
+
+
 FOREIGN = {
     "folder": lambda path: [path.mkdir(), (path / "chapter.tex").write_text("years of work")],
     "a link that leads nowhere": lambda path: path.symlink_to("nowhere"),

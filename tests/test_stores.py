@@ -13,17 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unet_ray.errors import InputError, RunError
+from unet_ray.ledger import Ledger, begin
 from unet_ray.places import remove_tree
 from unet_ray.stores import (
     ARRAYS,
     LARGEST_CHUNK,
+    LEDGER,
     PRIVATE,
     Store,
     StoreLayout,
     chunk_of,
     create_store,
-    delete_store,
     provenance_of,
+    refuse_others,
+    remove_deleted,
 )
 from unet_ray.tiles import Context, TilePlan
 
@@ -299,47 +302,107 @@ def test_a_tile_is_on_disk_when_write_returns(path, monkeypatch):
 # Whole or not at all, ours or not.
 
 
-def test_a_creation_that_fails_anywhere_leaves_no_store_and_is_done_again(tmp_path, monkeypatch):
-    whole = tmp_path / "whole.zarr"
-    create_store(whole, layout(), PROVENANCE)
-    move = os.replace
-    for number in range(len(files(whole))):
-        path, calls = tmp_path / f"{number}.zarr", itertools.count()
+class KilledError(Exception):
+    """Stands for a process that ends there and then."""
 
-        def fails(source, target, number=number, calls=calls):
-            if next(calls) == number:
-                raise OSError("the disk is full")
-            move(source, target)
 
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "replace", fails)
-            with pytest.raises(OSError, match="the disk is full"):
-                create_store(path, layout(), PROVENANCE)
-        assert provenance_of(path) is None
+def dying(number):
+    """A `may_write` that ends its process when it is asked for the so-manieth time."""
+    calls = itertools.count()
+
+    def may_write():
+        if next(calls) == number:
+            raise KilledError
+
+    return may_write
+
+
+@pytest.mark.parametrize("new", ["a new store", "a store made anew"])
+def test_a_creation_that_dies_anywhere_leaves_no_store_and_is_done_again(tmp_path, new):
+    fresh = tmp_path / "fresh.zarr"
+    create_store(fresh, layout(("classes",)), PROVENANCE)
+    for number in itertools.count():
+        path = tmp_path / f"{number}.zarr"
+        begin(path / LEDGER, 1)
+        if new == "a store made anew":
+            create_store(path, layout(), PROVENANCE)
+            write_all(path, predicted(), [0, 7])
+        try:
+            create_store(path, layout(), PROVENANCE, dying(number))
+            break
+        except KilledError:
+            pass
+        assert number == 0 or provenance_of(path) is None
         create_store(path, layout(("classes",)), PROVENANCE)  # of what was left nothing stays
-        fresh = tmp_path / f"{number}.fresh.zarr"
-        create_store(fresh, layout(("classes",)), PROVENANCE)
         assert files(path) == files(fresh)
+        remove_deleted(path)
+        assert {each.name for each in (path / PRIVATE).iterdir()} == {"ledger"}
+    assert number > 8  # each file, and each step before
 
 
-def test_a_deletion_that_fails_anywhere_leaves_a_store_that_can_be_deleted(tmp_path, monkeypatch):
-    for number in range(4):
-        path, calls = tmp_path / f"{number}.zarr", itertools.count()
+def test_what_arrives_late_is_no_hindrance_to_a_store_that_was_begun(tmp_path):
+    path = tmp_path / "out.zarr"
+    create_store(path, layout(), PROVENANCE)
+    write_all(path, predicted(), [3])  # by a run that has lost its store in the meantime
+    (path / "zarr.json").unlink()
+    with pytest.raises(InputError, match="not an output of unet-ray"):
+        provenance_of(path)
+    begin(path / LEDGER, 2)
+    assert provenance_of(path) is None
+    create_store(path, layout(), PROVENANCE)
+    assert not [*path.rglob("c")]
+
+
+def test_a_copy_that_is_not_whole_is_no_new_store(path):
+    begin(path / LEDGER, 1)
+    write_all(path, predicted(), [3])
+    with Ledger(path / LEDGER, len(PLAN)) as ledger:
+        ledger.commit(3)
+    (path / "zarr.json").unlink()
+    with pytest.raises(InputError, match=r"has no zarr\.json, as a copy that is not whole; .*copy"):
+        provenance_of(path)
+    remove_tree(path / "0")
+    remove_tree(path / "labels")  # as `rm -r OUT.zarr/*` does, which leaves hidden files
+    assert provenance_of(path) is None
+
+
+OTHERS = {
+    "a label image": "labels/nuclei/zarr.json",
+    "notes": "notes.txt",
+    "notes beside the shards": "0/notes.txt",
+    "another level": "1/c/0/0/0",
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_others_have_put_into_a_store_is_not_deleted(path, kind):
+    other = path / OTHERS[kind]
+    other.parent.mkdir(parents=True, exist_ok=True)
+    other.write_text("years of work")
+    before = files(path)
+    for act in (lambda: refuse_others(path), lambda: create_store(path, layout(), {})):
+        with pytest.raises(InputError, match=rf"{other}: is not of unet-ray, and would be deleted"):
+            act()
+    assert files(path) == before
+
+
+@pytest.mark.parametrize("name", ["0", "labels", "0/zarr.json", "zarr.json", ".unet_ray/ledger"])
+def test_links_are_followed_nowhere(tmp_path, name):
+    path, aside = tmp_path / "out.zarr", tmp_path / "aside"
+    aside.mkdir()
+    (aside / "zarr.json").write_text("years of work")
+    (path / name).parent.mkdir(parents=True)
+    (path / name).symlink_to(aside / "zarr.json" if name.endswith("json") else aside)
+    with pytest.raises(InputError, match="not an output of unet-ray"):
         create_store(path, layout(), PROVENANCE)
+    assert (aside / "zarr.json").read_text() == "years of work"
 
-        def fails(place, number=number, calls=calls):
-            if next(calls) == number:
-                raise OSError("the disk is gone")
-            remove_tree(place)
 
-        with monkeypatch.context() as patched:
-            patched.setattr("unet_ray.stores.remove_tree", fails)
-            with pytest.raises(OSError, match="the disk is gone"):
-                delete_store(path)
-        assert provenance_of(path) == PROVENANCE
-        delete_store(path)
-        assert provenance_of(path) is None
-        create_store(path, layout(), PROVENANCE)
+@pytest.mark.parametrize("name", ["zarr.json", "0/zarr.json"])
+def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path, name):
+    (tmp_path / "out.zarr" / name).mkdir(parents=True)
+    with pytest.raises(InputError, match="not an output of unet-ray"):
+        provenance_of(tmp_path / "out.zarr")
 
 
 @pytest.mark.parametrize("damage", ["missing", "another plan", "no JSON"])
@@ -353,13 +416,6 @@ def test_metadata_that_does_not_fit_is_named(path, damage):
         file.write_text(file.read_text().replace(str(PLAN.shape[2]), str(PLAN.shape[2] + 1)))
     with pytest.raises(RunError, match=rf"^{file}: .*; repair it with `unet-ray verify --repair`"):
         Store(path, ["classes"]).require_plan(PLAN)
-
-
-def test_a_store_is_not_made_over_another(path):
-    before = files(path)
-    with pytest.raises(InputError, match=r"out\.zarr: already exists; .* --overwrite\.$"):
-        create_store(path, layout(), {})
-    assert files(path) == before
 
 
 def test_how_a_store_was_made_can_be_read(path):

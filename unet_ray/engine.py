@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import statistics
 import sys
 import threading
@@ -35,6 +36,7 @@ from unet_ray.attempts import (
     Receipt,
     Stage,
     TryOne,
+    Worker,
     attempt,
     failure,
 )
@@ -58,10 +60,14 @@ TILES_PER_GPU_BLOCK = 8
 # Only tile numbers and receipts cross the object store while segmenting.
 OBJECT_STORE_BYTES = 1 << 30
 UNBOUNDED = 1 << 20
+THREAD = "tile"  # the name of each thread that a tile may keep busy
 # What Ray says on every start and users can do nothing about.
 _RAY_LOGS = {
     "ray.data": logging.WARNING,
     "ray.train": logging.WARNING,
+    # Traces of what is raised anyway.
+    "ray.data.exceptions": logging.CRITICAL,
+    "ray.data._internal.execution.operators.actor_pool_map_operator": logging.CRITICAL,
     "ray._private.authentication.authentication_token_setup": logging.ERROR,
 }
 
@@ -100,7 +106,7 @@ def run(
         if stage.device == "cuda":
             torch.cuda.empty_cache()
     threads = 1 if alone else threads_of(stage.device, workers)
-    try_one = partial(attempt, stage.make_worker())
+    try_one = partial(attempt, _worker_of(stage))
     return _side_by_side(try_one, stage.device, stage.deadline, iter(tiles), threads)
 
 
@@ -218,13 +224,44 @@ def _tell_end_of_ray() -> None:
         )
 
 
+def _worker_of(stage: Stage) -> Worker:
+    """The worker of a stage, made in time: it reads the model, and opens input and output."""
+    made: SimpleQueue[Worker | Exception] = SimpleQueue()
+
+    def make() -> None:
+        try:
+            made.put(stage.make_worker())
+        except Exception as error:  # raised below, where it is awaited
+            made.put(error)
+
+    threading.Thread(target=make, name=THREAD, daemon=True).start()
+    try:
+        worker = made.get(timeout=min(stage.deadline.first, threading.TIMEOUT_MAX))
+    except Empty:
+        raise RunError(
+            f"{stage.name}: no worker could be made within {stage.deadline.first:.0f} s; see "
+            "whether input, model and output answer; the same command goes on."
+        ) from None
+    if isinstance(worker, Exception):
+        raise worker
+    return worker
+
+
+def has_left_threads() -> bool:
+    """Whether tiles may still be under way in this process, of which nobody wants to hear."""
+    threads = [thread for thread in threading.enumerate() if thread.name == THREAD]
+    for thread in threads:
+        thread.join(0.1)  # those that are told to end do so at once
+    return any(thread.is_alive() for thread in threads)
+
+
 class _Hand:
     """A thread that tries one tile after another, as they are handed to it."""
 
     def __init__(self, try_one: Callable[[int], Receipt], ended: SimpleQueue[Any]) -> None:
         self._try, self._ended = try_one, ended
         self._tiles: SimpleQueue[int | None] = SimpleQueue()
-        threading.Thread(target=self._work, name="tile", daemon=True).start()
+        threading.Thread(target=self._work, name=THREAD, daemon=True).start()
 
     def take(self, tile: int | None) -> None:
         """Hands it a tile, or lets it go with None."""
@@ -342,7 +379,7 @@ class _TileActor:
 
     def __init__(self, stage: Stage) -> None:
         self._gpu = stage.device == "cuda"
-        self._try: TryOne = partial(attempt, stage.make_worker())
+        self._try: TryOne = partial(attempt, _worker_of(stage))
         self._begun: Callable[[int], object] = lambda tile: False
         if stage.begun:
             marks = Marks(stage.begun)
@@ -360,13 +397,19 @@ class _TileActor:
 
     def _on_gpu(self, tiles: list[int]) -> list[Receipt]:
         # A tile that may have ended its process is tried with nothing beside it.
-        first = [tile for tile in tiles if self._begun(tile)]
+        first = [tile for tile in tiles if self._may_have_ended_it(tile)]
         others = (tile for tile in tiles if tile not in first)
         # The guard of the actor keeps the time.
         rest = _side_by_side(
             self._try, "cuda", Deadline(math.inf, math.inf, math.inf), others, threads=2
         )
         return [*(self._try(tile, nullcontext()) for tile in first), *rest]
+
+    def _may_have_ended_it(self, tile: int) -> bool:
+        try:
+            return bool(self._begun(tile))
+        except OSError:  # the try asks again, and tells
+            return False
 
 
 def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: bool) -> Receipts:
@@ -391,13 +434,22 @@ def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: boo
             num_gpus=1 if stage.device == "cuda" else None,
             runtime_env={"env_vars": kept_memory_environment()},
         )
-        for rows in receipts.iter_batches(batch_size=None, prefetch_batches=0):
-            for row in zip(*(rows[name].tolist() for name in _COLUMNS), strict=True):
-                receipt = Receipt(*row)
-                seconds = [*seconds[-SEEN:], receipt.seconds]
-                yield receipt
+        try:
+            for rows in receipts.iter_batches(batch_size=None, prefetch_batches=0):
+                for row in zip(*(rows[name].tolist() for name in _COLUMNS), strict=True):
+                    receipt = Receipt(*row)
+                    seconds = [*seconds[-SEEN:], receipt.seconds]
+                    yield receipt
+        except ray.exceptions.RayError as error:  # of a worker that could not be made, mostly
+            raise RunError(_cause(error)) from error
         if not alone:
             few = max(few, _tiles_for(BLOCK_SECONDS, seconds))
+
+
+def _cause(error: Exception) -> str:
+    """The last line of what Ray tells, which is of the error itself; those before are of Ray."""
+    last = str(error).strip().rpartition("\n")[2]
+    return re.sub(r"^unet_ray\.errors\.\w+: ", "", last)
 
 
 def _tiles_of_gpu(device: str) -> int:

@@ -57,6 +57,10 @@ class EventLog:
             self._lines.clear()
             self._written = time.monotonic()
 
+    def drop(self) -> None:
+        """Forgets what is not written yet."""
+        self._lines.clear()
+
     @staticmethod
     def _ends_with_newline(path: Path) -> bool:
         with open(path, "rb") as file:

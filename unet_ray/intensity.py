@@ -27,7 +27,7 @@ PIECE = (16, 512, 512)
 PIECE_BYTES = 32 << 20
 BLOCK = 1 << 20
 FEW = 1000  # voxels whose median is near enough to the mean
-HOPELESS = 8  # chunks that cannot be read, and nothing else was
+HOPELESS = 8  # chunks from all over a volume that cannot be read
 
 
 @dataclass(frozen=True)
@@ -84,34 +84,50 @@ def measure(volume: Volume) -> Intensity:
     for piece in pieces:
         with suppress(RunError):  # later, when a bad moment of its disk may be over
             found[piece] = _summary(volume.read(piece))
+    if not found:
+        _refuse_unreadable(volume, pieces)
     unread: dict[Box, str] = {}
     for piece in pieces:
         if piece not in found:
-            found[piece] = _patiently(volume, piece, unread, not found)
+            found[piece] = _patiently(volume, piece, unread)
     count, mean, squares = functools.reduce(_together, (found[piece] for piece in pieces))
+    if unread and not count.any():
+        raise InputError(next(iter(unread.values())))
     sd = np.sqrt(squares / np.maximum(count, 1))
     sd[sd <= 1e-12 * np.abs(mean)] = 1.0
     return Intensity(tuple(mean.tolist()), tuple(sd.tolist()), tuple(map(str, unread)))
 
 
-def _patiently(
-    volume: Volume, piece: Box, unread: dict[Box, str], empty: bool
-) -> NDArray[np.float64]:
+def _refuse_unreadable(volume: Volume, pieces: Sequence[Box]) -> None:
+    """Refuses a volume none of whose chunks can be read, of a few from all over it."""
+    told = ""
+    for piece in _spread(pieces, HOPELESS):
+        for chunk in _spread([*piece.split(volume.chunk)], -(-HOPELESS // len(pieces))):
+            try:
+                volume.read_patiently(chunk)
+                return
+            except RunError as error:
+                told = told or str(error)
+    raise InputError(told)
+
+
+def _spread(boxes: Sequence[Box], most: int) -> Sequence[Box]:
+    """At most so many of them, evenly spread, the first among them."""
+    return boxes[:: -(-len(boxes) // most)]
+
+
+def _patiently(volume: Volume, piece: Box, unread: dict[Box, str]) -> NDArray[np.float64]:
     """The summary of a piece, or of its chunks that can be read; notes the others."""
-    total: NDArray[np.float64] = np.zeros((3, volume.shape[0]))
     try:
         return _summary(volume.read_patiently(piece))
     except RunError:
+        total: NDArray[np.float64] = np.zeros((3, volume.shape[0]))
         for chunk in piece.split(volume.chunk):  # pieces begin where chunks do
             try:
                 total = _together(total, _summary(volume.read_patiently(chunk)))
             except RunError as error:
                 unread[chunk] = str(error)
-                if empty and not total[0].any() and len(unread) >= HOPELESS:
-                    break
-    if empty and not total[0].any():
-        raise InputError(next(iter(unread.values())))
-    return total
+        return total
 
 
 def _summary(voxels: NDArray[Any]) -> NDArray[np.float64]:

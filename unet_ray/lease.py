@@ -4,7 +4,8 @@ Knows processes, clocks and one small file or object; does not know what a run d
 own it at once is not promised, since an owner that is silent for long loses it unasked; it finds
 out by `Lease.check` and stops, and its workers by `Fence.check` before each thing that they write.
 Two runs that go on with the same store would only do the work twice. A run that makes the store
-anew counts on the fence, and on the epoch, which grows with every owner, new store or old.
+anew counts on the fence, and on the epoch, which grows with every owner, new store or old. What is
+done in the instant after a look is not fenced on a disk; `places.write_whole` says how on objects.
 
 Clocks: a heartbeat is the wall clock of its owner, read by the clock of another host. One that
 lies in the future is of a clock that differs: then the time of the file counts, which the file
@@ -124,10 +125,11 @@ class Lease:
         folder: of the lease, in the output; made if it is not there.
         takeover: takes the lease from whoever holds it.
         tell: is given one line if the lease is taken from another run, or cannot be released.
+        after: an epoch that is known to have been; this one's is later.
 
     Attributes:
         epoch: 1 for the first owner of the output, one more for each later one. After a damaged
-            lease it goes on from the seconds since 1970, so that none is used twice.
+            or lost lease it goes on from the seconds since 1970, so that none is used twice.
 
     Raises:
         InputError: on entering, if another run holds the lease and may be alive, or if the lease
@@ -135,9 +137,13 @@ class Lease:
     """
 
     def __init__(
-        self, folder: Place, takeover: bool = False, tell: Callable[[str], None] | None = None
+        self,
+        folder: Place,
+        takeover: bool = False,
+        tell: Callable[[str], None] | None = None,
+        after: int = 0,
     ) -> None:
-        self.epoch = 0
+        self.epoch, self._after = 0, after
         self._folder, self._output = folder, folder.parent
         self._takeover, self._tell = takeover, tell or _tell_stderr
         self._file = _swap(folder)
@@ -212,7 +218,8 @@ class Lease:
     def _take(self) -> str:
         """Takes the lease; gives what is to be told of it."""
         while True:
-            held, line, epoch = self._file.read(), "", 1
+            held, line = self._file.read(), ""
+            epoch = int(time.time()) if self._after else 1
             if held:
                 owner = _decode(held.data)
                 # A put whose answer was lost is ours all the same.
@@ -221,6 +228,7 @@ class Lease:
                     return ""
                 line = "" if owner and owner.released else self._judge(owner, held.modified)
                 epoch = owner.epoch + 1 if owner else int(time.time())
+            epoch = max(epoch, self._after + 1)
             self._beaten = time.monotonic()
             self._me = dataclasses.replace(self._me, epoch=epoch, heartbeat=time.time())
             if self._file.replace(self._me.encode(), held.tag if held else None):

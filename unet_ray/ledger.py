@@ -12,6 +12,7 @@ was forced out may note what it did to the one before.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 import zlib
@@ -24,8 +25,8 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from unet_ray.errors import RunError
-from unet_ray.places import Place, write_whole
+from unet_ray.errors import LostError, RunError
+from unet_ray.places import Place, remove_partial, write_whole
 
 State = Literal["committed", "quarantined", "skipped"]
 STATES: tuple[State, ...] = ("committed", "quarantined", "skipped")
@@ -35,6 +36,7 @@ SECONDS = 1.0
 SEGMENTS = 256
 FORMAT = 1
 BORN = ".born"  # ending of an empty file whose name is the epoch that made the store
+_NAME = re.compile(rf"[0-9]+{re.escape(BORN)}|[0-9]+-[0-9]+\.({'|'.join(STATES)})")
 
 
 class Ledger:
@@ -45,19 +47,25 @@ class Ledger:
     Args:
         folder: of the segments; made if it is not there.
         tiles: number of tiles of the plan.
-        epoch: of the run; at least one more than that of any segment there.
+        epoch: of the run.
+
+    Raises:
+        LostError: if the store was made anew by a later run.
     """
 
     def __init__(self, folder: Place, tiles: int, epoch: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        self._epoch = max(epoch, _newest(folder) + 1, _born(folder))
+        if _born(folder) > epoch:
+            raise _lost(folder)
+        remove_partial(folder)
+        self._folder, self._epoch = folder, epoch
         held = _read(folder, tiles)
         self._bits, self._files = held.bits, held.files
         for state in STATES[1:]:
             self._bits[state] &= ~self._bits["committed"]
         self._count = int(self._bits["committed"].sum())
-        self._sequence = 0
+        own = (path for path in held.files if _epoch_of(path) == epoch)
+        self._sequence = max(map(_sequence_of, own), default=0)
         self._added: dict[State, list[int]] = {state: [] for state in STATES}
         self._written, self._lock = time.monotonic(), threading.Lock()
         self._timer: threading.Timer | None = None
@@ -169,16 +177,31 @@ def begin(folder: Place, epoch: int) -> None:
 
     Args:
         folder: of the segments; made if it is not there.
-        epoch: of the run that makes the store.
+        epoch: of the run that makes the store; later than any here.
+
+    Raises:
+        LostError: if it is not.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    newest = max(epoch, _newest(folder) + 1, _born(folder) + 1)
-    write_whole(folder / f"{newest:08d}{BORN}", b"")
+    if newest(folder) >= epoch:
+        raise _lost(folder)
+    write_whole(folder / f"{epoch:08d}{BORN}", b"")
+
+
+def newest(folder: Place) -> int:
+    """The newest epoch that made a store here, or noted something; 0 if none did."""
+    return max(map(_epoch_of, _listed(folder)), default=0)
 
 
 def has_begun(folder: Place) -> bool:
     """Whether there is a ledger at all."""
     return bool(_listed(folder))
+
+
+def has_notes(folder: Place) -> bool:
+    """Whether something was noted of the store, whatever it is."""
+    born = _born(folder)
+    return any(path.suffix != BORN and _epoch_of(path) >= born for path in _listed(folder))
 
 
 def committed(folder: Place, tiles: int) -> Bits:
@@ -258,19 +281,19 @@ def _add_all(held: _Held, tiles: int) -> Place | None:
 
 def _listed(folder: Place) -> list[Place]:
     """The segments, and what tells when the store was made."""
-    known = {BORN, *(f".{state}" for state in STATES)}
-    found = (path for path in folder.glob("[0-9]*") if path.suffix in known)
-    return [path for path in found if path.stem.partition("-")[0].isdecimal()]
+    return [path for path in folder.glob("[0-9]*") if _NAME.fullmatch(path.name)]
 
 
 def _epoch_of(path: Place) -> int:
     return int(path.stem.partition("-")[0])
 
 
-def _newest(folder: Place) -> int:
-    """The newest epoch that noted something; 0 if none did."""
-    segments = (path for path in _listed(folder) if path.suffix != BORN)
-    return max(map(_epoch_of, segments), default=0)
+def _sequence_of(path: Place) -> int:
+    return int(path.stem.partition("-")[2])
+
+
+def _lost(folder: Place) -> LostError:
+    return LostError(f"{folder}: another run has taken over from this one, so it stops.")
 
 
 def _born(folder: Place) -> int:

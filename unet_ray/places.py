@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -138,18 +138,21 @@ class ObjectPath:
                 return None
         return _tag(told)
 
+    def tag(self) -> str | None:
+        """The tag of the object; None if there is none."""
+        try:
+            with _told_as_os_errors(self):
+                return _tag(_obstore().head(_store(self.root), self.key))
+        except FileNotFoundError:
+            return None
+
     def exists(self) -> bool:
         """Whether there is an object of this name, or below it."""
         return self.is_file() or self.is_dir()
 
     def is_file(self) -> bool:
         """Whether there is an object of this name."""
-        try:
-            with _told_as_os_errors(self):
-                _obstore().head(_store(self.root), self.key)
-        except FileNotFoundError:
-            return False
-        return True
+        return self.tag() is not None
 
     def is_dir(self) -> bool:
         """Whether there is an object below this name."""
@@ -217,7 +220,12 @@ def place_of(name: Where) -> Place:
     return ObjectPath(f"{scheme}://{bucket}", re.sub("/+", "/", key))
 
 
-def write_whole(path: Place, data: bytes, scratch: Place | None = None) -> None:
+def write_whole(
+    path: Place,
+    data: bytes,
+    scratch: Place | None = None,
+    may_write: Callable[[], None] | None = None,
+) -> None:
     """Writes `data` to `path` and returns when it is durable, under that name.
 
     Whatever is killed, `path` holds what it held before or all of `data`: on a disk a file beside
@@ -227,9 +235,12 @@ def write_whole(path: Place, data: bytes, scratch: Place | None = None) -> None:
         path: the file; its folder is made.
         data: what it is to hold.
         scratch: folder of the file that is written first, on the same disk; by default its own.
+        may_write: asked at the last moment; raises if nothing may be written any more. An object
+            is then put only over what was there when it was asked, so that a put which arrives
+            late finds what others have written since, and is refused.
     """
     if isinstance(path, ObjectPath):
-        path.put(data)
+        _put_whole(path, data, may_write)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = scratch if isinstance(scratch, Path) else path.parent
@@ -239,6 +250,8 @@ def write_whole(path: Place, data: bytes, scratch: Place | None = None) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if may_write:
+            may_write()
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -247,6 +260,18 @@ def write_whole(path: Place, data: bytes, scratch: Place | None = None) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def _put_whole(path: ObjectPath, data: bytes, may_write: Callable[[], None] | None) -> None:
+    if not may_write:
+        path.put(data)
+        return
+    tag = None  # most often there is nothing yet, and nobody need look
+    while True:
+        may_write()
+        if path.put_if(data, tag):
+            return
+        tag = path.tag()
 
 
 def try_lock(file: int) -> bool:
@@ -259,12 +284,22 @@ def try_lock(file: int) -> bool:
 
 
 def files_below(folder: Place) -> Iterator[Place]:
-    """Every file below a folder; links to folders are not followed."""
+    """Every file below a folder, and every link, which is not followed; none if there is no folder.
+
+    Raises:
+        OSError: if a folder cannot be read.
+    """
     if isinstance(folder, ObjectPath):
         yield from folder.below()
-        return
-    for inside, _, names in os.walk(folder):
-        yield from (Path(inside, name) for name in names)
+    elif folder.is_dir():
+        for inside, folders, names in os.walk(folder, onerror=_raise):
+            links = (name for name in folders if os.path.islink(os.path.join(inside, name)))
+            yield from (Path(inside, name) for name in (*links, *names))
+
+
+def _raise(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # it was removed in the meantime
+        raise error
 
 
 @dataclass(frozen=True)
@@ -308,11 +343,17 @@ def remove_partial(folder: Place) -> None:
 
 
 def remove_tree(folder: Place) -> None:
-    """Removes a folder with all that is in it, or a file; it need not be there."""
+    """Removes a folder with all that is in it, or a file; it need not be there.
+
+    Others may be removing it, too.
+    """
     if isinstance(folder, ObjectPath):
         remove_objects([*folder.below()])
     elif folder.is_dir() and not folder.is_symlink():
-        shutil.rmtree(folder)
+        for path in files_below(folder):
+            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)
     else:
         folder.unlink(missing_ok=True)
 
@@ -384,7 +425,9 @@ def _tag(told: Any) -> str:
 
 
 def unusable(path: Place, error: OSError) -> str:
-    """What to tell of an object store that cannot be used, in one sentence."""
+    """What to tell of a place that cannot be used, in one sentence."""
+    if isinstance(path, Path):
+        return f"{path}: cannot be used ({error.strerror})."
     return (
         f"{path}: the object store cannot be used ({error.strerror}); see that its credentials and "
         "address are in the environment, such as AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL."

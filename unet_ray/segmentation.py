@@ -25,6 +25,7 @@ from unet_ray.boxes import Box
 from unet_ray.checkpoints import ModelHeader, find_model, read_model, sha256_of
 from unet_ray.errors import (
     InputError,
+    LostError,
     QuarantinedError,
     RunError,
     VoxelError,
@@ -33,7 +34,7 @@ from unet_ray.errors import (
 from unet_ray.events import EventLog
 from unet_ray.intensity import Intensity, measure
 from unet_ray.lease import Fence, Lease
-from unet_ray.ledger import Ledger, begin, committed, skipped
+from unet_ray.ledger import Ledger, begin, committed, newest, skipped
 from unet_ray.masks import open_mask, tiles_under
 from unet_ray.memory import WorkerMemory, format_bytes, room
 from unet_ray.mirror import read_mirrored, reflect
@@ -66,8 +67,9 @@ from unet_ray.stores import (
     Store,
     StoreLayout,
     create_store,
-    delete_store,
     provenance_of,
+    refuse_others,
+    remove_deleted,
 )
 from unet_ray.tiles import TilePlan
 from unet_ray.versions import versions
@@ -131,8 +133,7 @@ class TileWorker:
         self._predictor = Predictor(
             network, run.plan, run.intensity, run.precision, run.device, run.tta
         )
-        may_write = [run.fence.check] if run.fence else []
-        self._store = Store(run.out, run.outputs, *may_write)
+        self._store = Store(run.out, run.outputs, run.fence.check if run.fence else None)
 
     def read(self, tile: int) -> NDArray[Any]:
         """The voxels that a tile reads, ``(c, z, y, x)``, mirrored beyond the volume's faces.
@@ -187,13 +188,9 @@ def prepare(
     path = place_of(out)
     if isinstance(path, Path):
         refuse_below_file(path)
-    _check_output(path, place_of(volume.path))
-    try:
-        told = provenance_of(path)  # also refuses a path that is not ours, whatever is asked
-    except OSError as error:
-        raise InputError(unusable(path, error)) from error
-    if settings.overwrite:
-        told = None
+    for read in (volume.path, find_model(model), *([settings.mask] if settings.mask else [])):
+        _check_output(path, place_of(read))
+    told = _told_by(path, settings)
     device: Device = told["device"] if told else device_of(settings)
     if told and device == "cuda" and device_of(settings) != "cuda":
         raise InputError(f"{path}: was begun on a GPU, and there is none here; run it on one.")
@@ -236,9 +233,22 @@ def prepare(
     return run
 
 
+def _told_by(path: Place, settings: Settings) -> dict[str, Any] | None:
+    """How the store at `path` was made that is to be continued; None if there is none to be."""
+    try:
+        if not settings.overwrite:
+            return provenance_of(path)
+        refuse_others(path)
+    except OSError as error:
+        raise InputError(unusable(path, error)) from error
+    return None
+
+
 def _check_output(path: Place, read: Place) -> None:
     """Refuses a store that would lie in, or hold, something that is read."""
-    there, source = PurePath(str(path.resolve())), PurePath(str(read.resolve()))
+    there, source = (
+        PurePath(os.path.realpath(p) if isinstance(p, Path) else str(p)) for p in (path, read)
+    )
     if there == source or there in source.parents or source in there.parents:
         raise InputError(f"{path}: overlaps {read}, which is read; choose another --out.")
 
@@ -367,18 +377,13 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
     wanted = wanted_tiles(run, settings)
     if run.resumed and not _left(run, wanted).any():
         return 0  # a finished store is not touched at all
-    private = run.out / PRIVATE
     try:
-        with Lease(private, settings.takeover) as lease:
-            _open_store(run, settings, lease.epoch)
-            with Ledger(run.out / LEDGER, len(run.plan), lease.epoch) as ledger:
-                remove_partial(private)
-                owned = replace(run, fence=lease.fence)
-                execution = _Execution(owned, settings, wanted, lease, ledger, watch)
-                try:
-                    return execution.go()
-                finally:
-                    execution.log.flush()
+        with Lease(run.out / PRIVATE, settings.takeover, after=newest(run.out / LEDGER)) as lease:
+            try:
+                return _execute(run, settings, wanted, lease, watch)
+            except OSError:
+                lease.check(now=True)  # what another run deleted is no error of a disk
+                raise
     except OSError as error:  # of ledger, lease or log, which lie on the same disk
         if error.errno not in DISK_ERRORS:
             raise
@@ -393,15 +398,37 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
         ) from error
 
 
-def _open_store(run: Segmentation, settings: Settings, epoch: int) -> None:
-    """Makes the store if need be, and makes sure that what lies there is of this run."""
-    told = provenance_of(run.out)
-    if told is None or (settings.overwrite and not run.resumed):
-        begin(run.out / LEDGER, epoch)  # from here on nothing counts as done
-        if told is not None:
-            delete_store(run.out)
+def _execute(
+    run: Segmentation,
+    settings: Settings,
+    wanted: Wanted,
+    lease: Lease,
+    watch: Callable[[Progress], None],
+) -> int:
+    _open_store(run, settings, lease)
+    remove_partial(run.out / PRIVATE)
+    remove_deleted(run.out)
+    with Ledger(run.out / LEDGER, len(run.plan), lease.epoch) as ledger:
+        owned = replace(run, fence=lease.fence)
+        execution = _Execution(owned, settings, wanted, lease, ledger, watch)
+        try:
+            return execution.go()
+        except LostError:
+            execution.log.drop()  # it is the log of another run now
+            raise
+        finally:
+            execution.log.flush()
+
+
+def _open_store(run: Segmentation, settings: Settings, lease: Lease) -> None:
+    """Opens the store, or makes it; makes sure that what lies there is of this run."""
+    may_write = lease.fence.check
+    told = _told_by(run.out, settings)
+    if told is None:  # new, or made anew
+        may_write()
+        begin(run.out / LEDGER, lease.epoch)  # from here on nothing counts as done
         layout = StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)
-        create_store(run.out, layout, run.provenance)
+        create_store(run.out, layout, run.provenance, may_write)
     else:  # another may have made it since
         _refuse_difference(run.out, told, run.provenance)
     Store(run.out, run.outputs).require_plan(run.plan)
@@ -482,6 +509,7 @@ class _Execution:
 
     def go(self) -> int:
         run, settings = self._run, self._settings
+        self._lease.check(now=True)
         if self._wanted.skipped.any():
             self._ledger.skip(self._wanted.skipped)
         missing = self._wanted.tiles & ~self._ledger.committed
@@ -503,8 +531,10 @@ class _Execution:
         again = self._try(_numbers(missing))
         for last in [False] * (TRIES - 2) + [True]:
             crowd = [receipt.tile for receipt in again if receipt.verdict == "again"]
+            again = [receipt for receipt in again if receipt.verdict == "alone"]
+            again += self._try(crowd, last) if crowd else []
             alone = [receipt.tile for receipt in again if receipt.verdict == "alone"]
-            again = self._try(crowd, last) if crowd else []
+            again = [receipt for receipt in again if receipt.verdict == "again"]
             again += self._try(alone, last=True, alone=True) if alone else []
         self._lease.check(now=True)  # else it would tell of the work of another
         self.log.add("end", tiles=self._done, seconds=round(self._seconds, 3))
@@ -527,7 +557,7 @@ class _Execution:
                 if not receipt.error:
                     failed.pop(receipt.tile, None)
                     self._commit(receipt)
-                elif self._failed(receipt, last):
+                elif self._failed(receipt, last, alone):
                     failed[receipt.tile] = receipt
         return [*failed.values()]
 
@@ -544,14 +574,15 @@ class _Execution:
         self._held = max(self._held, receipt.held)
         self._tell()
 
-    def _failed(self, receipt: Receipt, last: bool) -> bool:
+    def _failed(self, receipt: Receipt, last: bool, alone: bool) -> bool:
         """Notes a failure; whether the tile is to be tried again in this run."""
+        if receipt.verdict == "stop":
+            self._lease.check(now=True)  # a worker may have found out first
         tile, box = receipt.tile, str(self._run.plan[receipt.tile].write)
         error = receipt.error + (self._fitting(receipt.room) if receipt.room else "")
         self._failures += 1
         self.log.add("failed", tile=tile, box=box, error=error, trace=receipt.trace)
         if receipt.verdict == "stop":
-            self._lease.check(now=True)  # a worker may have found out first
             self._ledger.flush()
             raise RunError(_stopped(self._run, error))
         if receipt.verdict == "broken":
@@ -559,7 +590,8 @@ class _Execution:
                 f"{self._run.out}: tile {tile} ({box}): {error}; the GPU cannot be used any more "
                 "in this process: give the same command again, it goes on."
             )
-        if receipt.verdict in ("again", "alone") and not last:
+        given_up = {"again": last, "alone": alone}.get(receipt.verdict, True)
+        if not given_up:
             return True
         self._ledger.quarantine(tile)
         self.log.add("quarantined", tile=tile, box=box, error=error)
@@ -638,7 +670,7 @@ def prepare_all(
     """Prepares every input before any is run; see `prepare` and `output_paths`.
 
     Raises:
-        InputError: also if a store would overlap the input of another, or the model.
+        InputError: also if a store would overlap the input of another.
     """
     stores = output_paths(sources, out)
     runs = [
@@ -646,8 +678,8 @@ def prepare_all(
         for source, store in zip(sources, stores, strict=True)
     ]
     for run in runs:
-        for other in [run.model, *(place_of(each.volume.path) for each in runs)]:
-            _check_output(run.out, other)
+        for each in runs:
+            _check_output(run.out, place_of(each.volume.path))
     return runs
 
 

@@ -7,7 +7,9 @@ what a network is or which tiles are done.
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from unet_ray.errors import InputError, RunError
+from unet_ray.ledger import has_begun, has_notes
 from unet_ray.places import (
     ObjectPath,
     Place,
@@ -46,6 +49,8 @@ METADATA = (
     "labels/classes/0/zarr.json",
 )
 LARGEST_CHUNK = (32, 256, 256)
+DELETED = "deleted-"  # what names in .unet_ray begin with that are no longer of a store
+AT_ONCE = 1000  # objects that are removed by one request
 
 
 @dataclass(frozen=True)
@@ -74,33 +79,120 @@ def chunk_of(core: Sequence[int]) -> tuple[int, ...]:
     return tuple(chunk)
 
 
-def create_store(path: Place, layout: StoreLayout, provenance: Mapping[str, Any]) -> None:
-    """Makes an empty store at `path`; only one may do so at a time.
+def create_store(
+    path: Place,
+    layout: StoreLayout,
+    provenance: Mapping[str, Any],
+    may_write: Callable[[], None] = lambda: None,
+) -> None:
+    """Makes an empty store at `path`, in the place of any that is there.
 
-    What makes it a store, the metadata of its root, is written last: after a kill it is not there.
+    What makes it a store, the metadata of its root, is removed first and written last: after a kill
+    there is none, but what is left of one, and that is no hindrance to the next creation.
+
+    Args:
+        path: the store.
+        layout: what it looks like.
+        provenance: how it is made.
+        may_write: asked before each change; raises if nothing may be changed any more.
 
     Raises:
-        InputError: if something is there already that is not left of such a kill.
+        InputError: if something is there that no store of ours holds.
     """
-    if not _is_blank(path):
-        raise InputError(f"{path}: already exists; choose another --out or give --overwrite.")
+    refuse_others(path)
     files = _metadata(layout, provenance)
-    (path / PRIVATE).mkdir(parents=True, exist_ok=True)
+    _clear(path, may_write)
     for name in METADATA:
         if name in files:
-            write_whole(path / name, files[name], path / PRIVATE)
-        else:
-            (path / name).unlink(missing_ok=True)  # of a creation with other outputs
-    write_whole(path / ROOT, files[ROOT], path / PRIVATE)
+            write_whole(path / name, files[name], path / PRIVATE, may_write)
+    write_whole(path / ROOT, files[ROOT], path / PRIVATE, may_write)
 
 
-def _is_blank(path: Place) -> bool:
-    """Whether nothing is there but what a creation may leave that was killed."""
+def _clear(path: Place, may_write: Callable[[], None]) -> None:
+    """Removes a store, or what is left of one, but not its lease and ledger."""
+    (path / PRIVATE).mkdir(parents=True, exist_ok=True)
+    may_write()
+    (path / ROOT).unlink(missing_ok=True)
+    if isinstance(path, ObjectPath):
+        private = f"{path / PRIVATE}/"
+        old = [each for each in path.below() if not str(each).startswith(private)]
+        old += [each for name in (EVENTS, BEGUN) for each in (path / name).below()]
+        for first in range(0, len(old), AT_ONCE):
+            may_write()
+            remove_objects(old[first : first + AT_ONCE])
+        return
+    # Moved away first, which takes no time; after that, they are nobody's.
+    for name in ("0", "labels", EVENTS, BEGUN):
+        may_write()
+        with suppress(FileNotFoundError):
+            (path / name).rename(path / PRIVATE / f"{DELETED}{uuid.uuid4().hex}")
+    remove_deleted(path)
+
+
+def remove_deleted(path: Place) -> None:
+    """Removes what a kill left of a store that was being deleted."""
+    if isinstance(path, Path):
+        for each in (path / PRIVATE).glob(f"{DELETED}*"):
+            remove_tree(each)
+
+
+def refuse_others(path: Place) -> None:
+    """Makes sure that nothing is at `path` but what stores of ours are made of.
+
+    Raises:
+        InputError: naming the first file that is of somebody else.
+        OSError: if what is there cannot be listed.
+    """
+    other = _other(path)
+    if other and not _is_ours(path):
+        raise InputError(_OTHERS.format(path))
+    if other:
+        raise InputError(
+            f"{other}: is not of unet-ray, and would be deleted with {path}; move it, or choose "
+            "another --out."
+        )
+
+
+_OTHERS = "{}: exists and is not an output of unet-ray; choose another --out."
+
+
+def _is_ours(path: Place) -> bool:
+    """Whether a store of ours is at `path`, or was begun and has no root yet, or no more."""
+    if not (path / ROOT).is_file():
+        return has_begun(path / LEDGER)
+    told = _told(path / ROOT)
+    return isinstance(told, dict) and told.get("format") == FORMAT
+
+
+def _told(root: Place) -> Any:
+    """What the metadata of a root tells of us; None if it is none of ours."""
+    try:
+        return json.loads(root.read_text())["attributes"]["unet_ray"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
+
+
+def _has_shards(path: Place) -> bool:
+    shards = (files_below(path / name / "c") for name in ARRAYS.values())
+    return any(next(each, None) is not None for each in shards)
+
+
+def _other(path: Place) -> Place | None:
+    """The first file in the place of a store that is none of ours, as links never are."""
     if isinstance(path, Path) and not path.is_dir():
-        return not (path.exists() or path.is_symlink())
-    known = {str(path / name) for name in METADATA} if has_private(path) else set()
-    ours = f"{path / PRIVATE}/"
-    return all(str(each) in known or str(each).startswith(ours) for each in files_below(path))
+        return path if path.exists() or path.is_symlink() else None
+    known: set[str] = set()
+    ours: tuple[str, ...] = (f"{path / PRIVATE}/",)
+    if _is_ours(path):
+        known = {str(path / name) for name in (ROOT, *METADATA)}
+        ours += tuple(f"{path / name}/c/" for name in ARRAYS.values())
+    for each in files_below(path):
+        link = isinstance(each, Path) and each.is_symlink()
+        if link or not (str(each) in known or str(each).startswith(ours)):
+            return each
+    if isinstance(path, Path):  # a folder without files is not among them
+        return next((path / name for name in (ROOT, *METADATA) if (path / name).is_dir()), None)
+    return None
 
 
 def _metadata(layout: StoreLayout, provenance: Mapping[str, Any]) -> dict[str, bytes]:
@@ -182,31 +274,9 @@ def _create_array(store: MemoryStore, name: str, layout: StoreLayout, channels: 
     )
 
 
-def delete_store(path: Place) -> None:
-    """Removes a store, but not its lease and ledger; only one may do so at a time.
-
-    What makes it a store goes last: after a kill the store is there, and can be deleted again.
-    """
-    if isinstance(path, ObjectPath):
-        ours = f"{path / PRIVATE}/"
-        others = (each for each in path.below() if each != path / ROOT)
-        remove_objects([each for each in others if not str(each).startswith(ours)])
-    else:
-        for each in [each for each in path.iterdir() if each.name not in (ROOT, PRIVATE)]:
-            remove_tree(each)
-    for name in (EVENTS, BEGUN):
-        remove_tree(path / name)
-    (path / ROOT).unlink()
-
-
 def is_output(path: Place) -> bool:
     """Whether a folder is an output of ours, whole or not, or a copy of one."""
-    if (path / PRIVATE).is_dir():
-        return True
-    try:
-        return "unet_ray" in json.loads((path / "zarr.json").read_text())["attributes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return has_private(path) or _told(path / ROOT) is not None
 
 
 def has_private(path: Place) -> bool:
@@ -215,28 +285,27 @@ def has_private(path: Place) -> bool:
 
 
 def provenance_of(path: Place) -> dict[str, Any] | None:
-    """How the store at `path` was made, or None if there is nothing at `path`, or nothing yet.
+    """How the store at `path` was made, or None if there is nothing at `path` that counts.
 
     Raises:
         InputError: if what is there is not a store of ours.
         OSError: if an object store does not answer.
     """
     if not (path / ROOT).is_file():
-        if _is_blank(path):
-            return None
-        what = "is not an output of unet-ray"
-        if has_private(path):
-            what = f"has no {ROOT}, as a copy that is not whole"
-        raise InputError(f"{path}: exists and {what}; choose another --out.")
+        refuse_others(path)
+        if has_notes(path / LEDGER) and _has_shards(path):
+            raise InputError(
+                f"{path}: exists and has no {ROOT}, as a copy that is not whole; copy it again, "
+                "choose another --out, or make it anew with --overwrite."
+            )
+        return None
     try:
         told = json.loads((path / ROOT).read_text())["attributes"]["unet_ray"]
         if told["format"] != FORMAT or not has_private(path):
             raise ValueError(f"format {told['format']}")
         return dict(told)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: exists and is not an output of unet-ray; choose another --out."
-        ) from error
+        raise InputError(_OTHERS.format(path)) from error
 
 
 class Store:
@@ -245,7 +314,7 @@ class Store:
     Args:
         path: the store.
         outputs: which of its arrays.
-        may_write: asked before each shard is written; raises if it may not be.
+        may_write: asked just before each shard is there; raises if it may not be.
 
     Raises:
         RunError: if the metadata of an array is missing or damaged.
@@ -255,7 +324,7 @@ class Store:
         self,
         path: Where,
         outputs: Sequence[str],
-        may_write: Callable[[], None] = lambda: None,
+        may_write: Callable[[], None] | None = None,
     ) -> None:
         self.path, self._may_write = place_of(path), may_write
         self._arrays = {name: _opened(self.path / ARRAYS[name]) for name in outputs}
@@ -283,8 +352,7 @@ class Store:
         """
         for name in self._arrays:
             shard = self.encoded(name, tile, results[name])
-            self._may_write()
-            write_whole(self.shard(name, tile), shard, self.path / PRIVATE)
+            write_whole(self.shard(name, tile), shard, self.path / PRIVATE, self._may_write)
 
     def encoded(self, name: str, tile: Tile, result: NDArray[np.uint8]) -> bytes:
         """The bytes of one shard. Nothing of an older shard is read, so damage is no hindrance.

@@ -10,6 +10,7 @@ A shard that is sound but of another tile, or of another model, only recomputing
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ from numpy.typing import NDArray
 from unet_ray import engine as engines
 from unet_ray.attempts import Receipt, Stage
 from unet_ray.engine import Receipts
-from unet_ray.errors import DamageError, InputError, RunError
+from unet_ray.errors import DamageError, InputError, LostError, RunError
 from unet_ray.events import read_events
 from unet_ray.lease import Lease
-from unet_ray.ledger import committed, damaged, has_begun, skipped
+from unet_ray.ledger import committed, damaged, has_begun, newest, skipped
 from unet_ray.places import ObjectPath, Place, Where, files_below, place_of, stat_of, write_whole
 from unet_ray.planning import Settings
 from unet_ray.segmentation import Segmentation, prepare
@@ -49,6 +50,8 @@ from unet_ray.stores import (
     provenance_of,
 )
 from unet_ray.tiles import TilePlan
+
+VOUCHERS = 64  # tiles that are made again at most before one is repaired, if none differs
 
 
 @dataclass(frozen=True)
@@ -112,17 +115,24 @@ def verify(out: Where, tiles: int = 3, repair: bool = False) -> Verdict:
         raise InputError(f"{path}: {what}; name an OUT.zarr that `unet-ray segment` has made.")
     with tempfile.TemporaryDirectory(prefix="unet-ray-") as folder:
         try:
-            check = _Check(path, Path(folder))
+            _provenance(path)  # before a lease is made where there was none
+            with _lease(path) if repair else nullcontext() as lease:
+                return _Check(path, Path(folder), lease).run(tiles)
         except DamageError as error:
             return Verdict(0, 0, damage=(str(error),))
-        return check.run(tiles, repair)
+
+
+def _lease(path: Place) -> Lease:
+    """The right to repair a store: until it is whole nobody else changes what was checked."""
+    return Lease(path / PRIVATE, after=newest(path / LEDGER))
 
 
 class _Check:
     """One call of `verify`: what is expected of the store, and what was found so far."""
 
-    def __init__(self, path: Place, scratch: Path) -> None:
+    def __init__(self, path: Place, scratch: Path, lease: Lease | None) -> None:
         self._path, self._scratch = path, scratch
+        self._lease = lease  # to repair what is damaged; None only to tell
         self._told, self._plan = _provenance(path)
         self._outputs: list[str] = self._told["outputs"]
         self._done = _committed(path, self._plan)
@@ -154,12 +164,12 @@ class _Check:
             for name in self._outputs
         }
 
-    def run(self, tiles: int, repair: bool) -> Verdict:
+    def run(self, tiles: int) -> Verdict:
         """Checks all, then makes again what is to be compared or repaired."""
         sample = sorted(self._check_shards(tiles))
         self._metadata, self._notes = self._check_metadata(), self._remarks()
-        if sample or (repair and (self._bad or self._metadata)):
-            self._make_again(sample, repair)
+        if sample or (self._lease and (self._bad or self._metadata)):
+            self._make_again(sample)
         done = int(self._done.sum())
         return Verdict(
             tiles=done,
@@ -171,7 +181,7 @@ class _Check:
             refusal=self._refusal,
         )
 
-    def _make_again(self, sample: list[int], repair: bool) -> None:
+    def _make_again(self, sample: list[int]) -> None:
         try:
             run = self._prepare()
         except InputError as error:
@@ -180,7 +190,9 @@ class _Check:
         self._expect(run.volume.voxel_size)  # until here it was what the store says of itself
         self._metadata = self._check_metadata()
         self._recompute(run, sample)
-        if repair and self._strange and not self._is_vouched_for(run, sample):
+        if not self._lease or not any(self._sentences()):
+            return
+        if not self._is_vouched_for(run, sample):
             self._refusal = (
                 f"{self._path}: tiles without damage differ from what input, model and zarr.json "
                 "give, and none agrees, so nobody knows which is right; nothing was repaired: make "
@@ -188,19 +200,29 @@ class _Check:
             )
             return
         found = [*self._sentences()]
-        if repair and found:
-            self._repair(run)
-            left = {*self._sentences()}
-            self._notes += [f"repaired: {each}" for each in found if each not in left]
+        self._repair(run, self._lease)
+        left = {*self._sentences()}
+        self._notes += [f"repaired: {each}" for each in found if each not in left]
 
     def _is_vouched_for(self, run: Segmentation, sample: list[int]) -> bool:
-        """Whether what makes the tiles again made this store; makes all of them again to see.
+        """Whether nothing tells that what makes the tiles again did not make this store.
 
+        Makes others again to see: all, if one was found that differs, else some until one agrees.
         A tile of one value agrees with almost anything, so it vouches for nothing.
         """
         known = {*sample, *self._bad}
-        self._recompute(run, (tile for tile in _numbers(self._done) if tile not in known))
-        return bool(self._agreed)
+        others = (tile for tile in _numbers(self._done) if tile not in known)
+        self._recompute(run, self._until_settled(others))
+        if self._strange:
+            self._recompute(run, others)
+        return bool(self._agreed) or not self._strange
+
+    def _until_settled(self, tiles: Iterator[int]) -> Iterator[int]:
+        """A few tiles; no more of them once one agreed or differed."""
+        for _ in range(VOUCHERS):
+            if self._agreed or self._strange:
+                return
+            yield from itertools.islice(tiles, 1)
 
     def _sentences(self) -> Iterator[str]:
         yield from self._metadata.values()
@@ -394,26 +416,25 @@ class _Check:
         worker = _Again(replace(run, out=self._empty), use)
         return engines.run(Stage(stage, lambda: worker, run.device), tiles, "local")
 
-    def _repair(self, run: Segmentation) -> None:
+    def _repair(self, run: Segmentation, lease: Lease) -> None:
         """Writes damaged files again, and checks them again."""
-        with Lease(self._path / PRIVATE) as lease:
-            for path in self._metadata:
-                self._write_metadata(path)
-            self._metadata = self._check_metadata()
-            outputs = {tile: list(found) for tile, found in self._bad.items()}
+        for path in self._metadata:
+            self._write_metadata(path, lease.fence.check)
+        self._metadata = self._check_metadata()
+        outputs = {tile: list(found) for tile, found in self._bad.items()}
 
-            def write(tile: int, result: Mapping[str, NDArray[np.uint8]]) -> None:
-                for name in outputs[tile]:
-                    _refuse_link(self._path, self._shard(name, tile).parent)
-                # Of the store's outputs those that are sound are left alone.
-                store = Store(self._path, outputs[tile], lease.fence.check)
-                store.write(self._plan[tile], result)
+        def write(tile: int, result: Mapping[str, NDArray[np.uint8]]) -> None:
+            for name in outputs[tile]:
+                _refuse_link(self._path, self._shard(name, tile).parent)
+            # Of the store's outputs those that are sound are left alone.
+            store = Store(self._path, outputs[tile], lease.fence.check)
+            store.write(self._plan[tile], result)
 
-            with closing(self._made("repair", run, sorted(outputs), write)) as receipts:
-                for receipt in receipts:
-                    lease.check()
-                    self._repaired_or_not(receipt)
-            lease.check(now=True)
+        with closing(self._made("repair", run, sorted(outputs), write)) as receipts:
+            for receipt in receipts:
+                lease.check(now=receipt.verdict == "stop")
+                self._repaired_or_not(receipt)
+        lease.check(now=True)
 
     def _repaired_or_not(self, receipt: Receipt) -> None:
         if receipt.verdict == "stop":
@@ -425,11 +446,13 @@ class _Check:
         elif self._check_tile(receipt.tile):
             self._repaired.append(receipt.tile)
 
-    def _write_metadata(self, path: Place) -> None:
+    def _write_metadata(self, path: Place, may_write: Callable[[], None]) -> None:
         try:
             _refuse_link(self._path, path.parent)
             expected = self._empty / str(path)[len(str(self._path)) + 1 :]
-            write_whole(path, expected.read_bytes(), self._path / PRIVATE)
+            write_whole(path, expected.read_bytes(), self._path / PRIVATE, may_write)
+        except LostError:
+            raise
         except (OSError, RunError) as error:
             self._failed.append(f"{path}: cannot be repaired: {error}.")
 
