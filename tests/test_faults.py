@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import zarr
 
-from tests.test_segmentation import FLOAT32, TILED, bytes_of, noise, write_stack
+from tests.test_segmentation import FLOAT32, TILED, bytes_of, noise, shards_of, write_stack
 from unet_ray import engine, segmentation
 from unet_ray import ledger as ledgers
 from unet_ray.attempts import Deadline, Stage
@@ -228,9 +228,10 @@ def test_a_file_system_that_fills_up_is_told_and_loses_nothing(task, small_disk,
     volume, model, whole = task
     folder, enlarge = small_disk
     out = folder / "out.zarr"
-    for _ in range(2):  # the second one finds it full at once
-        with pytest.raises((RunError, InputError), match="No space left on device"):
-            segment(volume, model, out, TILED)
+    with pytest.raises((RunError, InputError), match="No space left on device"):
+        segment(volume, model, out, TILED)
+    with pytest.raises(InputError, match="are free there; make room"):
+        segment(volume, model, out, TILED)
     assert 0 < len(done(out)) < TILES and given_up(out) == set()
     assert not list(out.rglob("*.partial"))
     kept = {tile: state_of_tile(volume, model, out, tile) for tile in done(out)}
@@ -238,6 +239,30 @@ def test_a_file_system_that_fills_up_is_told_and_loses_nothing(task, small_disk,
     segment(volume, model, out, TILED)
     assert bytes_of(out) == bytes_of(whole)
     assert kept == {tile: state_of_tile(volume, model, out, tile) for tile in kept}
+
+
+def test_what_a_disk_cannot_hold_is_refused_at_once(task, tmp_path, monkeypatch):
+    volume, model, whole = task
+    out = tmp_path / "out.zarr"
+    stored = sum((whole / name).stat().st_size for name in shards_of(whole))
+    free = [stored // 4]
+    usage = segmentation.shutil.disk_usage
+    monkeypatch.setattr(
+        segmentation.shutil, "disk_usage", lambda place: usage(place)._replace(free=free[0])
+    )
+    words = (
+        r"its 24 tiles would take about \d+ KiB \(\d+ KiB at most\), \d+ KiB are free there; make"
+    )
+    with pytest.raises(InputError, match=words):
+        segment(volume, model, out, TILED)
+    assert not out.exists()
+    free[0] = 2 * stored  # less than if nothing could be compressed
+    segment(volume, model, out, TILED)
+    assert bytes_of(out) == bytes_of(whole)
+    free[0] = 0
+    segment(volume, model, out, segmentation.replace(TILED, overwrite=True))  # in its own place
+    segment(volume, model, out, TILED)
+    assert bytes_of(out) == bytes_of(whole)
 
 
 def state_of_tile(volume, model, out, tile):

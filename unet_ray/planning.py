@@ -253,7 +253,7 @@ def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Ou
         precision=precision,
         device=device,
         halo_overhead=halo_overhead(size, tiles),
-        disk_bytes=_most_bytes(tiles, values) * len(wanted),
+        disk_bytes=most_bytes(tiles, values) * len(wanted),
         read_amplification=read_amplification(tiles, volume.chunk),
     )
 
@@ -273,7 +273,7 @@ def _numbers(tiles: TilePlan, part: Box, inside: Sequence[int]) -> tuple[int, ..
     return tuple(np.ravel_multi_index(axes, tiles.counts).tolist())
 
 
-def _most_bytes(tiles: TilePlan, values: int) -> int:
+def most_bytes(tiles: TilePlan, values: int) -> int:
     """Bytes of a tile's shards if nothing can be compressed, with checksums and index."""
     chunk = chunk_of(tiles.core)
     chunks = values * math.prod(c // n for c, n in zip(tiles.core, chunk, strict=True))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -38,9 +40,11 @@ from unet_ray.ledger import Ledger, begin, committed, newest, skipped
 from unet_ray.masks import open_mask, tiles_under
 from unet_ray.memory import WorkerMemory, format_bytes, room
 from unet_ray.mirror import read_mirrored, reflect
+from unet_ray.pilot import try_tiles
 from unet_ray.places import (
     Place,
     Where,
+    files_below,
     place_of,
     remove_partial,
     remove_tree,
@@ -51,9 +55,11 @@ from unet_ray.planning import (
     checked_outputs,
     choose_plan,
     device_of,
+    most_bytes,
     needed_memory,
     network_size,
     open_inputs,
+    plan,
     precision_of,
     stored_values,
 )
@@ -278,6 +284,37 @@ def _check_room(run: Segmentation, settings: Settings) -> None:
         )
 
 
+def _check_disk(run: Segmentation, settings: Settings, tiles: int) -> None:
+    """Refuses what the disk cannot hold; tries some tiles only where it might not.
+
+    Raises:
+        InputError: if what so many tiles store, as a few of them tell, is more than is free.
+    """
+    if not isinstance(run.out, Path):
+        return
+    free = shutil.disk_usage(next(p for p in (run.out, *run.out.parents) if p.exists())).free
+    if settings.overwrite:
+        free += sum(Path(str(path)).lstat().st_size for path in files_below(run.out))
+    most = most_bytes(run.plan, stored_values(len(run.class_values), run.outputs)) * tiles
+    if most <= free:
+        return
+    z, y, x = run.plan.core
+    asked = replace(
+        settings,
+        tile=(z, y, x),
+        memory=sys.maxsize,
+        outputs=run.outputs,
+        precision=run.precision,
+    )
+    trial = try_tiles(plan(run.volume.path, run.model, asked), settings.workers)
+    if trial and trial.stored * tiles > free:
+        raise InputError(
+            f"{run.out}: its {tiles} tiles would take about {format_bytes(trial.stored * tiles)} "
+            f"({format_bytes(most)} at most), {format_bytes(free)} are free there; make room, "
+            "choose another --out, or store less, as with --outputs classes or a --region."
+        )
+
+
 def _provenance(run: Segmentation, header: ModelHeader, settings: Settings) -> dict[str, Any]:
     """Everything that fixes the bytes of a store, and nothing that does not."""
     channels = run.volume.shape[0]
@@ -377,6 +414,7 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
     wanted = wanted_tiles(run, settings)
     if run.resumed and not _left(run, wanted).any():
         return 0  # a finished store is not touched at all
+    _check_disk(run, settings, int((_left(run, wanted) & wanted.tiles).sum()))
     try:
         with Lease(run.out / PRIVATE, settings.takeover, after=newest(run.out / LEDGER)) as lease:
             try:
