@@ -74,17 +74,14 @@ def main():
             volume = make_volume(folder / "volume.zarr", gigabytes)
             given = [volume, "--model", model, "--engine", asked.engine, *SETTINGS]
             told = subprocess.run(
-                command("plan", *given, "--json", "-"), capture_output=True, check=True
+                command("plan", *given, "--json"), capture_output=True, check=True
             )
             plan = json.loads(told.stdout)
             driver, worker, seconds = peaks([*given, "--out", folder / "out.zarr"], asked.engine)
-        lines = (
-            ("driver", driver, "driver_memory_bytes"),
-            ("worker", worker, "worker_memory_bytes"),
-        )
-        facts = [
-            f"{who} {format_bytes(held)} of {format_bytes(plan[key])}" for who, held, key in lines
-        ]
+        facts = [f"driver {format_bytes(driver)} of {format_bytes(plan['driver_memory_bytes'])}"]
+        if asked.engine == "ray":  # else the workers are threads of the driver
+            most = format_bytes(plan["worker_memory_bytes"])
+            facts.append(f"worker {format_bytes(worker)} of {most}")
         print(
             f"{gigabytes:g} GB, {asked.engine}: {plan['tiles']} tiles, {', '.join(facts)}, "
             f"{seconds:.0f} s",

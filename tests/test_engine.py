@@ -492,7 +492,7 @@ def test_a_tile_that_hangs_ends_its_worker_and_the_others_are_done(folder):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "tiles"), [([3.0], 1), ([0.4], 1), ([0.1, 0.1, 9], 4), ([0.15], 3), ([0.0], 64)]
+    ("seconds", "tiles"), [([3.0], 1), ([0.4], 1), ([0.1, 0.1, 9], 4), ([0.15], 3), ([0.0], 512)]
 )
 def test_a_block_is_enough_work_for_a_driver_to_keep_up(seconds, tiles):
     assert engine._tiles_for(0.4, seconds) == tiles

@@ -50,9 +50,10 @@ Receipts = Generator[Receipt, None, None]
 GRACE_SECONDS = 5.0
 # Tile numbers go to Ray in waves of blocks, so that the driver's memory does not grow with the
 # volume. Between two blocks a worker idles for some 50 ms, and one driver feeds some tens of blocks
-# a second, so a block is at least so much work; what a tile takes is measured in a first wave.
+# a second, so a block is at least so much work; what a tile takes is measured in a first wave. Each
+# wave begins with new actors, so it is to last long enough, however many they are.
 WAVE, FIRST_WAVE = 4096, 512
-BLOCK_SECONDS, LARGEST_BLOCK = 2.0, 64
+BLOCK_SECONDS, WAVE_SECONDS, LARGEST_BLOCK = 2.0, 600.0, 512
 # Below one, so that Ray always finds room for its own reading and writing beside the actors.
 CPUS_PER_ACTOR = 0.9
 # A GPU actor takes several tiles at a time, to read and write while it predicts.
@@ -418,6 +419,7 @@ def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: boo
 
     connect(workers)
     size = pool_size(stage.device, workers)
+    goal = max(BLOCK_SECONDS, WAVE_SECONDS * size / WAVE)
     few = 1 if alone else _tiles_of_gpu(stage.device)
     seconds: list[float] = []
     while wave := _wave(tiles, few, bool(seconds)):
@@ -443,7 +445,7 @@ def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: boo
         except ray.exceptions.RayError as error:  # of a worker that could not be made, mostly
             raise RunError(_cause(error)) from error
         if not alone:
-            few = max(few, _tiles_for(BLOCK_SECONDS, seconds))
+            few = max(few, _tiles_for(goal, seconds))
 
 
 def _cause(error: Exception) -> str:

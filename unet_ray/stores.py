@@ -6,6 +6,7 @@ what a network is or which tiles are done.
 
 from __future__ import annotations
 
+import itertools
 import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -115,11 +116,13 @@ def _clear(path: Place, may_write: Callable[[], None]) -> None:
     (path / ROOT).unlink(missing_ok=True)
     if isinstance(path, ObjectPath):
         private = f"{path / PRIVATE}/"
-        old = [each for each in path.below() if not str(each).startswith(private)]
-        old += [each for name in (EVENTS, BEGUN) for each in (path / name).below()]
-        for first in range(0, len(old), AT_ONCE):
+        old = itertools.chain(
+            (each for each in path.below() if not str(each).startswith(private)),
+            *((path / name).below() for name in (EVENTS, BEGUN)),
+        )
+        while some := [*itertools.islice(old, AT_ONCE)]:
             may_write()
-            remove_objects(old[first : first + AT_ONCE])
+            remove_objects(some)
         return
     # Moved away first, which takes no time; after that, they are nobody's.
     for name in ("0", "labels", EVENTS, BEGUN):
