@@ -12,13 +12,16 @@ import torch
 from tests.test_segmentation import noise, random_model, write_stack
 from unet_ray import engine
 from unet_ray.attempts import Stage
+from unet_ray.ledger import Ledger
+from unet_ray.memory import format_bytes, held
 from unet_ray.planning import Settings
 from unet_ray.segmentation import prepare
 from unet_ray.stores import StoreLayout, create_store
 
 WORKERS = 2
 EMPTY_TILES = 3000
-TILES_EACH = 12
+MANY_TILES = 1_000_000
+TILES_EACH = 40
 
 
 class Idle:
@@ -34,14 +37,32 @@ class Idle:
         """Nothing."""
 
 
-def fed(largest):
-    """Tiles per second of workers that do nothing, from the second wave on."""
-    engine.LARGEST_BLOCK = largest
-    stage, told = Stage("idle", Idle, "cpu"), []
-    for _ in engine.run(stage, range(EMPTY_TILES), "ray", WORKERS):
+IDLE = Stage("idle", Idle, "cpu")
+
+
+def fed_one_by_one(workers):
+    """Tiles per second of so many workers that do nothing, in blocks of one tile."""
+    told, largest = [], engine.LARGEST_BLOCK
+    engine.LARGEST_BLOCK = 1
+    for _ in engine.run(IDLE, range(EMPTY_TILES), "ray", workers):
         told.append(time.monotonic())
-    first = WORKERS * 2 if largest == 1 else engine.FIRST_WAVE
-    return (len(told) - first) / (told[-1] - told[first])
+    engine.LARGEST_BLOCK = largest
+    return (len(told) - 2 * workers) / (told[-1] - told[2 * workers])
+
+
+def noted(folder):
+    """Tiles per second that a driver hands out and notes; its bytes after some and after all."""
+    count, begun, bytes_held = 0, 0.0, []
+    with Ledger(folder, MANY_TILES) as ledger:
+        for receipt in engine.run(IDLE, range(MANY_TILES), "ray", WORKERS):
+            ledger.commit(receipt.tile)
+            count += 1
+            if count == engine.FIRST_WAVE:
+                begun = time.monotonic()
+            if count in (MANY_TILES // 10, MANY_TILES):
+                bytes_held.append(held())
+        seconds = time.monotonic() - begun
+    return (MANY_TILES - engine.FIRST_WAVE) / seconds, *bytes_held
 
 
 def task(folder):
@@ -100,8 +121,15 @@ def main():
     print(f"a tile of 4 x 1024 x 1024, {WORKERS} at a time, one thread each, {run.precision}")
     print(f"  loop {loop:.3f} s ({before:.3f} before, {after:.3f} after), Ray {took:.3f} s")
     print(f"  Ray at {loop / took:.3f} of it, workers busy {busy:.3f}, first after {start:.1f} s")
-    one, many = fed(1), fed(64)
-    print(f"tiles that do nothing: {one:.1f} a second one by one, {many:.0f} in larger blocks")
+    with tempfile.TemporaryDirectory() as name:
+        rate, some, all_of_them = noted(Path(name))
+    print(f"tiles that do nothing: {rate:.0f} a second, noted in a ledger; the driver holds")
+    print(
+        f"  {format_bytes(some)} after {MANY_TILES // 10} of them, {format_bytes(all_of_them)} "
+        f"after {MANY_TILES}"
+    )
+    one = fed_one_by_one(WORKERS)
+    print(f"  one by one {one:.1f} a second to {WORKERS} workers")
 
 
 if __name__ == "__main__":

@@ -287,11 +287,24 @@ def test_nobody_waits_for_a_tile_that_hangs_when_the_caller_stops(monkeypatch):
 
 @pytest.mark.parametrize("engine_name", ["local", pytest.param("ray", marks=pytest.mark.ray)])
 def test_a_worker_that_cannot_be_made_in_time_ends_the_run(engine_name):
-    hanging = Stage("slow", partial(time.sleep, 60), "cpu", deadline=Deadline(0.3, 5, 0.3))
+    hanging = Stage("slow", partial(time.sleep, 60), "cpu", deadline=Deadline(make=0.3))
     start = time.monotonic()
     with pytest.raises(RunError, match=r"^slow: no worker could be made within 0 s; see whether"):
         list(run(hanging, range(2), engine_name, 1))
     assert time.monotonic() - start < 45
+
+
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        (["unet_ray.errors.RunError: a.zarr: is gone; do."], "a.zarr: is gone; do."),
+        (["torch.AcceleratorError: CUDA error", "Compile with X"],
+         "torch.AcceleratorError: CUDA error Compile with X"),
+    ],
+)  # fmt: skip
+def test_of_what_ray_tells_the_error_itself_is_kept(last, told):
+    trace = ["The actor died", '  File "a.py", line 1', "    raise ValueError: no"]
+    assert engine._cause(Exception("\n".join([*trace, *last]))) == told
 
 
 def test_a_worker_that_cannot_be_made_says_why():

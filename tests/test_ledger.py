@@ -246,11 +246,3 @@ def test_a_segment_that_leads_nowhere_is_named(folder, name):
     (folder / name).symlink_to("nowhere")
     with pytest.raises(RunError, match=rf"{name}: cannot be read, though it is there"):
         committed(folder, TILES)
-
-
-def test_what_a_kill_left_half_written_is_removed(folder):
-    commit(folder, 5)
-    (folder / ".00000001-00000009.committed.0123.partial").write_bytes(b"{")
-    commit(folder, 6)
-    assert held(committed(folder, TILES)) == [5, 6]
-    assert not [*folder.glob(".*")]

@@ -433,6 +433,63 @@ def test_a_run_that_makes_a_store_anew_can_be_forced_out_at_every_step(
     assert events == ["start", *["tile"] * TILES, "end"]
 
 
+@pytest.mark.parametrize("out", [OUT, "out.zarr"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RunError("tiles hang")])
+def test_a_run_that_was_forced_out_tells_nothing_in_the_log_of_the_next(
+    task, bucket, tmp_path, monkeypatch, out, error
+):
+    volume, model, _ = task
+    monkeypatch.chdir(tmp_path)
+
+    def overtaken_and_ended(progress):
+        if progress.finished == 3:
+            segment(volume, model, out, TAKING)
+            raise error
+
+    with pytest.raises(type(error)):
+        segment(volume, model, out, dataclasses.replace(TILED, workers=1), overtaken_and_ended)
+    events = [each["event"] for each in read_events(place_of(out) / EVENTS)]
+    assert events == ["start", *["tile"] * TILES, "end"]
+
+
+@pytest.mark.parametrize("out", [OUT, "out.zarr"])
+def test_the_same_command_goes_on_though_it_says_overwrite(
+    task, bucket, tmp_path, monkeypatch, out
+):
+    volume, model, whole = task
+    monkeypatch.chdir(tmp_path)
+    anew = dataclasses.replace(TILED, overwrite=True, workers=1)
+    segment(volume, model, out, ANEW)  # of another run, so it goes
+
+    def killed(progress):
+        if progress.finished == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        segment(volume, model, out, anew, killed)
+    seen = []
+    segment(volume, model, out, anew, seen.append)
+    assert (seen[-1].finished, seen[-1].done) == (4, TILES)
+    assert (stored(bucket) if out == OUT else bytes_of(tmp_path / out)) == bytes_of(whole)
+    segment(volume, model, out, anew, seen.append)  # a finished one is made anew
+    assert seen[-1].finished == TILES
+
+
+@pytest.mark.parametrize("out", [OUT, "out.zarr"])
+def test_a_root_beside_which_nothing_was_done_is_no_hindrance_to_another_run(
+    task, anew, bucket, tmp_path, monkeypatch, out
+):
+    volume, model, _ = task
+    monkeypatch.chdir(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmentation._Execution, "go", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            segment(volume, model, out, TILED)
+    assert (place_of(out) / "zarr.json").is_file()
+    segment(volume, model, out, ANEW)
+    assert (stored(bucket) if out == OUT else bytes_of(tmp_path / out)) == anew
+
+
 @pytest.mark.parametrize("name", ["zarr.json", "0/c/0/0/1/1"])
 def test_a_put_that_arrives_late_is_refused(task, anew, bucket, monkeypatch, name):
     volume, model, _ = task

@@ -50,6 +50,16 @@ def test_what_a_kill_left_is_removed(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
+def test_an_object_that_others_write_again_and_again_is_told(monkeypatch):
+    place = place_of(f"memory://{uuid.uuid4().hex}/a")
+    monkeypatch.setattr("unet_ray.places.PAUSES", (0.0, 0.0))
+    others = iter([b"theirs"])
+    write_whole(place, b"one", may_write=lambda: [place.put(each) for each in others])
+    assert place.read_bytes() == b"one"
+    with pytest.raises(OSError, match="others write this object again and again"):
+        write_whole(place, b"two", may_write=lambda: place.put(uuid.uuid4().bytes))
+
+
 # Names in object stores
 
 

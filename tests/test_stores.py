@@ -1,5 +1,6 @@
 """The result on disk: the layout of OME-Zarr 0.5, one file per tile, checksums, rewrites."""
 
+import errno
 import itertools
 import json
 import os
@@ -24,6 +25,7 @@ from unet_ray.stores import (
     StoreLayout,
     chunk_of,
     create_store,
+    is_untouched,
     provenance_of,
     refuse_others,
     remove_deleted,
@@ -371,6 +373,9 @@ OTHERS = {
     "notes": "notes.txt",
     "notes beside the shards": "0/notes.txt",
     "another level": "1/c/0/0/0",
+    "notes among the shards": "0/c/notes.txt",
+    "a picture among the shards": "labels/classes/0/c/mine/1/2",
+    "a time point": "0/c/1/0/0/0",
 }
 
 
@@ -384,6 +389,54 @@ def test_what_others_have_put_into_a_store_is_not_deleted(path, kind):
         with pytest.raises(InputError, match=rf"{other}: is not of unet-ray, and would be deleted"):
             act()
     assert files(path) == before
+
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EBUSY])
+def test_a_store_is_made_anew_where_folders_cannot_be_moved(path, monkeypatch, code):
+    before = files(path)
+    write_all(path, predicted(), [0, 3])
+
+    def fails(*args):
+        raise OSError(code, "no moving here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", fails)
+        create_store(path, layout(), PROVENANCE)
+    assert files(path) == before
+
+
+def test_what_cannot_be_removed_now_is_no_hindrance(path, monkeypatch):
+    before = files(path)
+    write_all(path, predicted(), [0, 3])
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", lambda *args: os.rmdir(path))  # as if a file were open
+        create_store(path, layout(), PROVENANCE)
+    assert files(path) == before
+    assert {each.name[:8] for each in (path / PRIVATE).iterdir()} == {"deleted-"}
+    remove_deleted(path)
+    assert not [*(path / PRIVATE).iterdir()]
+
+
+def test_a_store_whose_root_is_damaged_can_be_made_anew(path):
+    before = files(path)
+    (path / "zarr.json").write_text('{"attributes": {')
+    with pytest.raises(InputError, match="not an output of unet-ray"):
+        create_store(path, layout(), PROVENANCE)
+    begin(path / LEDGER, 1)
+    create_store(path, layout(), PROVENANCE)
+    assert files(path) == before
+
+
+def test_a_store_is_untouched_until_something_is_written_or_noted(path):
+    assert not is_untouched(path)  # nothing tells that nothing was done
+    begin(path / LEDGER, 1)
+    assert is_untouched(path)
+    write_all(path, predicted(), [3])
+    assert not is_untouched(path)
+    create_store(path, layout(), PROVENANCE)
+    with Ledger(path / LEDGER, len(PLAN)) as ledger:
+        ledger.quarantine(3)
+    assert not is_untouched(path)
 
 
 @pytest.mark.parametrize("name", ["0", "labels", "0/zarr.json", "zarr.json", ".unet_ray/ledger"])

@@ -89,11 +89,13 @@ class Deadline:
         first: seconds, until a few tiles are done.
         multiple: of the median of the tiles that were done.
         least: seconds; file servers that fail over take minutes.
+        make: seconds to make a worker.
     """
 
     first: float = 3600.0
     multiple: float = 20.0
     least: float = 300.0
+    make: float = 3600.0
 
 
 @dataclass(frozen=True)

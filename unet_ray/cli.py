@@ -392,7 +392,11 @@ def plan(
     MODEL,
     click.option("--out", required=True, metavar="OUT.zarr", help="Store; a folder for several."),
     *TILING,
-    click.option("--overwrite", is_flag=True, help="Delete the store first, if it is ours."),
+    click.option(
+        "--overwrite",
+        is_flag=True,
+        help="Delete the store first, if it is ours; but go on with this very run, unfinished.",
+    ),
     click.option(
         "--takeover", is_flag=True, help="Force out another run that is writing to the store."
     ),

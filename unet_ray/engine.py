@@ -237,10 +237,10 @@ def _worker_of(stage: Stage) -> Worker:
 
     threading.Thread(target=make, name=THREAD, daemon=True).start()
     try:
-        worker = made.get(timeout=min(stage.deadline.first, threading.TIMEOUT_MAX))
+        worker = made.get(timeout=min(stage.deadline.make, threading.TIMEOUT_MAX))
     except Empty:
         raise RunError(
-            f"{stage.name}: no worker could be made within {stage.deadline.first:.0f} s; see "
+            f"{stage.name}: no worker could be made within {stage.deadline.make:.0f} s; see "
             "whether input, model and output answer; the same command goes on."
         ) from None
     if isinstance(worker, Exception):
@@ -449,9 +449,11 @@ def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: boo
 
 
 def _cause(error: Exception) -> str:
-    """The last line of what Ray tells, which is of the error itself; those before are of Ray."""
-    last = str(error).strip().rpartition("\n")[2]
-    return re.sub(r"^unet_ray\.errors\.\w+: ", "", last)
+    """What Ray tells of an error of ours, without its traces, which come before."""
+    lines = str(error).strip().splitlines()
+    named = (n for n, line in enumerate(lines) if _ERROR.match(line))
+    told = " ".join(line.strip() for line in lines[max(named, default=-1) :])
+    return re.sub(r"^unet_ray\.errors\.\w+: ", "", told)
 
 
 def _tiles_of_gpu(device: str) -> int:
@@ -471,4 +473,5 @@ def _tiles_for(goal: float, seconds: Sequence[float]) -> int:
     return min(LARGEST_BLOCK, math.ceil(goal / max(usual, goal / LARGEST_BLOCK)))
 
 
+_ERROR = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt): ")
 _COLUMNS = tuple(field.name for field in fields(Receipt))

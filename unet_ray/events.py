@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from unet_ray.places import ObjectPath, Place
+from unet_ray.places import ObjectPath, Place, write_whole
 
 LATEST = 4e9  # seconds since 1970: the year 2096
 PART_SECONDS = 10.0
@@ -27,10 +27,11 @@ class EventLog:
 
     Args:
         path: the file, its folder must exist; or what the names of the parts begin with.
+        may_write: asked before each writing; raises if the log is no longer this run's.
     """
 
-    def __init__(self, path: Place) -> None:
-        self._path = path
+    def __init__(self, path: Place, may_write: Callable[[], None] = lambda: None) -> None:
+        self._path, self._may_write = path, may_write
         self._lines: list[bytes] = []
         self._begun = self._written = time.monotonic()
 
@@ -44,6 +45,7 @@ class EventLog:
             if now - self._written > max(PART_SECONDS, (now - self._begun) / 100):
                 self.flush()
             return
+        self._may_write()
         with open(self._path, "ab") as file:
             if file.tell() and not self._ends_with_newline(self._path):
                 file.write(b"\n")
@@ -53,13 +55,9 @@ class EventLog:
         """Writes what is not written yet."""
         if self._lines and isinstance(self._path, ObjectPath):
             part = self._path / f"{time.time_ns():020d}.jsonl"
-            part.put(b"".join(self._lines))
+            write_whole(part, b"".join(self._lines), may_write=self._may_write)
             self._lines.clear()
             self._written = time.monotonic()
-
-    def drop(self) -> None:
-        """Forgets what is not written yet."""
-        self._lines.clear()
 
     @staticmethod
     def _ends_with_newline(path: Path) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import random
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ PIECE = (16, 512, 512)
 PIECE_BYTES = 32 << 20
 BLOCK = 1 << 20
 FEW = 1000  # voxels whose median is near enough to the mean
-HOPELESS = 8  # chunks from all over a volume that cannot be read
+HOPELESS = 16  # chunks from all over a volume that cannot be read
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def measure(volume: Volume) -> Intensity:
 def _refuse_unreadable(volume: Volume, pieces: Sequence[Box]) -> None:
     """Refuses a volume none of whose chunks can be read, of a few from all over it."""
     told = ""
-    for piece in _spread(pieces, HOPELESS):
-        for chunk in _spread([*piece.split(volume.chunk)], -(-HOPELESS // len(pieces))):
+    for piece in _some(pieces, HOPELESS):
+        for chunk in _some([*piece.split(volume.chunk)], -(-HOPELESS // len(pieces))):
             try:
                 volume.read_patiently(chunk)
                 return
@@ -111,9 +112,9 @@ def _refuse_unreadable(volume: Volume, pieces: Sequence[Box]) -> None:
     raise InputError(told)
 
 
-def _spread(boxes: Sequence[Box], most: int) -> Sequence[Box]:
-    """At most so many of them, evenly spread, the first among them."""
-    return boxes[:: -(-len(boxes) // most)]
+def _some(boxes: Sequence[Box], most: int) -> Sequence[Box]:
+    """At most so many of them, always the same."""
+    return random.Random(0).sample(boxes, min(most, len(boxes)))
 
 
 def _patiently(volume: Volume, piece: Box, unread: dict[Box, str]) -> NDArray[np.float64]:

@@ -361,7 +361,7 @@ def _is_deaf(probe: ObjectPath) -> bool:
         tag = _put(probe, b"1", None)
         if not tag or probe.put_if(b"2", None):
             return True
-        newer = _put(probe, b"3", tag)
+        newer = _put(probe, b"3", probe.tag())
         return not newer or newer == tag or bool(probe.put_if(b"4", tag))
     except NotImplementedError:
         return True

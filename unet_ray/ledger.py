@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.errors import LostError, RunError
-from unet_ray.places import Place, remove_partial, write_whole
+from unet_ray.places import Place, write_whole
 
 State = Literal["committed", "quarantined", "skipped"]
 STATES: tuple[State, ...] = ("committed", "quarantined", "skipped")
@@ -57,7 +57,6 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         if _born(folder) > epoch:
             raise _lost(folder)
-        remove_partial(folder)
         self._folder, self._epoch = folder, epoch
         held = _read(folder, tiles)
         self._bits, self._files = held.bits, held.files

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ from unet_ray.errors import InputError, nearest
 
 SCHEMES = ("s3", "gs", "az", "memory")  # memory: of this process alone, for tests
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://([^/]*)/*(.*?)/*", re.DOTALL)
+PAUSES = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6)  # seconds between conditional puts
 # How object stores say that they hold no more; they have no code for it in common.
 _FULL = re.compile(r"\b507\b|quota|StorageFull|InsufficientStorage", re.IGNORECASE)
 
@@ -267,11 +269,13 @@ def _put_whole(path: ObjectPath, data: bytes, may_write: Callable[[], None] | No
         path.put(data)
         return
     tag = None  # most often there is nothing yet, and nobody need look
-    while True:
+    for pause in (0.0, *PAUSES):
+        time.sleep(pause)
         may_write()
         if path.put_if(data, tag):
             return
         tag = path.tag()
+    raise OSError(errno.EIO, "others write this object again and again", str(path))
 
 
 def try_lock(file: int) -> bool:
@@ -360,9 +364,14 @@ def remove_tree(folder: Place) -> None:
 
 def remove_objects(paths: Sequence[ObjectPath]) -> None:
     """Removes many objects, of one bucket, at once."""
-    if paths:
+    if not paths:
+        return
+    try:
         with _told_as_os_errors(paths[0].parent, writing=True):
             _obstore().delete(_store(paths[0].root), [path.key for path in paths])
+    except FileNotFoundError:  # some stores mind that one is gone, as when an answer was lost
+        for path in paths:
+            path.unlink()
 
 
 def open_array(place: Place) -> Any:

@@ -57,7 +57,7 @@ class Settings:
         precision: number format of the network.
         tta: average over the 8 symmetries of the square.
         nan: what a voxel that is not a finite number is: an ``error`` of its tile, or ``zero``.
-        overwrite: delete what is at the output path first.
+        overwrite: delete what is at the output path first, unless it is this very run, unfinished.
         takeover: force out another run that is writing there.
     """
 

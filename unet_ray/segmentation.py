@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, cast
@@ -70,9 +70,11 @@ from unet_ray.stores import (
     FORMAT,
     LEDGER,
     PRIVATE,
+    ROOT,
     Store,
     StoreLayout,
     create_store,
+    is_untouched,
     provenance_of,
     refuse_others,
     remove_deleted,
@@ -196,7 +198,7 @@ def prepare(
         refuse_below_file(path)
     for read in (volume.path, find_model(model), *([settings.mask] if settings.mask else [])):
         _check_output(path, place_of(read))
-    told = _told_by(path, settings)
+    told = _told_by(path, settings.overwrite)
     device: Device = told["device"] if told else device_of(settings)
     if told and device == "cuda" and device_of(settings) != "cuda":
         raise InputError(f"{path}: was begun on a GPU, and there is none here; run it on one.")
@@ -236,18 +238,31 @@ def prepare(
     if told:
         _refuse_difference(path, told, run.provenance)
     _check_room(run, settings)
-    return run
+    return replace(run, resumed=True) if settings.overwrite and _is_begun(run, settings) else run
 
 
-def _told_by(path: Place, settings: Settings) -> dict[str, Any] | None:
+def _told_by(path: Place, anew: bool) -> dict[str, Any] | None:
     """How the store at `path` was made that is to be continued; None if there is none to be."""
     try:
-        if not settings.overwrite:
-            return provenance_of(path)
+        if not anew:
+            told = provenance_of(path)
+            return None if is_untouched(path) else told
         refuse_others(path)
+        return None
     except OSError as error:
         raise InputError(unusable(path, error)) from error
-    return None
+
+
+def _is_begun(run: Segmentation, settings: Settings) -> bool:
+    """Whether what is to be deleted is this very run, unfinished: after a kill it goes on, too."""
+    if not (run.out / ROOT).is_file() or is_untouched(run.out):
+        return False
+    try:
+        told = provenance_of(run.out) or {}
+    except InputError:  # damaged, so it is deleted
+        return False
+    same = _difference(told, run.provenance) is None
+    return same and bool(_left(run, wanted_tiles(run, settings)).any())
 
 
 def _check_output(path: Place, read: Place) -> None:
@@ -348,16 +363,23 @@ def _provenance(run: Segmentation, header: ModelHeader, settings: Settings) -> d
 
 
 def _refuse_difference(path: Place, told: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if differs := _difference(told, now):
+        raise InputError(
+            f"{path}: was made with another {differs}; choose another --out, or delete it with "
+            "--overwrite."
+        )
+
+
+def _difference(told: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first field that differs, with its value then and now."""
     there, here = dict(_flat(told)), dict(_flat(now))
     for field in UNCOMPARED:
         there.pop(field, None)
         here.pop(field, None)
     for field in [*here, *there]:
         if there.get(field) != here.get(field):
-            raise InputError(
-                f"{path}: was made with another {field} ({there.get(field)}, now "
-                f"{here.get(field)}); choose another --out, or delete it with --overwrite."
-            )
+            return f"{field} ({there.get(field)}, now {here.get(field)})"
+    return None
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -444,25 +466,26 @@ def _execute(
     watch: Callable[[Progress], None],
 ) -> int:
     _open_store(run, settings, lease)
+    lease.check(now=True)  # what is half-written may be of another run
     remove_partial(run.out / PRIVATE)
+    remove_partial(run.out / LEDGER)
     remove_deleted(run.out)
     with Ledger(run.out / LEDGER, len(run.plan), lease.epoch) as ledger:
         owned = replace(run, fence=lease.fence)
         execution = _Execution(owned, settings, wanted, lease, ledger, watch)
         try:
             return execution.go()
-        except LostError:
-            execution.log.drop()  # it is the log of another run now
-            raise
         finally:
-            execution.log.flush()
+            with suppress(LostError):  # then it is the log of another run
+                execution.log.flush()
 
 
 def _open_store(run: Segmentation, settings: Settings, lease: Lease) -> None:
     """Opens the store, or makes it; makes sure that what lies there is of this run."""
     may_write = lease.fence.check
-    told = _told_by(run.out, settings)
-    if told is None:  # new, or made anew
+    anew = settings.overwrite and not run.resumed
+    told = None if anew else _told_by(run.out, anew)
+    if told is None:
         may_write()
         begin(run.out / LEDGER, lease.epoch)  # from here on nothing counts as done
         layout = StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)
@@ -538,7 +561,7 @@ class _Execution:
     ) -> None:
         self._run, self._settings, self._watch = run, settings, watch
         self._lease, self._ledger = lease, ledger
-        self.log = EventLog(run.out / EVENTS)
+        self.log = EventLog(run.out / EVENTS, lease.fence.check)
         self._wanted, self._total = wanted, int(wanted.tiles.sum())
         self._start, self._before, self._done, self._voxels = time.monotonic(), 0, 0, 0
         self._given_up: dict[int, str] = {}

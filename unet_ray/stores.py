@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -49,6 +50,7 @@ METADATA = (
     "labels/classes/zarr.json",
     "labels/classes/0/zarr.json",
 )
+_SHARDS = (r"0/c/0/[0-9]+/[0-9]+/[0-9]+", r"labels/classes/0/c/[0-9]+/[0-9]+/[0-9]+")
 LARGEST_CHUNK = (32, 256, 256)
 DELETED = "deleted-"  # what names in .unet_ray begin with that are no longer of a store
 AT_ONCE = 1000  # objects that are removed by one request
@@ -124,19 +126,30 @@ def _clear(path: Place, may_write: Callable[[], None]) -> None:
             may_write()
             remove_objects(some)
         return
-    # Moved away first, which takes no time; after that, they are nobody's.
     for name in ("0", "labels", EVENTS, BEGUN):
-        may_write()
-        with suppress(FileNotFoundError):
-            (path / name).rename(path / PRIVATE / f"{DELETED}{uuid.uuid4().hex}")
+        _put_away(path / name, path / PRIVATE, may_write)
     remove_deleted(path)
 
 
+def _put_away(old: Path, private: Path, may_write: Callable[[], None]) -> None:
+    """Moves a part of a store away, which takes no time; after that, it is nobody's."""
+    may_write()
+    try:
+        old.rename(private / f"{DELETED}{uuid.uuid4().hex}")
+    except FileNotFoundError:
+        return
+    except OSError:  # a mount point, or a file system that moves no folders
+        for each in files_below(old):
+            may_write()
+            each.unlink(missing_ok=True)
+
+
 def remove_deleted(path: Place) -> None:
-    """Removes what a kill left of a store that was being deleted."""
+    """Removes what is left of stores that were deleted, as far as it can be removed now."""
     if isinstance(path, Path):
         for each in (path / PRIVATE).glob(f"{DELETED}*"):
-            remove_tree(each)
+            with suppress(OSError):  # a viewer may hold a file open; the next run tries again
+                remove_tree(each)
 
 
 def refuse_others(path: Place) -> None:
@@ -156,6 +169,10 @@ def refuse_others(path: Place) -> None:
         )
 
 
+_PRIVATE = re.compile(rf"{re.escape(PRIVATE)}/.*", re.DOTALL)
+_OURS = re.compile(
+    "|".join([*map(re.escape, (ROOT, *METADATA)), *_SHARDS, _PRIVATE.pattern]), re.DOTALL
+)
 _OTHERS = "{}: exists and is not an output of unet-ray; choose another --out."
 
 
@@ -163,35 +180,33 @@ def _is_ours(path: Place) -> bool:
     """Whether a store of ours is at `path`, or was begun and has no root yet, or no more."""
     if not (path / ROOT).is_file():
         return has_begun(path / LEDGER)
-    told = _told(path / ROOT)
+    try:
+        attributes = json.loads((path / ROOT).read_text())["attributes"]
+    except (ValueError, RecursionError, KeyError, TypeError):  # damaged
+        return has_begun(path / LEDGER)
+    told = attributes.get("unet_ray") if isinstance(attributes, dict) else None
     return isinstance(told, dict) and told.get("format") == FORMAT
 
 
-def _told(root: Place) -> Any:
-    """What the metadata of a root tells of us; None if it is none of ours."""
-    try:
-        return json.loads(root.read_text())["attributes"]["unet_ray"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        return None
+def is_untouched(path: Place) -> bool:
+    """Whether nothing was ever done in a store of ours: no note, and no shard."""
+    return has_begun(path / LEDGER) and not has_notes(path / LEDGER) and _is_bare(path)
 
 
-def _has_shards(path: Place) -> bool:
+def _is_bare(path: Place) -> bool:
+    """Whether there is no shard."""
     shards = (files_below(path / name / "c") for name in ARRAYS.values())
-    return any(next(each, None) is not None for each in shards)
+    return all(next(each, None) is None for each in shards)
 
 
 def _other(path: Place) -> Place | None:
     """The first file in the place of a store that is none of ours, as links never are."""
     if isinstance(path, Path) and not path.is_dir():
         return path if path.exists() or path.is_symlink() else None
-    known: set[str] = set()
-    ours: tuple[str, ...] = (f"{path / PRIVATE}/",)
-    if _is_ours(path):
-        known = {str(path / name) for name in (ROOT, *METADATA)}
-        ours += tuple(f"{path / name}/c/" for name in ARRAYS.values())
+    ours = _OURS if _is_ours(path) else _PRIVATE
     for each in files_below(path):
         link = isinstance(each, Path) and each.is_symlink()
-        if link or not (str(each) in known or str(each).startswith(ours)):
+        if link or not ours.fullmatch(str(each)[len(str(path)) + 1 :]):
             return each
     if isinstance(path, Path):  # a folder without files is not among them
         return next((path / name for name in (ROOT, *METADATA) if (path / name).is_dir()), None)
@@ -279,7 +294,12 @@ def _create_array(store: MemoryStore, name: str, layout: StoreLayout, channels: 
 
 def is_output(path: Place) -> bool:
     """Whether a folder is an output of ours, whole or not, or a copy of one."""
-    return has_private(path) or _told(path / ROOT) is not None
+    if has_private(path):
+        return True
+    try:
+        return "unet_ray" in json.loads((path / ROOT).read_text())["attributes"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return False
 
 
 def has_private(path: Place) -> bool:
@@ -296,7 +316,7 @@ def provenance_of(path: Place) -> dict[str, Any] | None:
     """
     if not (path / ROOT).is_file():
         refuse_others(path)
-        if has_notes(path / LEDGER) and _has_shards(path):
+        if has_notes(path / LEDGER) and not _is_bare(path):
             raise InputError(
                 f"{path}: exists and has no {ROOT}, as a copy that is not whole; copy it again, "
                 "choose another --out, or make it anew with --overwrite."
