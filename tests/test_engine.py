@@ -183,10 +183,10 @@ def test_one_tile_per_core_unless_told_otherwise(monkeypatch):
     assert worker.most["tile"] == 3
 
 
-def test_a_gpu_predicts_one_tile_while_it_reads_or_writes_another():
+def test_a_gpu_predicts_one_tile_while_it_reads_or_writes_others():
     worker = Watching()
     list(run(Stage("watch", lambda: worker, "cuda"), range(20), "local", 7))
-    assert (worker.most["predict"], worker.most["tile"]) == (1, 2)
+    assert (worker.most["predict"], worker.most["tile"]) == (1, engine.GPU_THREADS)
 
 
 def test_tiles_are_taken_as_they_are_needed():
@@ -511,18 +511,18 @@ def test_a_block_is_enough_work_for_a_driver_to_keep_up(seconds, tiles):
     assert engine._tiles_for(0.4, seconds) == tiles
 
 
-@given(st.integers(0, 50), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
-def test_waves_cut_into_blocks_hold_every_tile_once(count, size, first, later):
+@given(st.integers(0, 99), *[st.integers(1, 9)] * 3)
+def test_waves_cut_into_blocks_hold_every_tile_once(count, size, most, workers):
     tiles, waves = iter(range(count)), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "WAVE", later)
-        patch.setattr(engine, "FIRST_WAVE", first)
-        while wave := engine._wave(tiles, size, bool(waves)):
-            waves.append(wave)
-    blocks = [block for wave in waves for block in wave]
-    assert [tile for block in blocks for tile in block] == list(range(count))
-    assert all(len(block) == size for block in blocks[:-1])
-    assert all(len(wave) <= later for wave in waves)
+    while wave := engine._wave(tiles, size, most, workers):
+        waves.append(wave)
+    assert [tile for wave in waves for block in wave for tile in block] == list(range(count))
+    for wave in waves:
+        held = sum(map(len, wave))
+        assert held <= size * most and max(map(len, wave)) <= size
+        # Every worker has some, if there are so many tiles; no fewer blocks than needed to.
+        assert len(wave) >= min(held, workers)
+        assert len({*map(len, wave[:-1])}) <= 1 and len(wave[-1]) <= len(wave[0])
 
 
 @pytest.mark.ray

@@ -6,6 +6,7 @@ What a verb does is in the rooms below; torch and Ray are imported only when a v
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -595,7 +596,7 @@ def _describe(outlook: Outlook) -> str:
 
 def _trial_json(outlook: Outlook, trial: Pilot | None, price: float | None) -> dict[str, Any]:
     """What a trial tells, for machines; null is what is not known."""
-    seconds = trial and trial.seconds * outlook.tiles / outlook.workers
+    seconds = trial and trial.seconds * math.ceil(outlook.tiles / outlook.workers)
     return {
         "tile_seconds": trial and round(trial.seconds, 4),
         "seconds": seconds and round(seconds, 1),
@@ -619,7 +620,7 @@ def _describe_trial(outlook: Outlook, trial: Pilot | None, per_hour: float | Non
             f"  disk    at most {format_bytes(outlook.disk_bytes)}; {free}",
             "  time    not known: the device of the run is not in this machine",
         ]
-    seconds = trial.seconds * outlook.tiles / outlook.workers
+    seconds = trial.seconds * math.ceil(outlook.tiles / outlook.workers)
     lines = [
         f"  disk    about {format_bytes(trial.stored * outlook.tiles)}, at most "
         f"{format_bytes(outlook.disk_bytes)}; {free}",

@@ -23,6 +23,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 
 from unet_ray.attempts import (
@@ -56,8 +57,11 @@ WAVE, FIRST_WAVE = 4096, 512
 BLOCK_SECONDS, WAVE_SECONDS, LARGEST_BLOCK = 2.0, 600.0, 512
 # Below one, so that Ray always finds room for its own reading and writing beside the actors.
 CPUS_PER_ACTOR = 0.9
-# A GPU actor takes several tiles at a time, to read and write while it predicts.
-TILES_PER_GPU_BLOCK = 8
+# So many a worker at least, where there are tiles enough: else some would wait for the last one.
+BLOCKS_EACH = 4
+# A GPU has several tiles under way, to read, encode and write while it predicts one. It waits at
+# the end of a block, so its blocks are long from the first.
+GPU_THREADS, TILES_PER_GPU_BLOCK = 4, 32
 # Only tile numbers and receipts cross the object store while segmenting.
 OBJECT_STORE_BYTES = 1 << 30
 UNBOUNDED = 1 << 20
@@ -112,8 +116,8 @@ def run(
 
 
 def threads_of(device: str, workers: int | None) -> int:
-    """Tiles side by side in this process: one a core, or one that is read while another runs."""
-    return 2 if device == "cuda" else workers or usable_cores()
+    """Tiles side by side in this process: one a core, or some that are read while one runs."""
+    return GPU_THREADS if device == "cuda" else workers or usable_cores()
 
 
 def side_by_side(device: str, engine: EngineName, workers: int | None) -> int:
@@ -402,7 +406,7 @@ class _TileActor:
         others = (tile for tile in tiles if tile not in first)
         # The guard of the actor keeps the time.
         rest = _side_by_side(
-            self._try, "cuda", Deadline(math.inf, math.inf, math.inf), others, threads=2
+            self._try, "cuda", Deadline(math.inf, math.inf, math.inf), others, GPU_THREADS
         )
         return [*(self._try(tile, nullcontext()) for tile in first), *rest]
 
@@ -422,7 +426,7 @@ def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: boo
     goal = max(BLOCK_SECONDS, WAVE_SECONDS * size / WAVE)
     few = 1 if alone else _tiles_of_gpu(stage.device)
     seconds: list[float] = []
-    while wave := _wave(tiles, few, bool(seconds)):
+    while wave := _wave(tiles, few, WAVE if seconds else min(WAVE, FIRST_WAVE), size):
         # `from_items`, not `range`, whose read tasks take a whole CPU each and starve the actors.
         blocks = ray.data.from_items(
             [{"tiles": ",".join(map(str, block))} for block in wave], override_num_blocks=len(wave)
@@ -460,11 +464,11 @@ def _tiles_of_gpu(device: str) -> int:
     return TILES_PER_GPU_BLOCK if device == "cuda" else 1
 
 
-def _wave(tiles: Iterator[int], size: int, known: bool) -> list[list[int]]:
-    """The blocks of the next wave; a short one first, since nobody knows yet what a tile takes."""
-    most = WAVE if known else min(WAVE, FIRST_WAVE)
-    blocks = (list(itertools.islice(tiles, size)) for _ in range(most))
-    return list(itertools.takewhile(bool, blocks))
+def _wave(tiles: Iterator[int], size: int, most: int, workers: int) -> list[list[int]]:
+    """The blocks of the next wave, at most so many of at most so many tiles, and some a worker."""
+    numbers = np.fromiter(itertools.islice(tiles, most * size), np.int64)
+    size = max(1, min(size, math.ceil(numbers.size / (BLOCKS_EACH * workers))))
+    return [numbers[first : first + size].tolist() for first in range(0, numbers.size, size)]
 
 
 def _tiles_for(goal: float, seconds: Sequence[float]) -> int:

@@ -91,12 +91,22 @@ def measure(volume: Volume) -> Intensity:
     for piece in pieces:
         if piece not in found:
             found[piece] = _patiently(volume, piece, unread)
-    count, mean, squares = functools.reduce(_together, (found[piece] for piece in pieces))
-    if unread and not count.any():
+    total = functools.reduce(_together, (found[piece] for piece in pieces))
+    if unread and not total[0].any():
         raise InputError(next(iter(unread.values())))
+    return _intensity(total, tuple(map(str, unread)))
+
+
+def summarise(voxels: NDArray[Any]) -> Intensity:
+    """The same of an array ``(c, ...)``."""
+    return _intensity(_summary(voxels))
+
+
+def _intensity(total: NDArray[np.float64], unread: tuple[str, ...] = ()) -> Intensity:
+    count, mean, squares = total
     sd = np.sqrt(squares / np.maximum(count, 1))
     sd[sd <= 1e-12 * np.abs(mean)] = 1.0
-    return Intensity(tuple(mean.tolist()), tuple(sd.tolist()), tuple(map(str, unread)))
+    return Intensity(tuple(mean.tolist()), tuple(sd.tolist()), unread)
 
 
 def _refuse_unreadable(volume: Volume, pieces: Sequence[Box]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -24,7 +25,7 @@ from unet_ray import engine as engines
 from unet_ray.attempts import Stage
 from unet_ray.boxes import Box
 from unet_ray.errors import RunError
-from unet_ray.intensity import Intensity
+from unet_ray.intensity import summarise
 from unet_ray.mirror import read_mirrored
 from unet_ray.planning import Outlook, spread
 from unet_ray.prediction import Predictor
@@ -32,7 +33,8 @@ from unet_ray.stores import Store, StoreLayout, create_store
 from unet_ray.tiles import TilePlan
 
 SECONDS = 12.0  # after which no more tiles are begun
-ROUNDS = 4  # tiles per thread, at most, after a first one that warms up
+ROUNDS = 5  # tiles per thread, at most
+GREY = 10  # tiles of which one slice each tells the grey values
 Steps = tuple[float, float, float, int]
 
 
@@ -82,14 +84,12 @@ def try_tiles(outlook: Outlook, workers: int | None = None) -> Pilot | None:
     with tempfile.TemporaryDirectory(prefix="unet-ray-") as folder:
         worker = _Trial(outlook, Path(folder, "store"))
         stage = Stage("pilot", lambda: worker, outlook.device)
-        tiles = _until(time.monotonic() + SECONDS, spread(outlook.sample, (ROUNDS + 1) * threads))
+        tiles = _until(time.monotonic() + SECONDS, spread(outlook.sample, ROUNDS * threads))
         with closing(engines.run(stage, tiles, "local", threads)) as receipts:
             failures = [receipt.error for receipt in receipts if receipt.error]
     if not worker.steps:
         raise RunError(f"{outlook.volume.path}: no tile could be tried: {failures[0]}")
-    steps = worker.steps[threads:] or worker.steps  # the first of each thread warm up
-    read, predict, write = (statistics.mean(step[n] for step in steps) for n in range(3))
-    stored = statistics.mean(step[3] for step in worker.steps)
+    read, predict, write, stored = map(statistics.mean, zip(*worker.steps, strict=True))
     return Pilot(len(worker.steps), threads, read, predict, write, stored)
 
 
@@ -102,16 +102,14 @@ class _Trial:
 
     def __init__(self, outlook: Outlook, path: Path) -> None:
         self.steps: list[Steps] = []
+        self._warm = threading.local()  # the first pass of a thread takes longer
         self._volume, self._plan = outlook.volume, outlook.plan
         self._outputs = outlook.outputs
         small = self._plan.passes
         network = outlook.network
         self._one = TilePlan(self._plan.shape, small, self._plan.context, small)
-        # Any mean would do: it changes no time, and little of what is stored.
-        middle = self._read(outlook.sample[len(outlook.sample) // 2])[0][:, :1].astype(np.float64)
-        axes = tuple(range(1, middle.ndim))
-        mean, sd = np.nanmean(middle, axes), np.maximum(np.nanstd(middle, axes), 1e-6)
-        intensity = Intensity(tuple(mean.tolist()), tuple(sd.tolist()))
+        # What they are exactly changes no time, and little of what is stored.
+        intensity = summarise(self._slices(spread(outlook.sample, GREY)))
         self._predictor = Predictor(
             network, self._one, intensity, outlook.precision, outlook.device, outlook.tta
         )
@@ -121,15 +119,19 @@ class _Trial:
             for name, plan in (("whole", self._plan), ("pass", self._one))
         )
 
-    def _read(self, tile: int) -> tuple[NDArray[Any], float]:
-        start = time.monotonic()
-        volume = self._volume
-        voxels = read_mirrored(volume.read, volume.shape[1:], self._plan[tile].read)
-        return voxels, time.monotonic() - start
+    def _slices(self, tiles: Sequence[int]) -> NDArray[Any]:
+        """The first slices of the cores of some tiles, side by side, (c, n)."""
+        cores = (self._plan[tile].write for tile in tiles)
+        first = (Box(core.start, (core.start[0] + 1, *core.stop[1:])) for core in cores)
+        return np.concatenate(
+            [self._volume.read(b).reshape(self._volume.shape[0], -1) for b in first], 1
+        )
 
     def read(self, tile: int) -> tuple[NDArray[Any], float]:
         """The voxels of a tile, and how long they took."""
-        return self._read(tile)
+        start, volume = time.monotonic(), self._volume
+        voxels = read_mirrored(volume.read, volume.shape[1:], self._plan[tile].read)
+        return voxels, time.monotonic() - start
 
     def predict(
         self, tile: int, told: tuple[NDArray[Any], float]
@@ -137,8 +139,10 @@ class _Trial:
         """What one pass of a tile gives; and seconds of reading, and of all passes."""
         voxels, read = told
         seen = voxels[(slice(None), *Box.of(self._plan.pass_shape).slices)]
-        if (seen == seen[:, :1, :1, :1]).all():  # kept once it was computed
+        constant = (seen == seen[:, :1, :1, :1]).all()  # then it is kept once it was computed
+        if constant or not getattr(self._warm, "up", False):
             self._predictor(self._one[0], seen, self._outputs)
+            self._warm.up = True
         start = time.monotonic()
         found = self._predictor(self._one[0], seen, self._outputs)
         return found, read, (time.monotonic() - start) * self._passes(tile)

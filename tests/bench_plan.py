@@ -1,0 +1,58 @@
+"""What `plan` says of a run, beside the run; and what empty or masked tiles save.
+
+python -m tests.bench_plan
+"""
+
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from tests.test_segmentation import noise, random_model, shards_of, write_stack
+from unet_ray.pilot import try_tiles
+from unet_ray.planning import Settings, plan
+from unet_ray.segmentation import segment
+
+SHAPE = (80, 1024, 1024)
+TILE = (4, 1024, 1024)
+
+
+def cases(folder):
+    """Name, volume and settings of each run."""
+    full = noise(SHAPE)
+    half = full.copy()
+    half[SHAPE[0] // 2 :] = 7
+    mask = np.zeros((SHAPE[0], 8, 8), np.uint8)  # coarser, of the same field of view
+    mask[: SHAPE[0] // 4] = 1
+    volume = write_stack(folder / "full.tif", full)
+    masked = Settings(tile=TILE, mask=write_stack(folder / "mask.tif", mask))
+    yield "full", volume, Settings(tile=TILE)
+    yield "half empty", write_stack(folder / "half.tif", half), Settings(tile=TILE)
+    yield "a quarter of it, by --mask", volume, masked
+
+
+def main():
+    """Prints a line for each run."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = random_model(folder / "model.safetensors", depth=4, base=16)
+        whole = None
+        for number, (what, volume, settings) in enumerate(cases(folder)):
+            outlook, seen = plan(volume, model, settings), []
+            trial = try_tiles(outlook)
+            told = trial.seconds * math.ceil(outlook.tiles / outlook.workers)
+            store = segment(volume, model, folder / f"{number}.zarr", settings, seen.append)
+            took, tiles = seen[-1].seconds, seen[-1].finished
+            stored = sum((store / shard).stat().st_size for shard in shards_of(store))
+            whole = whole or took
+            print(
+                f"{what}: {tiles} tiles, told {told:.1f} s, took {took:.1f} s "
+                f"({100 * (told / took - 1):+.0f} %), {took / whole:.2f} of the whole; told "
+                f"{trial.stored * outlook.tiles / 1e6:.1f} MB, stored {stored / 1e6:.1f} MB",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
