@@ -30,6 +30,8 @@ bench: $(STAMP) ## measure speed, beside other libraries where they do the same
 	$(RUN) tests.bench_scores
 	$(RUN) tests.bench_training
 	$(RUN) tests.bench_engine
+	$(RUN) tests.bench_plan
+	$(RUN) tests.bench_memory 2
 
 check: $(STAMP) ## lint, formatting and types
 	$(RUN) ruff check
