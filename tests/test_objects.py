@@ -421,7 +421,7 @@ def test_a_run_that_makes_a_store_anew_can_be_forced_out_at_every_step(
     else:
         shutil.copytree(whole, out)
     overtaken(
-        monkeypatch, Fence, "check", number, lambda: segment(volume, model, out, TAKING)
+        monkeypatch, Fence, "hold", number, lambda: segment(volume, model, out, TAKING)
     )  # fmt: skip
     with pytest.raises(LostError, match=r"out\.zarr: process \d+ on .* has taken it over"):
         segment(volume, model, out, dataclasses.replace(TILED, overwrite=True, workers=1))

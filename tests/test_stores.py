@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -309,14 +310,16 @@ class KilledError(Exception):
 
 
 def dying(number):
-    """A `may_write` that ends its process when it is asked for the so-manieth time."""
+    """A guard that ends its process when it is held for the so-manieth time."""
     calls = itertools.count()
 
-    def may_write():
+    @contextmanager
+    def guard():
         if next(calls) == number:
             raise KilledError
+        yield
 
-    return may_write
+    return guard
 
 
 @pytest.mark.parametrize("new", ["a new store", "a store made anew"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ class EventLog:
 
     Args:
         path: the file, its folder must exist; or what the names of the parts begin with.
-        may_write: asked before each writing; raises if the log is no longer this run's.
+        guard: held during each writing; raises if the log is no longer this run's.
     """
 
-    def __init__(self, path: Place, may_write: Callable[[], None] = lambda: None) -> None:
-        self._path, self._may_write = path, may_write
+    def __init__(
+        self, path: Place, guard: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self._path, self._guard = path, guard
         self._lines: list[bytes] = []
         self._begun = self._written = time.monotonic()
 
@@ -45,8 +48,7 @@ class EventLog:
             if now - self._written > max(PART_SECONDS, (now - self._begun) / 100):
                 self.flush()
             return
-        self._may_write()
-        with open(self._path, "ab") as file:
+        with self._guard(), open(self._path, "ab") as file:
             if file.tell() and not self._ends_with_newline(self._path):
                 file.write(b"\n")
             file.write(line.encode())
@@ -55,7 +57,7 @@ class EventLog:
         """Writes what is not written yet."""
         if self._lines and isinstance(self._path, ObjectPath):
             part = self._path / f"{time.time_ns():020d}.jsonl"
-            write_whole(part, b"".join(self._lines), may_write=self._may_write)
+            write_whole(part, b"".join(self._lines), guard=self._guard)
             self._lines.clear()
             self._written = time.monotonic()
 

@@ -2,10 +2,9 @@
 
 Knows processes, clocks and one small file or object; does not know what a run does. That two never
 own it at once is not promised, since an owner that is silent for long loses it unasked; it finds
-out by `Lease.check` and stops, and its workers by `Fence.check` before each thing that they write.
+out by `Lease.check` and stops, and its workers by `Fence.hold` at each thing that they write.
 Two runs that go on with the same store would only do the work twice. A run that makes the store
-anew counts on the fence, and on the epoch, which grows with every owner, new store or old. What is
-done in the instant after a look is not fenced on a disk; `places.write_whole` says how on objects.
+anew counts on the fence, and on the epoch, which grows with every owner, new store or old.
 
 Clocks: a heartbeat is the wall clock of its owner, read by the clock of another host. One that
 lies in the future is of a clock that differs: then the time of the file counts, which the file
@@ -25,7 +24,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -113,6 +112,20 @@ class Fence:
         """
         if fate := _fate(_swap(self.folder).read(), self.owner):
             raise LostError(f"{self.folder.parent}: {fate}, so this run stops.")
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Makes sure of it, and on a disk keeps others from taking over as long as it is held.
+
+        It is to be held for an instant: a process that is stopped meanwhile keeps them out until
+        it goes on or ends. An object store has no locks; its puts are conditional instead.
+
+        Raises:
+            LostError, OSError: as `check`.
+        """
+        with nullcontext() if isinstance(self.folder, ObjectPath) else _locked(self.folder / LOCK):
+            self.check()
+            yield
 
 
 class Lease:
@@ -410,7 +423,10 @@ def _locked(path: Path) -> Iterator[None]:
     try:
         while not try_lock(file):
             if time.monotonic() > end:
-                raise TimeoutError(f"{path} has been locked for {LOCK_SECONDS:.0f} s")
+                raise TimeoutError(
+                    f"{path} has been locked for {LOCK_SECONDS:.0f} s; if a run there was stopped, "
+                    "continue or end it"
+                )
             time.sleep(0.01)
         try:
             yield

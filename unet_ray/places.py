@@ -20,7 +20,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -226,7 +226,7 @@ def write_whole(
     path: Place,
     data: bytes,
     scratch: Place | None = None,
-    may_write: Callable[[], None] | None = None,
+    guard: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> None:
     """Writes `data` to `path` and returns when it is durable, under that name.
 
@@ -237,12 +237,12 @@ def write_whole(
         path: the file; its folder is made.
         data: what it is to hold.
         scratch: folder of the file that is written first, on the same disk; by default its own.
-        may_write: asked at the last moment; raises if nothing may be written any more. An object
-            is then put only over what was there when it was asked, so that a put which arrives
-            late finds what others have written since, and is refused.
+        guard: held while the file takes its place; raises if nothing may be written any more. An
+            object is then put only over what was there before, so that a put which arrives late
+            finds what others have written since, and is refused.
     """
     if isinstance(path, ObjectPath):
-        _put_whole(path, data, may_write)
+        _put_whole(path, data, guard)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = scratch if isinstance(scratch, Path) else path.parent
@@ -252,9 +252,8 @@ def write_whole(
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if may_write:
-            may_write()
-        os.replace(partial, path)
+        with guard() if guard else nullcontext():
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     opened = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -264,16 +263,18 @@ def write_whole(
         os.close(opened)
 
 
-def _put_whole(path: ObjectPath, data: bytes, may_write: Callable[[], None] | None) -> None:
-    if not may_write:
+def _put_whole(
+    path: ObjectPath, data: bytes, guard: Callable[[], AbstractContextManager[None]] | None
+) -> None:
+    if not guard:
         path.put(data)
         return
     tag = None  # most often there is nothing yet, and nobody need look
     for pause in (0.0, *PAUSES):
         time.sleep(pause)
-        may_write()
-        if path.put_if(data, tag):
-            return
+        with guard():
+            if path.put_if(data, tag):
+                return
         tag = path.tag()
     raise OSError(errno.EIO, "others write this object again and again", str(path))
 

@@ -141,7 +141,7 @@ class TileWorker:
         self._predictor = Predictor(
             network, run.plan, run.intensity, run.precision, run.device, run.tta
         )
-        self._store = Store(run.out, run.outputs, run.fence.check if run.fence else None)
+        self._store = Store(run.out, run.outputs, run.fence.hold if run.fence else None)
 
     def read(self, tile: int) -> NDArray[Any]:
         """The voxels that a tile reads, ``(c, z, y, x)``, mirrored beyond the volume's faces.
@@ -482,14 +482,13 @@ def _execute(
 
 def _open_store(run: Segmentation, settings: Settings, lease: Lease) -> None:
     """Opens the store, or makes it; makes sure that what lies there is of this run."""
-    may_write = lease.fence.check
     anew = settings.overwrite and not run.resumed
     told = None if anew else _told_by(run.out, anew)
     if told is None:
-        may_write()
-        begin(run.out / LEDGER, lease.epoch)  # from here on nothing counts as done
+        with lease.fence.hold():
+            begin(run.out / LEDGER, lease.epoch)  # from here on nothing counts as done
         layout = StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)
-        create_store(run.out, layout, run.provenance, may_write)
+        create_store(run.out, layout, run.provenance, lease.fence.hold)
     else:  # another may have made it since
         _refuse_difference(run.out, told, run.provenance)
     Store(run.out, run.outputs).require_plan(run.plan)
@@ -561,7 +560,7 @@ class _Execution:
     ) -> None:
         self._run, self._settings, self._watch = run, settings, watch
         self._lease, self._ledger = lease, ledger
-        self.log = EventLog(run.out / EVENTS, lease.fence.check)
+        self.log = EventLog(run.out / EVENTS, lease.fence.hold)
         self._wanted, self._total = wanted, int(wanted.tiles.sum())
         self._start, self._before, self._done, self._voxels = time.monotonic(), 0, 0, 0
         self._given_up: dict[int, str] = {}

@@ -6,12 +6,13 @@ what a network is or which tiles are done.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ METADATA = (
 _SHARDS = (r"0/c/0/[0-9]+/[0-9]+/[0-9]+", r"labels/classes/0/c/[0-9]+/[0-9]+/[0-9]+")
 LARGEST_CHUNK = (32, 256, 256)
 DELETED = "deleted-"  # what names in .unet_ray begin with that are no longer of a store
+# A mount point, or a file system that moves no folders.
+UNMOVABLE = {errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EMFILE, errno.ENOTSUP, errno.EINVAL}
 AT_ONCE = 1000  # objects that are removed by one request
 
 
@@ -86,7 +89,7 @@ def create_store(
     path: Place,
     layout: StoreLayout,
     provenance: Mapping[str, Any],
-    may_write: Callable[[], None] = lambda: None,
+    guard: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Makes an empty store at `path`, in the place of any that is there.
 
@@ -97,25 +100,25 @@ def create_store(
         path: the store.
         layout: what it looks like.
         provenance: how it is made.
-        may_write: asked before each change; raises if nothing may be changed any more.
+        guard: held during each change; raises if nothing may be changed any more.
 
     Raises:
         InputError: if something is there that no store of ours holds.
     """
     refuse_others(path)
     files = _metadata(layout, provenance)
-    _clear(path, may_write)
+    _clear(path, guard)
     for name in METADATA:
         if name in files:
-            write_whole(path / name, files[name], path / PRIVATE, may_write)
-    write_whole(path / ROOT, files[ROOT], path / PRIVATE, may_write)
+            write_whole(path / name, files[name], path / PRIVATE, guard)
+    write_whole(path / ROOT, files[ROOT], path / PRIVATE, guard)
 
 
-def _clear(path: Place, may_write: Callable[[], None]) -> None:
+def _clear(path: Place, guard: Callable[[], AbstractContextManager[None]]) -> None:
     """Removes a store, or what is left of one, but not its lease and ledger."""
     (path / PRIVATE).mkdir(parents=True, exist_ok=True)
-    may_write()
-    (path / ROOT).unlink(missing_ok=True)
+    with guard():
+        (path / ROOT).unlink(missing_ok=True)
     if isinstance(path, ObjectPath):
         private = f"{path / PRIVATE}/"
         old = itertools.chain(
@@ -123,25 +126,27 @@ def _clear(path: Place, may_write: Callable[[], None]) -> None:
             *((path / name).below() for name in (EVENTS, BEGUN)),
         )
         while some := [*itertools.islice(old, AT_ONCE)]:
-            may_write()
-            remove_objects(some)
+            with guard():
+                remove_objects(some)
         return
     for name in ("0", "labels", EVENTS, BEGUN):
-        _put_away(path / name, path / PRIVATE, may_write)
+        _put_away(path / name, path / PRIVATE, guard)
     remove_deleted(path)
 
 
-def _put_away(old: Path, private: Path, may_write: Callable[[], None]) -> None:
+def _put_away(old: Path, private: Path, guard: Callable[[], AbstractContextManager[None]]) -> None:
     """Moves a part of a store away, which takes no time; after that, it is nobody's."""
-    may_write()
     try:
-        old.rename(private / f"{DELETED}{uuid.uuid4().hex}")
+        with guard():
+            old.rename(private / f"{DELETED}{uuid.uuid4().hex}")
     except FileNotFoundError:
         return
-    except OSError:  # a mount point, or a file system that moves no folders
+    except OSError as error:
+        if error.errno not in UNMOVABLE:
+            raise
         for each in files_below(old):
-            may_write()
-            each.unlink(missing_ok=True)
+            with guard():
+                each.unlink(missing_ok=True)
 
 
 def remove_deleted(path: Place) -> None:
@@ -337,7 +342,7 @@ class Store:
     Args:
         path: the store.
         outputs: which of its arrays.
-        may_write: asked just before each shard is there; raises if it may not be.
+        guard: held while each shard takes its place; raises if it may not.
 
     Raises:
         RunError: if the metadata of an array is missing or damaged.
@@ -347,9 +352,9 @@ class Store:
         self,
         path: Where,
         outputs: Sequence[str],
-        may_write: Callable[[], None] | None = None,
+        guard: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
-        self.path, self._may_write = place_of(path), may_write
+        self.path, self._guard = place_of(path), guard
         self._arrays = {name: _opened(self.path / ARRAYS[name]) for name in outputs}
         self._metadata = {name: (self.path / ARRAYS[name] / ROOT).read_bytes() for name in outputs}
 
@@ -375,7 +380,7 @@ class Store:
         """
         for name in self._arrays:
             shard = self.encoded(name, tile, results[name])
-            write_whole(self.shard(name, tile), shard, self.path / PRIVATE, self._may_write)
+            write_whole(self.shard(name, tile), shard, self.path / PRIVATE, self._guard)
 
     def encoded(self, name: str, tile: Tile, result: NDArray[np.uint8]) -> bytes:
         """The bytes of one shard. Nothing of an older shard is read, so damage is no hindrance.

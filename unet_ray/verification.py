@@ -18,7 +18,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -419,7 +419,7 @@ class _Check:
     def _repair(self, run: Segmentation, lease: Lease) -> None:
         """Writes damaged files again, and checks them again."""
         for path in self._metadata:
-            self._write_metadata(path, lease.fence.check)
+            self._write_metadata(path, lease.fence.hold)
         self._metadata = self._check_metadata()
         outputs = {tile: list(found) for tile, found in self._bad.items()}
 
@@ -427,7 +427,7 @@ class _Check:
             for name in outputs[tile]:
                 _refuse_link(self._path, self._shard(name, tile).parent)
             # Of the store's outputs those that are sound are left alone.
-            store = Store(self._path, outputs[tile], lease.fence.check)
+            store = Store(self._path, outputs[tile], lease.fence.hold)
             store.write(self._plan[tile], result)
 
         with closing(self._made("repair", run, sorted(outputs), write)) as receipts:
@@ -446,11 +446,13 @@ class _Check:
         elif self._check_tile(receipt.tile):
             self._repaired.append(receipt.tile)
 
-    def _write_metadata(self, path: Place, may_write: Callable[[], None]) -> None:
+    def _write_metadata(
+        self, path: Place, guard: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         try:
             _refuse_link(self._path, path.parent)
             expected = self._empty / str(path)[len(str(self._path)) + 1 :]
-            write_whole(path, expected.read_bytes(), self._path / PRIVATE, may_write)
+            write_whole(path, expected.read_bytes(), self._path / PRIVATE, guard)
         except LostError:
             raise
         except (OSError, RunError) as error:
