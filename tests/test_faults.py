@@ -20,6 +20,7 @@ from tests.test_segmentation import FLOAT32, TILED, bytes_of, noise, shards_of, 
 from unet_ray import engine, segmentation
 from unet_ray import ledger as ledgers
 from unet_ray.attempts import Deadline, Stage
+from unet_ray.boxes import Box
 from unet_ray.errors import InputError, QuarantinedError, RunError
 from unet_ray.events import read_events
 from unet_ray.ledger import committed, quarantined
@@ -241,28 +242,72 @@ def test_a_file_system_that_fills_up_is_told_and_loses_nothing(task, small_disk,
     assert kept == {tile: state_of_tile(volume, model, out, tile) for tile in kept}
 
 
-def test_what_a_disk_cannot_hold_is_refused_at_once(task, tmp_path, monkeypatch):
-    volume, model, whole = task
-    out = tmp_path / "out.zarr"
-    stored = sum((whole / name).stat().st_size for name in shards_of(whole))
-    free = [stored // 4]
+@pytest.fixture
+def disk(monkeypatch):
+    """What is told of the disk of an output; given as a function."""
     usage = segmentation.shutil.disk_usage
-    monkeypatch.setattr(
-        segmentation.shutil, "disk_usage", lambda place: usage(place)._replace(free=free[0])
-    )
-    words = (
-        r"its 24 tiles would take about \d+ KiB \(\d+ KiB at most\), \d+ KiB are free there; make"
-    )
+
+    def has(**facts):
+        monkeypatch.setattr(
+            segmentation.shutil, "disk_usage", lambda place: usage(place)._replace(**facts)
+        )
+
+    return has
+
+
+def bytes_stored(store):
+    return sum((store / name).stat().st_size for name in shards_of(store))
+
+
+def test_what_a_disk_cannot_hold_is_refused_at_once(task, tmp_path, disk):
+    volume, model, whole = task
+    out, stored = tmp_path / "out.zarr", bytes_stored(whole)
+    disk(free=stored // 4)
+    words = r"its 24 tiles would take about \d+ KiB \(\d+ KiB at most\), \d+ KiB are free there;"
     with pytest.raises(InputError, match=words):
         segment(volume, model, out, TILED)
     assert not out.exists()
-    free[0] = 2 * stored  # less than if nothing could be compressed
+    disk(free=stored)  # less than if nothing could be compressed
     segment(volume, model, out, TILED)
     assert bytes_of(out) == bytes_of(whole)
-    free[0] = 0
+    disk(free=0)
     segment(volume, model, out, segmentation.replace(TILED, overwrite=True))  # in its own place
     segment(volume, model, out, TILED)
     assert bytes_of(out) == bytes_of(whole)
+
+
+def test_a_disk_that_tells_nothing_takes_what_comes(task, tmp_path, disk):
+    volume, model, whole = task
+    disk(free=0, total=0)
+    assert bytes_of(segment(volume, model, tmp_path / "out.zarr", TILED)) == bytes_of(whole)
+
+
+def test_only_what_is_left_has_to_fit(task, tmp_path, disk):
+    _, model, _ = task
+    image = noise((16, 61, 75))
+    image[8:] = 7
+    volume, out = write_stack(tmp_path / "half.tif", image), tmp_path / "out.zarr"
+    settings = segmentation.replace(FLOAT32, tile=(1, 64, 80), workers=1)
+    segment(volume, model, out, segmentation.replace(settings, region=Box((0,) * 3, (8, 61, 75))))
+    done = bytes_stored(out)
+    disk(free=done // 4)  # of the dense half, less than what it took
+    segment(volume, model, out, settings)
+    assert 0 < bytes_stored(out) - done < done // 4
+
+
+@pytest.mark.parametrize("error", [RunError("no chunk"), OSError(errno.ENOSPC, "another disk")])
+def test_a_trial_that_fails_is_no_hindrance(task, tmp_path, disk, monkeypatch, error):
+    volume, model, whole = task
+    tried = []
+
+    def fails(*args, **kwargs):
+        tried.append(args)
+        raise error
+
+    monkeypatch.setattr(segmentation, "try_tiles", fails)
+    disk(free=bytes_stored(whole) // 4)
+    assert bytes_of(segment(volume, model, tmp_path / "out.zarr", TILED)) == bytes_of(whole)
+    assert tried
 
 
 def state_of_tile(volume, model, out, tile):

@@ -405,14 +405,15 @@ def anew(task, tmp_path_factory):
     return bytes_of(segment(volume, model, tmp_path_factory.mktemp("anew") / "out.zarr", ANEW))
 
 
-# The lease is looked at before each step: the ledger, the old root, the old arrays, five files of
-# metadata, and the shards of the tiles.
-STEPS = [(out, n) for out in ("out.zarr", OUT) for n in (*range(1, 10 if out == OUT else 13), 40)]
+# The lease is looked at for each step: the ledger, the old root, the old arrays (on a disk log and
+# marks, too), five files of metadata; and for the shards of the tiles.
+STEPS = [(out, "hold", n + 1) for out, steps in (("out.zarr", 11), (OUT, 8)) for n in range(steps)]
+STEPS += [(out, "look", n) for out in ("out.zarr", OUT) for n in (1, 20)]
 
 
-@pytest.mark.parametrize(("out", "number"), STEPS)
+@pytest.mark.parametrize(("out", "method", "number"), STEPS)
 def test_a_run_that_makes_a_store_anew_can_be_forced_out_at_every_step(
-    task, anew, bucket, tmp_path, monkeypatch, out, number
+    task, anew, bucket, tmp_path, monkeypatch, out, method, number
 ):
     volume, model, whole = task
     monkeypatch.chdir(tmp_path)
@@ -421,7 +422,7 @@ def test_a_run_that_makes_a_store_anew_can_be_forced_out_at_every_step(
     else:
         shutil.copytree(whole, out)
     overtaken(
-        monkeypatch, Fence, "hold", number, lambda: segment(volume, model, out, TAKING)
+        monkeypatch, Fence, method, number, lambda: segment(volume, model, out, TAKING)
     )  # fmt: skip
     with pytest.raises(LostError, match=r"out\.zarr: process \d+ on .* has taken it over"):
         segment(volume, model, out, dataclasses.replace(TILED, overwrite=True, workers=1))
@@ -450,29 +451,6 @@ def test_a_run_that_was_forced_out_tells_nothing_in_the_log_of_the_next(
         segment(volume, model, out, dataclasses.replace(TILED, workers=1), overtaken_and_ended)
     events = [each["event"] for each in read_events(place_of(out) / EVENTS)]
     assert events == ["start", *["tile"] * TILES, "end"]
-
-
-@pytest.mark.parametrize("out", [OUT, "out.zarr"])
-def test_the_same_command_goes_on_though_it_says_overwrite(
-    task, bucket, tmp_path, monkeypatch, out
-):
-    volume, model, whole = task
-    monkeypatch.chdir(tmp_path)
-    anew = dataclasses.replace(TILED, overwrite=True, workers=1)
-    segment(volume, model, out, ANEW)  # of another run, so it goes
-
-    def killed(progress):
-        if progress.finished == 20:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        segment(volume, model, out, anew, killed)
-    seen = []
-    segment(volume, model, out, anew, seen.append)
-    assert (seen[-1].finished, seen[-1].done) == (4, TILES)
-    assert (stored(bucket) if out == OUT else bytes_of(tmp_path / out)) == bytes_of(whole)
-    segment(volume, model, out, anew, seen.append)  # a finished one is made anew
-    assert seen[-1].finished == TILES
 
 
 @pytest.mark.parametrize("out", [OUT, "out.zarr"])

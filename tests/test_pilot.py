@@ -52,6 +52,19 @@ def test_seconds_are_those_of_a_whole_tile(files, monkeypatch):
     assert trial.predict >= 3 * trial.read > 0
 
 
+def test_slices_that_cannot_be_read_are_passed_over(files, monkeypatch):
+    outlook = plan(*files, dataclasses.replace(TILED, tile=(1, 64, 76)))
+    read = outlook.volume.read
+
+    def damaged(box):
+        if box.start[0] <= 1 < box.stop[0]:
+            raise RunError("a chunk is damaged")
+        return read(box)
+
+    monkeypatch.setattr(outlook.volume, "read", damaged)
+    assert try_tiles(outlook, 1).tiles == 2
+
+
 def test_constant_background_costs_next_to_nothing(tmp_path, files):
     empty = write_stack(tmp_path / "empty.tif", np.full((3, 61, 75), 7, np.uint8))
     settings = dataclasses.replace(TILED, tile=(3, 64, 76))

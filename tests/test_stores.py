@@ -19,6 +19,7 @@ from unet_ray.ledger import Ledger, begin
 from unet_ray.places import remove_tree
 from unet_ray.stores import (
     ARRAYS,
+    EVENTS,
     LARGEST_CHUNK,
     LEDGER,
     PRIVATE,
@@ -398,6 +399,7 @@ def test_what_others_have_put_into_a_store_is_not_deleted(path, kind):
 def test_a_store_is_made_anew_where_folders_cannot_be_moved(path, monkeypatch, code):
     before = files(path)
     write_all(path, predicted(), [0, 3])
+    (path / EVENTS).write_text("of an older run")
 
     def fails(*args):
         raise OSError(code, "no moving here")
@@ -405,7 +407,7 @@ def test_a_store_is_made_anew_where_folders_cannot_be_moved(path, monkeypatch, c
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", fails)
         create_store(path, layout(), PROVENANCE)
-    assert files(path) == before
+    assert files(path) == before and not (path / EVENTS).exists()
 
 
 def test_what_cannot_be_removed_now_is_no_hindrance(path, monkeypatch):
@@ -485,6 +487,7 @@ FOREIGN = {
     "no attributes": {"zarr.json": json.dumps({"zarr_format": 3})},
     "no group": {"zarr.json": "[]"},
     "no JSON": {"zarr.json": "{"},
+    "deep": {"zarr.json": "[" * 200_000},
     "no text": {"zarr.json": b"\xff\xfe"},
     "a word for provenance": {"zarr.json": json.dumps({"attributes": {"unet_ray": "mine"}})},
 }
@@ -498,6 +501,16 @@ def test_a_foreign_folder_is_refused(tmp_path, kind):
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=r"thesis: exists and is not an output of unet-ray; .*\.$"):
         provenance_of(folder)
+
+
+def test_a_root_that_cannot_be_read_now_is_no_foreign_one(path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise OSError(errno.EIO, "a bad moment")
+
+    monkeypatch.setattr(Path, "read_text", fails)
+    for ask in (provenance_of, refuse_others):
+        with pytest.raises(OSError, match="a bad moment"):
+            ask(path)
 
 
 def test_a_foreign_file_is_refused(tmp_path):

@@ -396,7 +396,7 @@ def plan(
     click.option(
         "--overwrite",
         is_flag=True,
-        help="Delete the store first, if it is ours; but go on with this very run, unfinished.",
+        help="Delete the store first, if it is ours. After a kill, leave it out to go on.",
     ),
     click.option(
         "--takeover", is_flag=True, help="Force out another run that is writing to the store."

@@ -55,6 +55,7 @@ GRACE_SECONDS = 5.0
 # wave begins with new actors, so it is to last long enough, however many they are.
 WAVE, FIRST_WAVE = 4096, 512
 BLOCK_SECONDS, WAVE_SECONDS, LARGEST_BLOCK = 2.0, 600.0, 512
+MOST_SECONDS = 60.0  # of a block: its tiles are noted when it ends
 # Below one, so that Ray always finds room for its own reading and writing beside the actors.
 CPUS_PER_ACTOR = 0.9
 # So many a worker at least, where there are tiles enough: else some would wait for the last one.
@@ -423,7 +424,7 @@ def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: boo
 
     connect(workers)
     size = pool_size(stage.device, workers)
-    goal = max(BLOCK_SECONDS, WAVE_SECONDS * size / WAVE)
+    goal = min(MOST_SECONDS, max(BLOCK_SECONDS, WAVE_SECONDS * size / WAVE))
     few = 1 if alone else _tiles_of_gpu(stage.device)
     seconds: list[float] = []
     while wave := _wave(tiles, few, WAVE if seconds else min(WAVE, FIRST_WAVE), size):

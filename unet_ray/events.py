@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from unet_ray.places import ObjectPath, Place, write_whole
+from unet_ray.places import ObjectPath, Place
 
 LATEST = 4e9  # seconds since 1970: the year 2096
 PART_SECONDS = 10.0
@@ -28,13 +27,11 @@ class EventLog:
 
     Args:
         path: the file, its folder must exist; or what the names of the parts begin with.
-        guard: held during each writing; raises if the log is no longer this run's.
+        may_write: asked before each writing; raises if the log is no longer this run's.
     """
 
-    def __init__(
-        self, path: Place, guard: Callable[[], AbstractContextManager[None]] = nullcontext
-    ) -> None:
-        self._path, self._guard = path, guard
+    def __init__(self, path: Place, may_write: Callable[[], None] = lambda: None) -> None:
+        self._path, self._may_write = path, may_write
         self._lines: list[bytes] = []
         self._begun = self._written = time.monotonic()
 
@@ -48,7 +45,8 @@ class EventLog:
             if now - self._written > max(PART_SECONDS, (now - self._begun) / 100):
                 self.flush()
             return
-        with self._guard(), open(self._path, "ab") as file:
+        self._may_write()
+        with open(self._path, "ab") as file:
             if file.tell() and not self._ends_with_newline(self._path):
                 file.write(b"\n")
             file.write(line.encode())
@@ -56,8 +54,9 @@ class EventLog:
     def flush(self) -> None:
         """Writes what is not written yet."""
         if self._lines and isinstance(self._path, ObjectPath):
+            self._may_write()
             part = self._path / f"{time.time_ns():020d}.jsonl"
-            write_whole(part, b"".join(self._lines), guard=self._guard)
+            part.put(b"".join(self._lines))
             self._lines.clear()
             self._written = time.monotonic()
 

@@ -2,7 +2,7 @@
 
 Knows processes, clocks and one small file or object; does not know what a run does. That two never
 own it at once is not promised, since an owner that is silent for long loses it unasked; it finds
-out by `Lease.check` and stops, and its workers by `Fence.hold` at each thing that they write.
+out by `Lease.check` and stops, and its workers by `Fence.look` at each thing that they write.
 Two runs that go on with the same store would only do the work twice. A run that makes the store
 anew counts on the fence, and on the epoch, which grows with every owner, new store or old.
 
@@ -15,6 +15,7 @@ hosts that share an output should agree to half a minute, as any time service se
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -112,6 +113,16 @@ class Fence:
         """
         if fate := _fate(_swap(self.folder).read(), self.owner):
             raise LostError(f"{self.folder.parent}: {fate}, so this run stops.")
+
+    @contextmanager
+    def look(self) -> Iterator[None]:
+        """Makes sure of it once, without the lock: workers may be lost at any moment.
+
+        Raises:
+            LostError, OSError: as `check`.
+        """
+        self.check()
+        yield
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -376,7 +387,9 @@ def _is_deaf(probe: ObjectPath) -> bool:
             return True
         newer = _put(probe, b"3", probe.tag())
         return not newer or newer == tag or bool(probe.put_if(b"4", tag))
-    except NotImplementedError:
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
         return True
     finally:
         probe.unlink()
@@ -425,7 +438,7 @@ def _locked(path: Path) -> Iterator[None]:
             if time.monotonic() > end:
                 raise TimeoutError(
                     f"{path} has been locked for {LOCK_SECONDS:.0f} s; if a run there was stopped, "
-                    "continue or end it"
+                    "continue or end it, if its machine was lost, remove that file"
                 )
             time.sleep(0.01)
         try:

@@ -127,8 +127,7 @@ class ObjectPath:
             The new tag; None if another was faster.
 
         Raises:
-            OSError: if the store refuses or does not answer.
-            NotImplementedError: if it knows no conditions.
+            OSError: if the store refuses or does not answer; ENOTSUP if it knows no conditions.
         """
         obstore = _obstore()
         mode = "create" if tag is None else json.loads(tag)
@@ -423,7 +422,7 @@ def _told_as_os_errors(path: ObjectPath, writing: bool = False) -> Iterator[None
         number = errno.EROFS if writing else errno.EACCES
         raise OSError(number, f"access denied ({_line(error)})", str(path)) from error
     except exceptions.NotSupportedError as error:
-        raise NotImplementedError(_line(error)) from error
+        raise OSError(errno.ENOTSUP, _line(error), str(path)) from error
     except exceptions.BaseError as error:
         number = errno.ENOSPC if writing and _FULL.search(str(error)) else errno.EIO
         raise OSError(number, _line(error), str(path)) from error

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from unet_ray import engine as engines
 from unet_ray.boxes import Box
@@ -57,7 +58,7 @@ class Settings:
         precision: number format of the network.
         tta: average over the 8 symmetries of the square.
         nan: what a voxel that is not a finite number is: an ``error`` of its tile, or ``zero``.
-        overwrite: delete what is at the output path first, unless it is this very run, unfinished.
+        overwrite: delete what is at the output path first.
         takeover: force out another run that is writing there.
     """
 
@@ -258,7 +259,7 @@ def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Ou
     )
 
 
-def spread(numbers: Sequence[int], most: int) -> list[int]:
+def spread(numbers: Sequence[int] | NDArray[np.intp], most: int) -> list[int]:
     """At most so many of `numbers`, in their order, evenly spread."""
     count = min(most, len(numbers))
     return [int(numbers[(2 * n + 1) * len(numbers) // (2 * count)]) for n in range(count)]

@@ -7,6 +7,7 @@ The arithmetic, the network, the files and the engines are in rooms of their own
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -51,6 +52,7 @@ from unet_ray.places import (
     unusable,
 )
 from unet_ray.planning import (
+    SAMPLE,
     Settings,
     checked_outputs,
     choose_plan,
@@ -61,6 +63,7 @@ from unet_ray.planning import (
     open_inputs,
     plan,
     precision_of,
+    spread,
     stored_values,
 )
 from unet_ray.prediction import Device, Precision, Predictor, instructions
@@ -70,7 +73,6 @@ from unet_ray.stores import (
     FORMAT,
     LEDGER,
     PRIVATE,
-    ROOT,
     Store,
     StoreLayout,
     create_store,
@@ -84,6 +86,7 @@ from unet_ray.versions import versions
 from unet_ray.volumes import Volume
 
 # Told in the store, but another version of these gives the same bytes.
+MARGIN = 1.5  # by which a few tiles may be mistaken about what all of them store
 PIECE = 1 << 16  # tiles whose numbers are in memory at once
 UNCOMPARED = ("versions.numpy", "versions.zarr")
 
@@ -141,7 +144,7 @@ class TileWorker:
         self._predictor = Predictor(
             network, run.plan, run.intensity, run.precision, run.device, run.tta
         )
-        self._store = Store(run.out, run.outputs, run.fence.hold if run.fence else None)
+        self._store = Store(run.out, run.outputs, run.fence.look if run.fence else None)
 
     def read(self, tile: int) -> NDArray[Any]:
         """The voxels that a tile reads, ``(c, z, y, x)``, mirrored beyond the volume's faces.
@@ -238,7 +241,7 @@ def prepare(
     if told:
         _refuse_difference(path, told, run.provenance)
     _check_room(run, settings)
-    return replace(run, resumed=True) if settings.overwrite and _is_begun(run, settings) else run
+    return run
 
 
 def _told_by(path: Place, anew: bool) -> dict[str, Any] | None:
@@ -251,18 +254,6 @@ def _told_by(path: Place, anew: bool) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise InputError(unusable(path, error)) from error
-
-
-def _is_begun(run: Segmentation, settings: Settings) -> bool:
-    """Whether what is to be deleted is this very run, unfinished: after a kill it goes on, too."""
-    if not (run.out / ROOT).is_file() or is_untouched(run.out):
-        return False
-    try:
-        told = provenance_of(run.out) or {}
-    except InputError:  # damaged, so it is deleted
-        return False
-    same = _difference(told, run.provenance) is None
-    return same and bool(_left(run, wanted_tiles(run, settings)).any())
 
 
 def _check_output(path: Place, read: Place) -> None:
@@ -299,35 +290,58 @@ def _check_room(run: Segmentation, settings: Settings) -> None:
         )
 
 
-def _check_disk(run: Segmentation, settings: Settings, tiles: int) -> None:
-    """Refuses what the disk cannot hold; tries some tiles only where it might not.
+def _check_disk(run: Segmentation, settings: Settings, left: NDArray[np.bool_]) -> None:
+    """Refuses what the disk cannot hold by far; tries some tiles only where it might not.
 
     Raises:
-        InputError: if what so many tiles store, as a few of them tell, is more than is free.
+        InputError: if what the tiles that are left store, as a few of them tell, is far more than
+            is free.
     """
-    if not isinstance(run.out, Path):
-        return
-    free = shutil.disk_usage(next(p for p in (run.out, *run.out.parents) if p.exists())).free
-    if settings.overwrite:
-        free += sum(Path(str(path)).lstat().st_size for path in files_below(run.out))
+    free, tiles = _free(run, settings), int(left.sum())
     most = most_bytes(run.plan, stored_values(len(run.class_values), run.outputs)) * tiles
     if most <= free:
         return
+    stored = _stored(run, settings, np.flatnonzero(left)) * tiles
+    if stored > MARGIN * free:
+        raise InputError(
+            f"{run.out}: its {tiles} tiles would take about {format_bytes(stored)} "
+            f"({format_bytes(most)} at most), {format_bytes(free)} are free there; make room, "
+            "choose another --out, or store less, as with --outputs classes or a --region."
+        )
+
+
+def _free(run: Segmentation, settings: Settings) -> float:
+    """Bytes that may be written where the store is to be; infinite where nobody knows."""
+    if not isinstance(run.out, Path):
+        return math.inf
+    disk = shutil.disk_usage(next(p for p in (run.out, *run.out.parents) if p.exists()))
+    old = 0
+    for path in files_below(run.out) if settings.overwrite else ():
+        with suppress(FileNotFoundError):  # of a run that is still writing there
+            old += os.lstat(str(path)).st_size
+    return disk.free + old if disk.total else math.inf
+
+
+def _stored(run: Segmentation, settings: Settings, tiles: NDArray[np.intp]) -> float:
+    """Bytes of one of these tiles on disk, as a few of them tell; 0 if they cannot be tried."""
+    if 0 < room() < run.memory.total:
+        return 0.0
     z, y, x = run.plan.core
     asked = replace(
         settings,
+        region=None,
+        mask=None,
         tile=(z, y, x),
         memory=sys.maxsize,
         outputs=run.outputs,
         precision=run.precision,
     )
-    trial = try_tiles(plan(run.volume.path, run.model, asked), settings.workers)
-    if trial and trial.stored * tiles > free:
-        raise InputError(
-            f"{run.out}: its {tiles} tiles would take about {format_bytes(trial.stored * tiles)} "
-            f"({format_bytes(most)} at most), {format_bytes(free)} are free there; make room, "
-            "choose another --out, or store less, as with --outputs classes or a --region."
-        )
+    try:
+        outlook = plan(run.volume.path, run.model, asked)
+        trial = try_tiles(replace(outlook, sample=tuple(spread(tiles, SAMPLE))), workers=1)
+    except (RunError, OSError):  # of a bad chunk, or another disk: the run itself will tell
+        return 0.0
+    return trial.stored if trial else 0.0
 
 
 def _provenance(run: Segmentation, header: ModelHeader, settings: Settings) -> dict[str, Any]:
@@ -363,23 +377,16 @@ def _provenance(run: Segmentation, header: ModelHeader, settings: Settings) -> d
 
 
 def _refuse_difference(path: Place, told: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    if differs := _difference(told, now):
-        raise InputError(
-            f"{path}: was made with another {differs}; choose another --out, or delete it with "
-            "--overwrite."
-        )
-
-
-def _difference(told: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first field that differs, with its value then and now."""
     there, here = dict(_flat(told)), dict(_flat(now))
     for field in UNCOMPARED:
         there.pop(field, None)
         here.pop(field, None)
     for field in [*here, *there]:
         if there.get(field) != here.get(field):
-            return f"{field} ({there.get(field)}, now {here.get(field)})"
-    return None
+            raise InputError(
+                f"{path}: was made with another {field} ({there.get(field)}, now "
+                f"{here.get(field)}); choose another --out, or delete it with --overwrite."
+            )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -436,7 +443,7 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
     wanted = wanted_tiles(run, settings)
     if run.resumed and not _left(run, wanted).any():
         return 0  # a finished store is not touched at all
-    _check_disk(run, settings, int((_left(run, wanted) & wanted.tiles).sum()))
+    _check_disk(run, settings, _left(run, wanted) & wanted.tiles)
     try:
         with Lease(run.out / PRIVATE, settings.takeover, after=newest(run.out / LEDGER)) as lease:
             try:
@@ -482,8 +489,7 @@ def _execute(
 
 def _open_store(run: Segmentation, settings: Settings, lease: Lease) -> None:
     """Opens the store, or makes it; makes sure that what lies there is of this run."""
-    anew = settings.overwrite and not run.resumed
-    told = None if anew else _told_by(run.out, anew)
+    told = None if settings.overwrite else _told_by(run.out, anew=False)
     if told is None:
         with lease.fence.hold():
             begin(run.out / LEDGER, lease.epoch)  # from here on nothing counts as done
@@ -560,7 +566,7 @@ class _Execution:
     ) -> None:
         self._run, self._settings, self._watch = run, settings, watch
         self._lease, self._ledger = lease, ledger
-        self.log = EventLog(run.out / EVENTS, lease.fence.hold)
+        self.log = EventLog(run.out / EVENTS, lease.fence.check)
         self._wanted, self._total = wanted, int(wanted.tiles.sum())
         self._start, self._before, self._done, self._voxels = time.monotonic(), 0, 0, 0
         self._given_up: dict[int, str] = {}

@@ -144,7 +144,7 @@ def _put_away(old: Path, private: Path, guard: Callable[[], AbstractContextManag
     except OSError as error:
         if error.errno not in UNMOVABLE:
             raise
-        for each in files_below(old):
+        for each in files_below(old) if old.is_dir() else [old]:
             with guard():
                 each.unlink(missing_ok=True)
 
@@ -317,7 +317,7 @@ def provenance_of(path: Place) -> dict[str, Any] | None:
 
     Raises:
         InputError: if what is there is not a store of ours.
-        OSError: if an object store does not answer.
+        OSError: if it cannot be read.
     """
     if not (path / ROOT).is_file():
         refuse_others(path)
@@ -332,7 +332,7 @@ def provenance_of(path: Place) -> dict[str, Any] | None:
         if told["format"] != FORMAT or not has_private(path):
             raise ValueError(f"format {told['format']}")
         return dict(told)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise InputError(_OTHERS.format(path)) from error
 
 
