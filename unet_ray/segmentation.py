@@ -473,7 +473,7 @@ def _execute(
     watch: Callable[[Progress], None],
 ) -> int:
     _open_store(run, settings, lease)
-    lease.check(now=True)  # what is half-written may be of another run
+    lease.check(now=True)  # from here on what is half-written is of runs that are over
     remove_partial(run.out / PRIVATE)
     remove_partial(run.out / LEDGER)
     remove_deleted(run.out)
