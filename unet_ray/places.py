@@ -191,6 +191,7 @@ class Held:
 
 
 Place = Path | ObjectPath
+Guard = Callable[[], AbstractContextManager[None]]  # held during a change; raises if it may not be
 Where = str | os.PathLike[str] | ObjectPath  # as users name a place
 
 
@@ -225,7 +226,7 @@ def write_whole(
     path: Place,
     data: bytes,
     scratch: Place | None = None,
-    guard: Callable[[], AbstractContextManager[None]] | None = None,
+    guard: Guard | None = None,
 ) -> None:
     """Writes `data` to `path` and returns when it is durable, under that name.
 
@@ -262,9 +263,7 @@ def write_whole(
         os.close(opened)
 
 
-def _put_whole(
-    path: ObjectPath, data: bytes, guard: Callable[[], AbstractContextManager[None]] | None
-) -> None:
+def _put_whole(path: ObjectPath, data: bytes, guard: Guard | None) -> None:
     if not guard:
         path.put(data)
         return

@@ -11,8 +11,8 @@ import itertools
 import json
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from zarr.storage import MemoryStore
 from unet_ray.errors import InputError, RunError
 from unet_ray.ledger import has_begun, has_notes
 from unet_ray.places import (
+    Guard,
     ObjectPath,
     Place,
     Where,
@@ -89,7 +90,7 @@ def create_store(
     path: Place,
     layout: StoreLayout,
     provenance: Mapping[str, Any],
-    guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+    guard: Guard = nullcontext,
 ) -> None:
     """Makes an empty store at `path`, in the place of any that is there.
 
@@ -114,7 +115,7 @@ def create_store(
     write_whole(path / ROOT, files[ROOT], path / PRIVATE, guard)
 
 
-def _clear(path: Place, guard: Callable[[], AbstractContextManager[None]]) -> None:
+def _clear(path: Place, guard: Guard) -> None:
     """Removes a store, or what is left of one, but not its lease and ledger."""
     (path / PRIVATE).mkdir(parents=True, exist_ok=True)
     with guard():
@@ -134,7 +135,7 @@ def _clear(path: Place, guard: Callable[[], AbstractContextManager[None]]) -> No
     remove_deleted(path)
 
 
-def _put_away(old: Path, private: Path, guard: Callable[[], AbstractContextManager[None]]) -> None:
+def _put_away(old: Path, private: Path, guard: Guard) -> None:
     """Moves a part of a store away, which takes no time; after that, it is nobody's."""
     try:
         with guard():
@@ -352,7 +353,7 @@ class Store:
         self,
         path: Where,
         outputs: Sequence[str],
-        guard: Callable[[], AbstractContextManager[None]] | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.path, self._guard = place_of(path), guard
         self._arrays = {name: _opened(self.path / ARRAYS[name]) for name in outputs}

@@ -18,7 +18,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,16 @@ from unet_ray.errors import DamageError, InputError, LostError, RunError
 from unet_ray.events import read_events
 from unet_ray.lease import Lease
 from unet_ray.ledger import committed, damaged, has_begun, newest, skipped
-from unet_ray.places import ObjectPath, Place, Where, files_below, place_of, stat_of, write_whole
+from unet_ray.places import (
+    Guard,
+    ObjectPath,
+    Place,
+    Where,
+    files_below,
+    place_of,
+    stat_of,
+    write_whole,
+)
 from unet_ray.planning import Settings
 from unet_ray.segmentation import Segmentation, prepare
 from unet_ray.shards import Shards
@@ -446,9 +455,7 @@ class _Check:
         elif self._check_tile(receipt.tile):
             self._repaired.append(receipt.tile)
 
-    def _write_metadata(
-        self, path: Place, guard: Callable[[], AbstractContextManager[None]]
-    ) -> None:
+    def _write_metadata(self, path: Place, guard: Guard) -> None:
         try:
             _refuse_link(self._path, path.parent)
             expected = self._empty / str(path)[len(str(self._path)) + 1 :]
