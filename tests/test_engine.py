@@ -185,8 +185,8 @@ def test_one_tile_per_core_unless_told_otherwise(monkeypatch):
 
 def test_a_gpu_predicts_one_tile_while_it_reads_or_writes_others():
     worker = Watching()
-    list(run(Stage("watch", lambda: worker, "cuda"), range(20), "local", 7))
-    assert (worker.most["predict"], worker.most["tile"]) == (1, engine.GPU_THREADS)
+    list(run(Stage("watch", lambda: worker, "cuda", under_way=3), range(20), "local", 7))
+    assert (worker.most["predict"], worker.most["tile"]) == (1, 3)
 
 
 def test_tiles_are_taken_as_they_are_needed():

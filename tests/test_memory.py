@@ -24,7 +24,7 @@ from unet_ray.memory import (
     worker_bytes,
 )
 from unet_ray.network import UNet
-from unet_ray.planning import Settings, plan
+from unet_ray.planning import GPU_TILES, Settings, plan, process_bytes, under_way
 from unet_ray.tiles import Context, TilePlan
 
 # Sizes of people.
@@ -138,6 +138,28 @@ def test_workers_in_one_process_share_the_process_and_the_weights():
     assert two - one >= memory.tile + memory.forward
     assert three - two == pytest.approx(two - one, abs=2)
     assert two <= 2 * one - memory.process - memory.weights
+
+
+def test_tiles_that_wait_for_a_pass_need_their_voxels_and_a_copy_only():
+    memory = worker_bytes(NET, planned((1, 384, 384)), 1, 2)
+    assert memory.shared_by(1, 1) == memory.total and memory.shared_by(3, 3) == memory.shared_by(3)
+    assert memory.tile + memory.copy < memory.shared_by(2, 1) - memory.total
+    assert memory.shared_by(4, 1) < memory.shared_by(2)
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_worker_on_a_gpu_reads_ahead_as_far_as_its_memory_goes(engine):
+    memory = worker_bytes(NET, planned((1, 384, 384)), 1, 2).on(engine)
+    needs = [memory.shared_by(n, 1) for n in range(1, GPU_TILES + 1)]
+    for tiles, allowed in enumerate(needs, start=1):
+        settings = Settings(engine=engine, memory=allowed)
+        assert under_way(memory, "cuda", settings) == tiles
+        assert process_bytes(memory, "cuda", settings) == allowed
+        assert under_way(memory, "cuda", replace(settings, memory=allowed - 1)) == max(1, tiles - 1)
+        assert under_way(memory, "cpu", settings) == 1
+    assert under_way(memory, "cuda", Settings(engine=engine)) == GPU_TILES
+    on_cpu = process_bytes(memory, "cpu", Settings(engine=engine, workers=3))
+    assert on_cpu == memory.shared_by(3 if engine == "local" else 1)
 
 
 @given(st.integers(1, 16), st.integers(1, 30), st.integers(1, 30))

@@ -52,6 +52,13 @@ def test_seconds_are_those_of_a_whole_tile(files, monkeypatch):
     assert trial.predict >= 3 * trial.read > 0
 
 
+def test_a_worker_on_a_gpu_reads_and_writes_while_it_predicts():
+    on_cpu = pilot.Pilot(8, 2, 1, read=1, predict=4, write=2, stored=1)
+    assert on_cpu.seconds == 7
+    assert dataclasses.replace(on_cpu, under_way=2).seconds == 4
+    assert dataclasses.replace(on_cpu, under_way=2, read=5).seconds == 5.5
+
+
 def test_slices_that_cannot_be_read_are_passed_over(files, monkeypatch):
     outlook = plan(*files, dataclasses.replace(TILED, tile=(1, 64, 76)))
     read = outlook.volume.read

@@ -109,6 +109,8 @@ class Stage:
         begun: folder, seen by every worker of Ray, of marks of the tiles that were begun and not
             ended; None for no marks, and no deadline on Ray.
         deadline: of a try.
+        under_way: tiles that a worker on a GPU has under way: it reads and writes some while it
+            predicts one.
     """
 
     name: str
@@ -116,6 +118,7 @@ class Stage:
     device: str
     begun: Place | None = None
     deadline: Deadline = Deadline()
+    under_way: int = 1
 
 
 def attempt(worker: Worker, tile: int, alone: AbstractContextManager[Any]) -> Receipt:

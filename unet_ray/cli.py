@@ -584,11 +584,12 @@ def _describe(outlook: Outlook) -> str:
             f"  halo    {100 * outlook.halo_overhead:.0f} % more arithmetic than the voxels alone",
             f"  reads   {outlook.read_amplification:.2f} times the input, in its chunks of "
             f"{_commas(outlook.volume.chunk)}",
-            f"  memory  {format_bytes(memory.total)} per worker (process "
+            f"  memory  {format_bytes(outlook.worker_memory)} per worker (process "
             f"{format_bytes(memory.process)}, weights {format_bytes(memory.weights)}, tile "
-            f"{format_bytes(memory.tile)}, pass {format_bytes(memory.forward)}, allocator)",
+            f"{format_bytes(memory.tile)}, pass {format_bytes(memory.forward)}, allocator)"
+            + (f", {outlook.under_way} tiles under way" if outlook.under_way > 1 else ""),
             f"  driver  {format_bytes(outlook.driver_memory)}"
-            + (", all workers in it" if outlook.driver_memory > memory.total else ""),
+            + (", all workers in it" if outlook.driver_memory > outlook.worker_memory else ""),
             f"  runs    {outlook.tiles} tiles in {outlook.precision} on {outlook.device}",
         ]
     )

@@ -60,9 +60,8 @@ MOST_SECONDS = 60.0  # of a block: its tiles are noted when it ends
 CPUS_PER_ACTOR = 0.9
 # So many a worker at least, where there are tiles enough: else some would wait for the last one.
 BLOCKS_EACH = 4
-# A GPU has several tiles under way, to read, encode and write while it predicts one. It waits at
-# the end of a block, so its blocks are long from the first.
-GPU_THREADS, TILES_PER_GPU_BLOCK = 4, 32
+# A GPU waits at the end of a block, so its blocks are long from the first.
+TILES_PER_GPU_BLOCK = 32
 # Only tile numbers and receipts cross the object store while segmenting.
 OBJECT_STORE_BYTES = 1 << 30
 UNBOUNDED = 1 << 20
@@ -111,21 +110,20 @@ def run(
         give_back_freed_memory()
         if stage.device == "cuda":
             torch.cuda.empty_cache()
-    threads = 1 if alone else threads_of(stage.device, workers)
+    threads = 1 if alone else _threads(stage, workers)
     try_one = partial(attempt, _worker_of(stage))
     return _side_by_side(try_one, stage.device, stage.deadline, iter(tiles), threads)
 
 
-def threads_of(device: str, workers: int | None) -> int:
-    """Tiles side by side in this process: one a core, or some that are read while one runs."""
-    return GPU_THREADS if device == "cuda" else workers or usable_cores()
+def _threads(stage: Stage, workers: int | None) -> int:
+    return stage.under_way if stage.device == "cuda" else workers or usable_cores()
 
 
 def side_by_side(device: str, engine: EngineName, workers: int | None) -> int:
-    """How many tiles a run has under way at a time: on Ray one per worker of the cluster."""
+    """How many tiles a run predicts at a time: one on each core or GPU, unless told otherwise."""
     if engine == "ray":
         return pool_size(device, workers)
-    return threads_of(device, workers)
+    return 1 if device == "cuda" else workers or usable_cores()
 
 
 def find_device(engine: EngineName, workers: int | None = None) -> str:
@@ -384,7 +382,7 @@ class _TileActor:
     """A worker in a Ray actor. It reads, predicts and writes: only receipts leave it."""
 
     def __init__(self, stage: Stage) -> None:
-        self._gpu = stage.device == "cuda"
+        self._gpu, self._under_way = stage.device == "cuda", stage.under_way
         self._try: TryOne = partial(attempt, _worker_of(stage))
         self._begun: Callable[[int], object] = lambda tile: False
         if stage.begun:
@@ -407,7 +405,7 @@ class _TileActor:
         others = (tile for tile in tiles if tile not in first)
         # The guard of the actor keeps the time.
         rest = _side_by_side(
-            self._try, "cuda", Deadline(math.inf, math.inf, math.inf), others, GPU_THREADS
+            self._try, "cuda", Deadline(math.inf, math.inf, math.inf), others, self._under_way
         )
         return [*(self._try(tile, nullcontext()) for tile in first), *rest]
 

@@ -135,6 +135,7 @@ class WorkerMemory:
         load: peak while the model is loaded: file, network and folded network beside each other.
         weights: of the network that predicts.
         tile: voxels read and values to be written, with the constant passes that are kept.
+        copy: of voxels or values, while a tile is read or written.
         forward: peak of one pass.
     """
 
@@ -142,6 +143,7 @@ class WorkerMemory:
     load: int
     weights: int
     tile: int
+    copy: int
     forward: int
 
     @property
@@ -153,9 +155,17 @@ class WorkerMemory:
         """The same for a worker of this engine, ``local`` or ``ray``."""
         return replace(self, process=PROCESS_BYTES[engine])
 
-    def shared_by(self, threads: int) -> int:
-        """Bytes of one process in which `threads` workers run side by side."""
-        work = self.weights + threads * (self.tile + self.forward)
+    def shared_by(self, threads: int, passes: int | None = None) -> int:
+        """Bytes of one process with so many tiles under way.
+
+        Args:
+            threads: tiles that are read, predicted or written at the same time.
+            passes: of these are predicted at the same time; all of them, if not given.
+        """
+        passes = threads if passes is None else passes
+        # While a tile is read or written no pass of it runs.
+        most = passes * max(self.forward, self.copy) + (threads - passes) * self.copy
+        work = self.weights + threads * self.tile + most
         return self.process + max(self.load, SCRATCH_BYTES + int(KEPT * work))
 
 
@@ -181,22 +191,20 @@ def worker_bytes(
         load=net.weights * (3 * 4 + net.itemsize),
         weights=net.weights * net.itemsize,
         tile=read + write + constants,
-        # While a tile is read or written no pass runs; mirroring and encoding need a copy.
-        forward=max(forward, write, read, decoded),
+        copy=max(write, read, decoded),  # for mirroring and encoding
+        forward=forward,
     )
 
 
-def driver_bytes(worker: WorkerMemory, engine: str, tiles: int, workers: int) -> int:
+def driver_bytes(workers: int, engine: str, tiles: int) -> int:
     """What the process needs that starts a run: on the local engine with all its workers.
 
     Args:
-        worker: what one worker needs.
+        workers: bytes of a process with workers.
         engine: ``local`` or ``ray``.
         tiles: of the plan.
-        workers: side by side.
     """
-    notes = TILE_NOTES * tiles
-    return notes + (worker.shared_by(workers) if engine == "local" else DRIVER_BYTES)
+    return TILE_NOTES * tiles + (workers if engine == "local" else DRIVER_BYTES)
 
 
 def room() -> int:

@@ -45,12 +45,14 @@ class Pilot:
     Attributes:
         tiles: how many were tried.
         threads: how many of them side by side.
+        under_way: of these, by one worker: one step of each at a time.
         read, predict, write: seconds of each step of a whole tile, the mean.
         stored: bytes of a tile on disk, the mean.
     """
 
     tiles: int
     threads: int
+    under_way: int
     read: float
     predict: float
     write: float
@@ -58,8 +60,8 @@ class Pilot:
 
     @property
     def seconds(self) -> float:
-        """Of one tile, by one worker."""
-        return self.read + self.predict + self.write
+        """From one tile to the next, by one worker."""
+        return max(self.predict, (self.read + self.predict + self.write) / self.under_way)
 
 
 def try_tiles(outlook: Outlook, workers: int | None = None) -> Pilot | None:
@@ -79,18 +81,19 @@ def try_tiles(outlook: Outlook, workers: int | None = None) -> Pilot | None:
     """
     if not outlook.sample or (outlook.device == "cuda" and not torch.cuda.is_available()):
         return None
-    threads = engines.threads_of(outlook.device, None)
-    threads = min(threads, workers or threads)
+    cores = engines.side_by_side("cpu", "local", None)
+    threads = outlook.under_way if outlook.device == "cuda" else min(cores, workers or cores)
     with tempfile.TemporaryDirectory(prefix="unet-ray-") as folder:
         worker = _Trial(outlook, Path(folder, "store"))
-        stage = Stage("pilot", lambda: worker, outlook.device)
+        stage = Stage("pilot", lambda: worker, outlook.device, under_way=threads)
         tiles = _until(time.monotonic() + SECONDS, spread(outlook.sample, ROUNDS * threads))
         with closing(engines.run(stage, tiles, "local", threads)) as receipts:
             failures = [receipt.error for receipt in receipts if receipt.error]
     if not worker.steps:
         raise RunError(f"{outlook.volume.path}: no tile could be tried: {failures[0]}")
     read, predict, write, stored = map(statistics.mean, zip(*worker.steps, strict=True))
-    return Pilot(len(worker.steps), threads, read, predict, write, stored)
+    tried, ahead = len(worker.steps), outlook.under_way
+    return Pilot(tried, threads, ahead, read, predict, write, stored)
 
 
 def _until(end: float, tiles: Sequence[int]) -> Iterator[int]:

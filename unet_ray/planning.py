@@ -36,6 +36,8 @@ SLAB = 16
 SLABS = 8
 # Voxels of one pass up to which slices are put together in a batch.
 BATCH_VOXELS = 1 << 18
+# Tiles that a GPU has under way at most, to read, encode and write while it predicts one.
+GPU_TILES = 4
 # Tiles of which a few are tried before a run.
 SAMPLE = 64
 # Beside its voxels: frame, checksum and index entry of a chunk; ends of the indices of a tile.
@@ -135,6 +137,19 @@ def needed_memory(size: NetworkSize, tiles: TilePlan, volume: Volume, outputs: i
     return worker_bytes(size, tiles, voxel, outputs, units * math.prod(volume.chunk) * voxel)
 
 
+def under_way(memory: WorkerMemory, device: Device, settings: Settings) -> int:
+    """Tiles that one worker has under way; on a GPU as many as ``--memory`` allows."""
+    most = GPU_TILES if device == "cuda" else 1
+    return next((n for n in range(most, 1, -1) if memory.shared_by(n, 1) <= settings.memory), 1)
+
+
+def process_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> int:
+    """Bytes of one process with workers: with one of them on Ray or a GPU, else with all."""
+    if device == "cpu" and settings.engine == "local":
+        return memory.shared_by(engines.side_by_side(device, "local", settings.workers))
+    return memory.shared_by(under_way(memory, device, settings), passes=1)
+
+
 def _fitted(tile: Sequence[int], shape: Sequence[int], context: Context) -> tuple[int, ...]:
     """A core that a user asked for, clamped to the volume and rounded up to the step."""
     clamped = (min(t, n) for t, n in zip(tile, shape, strict=True))
@@ -177,10 +192,11 @@ class Outlook:
         sample: numbers of some of these, evenly spread.
         outputs: what would be stored.
         tta: average over the 8 symmetries of the square.
-        memory: what one worker needs.
+        memory: what one worker needs for one tile.
         driver_memory: bytes of the process that starts the run: on the local engine the one in
             which all workers run.
-        workers: how many tiles side by side.
+        workers: how many of them side by side.
+        under_way: tiles that a worker on a GPU has under way.
         precision, device: of the network.
         halo_overhead: arithmetic spent on the halo, as a part of what the cores alone would cost.
         disk_bytes: upper bound of what is stored.
@@ -197,11 +213,17 @@ class Outlook:
     memory: WorkerMemory
     driver_memory: int
     workers: int
+    under_way: int
     precision: Precision
     device: Device
     halo_overhead: float
     disk_bytes: int
     read_amplification: float
+
+    @property
+    def worker_memory(self) -> int:
+        """Bytes of one worker, with all tiles that it has under way."""
+        return self.memory.shared_by(self.under_way, passes=1)
 
     def to_json(self) -> dict[str, Any]:
         """The keys that ``unet-ray plan --json`` prints; sizes in voxels and bytes."""
@@ -211,7 +233,7 @@ class Outlook:
             "read": list(self.plan.read_shape),
             "pass": list(self.plan.pass_shape),
             "halo_overhead": round(self.halo_overhead, 4),
-            "worker_memory_bytes": self.memory.total,
+            "worker_memory_bytes": self.worker_memory,
             "driver_memory_bytes": self.driver_memory,
             "workers": self.workers,
             "disk_bytes": self.disk_bytes,
@@ -249,8 +271,11 @@ def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Ou
         outputs=outputs,
         tta=settings.tta,
         memory=memory,
-        driver_memory=driver_bytes(memory, settings.engine, len(tiles), workers),
+        driver_memory=driver_bytes(
+            process_bytes(memory, device, settings), settings.engine, len(tiles)
+        ),
         workers=workers,
+        under_way=under_way(memory, device, settings),
         precision=precision,
         device=device,
         halo_overhead=halo_overhead(size, tiles),

@@ -63,8 +63,10 @@ from unet_ray.planning import (
     open_inputs,
     plan,
     precision_of,
+    process_bytes,
     spread,
     stored_values,
+    under_way,
 )
 from unet_ray.prediction import Device, Precision, Predictor, instructions
 from unet_ray.stores import (
@@ -279,13 +281,13 @@ def _check_room(run: Segmentation, settings: Settings) -> None:
     there = room()
     if settings.engine == "ray" or not there:
         return
-    threads = engines.threads_of(run.device, settings.workers)
-    needed = run.memory.shared_by(threads)
+    needed = process_bytes(run.memory, run.device, settings)
     if needed > there:
-        fitting = [n for n in range(1, threads) if run.memory.shared_by(n) <= there]
+        workers = engines.side_by_side(run.device, "local", settings.workers)
+        fitting = [n for n in range(1, workers) if run.memory.shared_by(n) <= there]
         remedy = f"--workers {fitting[-1]}" if fitting else "a smaller --memory and another --out"
         raise InputError(
-            f"{run.out}: {threads} workers need {format_bytes(needed)} in this process, "
+            f"{run.out}: {workers} workers need {format_bytes(needed)} in this process, "
             f"{format_bytes(there)} could be had; give {remedy}."
         )
 
@@ -533,9 +535,7 @@ def _left(run: Segmentation, wanted: Wanted) -> NDArray[np.bool_]:
 
 def promised_memory(run: Segmentation, settings: Settings) -> int:
     """Bytes of a process in which tiles run: a worker's, or all workers' of this process."""
-    if settings.engine == "ray":
-        return run.memory.total
-    return run.memory.shared_by(engines.threads_of(run.device, settings.workers))
+    return process_bytes(run.memory, run.device, settings)
 
 
 def _numbers(bits: NDArray[np.bool_]) -> Iterator[int]:
@@ -592,7 +592,8 @@ class _Execution:
         begun = run.out / BEGUN
         remove_tree(begun)
         begun.mkdir()
-        self._stage = Stage("segment", run.make_worker, run.device, begun)
+        ahead = under_way(run.memory, run.device, settings)
+        self._stage = Stage("segment", run.make_worker, run.device, begun, under_way=ahead)
         self._patience = Patience(self._stage.deadline)
         again = self._try(_numbers(missing))
         for last in [False] * (TRIES - 2) + [True]:
