@@ -1,10 +1,14 @@
 """Tiles that are tried before a run: what is measured is what a run does, and nothing is left."""
 
 import dataclasses
+import math
 import tempfile
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.test_segmentation import TILED, noise, random_model, shards_of, write_stack
 from unet_ray import pilot, planning
@@ -13,6 +17,8 @@ from unet_ray.errors import RunError
 from unet_ray.pilot import try_tiles
 from unet_ray.planning import plan, spread
 from unet_ray.segmentation import segment
+from unet_ray.stores import chunk_of
+from unet_ray.tiles import Context, TilePlan
 
 
 @pytest.fixture
@@ -28,6 +34,64 @@ def test_the_bytes_of_a_tile_are_those_that_a_run_stores(files, tmp_path):
     trial = try_tiles(outlook, 1)
     assert abs(trial.stored * outlook.tiles / stored - 1) < 0.3
     assert stored <= outlook.disk_bytes
+
+
+def test_of_a_large_tile_one_slab_tells_as_much(files, monkeypatch):
+    outlook = plan(*files, dataclasses.replace(TILED, tile=(3, 64, 76)))
+    whole = try_tiles(outlook, 1)
+    held = []
+    write = pilot.Store.write
+    monkeypatch.setattr(pilot, "SLAB_BYTES", 1)
+    monkeypatch.setattr(
+        pilot.Store, "write", lambda *told: held.append(told[2]["classes"].shape) or write(*told)
+    )
+    slab = try_tiles(dataclasses.replace(outlook, plan=one_slice_a_pass(outlook.plan)), 1)
+    assert {*held} == {(1, 64, 76)}
+    assert abs(slab.stored / whole.stored - 1) < 0.3
+
+
+def one_slice_a_pass(tiles):
+    return dataclasses.replace(tiles, passes=(1, *tiles.passes[1:]))
+
+
+def test_what_was_measured_of_a_slab_is_told_of_the_tile(files, monkeypatch):
+    outlook = plan(*files, dataclasses.replace(TILED, tile=(3, 64, 76)))
+    monkeypatch.setattr(pilot, "SLAB_BYTES", 1)
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(pilot.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(pilot, "SECONDS", 10**6)
+    trial = try_tiles(dataclasses.replace(outlook, plan=one_slice_a_pass(outlook.plan)), 1)
+    # A slab is one slice of three, and so are the chunks of the input; zarr asks for the time, too.
+    assert trial.read == 3 and trial.write > 0 and trial.write * trial.tiles % 3 == 0
+
+
+@given(st.integers(1, 40), st.integers(1, 3), st.integers(1, 60), st.integers(1, 9))
+def test_a_slab_is_as_deep_as_memory_allows(z, step, most, voxel):
+    context = Context((0, 92, 92), (0, 96, 96), (1, 16, 16))
+    tiles = TilePlan((100, 900, 900), (z * step, 160, 96), context, (step, 160, 96))
+    layer = voxel * math.prod(tiles.read_shape[1:]) + 2 * 160 * 96
+    with patch.object(pilot, "SLAB_BYTES", most * layer):
+        slab = pilot.slab_of(tiles, voxel, 2)
+    depth = slab.core[0]
+    assert slab.core[1:] == tiles.core[1:] and slab.passes == tiles.passes
+    assert depth <= max(step, min(most, z * step))
+    chunk = chunk_of(tiles.core)[0]
+    if most >= z * step:
+        assert slab == tiles
+    elif most >= math.lcm(chunk, step):
+        assert depth % chunk == 0
+
+
+def test_a_machine_without_the_memory_tries_fewer_side_by_side_or_none(files, monkeypatch):
+    outlook = plan(*files, TILED)
+    monkeypatch.setattr(pilot.engines, "usable_cores", lambda: 3)
+    for fits in (3, 2, 1):
+        monkeypatch.setattr(pilot, "room", lambda n=fits: outlook.memory.shared_by(n))
+        assert try_tiles(outlook).threads == fits
+    monkeypatch.setattr(pilot, "room", lambda: outlook.memory.total - 1)
+    assert try_tiles(outlook) is None
+    monkeypatch.setattr(pilot, "room", lambda: 0)  # the system does not tell
+    assert try_tiles(outlook).threads == 3
 
 
 def test_seconds_are_those_of_a_whole_tile(files, monkeypatch):

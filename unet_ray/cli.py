@@ -619,7 +619,7 @@ def _describe_trial(outlook: Outlook, trial: Pilot | None, per_hour: float | Non
     if trial is None:
         return [
             f"  disk    at most {format_bytes(outlook.disk_bytes)}; {free}",
-            "  time    not known: the device of the run is not in this machine",
+            "  time    not known: a tile needs a device, or memory, that is not in this machine",
         ]
     seconds = trial.seconds * math.ceil(outlook.tiles / outlook.workers)
     lines = [

@@ -1,19 +1,21 @@
 """A few tiles of the real volume, tried before a run: how long one takes, and how much it stores.
 
 Knows the steps of a tile; does not know how many there are to be, or what an hour costs. Reads from
-the input and writes to a folder of its own, which is gone afterwards.
+the input and writes to a folder of its own, which is gone afterwards. Of a large tile it holds one
+slab, so that it needs little memory beside what a pass takes.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,17 @@ from unet_ray.attempts import Stage
 from unet_ray.boxes import Box
 from unet_ray.errors import RunError
 from unet_ray.intensity import summarise
+from unet_ray.memory import room
 from unet_ray.mirror import read_mirrored
-from unet_ray.planning import Outlook, spread
+from unet_ray.planning import Outlook, spread, stored_values
 from unet_ray.prediction import Predictor
-from unet_ray.stores import Store, StoreLayout, create_store
-from unet_ray.tiles import TilePlan
+from unet_ray.stores import Store, StoreLayout, chunk_of, create_store
+from unet_ray.tiles import Tile, TilePlan
 
 SECONDS = 12.0  # after which no more tiles are begun
 ROUNDS = 5  # tiles per thread, at most
 GREY = 10  # tiles of which one slice each tells the grey values
+SLAB_BYTES = 96 << 20  # of voxels read and values written for a tile
 Steps = tuple[float, float, float, int]
 
 
@@ -67,22 +71,25 @@ class Pilot:
 def try_tiles(outlook: Outlook, workers: int | None = None) -> Pilot | None:
     """Tries tiles that are evenly spread, as many side by side as a run would on this machine.
 
-    Of each tile one pass is computed; the others take as long, since all have the same shape.
+    Of each tile one pass is computed; the others take as long, since all have the same shape. Of a
+    large one the first slab is read and written.
 
     Args:
         outlook: of the run.
         workers: how many tiles side by side at most.
 
     Returns:
-        None if the device of the run is not in this machine, or if there is nothing to try.
+        None if the device of the run, or memory for one worker, is not in this machine, or if there
+        is nothing to try.
 
     Raises:
         RunError: if none of them can be read.
     """
     if not outlook.sample or (outlook.device == "cuda" and not torch.cuda.is_available()):
         return None
-    cores = engines.side_by_side("cpu", "local", None)
-    threads = outlook.under_way if outlook.device == "cuda" else min(cores, workers or cores)
+    threads = _threads(outlook, workers)
+    if not threads:
+        return None
     with tempfile.TemporaryDirectory(prefix="unet-ray-") as folder:
         worker = _Trial(outlook, Path(folder, "store"))
         stage = Stage("pilot", lambda: worker, outlook.device, under_way=threads)
@@ -94,6 +101,33 @@ def try_tiles(outlook: Outlook, workers: int | None = None) -> Pilot | None:
     read, predict, write, stored = map(statistics.mean, zip(*worker.steps, strict=True))
     tried, ahead = len(worker.steps), outlook.under_way
     return Pilot(tried, threads, ahead, read, predict, write, stored)
+
+
+def _threads(outlook: Outlook, workers: int | None) -> int:
+    """How many tiles this machine can have under way, as far as a worker on a GPU or all go."""
+    cores = engines.side_by_side("cpu", "local", None)
+    passes = 1 if outlook.device == "cuda" else None
+    most = outlook.under_way if passes else min(cores, workers or cores)
+    there = room() or math.inf
+    fits = (n for n in range(most, 0, -1) if outlook.memory.shared_by(n, passes) <= there)
+    return next(fits, 0)
+
+
+def slab_of(plan: TilePlan, voxel: int, values: int) -> TilePlan:
+    """The same tiles, cut along z until what one holds is little; whole where they are small.
+
+    Args:
+        plan: the tiles.
+        voxel: bytes read of each voxel.
+        values: bytes written for each.
+    """
+    (z, y, x), step = plan.core, plan.passes[0]
+    read = voxel * math.prod(plan.read_shape[1:])
+    free = SLAB_BYTES - read * plan.context.halo[0]
+    slices = min(z, max(step, free // (read + values * y * x) // step * step))
+    # As deep as the chunks that are stored, if it can be.
+    whole = math.lcm(step, chunk_of(plan.core)[0])
+    return replace(plan, core=(slices // whole * whole or slices, y, x))
 
 
 def _until(end: float, tiles: Sequence[int]) -> Iterator[int]:
@@ -110,6 +144,8 @@ class _Trial:
         self._outputs = outlook.outputs
         small = self._plan.passes
         network = outlook.network
+        voxel = self._volume.shape[0] * self._volume.dtype.itemsize
+        self._slab = slab_of(self._plan, voxel, stored_values(network.classes, self._outputs))
         self._one = TilePlan(self._plan.shape, small, self._plan.context, small)
         # What they are exactly changes no time, and little of what is stored.
         intensity = summarise(self._slices(spread(outlook.sample, GREY)))
@@ -119,7 +155,7 @@ class _Trial:
         values = tuple(range(network.classes))
         self._store, self._small = (
             _store(path / name, StoreLayout(plan, values, self._outputs, None))
-            for name, plan in (("whole", self._plan), ("pass", self._one))
+            for name, plan in (("slab", self._slab), ("pass", self._one))
         )
 
     def _slices(self, tiles: Sequence[int]) -> NDArray[Any]:
@@ -133,10 +169,23 @@ class _Trial:
         return np.concatenate(found, 1)
 
     def read(self, tile: int) -> tuple[NDArray[Any], float]:
-        """The voxels of a tile, and how long they took."""
+        """The voxels of a slab, and how long those of the tile take."""
         start, volume = time.monotonic(), self._volume
-        voxels = read_mirrored(volume.read, volume.shape[1:], self._plan[tile].read)
-        return voxels, time.monotonic() - start
+        slab, whole = self._first(tile).read, self._plan[tile].read
+        voxels = read_mirrored(volume.read, volume.shape[1:], slab)
+        layers = self._layers(whole) / self._layers(slab)
+        return voxels, (time.monotonic() - start) * layers
+
+    def _first(self, tile: int) -> Tile:
+        """The slab where a tile begins."""
+        place = [*np.unravel_index(tile, self._plan.counts)]
+        place[0] = place[0] * self._plan.core[0] // self._slab.core[0]
+        return self._slab[int(np.ravel_multi_index(place, self._slab.counts))]
+
+    def _layers(self, box: Box) -> int:
+        """Layers of the input's chunks along z that a read touches."""
+        inside, deep = box.intersect(Box.of(self._plan.shape)), self._volume.chunk[0]
+        return max(1, -(-inside.stop[0] // deep) - inside.start[0] // deep)
 
     def predict(
         self, tile: int, told: tuple[NDArray[Any], float]
@@ -156,18 +205,20 @@ class _Trial:
         return sum(1 for _ in self._plan.pass_boxes(self._plan[tile]))
 
     def write(self, tile: int, told: tuple[dict[str, NDArray[np.uint8]], float, float]) -> None:
-        """Writes a tile of such passes, and notes what was measured."""
+        """Writes a slab of such passes, and notes what was measured, for the whole tile."""
         found, read, predict = told
-        whole = {name: self._filled(values) for name, values in found.items()}
+        filled = {name: self._filled(values) for name, values in found.items()}
+        slab = self._first(tile)
         start = time.monotonic()
-        self._store.write(self._plan[tile], whole)
-        seconds = time.monotonic() - start
+        self._store.write(slab, filled)
+        parts = self._plan[tile].write.shape[0] / slab.write.shape[0]
+        seconds = (time.monotonic() - start) * parts
         one = sum(len(self._small.encoded(n, self._one[0], v)) for n, v in found.items())
         self.steps.append((read, predict, seconds, one * self._passes(tile)))
 
     def _filled(self, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """A core of one pass and its mirror images: what is the same twice is stored once."""
-        z, y, x = (c // p for c, p in zip(self._plan.core, self._plan.passes, strict=True))
+        """A slab of one pass and its mirror images: what is the same twice is stored once."""
+        z, y, x = (c // p for c, p in zip(self._slab.core, self._slab.passes, strict=True))
         turned = itertools.cycle(
             [values, values[..., ::-1], values[..., ::-1, :], values[..., ::-1, ::-1]]
         )

@@ -326,8 +326,6 @@ def _free(run: Segmentation, settings: Settings) -> float:
 
 def _stored(run: Segmentation, settings: Settings, tiles: NDArray[np.intp]) -> float:
     """Bytes of one of these tiles on disk, as a few of them tell; 0 if they cannot be tried."""
-    if 0 < room() < run.memory.total:
-        return 0.0
     z, y, x = run.plan.core
     asked = replace(
         settings,
