@@ -1,20 +1,24 @@
-"""What `plan` says of a run, beside the run; and what empty or masked tiles save.
+"""What `plan` says of a run, beside the run; what empty or masked tiles save; and a petabyte.
 
 python -m tests.bench_plan
 """
 
 import math
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 
+from tests.test_memory import resident_peak
+from tests.test_pilot import petabyte
 from tests.test_segmentation import noise, random_model, shards_of, write_stack
+from unet_ray.memory import format_bytes
 from unet_ray.pilot import try_tiles
 from unet_ray.planning import Settings, plan
 from unet_ray.segmentation import segment
 
-SHAPE = (80, 1024, 1024)
+SHAPE = (160, 1024, 1024)
 TILE = (4, 1024, 1024)
 
 
@@ -32,8 +36,15 @@ def cases(folder):
     yield "a quarter of it, by --mask", volume, masked
 
 
+def planned_petabyte(folder, model):
+    """Seconds and bytes, at most, of the command that plans a volume of which nothing is stored."""
+    start = time.monotonic()
+    peak = resident_peak(["plan", petabyte(folder), "--model", model])
+    return time.monotonic() - start, peak
+
+
 def main():
-    """Prints a line for each run."""
+    """Prints a line for each run, and one for a petabyte."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = random_model(folder / "model.safetensors", depth=4, base=16)
@@ -52,6 +63,8 @@ def main():
                 f"{trial.stored * outlook.tiles / 1e6:.1f} MB, stored {stored / 1e6:.1f} MB",
                 flush=True,
             )
+        seconds, peak = planned_petabyte(folder, model)
+        print(f"a volume of 1 PB: planned in {seconds:.1f} s with {format_bytes(peak)} at most")
 
 
 if __name__ == "__main__":

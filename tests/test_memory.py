@@ -175,13 +175,17 @@ def test_a_larger_tile_needs_more_and_smaller_passes_less(z, y, x):
 # Measured: anonymous memory of real processes against the plan.
 
 
-def anonymous(pid):
+def told_of(pid, name):
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0
-    found = re.search(r"RssAnon:\s+(\d+) kB", status)
+    found = re.search(rf"{name}:\s+(\d+) kB", status)
     return int(found[1]) * 1024 if found else 0
+
+
+def anonymous(pid):
+    return told_of(pid, "RssAnon")
 
 
 def workers_of(driver, engine):
@@ -206,6 +210,17 @@ def measured_peak(arguments, engine):
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as running:
         while running.poll() is None:
             peak = max([peak, *(anonymous(pid) for pid in workers_of(running.pid, engine))])
+            time.sleep(0.05)
+    assert running.returncode == 0
+    return peak
+
+
+def resident_peak(arguments):
+    """Most bytes of memory, files that are mapped among them, that a command has ever held."""
+    command, peak = [sys.executable, "-m", "unet_ray", *map(str, arguments)], 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as running:
+        while running.poll() is None:
+            peak = max(peak, told_of(running.pid, "VmHWM"))
             time.sleep(0.05)
     assert running.returncode == 0
     return peak

@@ -2,14 +2,17 @@
 
 import dataclasses
 import math
+import sys
 import tempfile
 from unittest.mock import patch
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.test_memory import resident_peak
 from tests.test_segmentation import TILED, noise, random_model, shards_of, write_stack
 from unet_ray import pilot, planning
 from unet_ray.boxes import Box
@@ -193,11 +196,19 @@ def test_a_sample_is_spread_evenly(count, most):
         assert gaps.max() - gaps.min() <= 1
 
 
-def test_a_petabyte_is_planned_from_its_metadata(files, tmp_path):
-    import zarr
+def petabyte(folder):
+    """A Zarr array of 1 PB of which no chunk is stored."""
+    path = folder / "peta.zarr"
+    zarr.create_array(path, shape=(10**5,) * 3, chunks=(64, 1024, 1024), dtype="uint8")
+    return path
 
-    path = tmp_path / "peta.zarr"
-    zarr.create_array(path, shape=(10**5,) * 3, chunks=(16, 1024, 1024), dtype="uint8")
-    outlook = planning.plan(path, files[1], planning.Settings())
-    assert outlook.tiles > 30e6 and len(outlook.sample) == planning.SAMPLE
-    assert outlook.to_json()["driver_memory_bytes"] < 3 << 30
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_petabyte_is_planned_within_a_gigabyte(files, tmp_path):
+    assert resident_peak(["plan", petabyte(tmp_path), "--model", files[1]]) < 10**9
+
+
+def test_a_petabyte_is_planned_from_its_metadata(files, tmp_path):
+    outlook = planning.plan(petabyte(tmp_path), files[1], planning.Settings())
+    assert outlook.tiles > 8e6 and len(outlook.sample) == planning.SAMPLE
+    assert outlook.to_json()["driver_memory_bytes"] < 4 << 30

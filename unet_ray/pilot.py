@@ -36,7 +36,7 @@ from unet_ray.stores import Store, StoreLayout, chunk_of, create_store
 from unet_ray.tiles import Tile, TilePlan
 
 SECONDS = 12.0  # after which no more tiles are begun
-ROUNDS = 5  # tiles per thread, at most
+ROUNDS = 12  # tiles per thread, at most
 GREY = 10  # tiles of which one slice each tells the grey values
 SLAB_BYTES = 96 << 20  # of voxels read and values written for a tile
 Steps = tuple[float, float, float, int]
@@ -131,7 +131,9 @@ def slab_of(plan: TilePlan, voxel: int, values: int) -> TilePlan:
 
 
 def _until(end: float, tiles: Sequence[int]) -> Iterator[int]:
-    return (tile for tile in tiles if time.monotonic() < end)
+    """Tiles in no order, so that those that time allows are as evenly spread as all are."""
+    mixed = np.random.default_rng(0).permutation(tiles)
+    return (int(tile) for tile in mixed if time.monotonic() < end)
 
 
 class _Trial:
