@@ -15,7 +15,7 @@ from unet_ray.attempts import Stage
 from unet_ray.ledger import Ledger
 from unet_ray.memory import format_bytes, held
 from unet_ray.planning import Settings
-from unet_ray.segmentation import prepare
+from unet_ray.preparation import prepare
 from unet_ray.stores import StoreLayout, create_store
 
 WORKERS = 2

@@ -20,7 +20,8 @@ RUNGS = (
     "phantom pictures charts results",
     "network checkpoints prediction recipes runs",
     "annotations samples attempts engine",
-    "evaluation validation training planning pilot segmentation verification report demo",
+    "evaluation validation training planning pilot preparation disk execution segmentation "
+    "verification report demo",
     "__init__ cli __main__",
 )
 LADDER = [name for rung in RUNGS for name in rung.split()]

@@ -24,7 +24,8 @@ from unet_ray import engine
 from unet_ray.attempts import TRIES, Clock, Deadline, Patience, Receipt, Stage, is_out_of_memory
 from unet_ray.engine import run
 from unet_ray.errors import InputError, QuarantinedError, RunError, VoxelError
-from unet_ray.segmentation import prepare, segment
+from unet_ray.preparation import prepare
+from unet_ray.segmentation import segment
 
 ENGINES = ["local", pytest.param("ray", marks=pytest.mark.ray)]
 

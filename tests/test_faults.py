@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from subprocess import run
@@ -17,7 +18,8 @@ import pytest
 import zarr
 
 from tests.test_segmentation import FLOAT32, TILED, bytes_of, noise, shards_of, write_stack
-from unet_ray import engine, segmentation
+from unet_ray import disk as disks
+from unet_ray import engine, execution, preparation
 from unet_ray import ledger as ledgers
 from unet_ray.attempts import Deadline, Stage
 from unet_ray.boxes import Box
@@ -37,7 +39,7 @@ def fail(monkeypatch):
     tried = Counter()
 
     def install(step, failures, error):
-        whole = getattr(segmentation.TileWorker, step)
+        whole = getattr(preparation.TileWorker, step)
 
         def failing(worker, tile, *more):
             tried[tile] += 1
@@ -47,7 +49,7 @@ def fail(monkeypatch):
                 raise error
             return whole(worker, tile, *more)
 
-        monkeypatch.setattr(segmentation.TileWorker, step, failing)
+        monkeypatch.setattr(preparation.TileWorker, step, failing)
         return tried
 
     return install
@@ -88,7 +90,7 @@ def test_a_poison_tile_is_quarantined_and_the_rest_finishes(task, tmp_path, fail
     assert tried[5] == 3 and tried.total() == TILES + 2
     assert done(out) == set(range(TILES)) - {5} and given_up(out) == {5}
     assert (seen[-1].done, seen[-1].quarantined, seen[-1].total) == (23, 1, 24)
-    box = str(segmentation.prepare(volume, model, out, TILED).plan[5].write)
+    box = str(preparation.prepare(volume, model, out, TILED).plan[5].write)
     first, *_ = events(out, "failed")
     assert first["box"] == box and "in failing" in first["trace"] and "poison" in first["trace"]
     assert [event["tile"] for event in events(out, "quarantined")] == [5]
@@ -133,7 +135,7 @@ def test_a_damaged_chunk_of_the_input_costs_the_tiles_that_read_it(task, tmp_pat
     out = tmp_path / "out.zarr"
     with pytest.raises(QuarantinedError, match=r"8 of 24 tiles.* cannot be read at"):
         segment(path, model, out, TILED)
-    run = segmentation.prepare(path, model, out, TILED)
+    run = preparation.prepare(path, model, out, TILED)
     assert given_up(out) == {n for n in range(TILES) if run.plan[n].write.start[0] == 1}
     assert done(out) == set(range(TILES)) - given_up(out)
     assert run.provenance["normalisation"]["unread"] == ["1:2,0:61,0:75"]
@@ -145,17 +147,17 @@ def test_nan_zero_takes_what_is_not_finite_as_zero(task, tmp_path, value):
     _, model, _ = task
     image = noise((3, 61, 75), "float32")
     image[2, 3, 4] = value
-    settings = segmentation.replace(TILED, nan="zero")
+    settings = replace(TILED, nan="zero")
     volume = write_stack(tmp_path / "volume.tif", image)
     store = segment(volume, model, tmp_path / "out.zarr", settings)
     told = json.loads((store / "zarr.json").read_text())["attributes"]["unet_ray"]
     assert told["nan"] == "zero"
     # The same mean and deviation, so only the voxel itself can differ.
-    run = segmentation.prepare(volume, model, store, settings)
+    run = preparation.prepare(volume, model, store, settings)
     image[2, 3, 4] = 0
     zero = write_stack(tmp_path / "zero.tif", image)
-    other = segmentation.prepare(zero, model, tmp_path / "zero.zarr", settings)
-    segmentation.execute(segmentation.replace(other, intensity=run.intensity), settings, print)
+    other = preparation.prepare(zero, model, tmp_path / "zero.zarr", settings)
+    execution.execute(replace(other, intensity=run.intensity), settings, print)
     for name in ARRAYS.values():
         one, two = (zarr.open_array(path / name, mode="r")[:] for path in (store, other.out))
         np.testing.assert_array_equal(one, two)
@@ -164,11 +166,11 @@ def test_nan_zero_takes_what_is_not_finite_as_zero(task, tmp_path, value):
 def test_a_slow_tile_is_tried_again_and_gives_the_same_bytes(task, tmp_path, fail, monkeypatch):
     volume, model, whole = task
     soon = partial(Stage, deadline=Deadline(first=60, multiple=10, least=1))
-    monkeypatch.setattr(segmentation, "Stage", soon)
+    monkeypatch.setattr(execution, "Stage", soon)
     tried = fail("predict", {5: 1, 17: 9}, Event().wait)
     out = tmp_path / "out.zarr"
     with pytest.raises(QuarantinedError, match=r"1 of 24 .* tile 17 .* did not end within 1 s"):
-        segment(volume, model, out, segmentation.replace(TILED, workers=9))
+        segment(volume, model, out, replace(TILED, workers=9))
     assert (tried[5], tried[17]) == (2, 3) and given_up(out) == {17}
     tried[17] = 99
     segment(volume, model, out, TILED)
@@ -184,7 +186,7 @@ def test_a_tile_that_lacks_memory_is_tried_alone(task, tmp_path, fail, monkeypat
         alone.append(tiles if more[-1] is True else None)
         return run(stage, tiles, *more)
 
-    monkeypatch.setattr("unet_ray.segmentation.engines.run", listening)
+    monkeypatch.setattr("unet_ray.execution.engines.run", listening)
     tried = fail("predict", {5: 1, 17: 99}, MemoryError("out of memory"))
     out = tmp_path / "out.zarr"
     with pytest.raises(QuarantinedError, match=r"1 of 24 .* tile 17 .* give --memory (\d+)MiB and"):
@@ -201,7 +203,7 @@ def test_a_disk_that_takes_nothing_more_ends_the_run_at_once(task, tmp_path, fai
     volume, model, whole = task
     tried = fail("write", {12: 1}, OSError(number, "the disk says no"))
     out = tmp_path / "out.zarr"
-    one_by_one = segmentation.replace(TILED, workers=1)
+    one_by_one = replace(TILED, workers=1)
     with pytest.raises(RunError, match=r"the disk says no; 12 of 24 tiles are done and stay"):
         segment(volume, model, out, one_by_one)
     assert done(out) == set(range(12)) and given_up(out) == set()
@@ -245,11 +247,11 @@ def test_a_file_system_that_fills_up_is_told_and_loses_nothing(task, small_disk,
 @pytest.fixture
 def disk(monkeypatch):
     """What is told of the disk of an output; given as a function."""
-    usage = segmentation.shutil.disk_usage
+    usage = disks.shutil.disk_usage
 
     def has(**facts):
         monkeypatch.setattr(
-            segmentation.shutil, "disk_usage", lambda place: usage(place)._replace(**facts)
+            disks.shutil, "disk_usage", lambda place: usage(place)._replace(**facts)
         )
 
     return has
@@ -271,7 +273,7 @@ def test_what_a_disk_cannot_hold_is_refused_at_once(task, tmp_path, disk):
     segment(volume, model, out, TILED)
     assert bytes_of(out) == bytes_of(whole)
     disk(free=0)
-    segment(volume, model, out, segmentation.replace(TILED, overwrite=True))  # in its own place
+    segment(volume, model, out, replace(TILED, overwrite=True))  # in its own place
     segment(volume, model, out, TILED)
     assert bytes_of(out) == bytes_of(whole)
 
@@ -287,8 +289,8 @@ def test_only_what_is_left_has_to_fit(task, tmp_path, disk):
     image = noise((16, 61, 75))
     image[8:] = 7
     volume, out = write_stack(tmp_path / "half.tif", image), tmp_path / "out.zarr"
-    settings = segmentation.replace(FLOAT32, tile=(1, 64, 80), workers=1)
-    segment(volume, model, out, segmentation.replace(settings, region=Box((0,) * 3, (8, 61, 75))))
+    settings = replace(FLOAT32, tile=(1, 64, 80), workers=1)
+    segment(volume, model, out, replace(settings, region=Box((0,) * 3, (8, 61, 75))))
     done = bytes_stored(out)
     disk(free=done // 4)  # of the dense half, less than what it took
     segment(volume, model, out, settings)
@@ -304,7 +306,7 @@ def test_a_trial_that_fails_is_no_hindrance(task, tmp_path, disk, monkeypatch, e
         tried.append(args)
         raise error
 
-    monkeypatch.setattr(segmentation, "try_tiles", fails)
+    monkeypatch.setattr(disks, "try_tiles", fails)
     disk(free=bytes_stored(whole) // 4)
     assert bytes_of(segment(volume, model, tmp_path / "out.zarr", TILED)) == bytes_of(whole)
     assert tried
@@ -313,7 +315,7 @@ def test_a_trial_that_fails_is_no_hindrance(task, tmp_path, disk, monkeypatch, e
 def state_of_tile(volume, model, out, tile):
     """Inode and time of the shards of a tile."""
     store = Store(out, ("probabilities", "classes"))
-    place = segmentation.prepare(volume, model, out, TILED).plan[tile]
+    place = preparation.prepare(volume, model, out, TILED).plan[tile]
     stats = [store.shard(name, place).stat() for name in ARRAYS]
     return [(stat.st_ino, stat.st_mtime_ns) for stat in stats]
 
@@ -325,7 +327,7 @@ def test_a_value_that_is_not_finite_is_quarantined_on_ray_too(task, tmp_path):
     image = noise((3, 61, 75), "float32")
     image[2, 3, 4] = np.inf
     volume, out = write_stack(tmp_path / "volume.tif", image), tmp_path / "out.zarr"
-    settings = segmentation.replace(FLOAT32, tile=(1, 64, 80), engine="ray", workers=1)
+    settings = replace(FLOAT32, tile=(1, 64, 80), engine="ray", workers=1)
     with pytest.raises(QuarantinedError, match="1 of 3 tiles"):
         segment(volume, model, out, settings)
     assert np.flatnonzero(committed(out / LEDGER, 3)).tolist() == [0, 1]
@@ -347,10 +349,10 @@ def test_a_tile_that_lacks_memory_at_its_last_try_among_others_is_tried_alone(
 
 CONVOLVING = """
 import sys, time, torch
-from unet_ray import segmentation
+from unet_ray import preparation
 from unet_ray.__main__ import run
 
-read, predict = segmentation.TileWorker.read, segmentation.TileWorker.predict
+read, predict = preparation.TileWorker.read, preparation.TileWorker.predict
 
 def reads(self, tile):
     if tile == 0:
@@ -364,7 +366,7 @@ def predicts(self, tile, voxels):
         torch.nn.functional.conv2d(torch.ones(1, 64, 400, 400), torch.ones(64, 64, 3, 3))
     return predict(self, tile, voxels)
 
-segmentation.TileWorker.read, segmentation.TileWorker.predict = reads, predicts
+preparation.TileWorker.read, preparation.TileWorker.predict = reads, predicts
 run()
 """
 

@@ -16,8 +16,9 @@ from unet_ray.evaluation import evaluate
 from unet_ray.ledger import committed, skipped
 from unet_ray.masks import open_mask, tiles_under
 from unet_ray.planning import plan
+from unet_ray.preparation import TileWorker
 from unet_ray.report import write_report
-from unet_ray.segmentation import TileWorker, segment
+from unet_ray.segmentation import segment
 from unet_ray.stores import LEDGER
 from unet_ray.tiles import Context, TilePlan
 from unet_ray.verification import verify

@@ -15,7 +15,8 @@ import pytest
 import zarr
 
 from tests.test_segmentation import TILED, bytes_of, noise, write_stack
-from unet_ray import segmentation, verification
+from unet_ray import execution, preparation, verification
+from unet_ray.boxes import Box
 from unet_ray.errors import InputError, LostError, QuarantinedError, RunError
 from unet_ray.evaluation import evaluate
 from unet_ray.events import read_events
@@ -24,7 +25,7 @@ from unet_ray.ledger import committed
 from unet_ray.places import ObjectPath, place_of
 from unet_ray.report import write_report
 from unet_ray.segmentation import segment
-from unet_ray.stores import EVENTS, LEDGER, PRIVATE
+from unet_ray.stores import EVENTS, LEDGER, PRIVATE, Store
 from unet_ray.verification import verify
 from unet_ray.volumes import open_volume
 
@@ -92,8 +93,8 @@ def test_a_killed_run_goes_on_and_writes_nothing_twice(task, bucket, number):
     before = bucket.puts.copy()
     segment(volume, model, OUT, TILED)
     assert stored(bucket) == bytes_of(whole)
-    store = segmentation.Store(place_of(OUT), ["probabilities", "classes"])
-    plan = segmentation.prepare(volume, model, OUT, TILED).plan
+    store = Store(place_of(OUT), ["probabilities", "classes"])
+    plan = preparation.prepare(volume, model, OUT, TILED).plan
     for name in ("probabilities", "classes"):
         for tile in done:
             shard = store.shard(name, plan[int(tile)]).key
@@ -203,9 +204,9 @@ def test_a_store_that_denies_everything_is_refused(task, bucket):
 def test_a_quarantined_tile_is_tried_again_there_too(task, bucket, monkeypatch):
     volume, model, whole = task
     with monkeypatch.context() as failing:
-        predict = segmentation.TileWorker.predict
+        predict = preparation.TileWorker.predict
         failing.setattr(
-            segmentation.TileWorker,
+            preparation.TileWorker,
             "predict",
             lambda worker, tile, voxels: predict(worker, tile, voxels if tile != 7 else None),
         )
@@ -242,13 +243,13 @@ def test_of_two_that_create_one_store_at_once_the_lease_chooses(
 ):
     volume, model, _ = task
     monkeypatch.chdir(tmp_path)
-    late = segmentation.prepare(volume, model, out, TILED)
-    early = segmentation.prepare(volume, model, out, TILED)
-    segmentation.execute(early, TILED, print)
-    assert segmentation.execute(late, TILED, print) == 0
+    late = preparation.prepare(volume, model, out, TILED)
+    early = preparation.prepare(volume, model, out, TILED)
+    execution.execute(early, TILED, print)
+    assert execution.execute(late, TILED, print) == 0
     other = dataclasses.replace(TILED, nan="zero")
     with pytest.raises(InputError, match=r"another nan"):
-        segmentation.prepare(volume, model, out, other)
+        preparation.prepare(volume, model, out, other)
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "0/c/0/0/0/0", "zarr.json"])
@@ -304,7 +305,7 @@ def test_a_volume_in_a_bucket_is_read_like_one_on_a_disk(task, bucket, tmp_path)
     source = "s3://bucket/volume.zarr"
     volume = open_volume(source)
     assert (volume.path, volume.shape, volume.chunk) == (source, (1, 3, 61, 75), (1, 32, 40))
-    np.testing.assert_array_equal(volume.read(segmentation.Box.of((3, 61, 75)))[0], image)
+    np.testing.assert_array_equal(volume.read(Box.of((3, 61, 75)))[0], image)
     from_bucket = segment(source, model, tmp_path / "a.zarr", TILED)
     from_disk = segment(local, model, tmp_path / "b.zarr", TILED)
     for name in ("0", "labels/classes/0"):
@@ -460,7 +461,7 @@ def test_a_root_beside_which_nothing_was_done_is_no_hindrance_to_another_run(
     volume, model, _ = task
     monkeypatch.chdir(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segmentation._Execution, "go", lambda self: 1 / 0)
+        patch.setattr(execution._Execution, "go", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             segment(volume, model, out, TILED)
     assert (place_of(out) / "zarr.json").is_file()

@@ -13,7 +13,7 @@ import tifffile
 import torch
 import zarr
 
-from unet_ray import lease, planning, segmentation
+from unet_ray import execution, lease, planning, preparation, segmentation
 from unet_ray.boxes import Box
 from unet_ray.checkpoints import ModelHeader, architecture_of, read_model, write_model
 from unet_ray.errors import InputError, LostError, QuarantinedError, RunError
@@ -22,6 +22,7 @@ from unet_ray.ledger import Ledger
 from unet_ray.network import UNet
 from unet_ray.planning import Settings, choose_plan, network_size
 from unet_ray.segmentation import output_paths, segment
+from unet_ray.stores import LEDGER, PRIVATE, Store
 from unet_ray.verification import verify
 from unet_ray.volumes import open_volume
 
@@ -115,13 +116,13 @@ def volume(write):
 @pytest.fixture
 def predicted(monkeypatch):
     """Numbers of the tiles that are predicted, in the order of their start."""
-    tiles, predict = [], segmentation.TileWorker.predict
+    tiles, predict = [], preparation.TileWorker.predict
 
     def counted(worker, tile, voxels):
         tiles.append(tile)
         return predict(worker, tile, voxels)
 
-    monkeypatch.setattr(segmentation.TileWorker, "predict", counted)
+    monkeypatch.setattr(preparation.TileWorker, "predict", counted)
     return tiles
 
 
@@ -253,7 +254,7 @@ def test_the_tile_asked_for_is_rounded_up_and_clamped(tmp_path, model, volume):
         [((1, 1, 1), (1, 4, 4)), ((9, 999, 17), (3, 64, 20)), ((2, 61, 75), (2, 64, 76))]
     ):
         settings = dataclasses.replace(FLOAT32, tile=asked)
-        run = segmentation.prepare(volume, model, tmp_path / str(n), settings)
+        run = preparation.prepare(volume, model, tmp_path / str(n), settings)
         assert run.plan.core == fitted
 
 
@@ -287,11 +288,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, model, volume, p
 def test_only_missing_tiles_are_written_again(tmp_path, model, volume):
     with pytest.raises(StoppedError):
         segment(volume, model, tmp_path / "cut", TILED, stop_after(10))
-    with Ledger(tmp_path / "cut" / segmentation.LEDGER, 24) as ledger:
+    with Ledger(tmp_path / "cut" / LEDGER, 24) as ledger:
         committed = [n for n in range(24) if n in ledger]
     assert len(committed) == 10
-    plan = segmentation.prepare(volume, model, tmp_path / "cut", TILED).plan
-    store = segmentation.Store(tmp_path / "cut", ("probabilities", "classes"))
+    plan = preparation.prepare(volume, model, tmp_path / "cut", TILED).plan
+    store = Store(tmp_path / "cut", ("probabilities", "classes"))
     shards = [
         store.shard(name, plan[n]) for name in ("probabilities", "classes") for n in committed
     ]
@@ -354,7 +355,7 @@ def test_only_the_outputs_asked_for_are_stored(tmp_path, model, volume, outputs,
         n: whole[n] for n in shards
     }
     # the store's own choice is kept where none is made
-    assert segmentation.prepare(volume, model, store, TILED).outputs == outputs
+    assert preparation.prepare(volume, model, store, TILED).outputs == outputs
 
 
 @pytest.mark.parametrize("change", [-1, 1 << 30])
@@ -379,7 +380,7 @@ def test_the_plan_in_the_store_wins_over_another_memory(tmp_path, model, volume,
         second = dataclasses.replace(second, memory=need.total + change)
     segment(volume, model, tmp_path / "cut", second)
     assert bytes_of(tmp_path / "cut") == bytes_of(whole)
-    assert segmentation.prepare(volume, model, tmp_path / "cut", second).plan != plan or change > 0
+    assert preparation.prepare(volume, model, tmp_path / "cut", second).plan != plan or change > 0
 
 
 # What the store says of itself
@@ -397,7 +398,7 @@ def test_provenance_does_not_know_who_ran_it_where_and_when(tmp_path, model, vol
     told = json.loads((one / "zarr.json").read_text())["attributes"]["unet_ray"]
     text = json.dumps(told)
     assert str(tmp_path) not in text
-    words = {key for key, _ in segmentation._flat(told)}
+    words = {key for key, _ in preparation._flat(told)}
     assert not {w for w in words if re.search("engine|workers|memory|region|path|seconds|host", w)}
 
 
@@ -485,7 +486,7 @@ def test_overwrite_never_deletes_what_the_run_reads(tmp_path, volume, kind):
     given = {"model": random_model(tmp_path / "model.safetensors"), "volume": volume}
     given["mask"] = write_stack(tmp_path / "mask.tif", np.ones((3, 61, 75), np.uint8))
     segment(volume, given["model"], out, COARSE)
-    inside = out / segmentation.PRIVATE / Path(given[kind]).name  # where all is taken to be ours
+    inside = out / PRIVATE / Path(given[kind]).name  # where all is taken to be ours
     given[kind] = shutil.copy(given[kind], inside)
     before = state_of(tmp_path)
     settings = dataclasses.replace(COARSE, mask=given["mask"], overwrite=True)
@@ -543,10 +544,10 @@ def test_a_value_that_is_not_finite_is_named_with_its_tile(tmp_path, model, writ
         segment(volume, model, tmp_path / "out", TILED)
     assert str(volume) in str(told.value) and str(value) in str(told.value)
     number = int(re.search(r"read by tile (\d+)", str(told.value))[1])
-    plan = segmentation.prepare(volume, model, tmp_path / "out", TILED).plan
+    plan = preparation.prepare(volume, model, tmp_path / "out", TILED).plan
     read = plan[number].read
     assert all(a <= p < b for a, p, b in zip(read.start, place, read.stop, strict=True))
-    with Ledger(tmp_path / "out" / segmentation.LEDGER, len(plan)) as ledger:
+    with Ledger(tmp_path / "out" / LEDGER, len(plan)) as ledger:
         assert number not in ledger
 
 
@@ -567,7 +568,7 @@ def test_a_tile_too_large_for_the_memory_names_one_that_fits(tmp_path, model, wr
     assert not (tmp_path / "out").exists()
     named = re.search(r"tile=([\d,]+) needs [^;]*$", str(refused.value))[1]
     fits = dataclasses.replace(settings, tile=tuple(map(int, named.split(","))))
-    run = segmentation.prepare(volume, model, tmp_path / "out", fits)
+    run = preparation.prepare(volume, model, tmp_path / "out", fits)
     assert run.plan.core == fits.tile and run.memory.total <= settings.memory
 
 
@@ -622,7 +623,7 @@ def test_a_plan_says_what_a_run_does_and_writes_nothing(tmp_path, model, volume)
 def test_naming_the_only_channel_and_time_point_changes_nothing(tmp_path, model, volume):
     store = segment(volume, model, tmp_path / "out", FLOAT32)
     named = dataclasses.replace(FLOAT32, channel=0, time=0)
-    assert segmentation.prepare(volume, model, store, named).resumed
+    assert preparation.prepare(volume, model, store, named).resumed
 
 
 def test_another_channel_on_the_same_store_is_refused(tmp_path, model):
@@ -646,9 +647,9 @@ def test_an_input_inside_the_output_of_another_is_refused(tmp_path, model, volum
 def test_another_run_on_the_same_store_is_refused_and_may_be_forced_out(tmp_path, model, volume):
     store = segment(volume, model, tmp_path / "out", FLOAT32)
     before = bytes_of(store)
-    shutil.rmtree(store / segmentation.LEDGER)  # or there would be nothing to do
+    shutil.rmtree(store / LEDGER)  # or there would be nothing to do
     again = dataclasses.replace(FLOAT32, overwrite=True)
-    with Lease(store / segmentation.PRIVATE):
+    with Lease(store / PRIVATE):
         for settings in (FLOAT32, again):
             with pytest.raises(InputError, match=rf"out: process {os.getpid()} on .*--takeover"):
                 segment(volume, model, store, settings)
@@ -713,16 +714,16 @@ def test_a_run_that_finds_another_store_than_it_was_prepared_for_is_refused(
                 tmp_path / out,
                 dataclasses.replace(TILED, region=Box((2, 60, 74), (3, 61, 75))),
             )
-        late = segmentation.prepare(volume, model, tmp_path / out, TILED)
+        late = preparation.prepare(volume, model, tmp_path / out, TILED)
         whole = segment(
             volume, model, tmp_path / out, dataclasses.replace(other, overwrite=out == "old")
         )
         before = state_of(whole)
         with pytest.raises(InputError, match=r"another plan\.core"):
-            segmentation.execute(late, TILED, print)
+            execution.execute(late, TILED, print)
         after = state_of(whole)
         assert {k for k in after if after[k] != before.get(k)} <= {
-            whole / segmentation.PRIVATE / name for name in ("", "lease.json")
+            whole / PRIVATE / name for name in ("", "lease.json")
         }
 
 
@@ -739,7 +740,7 @@ def test_overwriting_through_a_link_leaves_the_link(tmp_path, model, volume):
 def test_more_workers_than_fit_into_memory_are_refused(
     tmp_path, model, volume, monkeypatch, room, remedy
 ):
-    monkeypatch.setattr(segmentation, "room", lambda: room << 20)
+    monkeypatch.setattr(preparation, "room", lambda: room << 20)
     many = dataclasses.replace(TILED, workers=500)
     with pytest.raises(InputError, match=rf"500 workers need .* could be had; give .*{remedy}"):
         segment(volume, model, tmp_path / "out", many)

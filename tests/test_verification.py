@@ -24,7 +24,7 @@ from tests.test_segmentation import (
     stop_after,
     write_stack,
 )
-from unet_ray import cli, segmentation
+from unet_ray import cli, preparation
 from unet_ray.boxes import Box
 from unet_ray.errors import InputError, RunError
 from unet_ray.events import EventLog, read_events
@@ -103,13 +103,13 @@ def test_a_whole_store_is_sound_and_left_alone(store):
 
 
 def test_as_many_tiles_are_made_again_as_asked_for(store, monkeypatch):
-    made, predict = [], segmentation.TileWorker.predict
+    made, predict = [], preparation.TileWorker.predict
 
     def counted(worker, tile, voxels):
         made.append(tile)
         return predict(worker, tile, voxels)
 
-    monkeypatch.setattr(segmentation.TileWorker, "predict", counted)
+    monkeypatch.setattr(preparation.TileWorker, "predict", counted)
     assert verify(store, tiles=0).recomputed == () and made == []
     assert verify(store, tiles=10**9).recomputed == (*range(TILES),)
     assert sorted(made) == [*range(TILES)]
@@ -513,7 +513,7 @@ def test_an_interrupted_store_is_sound(tmp_path, task):
 
 
 def test_an_empty_store_is_sound(tmp_path, task):
-    run = segmentation.prepare(*task[:2], tmp_path / "out.zarr", TILED)
+    run = preparation.prepare(*task[:2], tmp_path / "out.zarr", TILED)
     layout = StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)
     begin(run.out / LEDGER, 1)
     create_store(run.out, layout, run.provenance)
@@ -614,7 +614,7 @@ def test_a_tile_that_cannot_be_made_again_is_damage(store, monkeypatch):
     def fail(worker, tile):
         raise ValueError("unreadable")
 
-    monkeypatch.setattr(segmentation.TileWorker, "read", fail)
+    monkeypatch.setattr(preparation.TileWorker, "read", fail)
     [sentence] = verify(store, tiles=1).damage
     assert re.search(r"tile \d+ cannot be made again: ValueError: unreadable", sentence)
     shard_of(store, 1).unlink()

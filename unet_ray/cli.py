@@ -32,10 +32,11 @@ from unet_ray.progress import Pace, ProgressLine, format_seconds
 from unet_ray.versions import VERSION
 
 if TYPE_CHECKING:
+    from unet_ray.execution import Progress
     from unet_ray.pilot import Pilot
     from unet_ray.planning import Outlook, Settings
+    from unet_ray.preparation import Segmentation
     from unet_ray.runs import Measure
-    from unet_ray.segmentation import Progress, Segmentation
 
 Function = Callable[..., Any]
 
@@ -416,13 +417,14 @@ def segment(
     The same command again goes on where it was interrupted; a finished one does nothing.
     """
     settings = _settings(ctx, flags)
-    from unet_ray import segmentation
+    from unet_ray.execution import execute
+    from unet_ray.segmentation import prepare_all
 
     quarantined = None
-    for run in segmentation.prepare_all(inputs, model, out, settings):
+    for run in prepare_all(inputs, model, out, settings):
         _announce(run, settings)
         try:
-            if not segmentation.execute(run, settings, _watch(Path(run.volume.path).name)):
+            if not execute(run, settings, _watch(Path(run.volume.path).name)):
                 _say(f"{run.out.name}: already finished; nothing to do.")
         except QuarantinedError as error:  # told at once; other inputs come first
             _say(f"unet-ray: {error}")
@@ -569,10 +571,10 @@ def _announce(run: Segmentation, settings: Settings) -> None:
 
 
 def _memory(run: Segmentation, settings: Settings) -> str:
-    from unet_ray.segmentation import promised_memory
+    from unet_ray.planning import process_bytes
 
     whose = "per worker" if settings.engine == "ray" else "for all workers, in this process"
-    return f"{format_bytes(promised_memory(run, settings))} {whose}"
+    return f"{format_bytes(process_bytes(run.memory, run.device, settings))} {whose}"
 
 
 def _describe(outlook: Outlook) -> str:

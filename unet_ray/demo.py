@@ -16,6 +16,7 @@ import zarr
 from numpy.typing import NDArray
 
 from unet_ray.evaluation import evaluate
+from unet_ray.execution import Progress
 from unet_ray.metrics import accuracy, iou
 from unet_ray.phantom import Phantom, make_phantom
 from unet_ray.pictures import (
@@ -31,7 +32,7 @@ from unet_ray.progress import ProgressLine, format_seconds
 from unet_ray.recipes import Recipe
 from unet_ray.report import write_report
 from unet_ray.runs import Measure
-from unet_ray.segmentation import Progress, segment
+from unet_ray.segmentation import segment
 from unet_ray.stores import ARRAYS
 from unet_ray.training import train
 

@@ -44,7 +44,7 @@ from unet_ray.places import (
     write_whole,
 )
 from unet_ray.planning import Settings
-from unet_ray.segmentation import Segmentation, prepare
+from unet_ray.preparation import Segmentation, prepare
 from unet_ray.shards import Shards
 from unet_ray.stores import (
     ARRAYS,
