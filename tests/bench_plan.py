@@ -3,7 +3,6 @@
 python -m tests.bench_plan
 """
 
-import math
 import tempfile
 import time
 from pathlib import Path
@@ -52,7 +51,7 @@ def main():
         for number, (what, volume, settings) in enumerate(cases(folder)):
             outlook, seen = plan(volume, model, settings), []
             trial = try_tiles(outlook)
-            told = trial.seconds * math.ceil(outlook.tiles / outlook.workers)
+            told = trial.run_seconds(outlook)
             store = segment(volume, model, folder / f"{number}.zarr", settings, seen.append)
             took, tiles = seen[-1].seconds, seen[-1].finished
             stored = sum((store / shard).stat().st_size for shard in shards_of(store))

@@ -6,7 +6,6 @@ What a verb does is in the rooms below; torch and Ray are imported only when a v
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -599,7 +598,7 @@ def _describe(outlook: Outlook) -> str:
 
 def _trial_json(outlook: Outlook, trial: Pilot | None, price: float | None) -> dict[str, Any]:
     """What a trial tells, for machines; null is what is not known."""
-    seconds = trial and trial.seconds * math.ceil(outlook.tiles / outlook.workers)
+    seconds = trial and trial.run_seconds(outlook)
     return {
         "tile_seconds": trial and round(trial.seconds, 4),
         "seconds": seconds and round(seconds, 1),
@@ -623,7 +622,7 @@ def _describe_trial(outlook: Outlook, trial: Pilot | None, per_hour: float | Non
             f"  disk    at most {format_bytes(outlook.disk_bytes)}; {free}",
             "  time    not known: a tile needs a device, or memory, that is not in this machine",
         ]
-    seconds = trial.seconds * math.ceil(outlook.tiles / outlook.workers)
+    seconds = trial.run_seconds(outlook)
     lines = [
         f"  disk    about {format_bytes(trial.stored * outlook.tiles)}, at most "
         f"{format_bytes(outlook.disk_bytes)}; {free}",

@@ -67,6 +67,10 @@ class Pilot:
         """From one tile to the next, by one worker."""
         return max(self.predict, (self.read + self.predict + self.write) / self.under_way)
 
+    def run_seconds(self, outlook: Outlook) -> float:
+        """Of the whole run, after its start."""
+        return self.seconds * math.ceil(outlook.tiles / outlook.workers)
+
 
 def try_tiles(outlook: Outlook, workers: int | None = None) -> Pilot | None:
     """Tries tiles that are evenly spread, as many side by side as a run would on this machine.
