@@ -64,6 +64,17 @@ def test_split_partitions_in_reading_order(box, shape):
     assert [p.start for p in parts] == sorted(p.start for p in parts)
 
 
+@settings(max_examples=100)
+@given(boxes(axes=3, low=0, high=9), st.tuples(*[st.integers(1, 5)] * 3), st.integers(1, 12))
+def test_a_split_by_chunks_touches_few_at_a_time(box, chunk, most):
+    parts = list(box.split_by_chunks(chunk, most))
+    painted = [v for part in parts for v in voxels(part)]
+    assert len(painted) == len(set(painted)) and set(painted) == voxels(box)
+    touched = [{tuple(np.floor_divide(v, chunk)) for v in voxels(part)} for part in parts]
+    assert all(len(some) <= most for some in touched)
+    assert sum(map(len, touched)) == len(set().union(*touched))  # none for two parts
+
+
 def test_the_box_of_an_array():
     assert Box.of((4, 5)) == Box((0, 0), (4, 5))
     assert list(Box.of(()).split(())) == [Box((), ())]

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -765,6 +766,43 @@ def test_any_box_of_a_zarr_array(zarr_array):
     check_windows(path, want)
     sharded = "shard" in (path / "zarr.json").read_text() if (path / "zarr.json").exists() else 0
     assert open_volume(path).chunk == ((2, 8, 8) if sharded else (4, 16, 16))
+
+
+@pytest.mark.parametrize("most", [1, 3 * 4 * 16 * 16 * 2])
+def test_a_zarr_array_is_read_by_parts(zarr_array, monkeypatch, most):
+    monkeypatch.setattr(volumes, "READ_BYTES", most)
+    check_windows(*zarr_array)
+
+
+@given(st.tuples(*[st.integers(1, 30)] * 3), st.tuples(*[st.integers(1, 9)] * 3), st.data())
+def test_no_box_touches_more_units_than_counted(shape, chunk, data):
+    starts = [data.draw(st.integers(0, n - 1)) for n in shape]
+    stops = [data.draw(st.integers(a + 1, n)) for a, n in zip(starts, shape, strict=True)]
+    array = zarr.create_array({}, shape=shape, chunks=chunk, dtype="uint8")
+    volume = object.__new__(volumes._Zarr)
+    volume.shape, volume.chunk, volume.unit_bytes = (1, *shape), array.chunks, 1
+    volume._together = volume._under_way = 10**9
+    touched = math.prod(-(-b // n) - a // n for a, b, n in zip(starts, stops, chunk, strict=True))
+    assert volume.held([b - a for a, b in zip(starts, stops, strict=True)]) >= 2 * touched
+
+
+@pytest.mark.parametrize("shards", [None, (32, 256, 256)])
+def test_a_read_holds_little_beside_what_it_gives(tmp_path, monkeypatch, shards):
+    voxels = noise((64, 512, 512), "uint8")
+    options = {"chunks": (16, 128, 128), "shards": shards, "compressors": None}
+    write_zarr(tmp_path / "a.zarr", voxels, **options)
+    monkeypatch.setattr(volumes, "READ_BYTES", 1 << 20)
+    volume = open_volume(tmp_path / "a.zarr")
+    box = Box((1, 1, 1), (64, 512, 512))
+    volume.read(box)  # what is imported late counts for nothing
+    tracemalloc.start()
+    try:
+        found = volume.read(box)
+        peak = tracemalloc.get_traced_memory()[1] - found.nbytes
+    finally:
+        tracemalloc.stop()
+    assert volume.held(box.shape) == 3 << 20
+    assert peak <= volume.held(box.shape) + (1 << 19)
 
 
 def test_a_truncated_chunk_is_never_read_as_less(zarr_array):

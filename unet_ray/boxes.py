@@ -80,6 +80,25 @@ class Box:
             for rest in Box(self.start[1:], self.stop[1:]).split(shape[1:]):
                 yield Box((low, *rest.start), (high, *rest.stop))
 
+    def split_by_chunks(self, chunk: Sequence[int], most: int) -> Iterator[Box]:
+        """Boxes that partition this one and touch at most `most` chunks each, last axis fastest.
+
+        Args:
+            chunk: extents of a chunk; the first begins at the origin.
+            most: at least 1.
+        """
+        spans = [(a // n, -(-b // n)) for a, b, n in zip(self.start, self.stop, chunk, strict=True)]
+        shape: list[int] = []
+        for low, high in reversed(spans):
+            shape.insert(0, max(1, min(high - low, most)))
+            most //= shape[0]
+        for part in Box(*zip(*spans, strict=True)).split(shape):
+            start, stop = (
+                tuple(a * n for a, n in zip(corner, chunk, strict=True))
+                for corner in (part.start, part.stop)
+            )
+            yield Box(start, stop).intersect(self)
+
     def __str__(self) -> str:
         """``z0:z1,y0:y1,x0:x1``, as the command line writes a region."""
         return ",".join(f"{a}:{b}" for a, b in zip(self.start, self.stop, strict=True))

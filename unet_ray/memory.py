@@ -170,7 +170,7 @@ class WorkerMemory:
 
 
 def worker_bytes(
-    net: NetworkSize, plan: TilePlan, voxel_bytes: int, outputs: int, decoded: int = 0
+    net: NetworkSize, plan: TilePlan, voxel_bytes: int, outputs: int, held: int = 0
 ) -> WorkerMemory:
     """What a worker needs that reads, predicts and writes one tile at a time.
 
@@ -179,7 +179,7 @@ def worker_bytes(
         plan: the tiles.
         voxel_bytes: bytes of one voxel of the volume, all channels.
         outputs: uint8 values stored per voxel.
-        decoded: bytes of the storage units that are decoded at the same time.
+        held: bytes of the input's storage units while a tile is read.
     """
     read = math.prod(plan.read_shape) * voxel_bytes
     write = math.prod(plan.core) * outputs
@@ -191,7 +191,7 @@ def worker_bytes(
         load=net.weights * (3 * 4 + net.itemsize),
         weights=net.weights * net.itemsize,
         tile=read + write + constants,
-        copy=max(write, read, decoded),  # for mirroring and encoding
+        copy=max(write, read, held),  # for mirroring and encoding
         forward=forward,
     )
 

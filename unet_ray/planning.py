@@ -132,9 +132,7 @@ def _commas(numbers: Sequence[int]) -> str:
 def needed_memory(size: NetworkSize, tiles: TilePlan, volume: Volume, outputs: int) -> WorkerMemory:
     """What a worker needs for `tiles` of `volume`, with `outputs` bytes stored per voxel."""
     voxel = volume.shape[0] * volume.dtype.itemsize
-    extents = zip(tiles.read_shape, volume.chunk, strict=True)
-    units = min(volume.decoded_at_once, math.prod(-(-n // c) + 1 for n, c in extents))
-    return worker_bytes(size, tiles, voxel, outputs, units * math.prod(volume.chunk) * voxel)
+    return worker_bytes(size, tiles, voxel, outputs, volume.held(tiles.read_shape))
 
 
 def under_way(memory: WorkerMemory, device: Device, settings: Settings) -> int:

@@ -45,6 +45,9 @@ _FOREIGN = {
 }
 _ZARR = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
 _SAMPLES, _SAMPLE_BYTES = 16, 2**20
+# Chunks of Zarr are read together up to so many bytes, or one by one; of these so many are under
+# way at a time (its setting async.concurrency).
+READ_BYTES, ZARR_UNITS = 32 << 20, 10
 _TRIES, _PAUSE = 3, 0.2  # seconds between two tries
 
 
@@ -82,11 +85,11 @@ class Volume(ABC):
             single plane of which only y and x are known, z counts as 1.
         channel_names: one per channel, "" if unknown.
         chunk: (z, y, x) extent of the storage unit: inner chunk of Zarr, strip or tile of TIFF.
-        decoded_at_once: storage units that one `read` holds decoded at the same time.
+        unit_bytes: of a storage unit, decoded, with all channels that are stored in it.
     """
 
     kind: ClassVar[str]
-    decoded_at_once: ClassVar[int] = 1
+    unit_bytes: int
     path: str
     shape: tuple[int, int, int, int]
     dtype: np.dtype[Any]
@@ -115,6 +118,13 @@ class Volume(ABC):
         if voxels.shape != (self.shape[0], *box.shape):
             raise RunError(f"{self.path} has become smaller since it was opened.")
         return voxels
+
+    def held(self, shape: Sequence[int]) -> int:
+        """Bytes at most that reading a box of `shape` (z, y, x) holds beside what it gives.
+
+        They are those of a storage unit, as it is stored and decoded.
+        """
+        return 2 * self.unit_bytes
 
     def read_patiently(self, box: Box) -> NDArray[Any]:
         """As `read`, tried again if it fails: disks and file servers have bad moments.
@@ -188,6 +198,7 @@ class Volume(ABC):
         self.shape, self.dtype = (c, z, y, x), dtype
         deep, high, wide = (min(int(n), m) for n, m in zip(chunk, (z, y, x), strict=True))
         self.chunk = deep, high, wide
+        self.unit_bytes = c * deep * high * wide * dtype.itemsize
         along_z = 1.0 if sizes[0] is None and z == 1 else sizes[0]
         known = None not in (along_z, *sizes[1:])
         self.voxel_size = (along_z, *sizes[1:]) if known else None  # type: ignore[assignment]
@@ -367,7 +378,6 @@ class _Zarr(Volume):
     """A Zarr array, or one level of the first image of an OME-Zarr group."""
 
     kind = "zarr"
-    decoded_at_once = 10  # zarr's setting async.concurrency
 
     def _open(self) -> tuple[Any, str, int, slice]:
         try:
@@ -393,9 +403,34 @@ class _Zarr(Volume):
         dtype = np.dtype(np.uint8) if array.dtype.kind == "b" else array.dtype.newbyteorder("=")
         self._describe(shape, dtype, [chunks.get(axis, 1) for axis in "zyx"], image.sizes)
         self._name_channels(image.channel_names, channels)
+        deep = chunks.get("c", 1)
+        together = math.prod(array.chunks) * (-(-channels.stop // deep) - channels.start // deep)
+        self.unit_bytes = together * array.dtype.itemsize
+        self._together = max(1, READ_BYTES // self.unit_bytes)
+        # Of a sharded array all inner chunks of a part may be held, else those under way.
+        self._under_way = self._together if array.shards else min(self._together, ZARR_UNITS)
         return array, axes, time, channels
 
+    def held(self, shape: Sequence[int]) -> int:
+        """As of any volume; of several units, and of the part that they are put together to."""
+        touched = math.prod(
+            min((extent - 2) // n + 2, -(-whole // n))
+            for extent, whole, n in zip(shape, self.shape[1:], self.chunk, strict=True)
+        )
+        part = self._together if touched > self._together else 0
+        return (2 * min(self._under_way, touched) + part) * self.unit_bytes
+
     def _read(self, box: Box) -> NDArray[Any]:
+        parts = [*box.split_by_chunks(self.chunk, self._together)]
+        if len(parts) == 1:
+            return self._read_part(box)
+        voxels = np.empty((self.shape[0], *box.shape), self.dtype)
+        for part in parts:
+            place = part.relative_to(box.start)
+            voxels[(slice(None), *place.slices)] = self._read_part(part)
+        return voxels
+
+    def _read_part(self, box: Box) -> NDArray[Any]:
         array, axes, time, channels = self._source
         where = {"t": slice(time, time + 1), "-": slice(0, 1), "c": channels}
         where |= dict(zip("zyx", box.slices, strict=True))
