@@ -386,6 +386,34 @@ def test_plan_for_people(unet_ray, files):
     assert "core 44" in out and "halo" in out and "MiB per worker" in out
 
 
+def test_a_plan_of_no_tiles(unet_ray, files):
+    tifffile.imwrite(files / "blank.tif", np.zeros((2, 40, 44), np.uint8))
+    asked = [files / "image.tif", "--model", files / "model.safetensors", "--engine", "local"]
+    asked += ["--mask", files / "blank.tif", "--price-per-hour", "1"]
+    code, out, err = unet_ray("plan", *asked)
+    assert (code, err) == (0, "") and "nothing to do" in out and "time" not in out
+    told = json.loads(unet_ray("plan", *asked, "--json")[1])
+    names = ("tiles", "seconds", "price", "disk_bytes", "disk_estimate_bytes")
+    assert [told[name] for name in names] == [0] * 5
+
+
+@pytest.mark.parametrize("price", ["nan", "inf", "-1", "much"])
+def test_a_price_that_is_none(unet_ray, files, price):
+    asked = [files / "image.tif", "--model", files / "model.safetensors"]
+    code, _, err = unet_ray("plan", *asked, "--price-per-hour", price)
+    assert code == 2 and "price-per-hour" in err and price in err
+
+
+def test_chunks_that_fit_no_memory_are_named(unet_ray, files):
+    zarr.create_array(files / "a.zarr", shape=(64, 1024, 1024), chunks="auto", dtype="uint8")
+    whole = {"shape": (64, 1024, 1024), "chunks": (64, 1024, 1024)}
+    zarr.create_array(files / "b.zarr", **whole, dtype="uint8")
+    asked = ["--model", files / "model.safetensors", "--engine", "local", "--memory", "400MiB"]
+    assert unet_ray("plan", files / "a.zarr", *asked)[0] == 0
+    code, _, err = unet_ray("plan", files / "b.zarr", *asked)
+    assert code == 2 and "stored in chunks of 64,1024,1024; give --memory " in err
+
+
 # Scores
 
 

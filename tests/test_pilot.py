@@ -152,7 +152,8 @@ def test_nothing_is_left_and_nothing_to_try_is_no_failure(files, tmp_path, monke
     outlook = plan(*files, TILED)
     assert try_tiles(outlook).tiles > 0
     assert not list((tmp_path / "scratch").iterdir())
-    assert try_tiles(dataclasses.replace(outlook, sample=())) is None
+    nothing = try_tiles(dataclasses.replace(outlook, sample=()))
+    assert (nothing.tiles, nothing.seconds, nothing.stored) == (0, 0, 0)
     if not pilot.torch.cuda.is_available():
         assert try_tiles(dataclasses.replace(outlook, device="cuda")) is None
 

@@ -6,6 +6,7 @@ What a verb does is in the rooms below; torch and Ray are imported only when a v
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -369,6 +370,8 @@ def plan(
 
     A few tiles of the volume are tried, which takes a quarter of a minute or so.
     """
+    if price_per_hour is not None and not math.isfinite(price_per_hour):
+        raise InputError(f"price-per-hour={price_per_hour} must be a number, 0 or more.")
     settings = _settings(ctx, flags)
     from unet_ray import pilot, planning
 
@@ -617,6 +620,8 @@ def _price(outlook: Outlook, trial: Pilot | None, per_hour: float | None) -> flo
 
 def _describe_trial(outlook: Outlook, trial: Pilot | None, per_hour: float | None) -> list[str]:
     free = f"{format_bytes(shutil.disk_usage('.').free)} free in this folder"
+    if not outlook.tiles:
+        return ["  nothing to do: region and mask have no tile in common"]
     if trial is None:
         return [
             f"  disk    at most {format_bytes(outlook.disk_bytes)}; {free}",

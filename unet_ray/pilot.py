@@ -83,13 +83,15 @@ def try_tiles(outlook: Outlook, workers: int | None = None) -> Pilot | None:
         workers: how many tiles side by side at most.
 
     Returns:
-        None if the device of the run, or memory for one worker, is not in this machine, or if there
-        is nothing to try.
+        What was measured; zeros if no tile is asked for. None if the device of the run, or memory
+        for one worker, is not in this machine.
 
     Raises:
         RunError: if none of them can be read.
     """
-    if not outlook.sample or (outlook.device == "cuda" and not torch.cuda.is_available()):
+    if not outlook.sample:
+        return Pilot(0, 0, 1, 0.0, 0.0, 0.0, 0.0)
+    if outlook.device == "cuda" and not torch.cuda.is_available():
         return None
     threads = _threads(outlook, workers)
     if not threads:

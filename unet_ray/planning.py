@@ -113,9 +113,11 @@ def choose_plan(
     smallest = planned((1, *context.step[1:]))
     tiles, memory = here(next((f for f in found if f[1].total <= settings.memory), smallest))
     if memory.total > settings.memory:
+        chunks = f", since the input is stored in chunks of {_commas(volume.chunk)}"
+        cause = chunks if volume.held(tiles.read_shape) > memory.forward else ""
         raise InputError(
             f"memory={allowed} is too little for this model: the smallest tile needs "
-            f"{format_bytes(memory.total)} per worker; give --memory {memory.total} or more."
+            f"{format_bytes(memory.total)} per worker{cause}; give --memory {memory.total} or more."
         )
     if asked:
         raise InputError(
