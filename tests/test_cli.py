@@ -391,7 +391,7 @@ def test_a_plan_of_no_tiles(unet_ray, files):
     asked = [files / "image.tif", "--model", files / "model.safetensors", "--engine", "local"]
     asked += ["--mask", files / "blank.tif", "--price-per-hour", "1"]
     code, out, err = unet_ray("plan", *asked)
-    assert (code, err) == (0, "") and "nothing to do" in out and "time" not in out
+    assert (code, err) == (0, "") and "nothing to do" in out and "a tile" not in out
     told = json.loads(unet_ray("plan", *asked, "--json")[1])
     names = ("tiles", "seconds", "price", "disk_bytes", "disk_estimate_bytes")
     assert [told[name] for name in names] == [0] * 5
