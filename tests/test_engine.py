@@ -478,6 +478,7 @@ def test_a_killed_worker_loses_no_tile(folder, workers):
     assert set(written(folder)) == set(range(12))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_a_tile_that_kills_every_worker_is_given_up_and_the_others_are_done(folder):

@@ -72,6 +72,7 @@ def test_a_bucket_holds_the_bytes_of_a_disk_and_a_finished_run_does_nothing(task
     assert bucket.puts == before
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_ray_writes_the_same_there(task, bucket):
     with process(task, bucket, "--engine", "ray") as started:

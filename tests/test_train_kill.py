@@ -257,6 +257,7 @@ def test_a_killed_training_ends_in_the_bytes_of_an_undisturbed_one(
     assert_same_run(out, whole)
 
 
+@pytest.mark.slow
 def test_the_best_model_from_before_a_kill_is_kept(files, tmp_path, start, monkeypatch):
     # What hardly learns never gets better than it was first.
     made = tiny(steps=400, val="1:2", best_by="iou", norm="none", learning_rate=1e-9)
@@ -280,6 +281,7 @@ def large_files(tmp_path_factory):
     return write_pair(tmp_path_factory.mktemp("large"), image, labels)
 
 
+@pytest.mark.slow
 def test_a_training_killed_while_it_validates_validates_again(
     large_files, tmp_path, start, monkeypatch
 ):
@@ -298,6 +300,7 @@ def test_a_training_killed_while_it_validates_validates_again(
     assert (out / BEST).read_bytes() == (whole / BEST).read_bytes()
 
 
+@pytest.mark.slow
 def test_minutes_before_a_kill_count(files, tmp_path, start):
     made, out = tiny(steps=None, minutes=0.15), tmp_path / "run"
     kept = start(files, out, made).kill_at(random.Random(4).randrange(200, 300))
@@ -314,6 +317,7 @@ def test_minutes_before_a_kill_count(files, tmp_path, start):
     assert read_model(out / MODEL)[1].training["steps"] == steps[-1]
 
 
+@pytest.mark.slow
 def test_two_trainings_of_one_run_wait_for_each_other(files, tmp_path, start, monkeypatch):
     made, out = tiny(steps=200), tmp_path / "run"
     whole = undisturbed(files, tmp_path / "whole", made, monkeypatch)

@@ -1,7 +1,6 @@
 """The weight map against the formula written out: one distance transform per cell."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,6 @@ from scipy import ndimage
 from unet_ray.compiled import compiled
 from unet_ray.errors import InputError
 from unet_ray.weights import border_term, class_weights, separate, weight_map
-
-ISBI = Path(__file__).parents[1] / "../shared/data/isbi2012/train-labels.tif"
 
 
 def brute_force(instances, w0=10.0, sigma=5.0):
@@ -165,10 +162,9 @@ def test_weight_map_gives_ignored_voxels_nothing_and_sees_no_cell_in_them():
     np.testing.assert_allclose(weights[0], expected, rtol=1e-6)
 
 
-def test_weight_map_of_the_isbi_membranes_matches_brute_force():
-    if not ISBI.exists():
-        pytest.skip(f"no ISBI 2012 labels at {ISBI}")
-    cells = tifffile.imread(ISBI, key=7)[100:228, 200:328] == 255
+def test_weight_map_of_the_isbi_membranes_matches_brute_force(shared_data):
+    labels = shared_data / "isbi2012" / "train-labels.tif"
+    cells = tifffile.imread(labels, key=7)[100:228, 200:328] == 255
     instances, count = ndimage.label(cells)
     assert count > 5
     balance = np.array([2, 0.5], np.float32)
