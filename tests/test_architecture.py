@@ -15,7 +15,7 @@ PACKAGE = ROOT / "unet_ray"
 # A file imports only from the rungs below its own and from the files before it on its own rung.
 RUNGS = (
     "errors versions places compiled boxes mirror progress",
-    "tiles memory cost tiff volumes masks intensity ledger stores shards lease events "
+    "tiles memory cost tiff volumes masks intensity ledger marks stores shards lease events "
     "weights augment warping thinning overlaps cuts stacks scores metrics "
     "phantom pictures charts results",
     "network checkpoints prediction recipes runs",

@@ -330,7 +330,7 @@ def test_an_error_that_cannot_be_told_is_a_failure_too(folder):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_marks_that_cannot_be_made_are_failures(folder, device):
-    lost = dataclasses.replace(stage(folder, device), begun=folder / "none" / "such")
+    lost = dataclasses.replace(stage(folder, device), marks=folder / "none" / "such")
     told = engine._TileActor(lost)({"tiles": ["1,2"]})
     assert sorted(told["tile"]) == [1, 2] and set(told["verdict"]) == {"again"}
     assert all("No such file" in error for error in told["error"])
@@ -343,17 +343,23 @@ from contextlib import nullcontext
 from pathlib import Path
 from unet_ray import attempts
 attempts.NOTE_SECONDS = 0.5
-marks = attempts.Marks(Path(sys.argv[1]))
-def fails(tile): raise RuntimeError("marks")
-setattr(marks, sys.argv[2], {"hangs": lambda tile: time.sleep(60), "fails": fails}[sys.argv[3]])
+steps = {"hangs": lambda *of: time.sleep(60), "fails": lambda *of: 1 / 0}
+add = attempts.Marks.add
+if sys.argv[2] == "before":
+    attempts.Marks.before = steps[sys.argv[3]]
+attempts.Marks.add = lambda self, mark: (
+    steps[sys.argv[3]](mark) if mark.event == sys.argv[2] else add(self, mark)
+)
 def slow(tile, alone):
     time.sleep(60)
-attempts.Guarded(slow, marks, attempts.Deadline(1, 1, 1)).attempt(7, nullcontext())
+guard = attempts.Guarded(slow, Path(sys.argv[1]), attempts.Deadline(1, 1, 1))
+guard.take([7])
+guard.attempt(7, nullcontext())
 """
 
 
 @pytest.mark.parametrize(
-    ("step", "how"), [("begin", "hangs"), ("late", "hangs"), ("late", "fails"), ("of", "hangs")]
+    ("step", "how"), [("begun", "hangs"), ("late", "hangs"), ("late", "fails"), ("before", "hangs")]
 )
 def test_a_guard_ends_its_process_whatever_becomes_of_the_marks(folder, step, how):
     told = subprocess.run(
@@ -482,23 +488,78 @@ def test_a_killed_worker_loses_no_tile(folder, workers):
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_a_tile_that_kills_every_worker_is_given_up_and_the_others_are_done(folder):
-    begun = folder / "begun"
-    begun.mkdir()
-    deadly = dataclasses.replace(stage(folder, deadly=5, deaths=99), begun=begun)
-    receipts = list(run(deadly, range(8), "ray", 2))
+    receipts = list(run(marked(folder, deadly=5, deaths=99), range(8), "ray", 2))
     assert (folder / "killed").stat().st_size == TRIES
     assert [(r.tile, r.verdict) for r in receipts if r.error] == [(5, "never")]
     assert "was begun 3 times and never ended" in next(r.error for r in receipts if r.error)
     assert set(written(folder)) == set(range(8)) - {5}
-    assert [path.name for path in begun.iterdir()] == ["5"]
+    assert not [*(folder / "marks").iterdir()]
+
+
+def marked(folder, **chosen):
+    """A stage with marks."""
+    marks = folder / "marks"
+    marks.mkdir(exist_ok=True)
+    return dataclasses.replace(stage(folder, **chosen), marks=marks)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_worker_that_is_handed_a_block_again_does_only_what_is_missing(folder, device):
+    """Its first worker did tiles 1 and 2, failed with 3 and ended within 4 and 5."""
+    first = {("read", 3): OSError("no"), ("read", 5): SystemExit()}
+    with pytest.raises(SystemExit):
+        engine._TileActor(marked(folder, bad=first))({"tiles": ["1,2,3,4,5"]})
+    with open(folder / "marks" / "1", "ab") as file:
+        file.write(b'[4, "do')
+    told = engine._TileActor(dataclasses.replace(marked(folder), device=device))(
+        {"tiles": ["1,2,3,4,5"]}
+    )
+    assert sorted(told["tile"]) == [1, 2, 3, 4, 5] and not any(told["error"])
+    assert written(folder) == dict.fromkeys(range(1, 6), 1)
+    again = engine._TileActor(marked(folder))({"tiles": ["1,2,3,4,5"]})
+    assert sorted(zip(*again.values(), strict=True)) == sorted(zip(*told.values(), strict=True))
+    assert written(folder).total() == 5
+
+
+class Untold(Marker):
+    """A worker that is killed once: after the driver has heard of a tile, before Ray knows it."""
+
+    def __init__(self, folder):
+        from ray.data._internal.execution.operators import actor_pool_map_operator as operator
+
+        super().__init__(folder)
+        run_task = operator._map_task
+
+        def killed_at_its_end(*args, **kwargs):
+            yield from run_task(*args, **kwargs)
+            while not Path(folder, "told").exists():
+                time.sleep(0.01)
+            if not Path(folder, "killed").exists():
+                Path(folder, "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        operator._map_task = killed_at_its_end
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_tile_of_which_the_driver_has_heard_is_never_done_again(folder):
+    untold = dataclasses.replace(marked(folder), make_worker=partial(Untold, str(folder)))
+    tiles = []
+    for receipt in run(untold, range(6), "ray", 1):
+        assert not receipt.error
+        tiles.append(receipt.tile)
+        (folder / "told").touch()
+    assert (folder / "killed").exists()
+    assert sorted(tiles) == [*range(6)]
+    assert written(folder) == dict.fromkeys(range(6), 1)
+    assert not [*(folder / "marks").iterdir()]
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_a_tile_that_hangs_ends_its_worker_and_the_others_are_done(folder):
-    begun = folder / "begun"
-    begun.mkdir()
-    hanging = dataclasses.replace(stage(folder, hanging=[5]), begun=begun, deadline=SOON)
+    hanging = dataclasses.replace(marked(folder, hanging=[5]), deadline=SOON)
     receipts = list(run(hanging, range(8), "ray", 2))
     assert (folder / "hung").stat().st_size == TRIES
     assert [(r.tile, r.verdict) for r in receipts if r.error] == [(5, "never")]

@@ -79,7 +79,7 @@ def test_ray_writes_the_same_there(task, bucket):
         out, err = started.communicate(timeout=120)
     assert (started.returncode, out) == (0, f"{OUT}\n"), err
     assert stored(bucket) == bytes_of(task[2])
-    assert not [name for name in bucket.objects if f"{PRIVATE}/begun" in name]
+    assert not [name for name in bucket.objects if f"{PRIVATE}/marks" in name]
 
 
 @pytest.mark.parametrize("number", [3, 11])

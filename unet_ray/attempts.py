@@ -1,7 +1,7 @@
 """One try of a tile: read, predict, write; what a failure means, and how long a try may take.
 
 Knows a worker's three steps and tile numbers; does not know who runs them, or what a tile is about.
-A tile that ends its process can tell nobody, so workers of Ray leave a mark of each try on disk.
+A tile that ends its process can tell nobody, so workers of Ray mark on disk what becomes of each.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -23,8 +23,9 @@ from typing import Any, Literal, Protocol
 import torch
 
 from unet_ray.errors import LostError, UnetRayError, VoxelError
+from unet_ray.marks import Mark, Marks
 from unet_ray.memory import held, room
-from unet_ray.places import Place, append
+from unet_ray.places import Place
 
 Verdict = Literal["again", "alone", "never", "stop", "broken"]
 # How often a tile is tried in a run, before it is given up.
@@ -40,7 +41,6 @@ _NO_MEMORY = re.compile(
 SEEN, ENOUGH = 101, 3
 TICK = 1.0  # seconds between two looks at the clock
 NOTE_SECONDS = 5.0  # for the last marks of a process
-BEGUN, LATE = b".", b"L"  # in the mark of a tile
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ class Stage:
         name: for messages and the ledger.
         make_worker: makes the worker where it is to run; small to pickle.
         device: ``cpu`` (one thread per pass, workers side by side) or ``cuda``.
-        begun: folder, seen by every worker of Ray, of marks of the tiles that were begun and not
-            ended; None for no marks, and no deadline on Ray.
+        marks: folder, seen by every worker of Ray, of what became of the tiles of each block; None
+            for no marks, and no deadline on Ray.
         deadline: of a try.
         under_way: tiles that a worker on a GPU has under way: it reads and writes some while it
             predicts one.
@@ -116,7 +116,7 @@ class Stage:
     name: str
     make_worker: Callable[[], Worker]
     device: str
-    begun: Place | None = None
+    marks: Place | None = None
     deadline: Deadline = Deadline()
     under_way: int = 1
 
@@ -219,65 +219,47 @@ class Clock:
             return self._now
 
 
-class Marks:
-    """Which tiles were begun and have not ended: a small file each, of a sign for each try."""
-
-    def __init__(self, folder: Place) -> None:
-        self._folder = folder
-
-    def begin(self, tile: int) -> bytes:
-        """Marks another try; gives the signs of those before it."""
-        before = self.of(tile)
-        if before.count(BEGUN) < TRIES:
-            self._add(tile, BEGUN)
-        return before
-
-    def late(self, tile: int) -> None:
-        """Marks that the try did not end in time."""
-        self._add(tile, LATE)
-
-    def end(self, tile: int) -> None:
-        """Removes the mark."""
-        (self._folder / str(tile)).unlink(missing_ok=True)
-
-    def of(self, tile: int) -> bytes:
-        """The signs of a tile; none if it was not begun, or has ended."""
-        try:
-            return (self._folder / str(tile)).read_bytes()
-        except FileNotFoundError:
-            return b""
-
-    def _add(self, tile: int, sign: bytes) -> None:
-        append(self._folder / str(tile), sign)
-
-
 class Guarded:
     """Tries of a Ray worker: each is marked, and one that takes too long ends the process.
 
-    Ray tries a tile that ends its actor without end; the marks say when to stop. A thread cannot
-    be ended, so a try that hangs takes its process along, and Ray starts another.
+    Ray tries a tile that ends its actor without end; the marks say when to stop. It also hands out
+    again what is done, if it did not hear the end of the block; the marks tell, and such a tile
+    keeps its shards. A thread cannot be ended, so a try that hangs takes its process along, and
+    Ray starts another.
     """
 
-    def __init__(self, try_one: TryOne, marks: Marks, deadline: Deadline) -> None:
-        self._try, self._marks, self._patience = try_one, marks, Patience(deadline)
+    def __init__(self, try_one: TryOne, folder: Place, deadline: Deadline) -> None:
+        self._try, self._folder, self._patience = try_one, folder, Patience(deadline)
         self._clock, self._begun = Clock(), dict[int, float]()
         threading.Thread(target=self._watch, name="deadline", daemon=True).start()
 
+    def take(self, tiles: Sequence[int]) -> None:
+        """Takes a block; its tiles are to be tried then, and no others."""
+        self._marks = Marks(self._folder / str(tiles[0]))  # a tile is in one block at a time
+
+    def is_suspect(self, tile: int) -> bool:
+        """Whether a tile may have ended its process, alone or with those beside it."""
+        try:
+            before = self._marks.before(tile)
+        except OSError:  # the try asks again, and tells
+            return False
+        return bool(before) and not _is_done(before)
+
     def attempt(self, tile: int, alone: AbstractContextManager[Any]) -> Receipt:
-        """As the function of this name, unless the tile ended its process too often."""
+        """As the function of this name, unless the tile is done, or ended too many processes."""
         self._begun[tile] = start = self._clock.now()
         try:
-            before = self._marks.begin(tile)
-            if before.count(BEGUN) >= TRIES:
-                bytes_left = 0 if LATE in before else room()
-                return Receipt(tile, 0.0, _deadly(before), "", "never", bytes_left)
+            if known := _known(tile, self._marks.before(tile)):
+                return known
+            self._marks.add(Mark(tile, "begun"))
             receipt = self._try(tile, alone)
             if receipt.verdict == "broken":
                 os.kill(os.getpid(), signal.SIGKILL)  # a fresh process may do better
             self._patience.saw(receipt)
-            self._marks.end(tile)
+            with suppress(OSError):  # then it may be done again
+                self._marks.add(_mark_of(receipt))
             return receipt
-        except OSError as error:  # of the marks
+        except OSError as error:  # of the marks before it
             return failure(tile, self._clock.now() - start, error)
         finally:
             self._begun.pop(tile, None)
@@ -303,11 +285,31 @@ class Guarded:
         with suppress(OSError):
             for tile in late:
                 if tile in self._begun:
-                    self._marks.late(tile)
+                    self._marks.add(Mark(tile, "late"))
 
 
-def _deadly(signs: bytes) -> str:
-    tries, late = signs.count(BEGUN), signs.count(LATE)
+def _mark_of(receipt: Receipt) -> Mark:
+    if receipt.error:
+        return Mark(receipt.tile, "failed")
+    return Mark(receipt.tile, "done", receipt.seconds, receipt.held)
+
+
+def _is_done(before: list[Mark]) -> bool:
+    return bool(before) and before[-1].event == "done"
+
+
+def _known(tile: int, before: list[Mark]) -> Receipt | None:
+    """The receipt of a tile that the marks say all of; None for one that is to be tried."""
+    if _is_done(before):
+        return Receipt(tile, before[-1].seconds, held=before[-1].held)
+    events = [mark.event for mark in before]
+    begun, late = events.count("begun"), events.count("late")
+    if begun < TRIES:
+        return None
+    return Receipt(tile, 0.0, _deadly(begun, late), "", "never", 0 if late else room())
+
+
+def _deadly(tries: int, late: int) -> str:
     if late:
         return (
             f"was begun {tries} times and did not end in time, {late} times; see whether its part "

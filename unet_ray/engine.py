@@ -32,7 +32,6 @@ from unet_ray.attempts import (
     Clock,
     Deadline,
     Guarded,
-    Marks,
     Patience,
     Receipt,
     Stage,
@@ -43,6 +42,7 @@ from unet_ray.attempts import (
 )
 from unet_ray.errors import InputError, RunError
 from unet_ray.memory import give_back_freed_memory, kept_memory_environment
+from unet_ray.places import Place, remove_below
 
 EngineName = Literal["local", "ray"]
 Answer = TypeVar("Answer")
@@ -384,13 +384,16 @@ class _TileActor:
     def __init__(self, stage: Stage) -> None:
         self._gpu, self._under_way = stage.device == "cuda", stage.under_way
         self._try: TryOne = partial(attempt, _worker_of(stage))
-        self._begun: Callable[[int], object] = lambda tile: False
-        if stage.begun:
-            marks = Marks(stage.begun)
-            self._try, self._begun = Guarded(self._try, marks, stage.deadline).attempt, marks.of
+        self._guard: Guarded | None = None
+        if stage.marks:
+            self._guard = Guarded(self._try, stage.marks, stage.deadline)
+            self._try = self._guard.attempt
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        tiles = [int(tile) for block in batch["tiles"] for tile in block.split(",")]
+        (block,) = batch["tiles"]
+        tiles = [int(tile) for tile in block.split(",")]
+        if self._guard:
+            self._guard.take(tiles)
         receipts = self._on_gpu(tiles) if self._gpu else self._on_cpu(tiles)
         return {name: [getattr(r, name) for r in receipts] for name in _COLUMNS}
 
@@ -401,19 +404,13 @@ class _TileActor:
 
     def _on_gpu(self, tiles: list[int]) -> list[Receipt]:
         # A tile that may have ended its process is tried with nothing beside it.
-        first = [tile for tile in tiles if self._may_have_ended_it(tile)]
+        first = [tile for tile in tiles if self._guard and self._guard.is_suspect(tile)]
         others = (tile for tile in tiles if tile not in first)
         # The guard of the actor keeps the time.
         rest = _side_by_side(
             self._try, "cuda", Deadline(math.inf, math.inf, math.inf), others, self._under_way
         )
         return [*(self._try(tile, nullcontext()) for tile in first), *rest]
-
-    def _may_have_ended_it(self, tile: int) -> bool:
-        try:
-            return bool(self._begun(tile))
-        except OSError:  # the try asks again, and tells
-            return False
 
 
 def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: bool) -> Receipts:
@@ -447,8 +444,16 @@ def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: boo
                     yield receipt
         except ray.exceptions.RayError as error:  # of a worker that could not be made, mostly
             raise RunError(_cause(error)) from error
+        if stage.marks:
+            _forget(stage.marks)
         if not alone:
             few = max(few, _tiles_for(goal, seconds))
+
+
+def _forget(marks: Place) -> None:
+    """Removes the marks of blocks that are all done, of which nobody will ask again."""
+    with suppress(OSError):  # they stay true
+        remove_below(marks)
 
 
 def _cause(error: Exception) -> str:

@@ -31,9 +31,9 @@ from unet_ray.planning import (
 )
 from unet_ray.preparation import Segmentation, refuse_difference, told_by
 from unet_ray.stores import (
-    BEGUN,
     EVENTS,
     LEDGER,
+    MARKS,
     PRIVATE,
     Store,
     StoreLayout,
@@ -229,11 +229,14 @@ class _Execution:
             missing=self._total - self._before,
             **({"mask": run.mask.path} if run.mask else {}),
         )
-        begun = run.out / BEGUN
-        remove_tree(begun)
-        begun.mkdir()
+        marks = (
+            run.out / MARKS / str(self._lease.epoch)
+        )  # a worker of another run cannot reach them
+        with suppress(OSError):  # workers of a run that is over may still be adding to theirs
+            remove_tree(run.out / MARKS)
+        marks.mkdir(parents=True, exist_ok=True)
         ahead = under_way(run.memory, run.device, settings)
-        self._stage = Stage("segment", run.make_worker, run.device, begun, under_way=ahead)
+        self._stage = Stage("segment", run.make_worker, run.device, marks, under_way=ahead)
         self._patience = Patience(self._stage.deadline)
         again = self._try(_numbers(missing))
         for last in [False] * (TRIES - 2) + [True]:

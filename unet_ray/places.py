@@ -351,14 +351,22 @@ def remove_tree(folder: Place) -> None:
     Others may be removing it, too.
     """
     if isinstance(folder, ObjectPath):
-        remove_objects([*folder.below()])
+        remove_below(folder)
     elif folder.is_dir() and not folder.is_symlink():
-        for path in files_below(folder):
-            path.unlink(missing_ok=True)
+        remove_below(folder)
         with suppress(FileNotFoundError):
             shutil.rmtree(folder)
     else:
         folder.unlink(missing_ok=True)
+
+
+def remove_below(folder: Place) -> None:
+    """Removes all files below a folder, which stays."""
+    if isinstance(folder, ObjectPath):
+        remove_objects([*folder.below()])
+    else:
+        for path in files_below(folder):
+            path.unlink(missing_ok=True)
 
 
 def remove_objects(paths: Sequence[ObjectPath]) -> None:

@@ -42,7 +42,7 @@ from unet_ray.tiles import Tile, TilePlan
 
 PRIVATE, ROOT = ".unet_ray", "zarr.json"
 LEDGER, EVENTS = f"{PRIVATE}/ledger/segment", f"{PRIVATE}/events.jsonl"
-BEGUN = f"{PRIVATE}/begun"
+MARKS = f"{PRIVATE}/marks"
 FORMAT = 1
 ARRAYS = {"probabilities": "0", "classes": "labels/classes/0"}
 # Of a whole store, without its root.
@@ -124,13 +124,13 @@ def _clear(path: Place, guard: Guard) -> None:
         private = f"{path / PRIVATE}/"
         old = itertools.chain(
             (each for each in path.below() if not str(each).startswith(private)),
-            *((path / name).below() for name in (EVENTS, BEGUN)),
+            *((path / name).below() for name in (EVENTS, MARKS)),
         )
         while some := [*itertools.islice(old, AT_ONCE)]:
             with guard():
                 remove_objects(some)
         return
-    for name in ("0", "labels", EVENTS, BEGUN):
+    for name in ("0", "labels", EVENTS, MARKS):
         _put_away(path / name, path / PRIVATE, guard)
     remove_deleted(path)
 
