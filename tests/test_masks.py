@@ -8,7 +8,14 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.test_segmentation import TILED, bytes_of, state_of, write_stack
+from tests.test_segmentation import (
+    TILED,
+    StoppedError,
+    bytes_of,
+    state_of,
+    stop_after,
+    write_stack,
+)
 from unet_ray import masks
 from unet_ray.boxes import Box
 from unet_ray.errors import InputError
@@ -113,13 +120,29 @@ def test_only_the_tiles_of_a_mask_are_read_and_the_others_are_skipped(
     assert verdict.sound and verdict.notes == ("19 of 24 tiles were left out by a mask.",)
     truth = tmp_path / "truth.tif"
     write_stack(truth, np.zeros((3, 61, 75), np.uint8))
-    assert 0.5 < evaluate(out, truth, "classes").scores["accuracy"].value <= 1
+    scored = evaluate(out, truth, "classes")
+    assert 0.5 < scored.scores["accuracy"].value <= 1
+    assert "19 of 24 tiles were left out by a mask and count as 0" in scored.note
     assert "19 tiles were left out by a mask." in write_report(out).read_text()
 
     asked.clear()
     segment(volume, model, out, TILED)  # without the mask, the others
     assert bytes_of(out) == right and len(asked) == 19
     assert not skipped(out / LEDGER, 24).any()
+
+
+def test_what_a_mask_left_out_is_missing_once_it_is_asked_for(task, tmp_path, masked):
+    volume, model, _ = task
+    under_mask, _ = masked
+    out = segment(volume, model, tmp_path / "out.zarr", under_mask)
+    with pytest.raises(StoppedError):
+        segment(volume, model, out, TILED, stop_after(2))
+    assert not skipped(out / LEDGER, 24).any()
+    with pytest.raises(InputError, match="of 24 tiles are not done"):
+        evaluate(out, volume, "classes")
+    assert "are not done" in verify(out, tiles=0).notes[0]
+    segment(volume, model, out, under_mask)  # and left out again once more
+    assert (skipped(out / LEDGER, 24) == ~committed(out / LEDGER, 24)).all()
 
 
 def test_a_mask_and_a_region_ask_for_what_both_show(task, tmp_path, masked):

@@ -154,6 +154,7 @@ def evaluate(
     """
     found, right = _Opened(place_of(prediction), kind), _Opened(place_of(truth), kind)
     first, note = _side_by_side(found, right)
+    notes = [note, found.note, right.note]
     second = right.stack()
     scores: dict[str, Score]
     labels: tuple[int, ...] = ()
@@ -167,8 +168,8 @@ def evaluate(
         tables = overlap_tables(first, second, per_slice, watch)
         numbering = _numbering(tables, found, right)
         scores = class_scores([numbering.applied(table) for table in tables], per_slice)
-        labels, note = numbering.labels, " ".join(filter(None, (note, numbering.note())))
-    return Evaluation(kind, scores, first.shape, note, labels)
+        labels, notes = numbering.labels, [*notes, numbering.note()]
+    return Evaluation(kind, scores, first.shape, " ".join(filter(None, notes)), labels)
 
 
 class _Opened:
@@ -177,10 +178,11 @@ class _Opened:
     def __init__(self, path: Place, kind: Kind) -> None:
         self.path = path
         self.class_values: list[int] | None = None
+        self.note = ""
         self._scale: float | None = None
         if is_output(path):
             told = _provenance(path)
-            path = _stored(path, told, kind)
+            path, self.note = _stored(path, told, kind)
             self._scale = 255.0 if kind == "isbi" else None
             self.class_values = told["model"]["class_values"]
         self.volume: Volume = open_volume(path)
@@ -205,8 +207,8 @@ def _provenance(path: Place) -> dict[str, Any]:
         raise InputError(f"{path}: is an output of unet-ray with damaged metadata.") from error
 
 
-def _stored(path: Place, told: Mapping[str, Any], kind: Kind) -> Place:
-    """The array of a store that holds what `kind` needs, all of it."""
+def _stored(path: Place, told: Mapping[str, Any], kind: Kind) -> tuple[Place, str]:
+    """The array of a store that holds what `kind` needs, all of it; and what a mask left out."""
     what = STORED[kind]
     if what not in told["outputs"]:
         raise InputError(
@@ -215,16 +217,18 @@ def _stored(path: Place, told: Mapping[str, Any], kind: Kind) -> Place:
         )
     plan = TilePlan.from_json(told["plan"])
     done = committed(path / LEDGER, len(plan))
-    missing = int((~done & ~skipped(path / LEDGER, len(plan))).sum())
+    masked = skipped(path / LEDGER, len(plan))
+    missing, left_out = int((~done & ~masked).sum()), int(masked.sum())
     if missing:
         raise InputError(
             f"{path}: {missing} of {len(plan)} tiles are not done; finish it with the same "
             "`unet-ray segment` and no --region."
         )
     store = Store(path, [what])
-    for number in np.flatnonzero(done):  # what a mask left out is 0 there: the first class
+    for number in np.flatnonzero(done):
         store.require(what, plan[int(number)])
-    return path / ARRAYS[what]
+    counts = f"{left_out} of {len(plan)} tiles were left out by a mask and count as 0."
+    return path / ARRAYS[what], counts if left_out else ""
 
 
 def _side_by_side(found: _Opened, right: _Opened) -> tuple[Stack, str]:

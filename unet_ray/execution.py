@@ -216,8 +216,7 @@ class _Execution:
     def go(self) -> int:
         run, settings = self._run, self._settings
         self._lease.check(now=True)
-        if self._wanted.skipped.any():
-            self._ledger.skip(self._wanted.skipped)
+        self._ledger.skip(self._wanted.skipped, self._wanted.tiles)
         missing = self._wanted.tiles & ~self._ledger.committed
         self._before = self._total - int(missing.sum())
         self.log.add(

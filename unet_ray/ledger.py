@@ -1,12 +1,13 @@
 """Which tiles of a stage are committed, quarantined or skipped: immutable segments of bits.
 
 Knows numbers; a tile is committed after its shards are on disk, and only by the driver. A segment
-is a small file, written whole or not at all, that holds the bits of a range of tiles; what a run
-adds goes into new ones, named by the epoch of the run and a sequence number, and opening a ledger
-puts them together in one. So nothing is ever changed in place, as object stores want it, and a
-kill loses at most the tiles of the last second, which are then made again with the same bytes. A
-segment that does not check out holds nothing, nor does one that is older than the store: a run that
-was forced out may note what it did to the one before.
+is a small file, written whole or not at all, that holds the bits of a range of tiles; of those that
+are skipped it holds all, and the newest counts. What a run adds goes into new ones, named by the
+epoch of the run and a sequence number, and opening a ledger puts them together in one. So nothing
+is ever changed in place, as object stores want it, and a kill loses at most the tiles of the last
+second, which are then made again with the same bytes. A segment that does not check out holds
+nothing, nor does one that is older than the store: a run that was forced out may note what it did
+to the one before.
 """
 
 from __future__ import annotations
@@ -82,11 +83,20 @@ class Ledger:
         """Notes that `tile` has failed too often, and is left until the next run."""
         self._add("quarantined", tile)
 
-    def skip(self, tiles: Bits) -> None:
-        """Notes that these tiles, (tiles,), are not asked for; it is on disk on return."""
+    def skip(self, tiles: Bits, wanted: Bits) -> None:
+        """Notes which tiles are not asked for, and which are, whatever an earlier run was asked.
+
+        It is on disk on return.
+
+        Args:
+            tiles: those that are not, (tiles,).
+            wanted: those that are, (tiles,); of all others nothing changes.
+        """
         with self._lock:
-            self._bits["skipped"] |= tiles & ~self._bits["committed"]
-            self._write("skipped", 0, self._bits["skipped"])
+            now = (self._bits["skipped"] & ~wanted | tiles) & ~self._bits["committed"]
+            if (now != self._bits["skipped"]).any():
+                self._bits["skipped"] = now
+                self._write("skipped", 0, now)
 
     def _add(self, state: State, tile: int) -> None:
         if not 0 <= tile < self._bits[state].size:
@@ -264,7 +274,7 @@ def _read(folder: Place, tiles: int) -> _Held:
 
 def _add_all(held: _Held, tiles: int) -> Place | None:
     """Reads all segments; gives the first that is not there any more, if one is not."""
-    for path in held.files:
+    for path in sorted(held.files, key=lambda path: (_epoch_of(path), _sequence_of(path))):
         try:
             found = _decode(path.read_bytes(), tiles)
         except FileNotFoundError:
@@ -272,6 +282,8 @@ def _add_all(held: _Held, tiles: int) -> Place | None:
         if found:
             first, some = found
             state = next(state for state in STATES if path.suffix == f".{state}")
+            if state == "skipped":  # always all tiles, as the newest run was asked for them
+                held.bits[state][:] = False
             held.bits[state][first : first + some.size] |= some
         else:
             held.damaged.append(path)
