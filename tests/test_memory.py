@@ -13,6 +13,7 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unet_ray import memory
 from unet_ray.checkpoints import ModelHeader, architecture_of, write_model
 from unet_ray.errors import InputError
 from unet_ray.memory import (
@@ -268,3 +269,51 @@ def test_peak_memory_does_not_grow_with_the_volume(tmp_path, engine, channels):
     slices = 480 if channels == 4 else 192
     second = check_peak(large, (slices, 2048, 2048), channels, engine)
     assert second <= 1.05 * first
+
+
+GROUPS = [
+    (
+        "0::/pod/box",
+        "",
+        {"memory.max": "limit", "memory.current": "used"},
+        "active_file 100\ninactive_file 20\nanon 5\n",
+    ),
+    (
+        "9:cpu,memory:/pod/box",
+        "memory",
+        {"memory.limit_in_bytes": "limit", "memory.usage_in_bytes": "used"},
+        "active_file 7\ntotal_active_file 100\ntotal_inactive_file 20\n",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "kind", "names", "stat"), GROUPS, ids=["v2", "v1"])
+@pytest.mark.parametrize("tight", ["", "pod", "pod/box", None])
+def test_room_is_what_the_tightest_container_leaves_without_cached_files(
+    tmp_path, monkeypatch, line, kind, names, stat, tight
+):
+    (tmp_path / "cgroup").write_text(f"12:pids:/other\n{line}\n")
+    monkeypatch.setattr(memory, "PROC_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    for group in ("", "pod", "pod/box"):
+        folder = tmp_path / kind / group
+        folder.mkdir(parents=True, exist_ok=True)
+        told = {"limit": "9000" if group == tight else str(2**62), "used": "8000"}
+        for name, what in names.items():
+            (folder / name).write_text(told[what] + "\n")
+        (folder / "memory.stat").write_text(stat)
+    left = min(memory._left_in_containers())
+    assert left == 1120 if tight is not None else left > 2**61
+
+
+def test_a_container_whose_name_is_not_seen_from_within_counts_by_its_root(tmp_path, monkeypatch):
+    (tmp_path / "cgroup").write_text("0::/machine/of/another\n")
+    monkeypatch.setattr(memory, "PROC_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    assert not [*memory._left_in_containers()]
+    (tmp_path / "memory.max").write_text("5000")
+    (tmp_path / "memory.current").write_text("1000")
+    (tmp_path / "memory.stat").write_text("inactive_file 500\n")
+    assert [*memory._left_in_containers()] == [4500]
+    (tmp_path / "memory.max").write_text("max")
+    assert not [*memory._left_in_containers()]

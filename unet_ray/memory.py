@@ -12,6 +12,7 @@ import math
 import os
 import re
 import resource
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -222,11 +223,31 @@ def room() -> int:
                 free = min(free, max(0, most - _told(status, name)))
     except OSError:
         return 0
-    for most_file, used_file in _CGROUP:
-        with suppress(OSError, ValueError):  # no container, or no limit ("max")
-            left = int(Path(most_file).read_text()) - int(Path(used_file).read_text())
-            free = min(free, max(0, left))
-    return held() + free
+    return held() + min([free, *_left_in_containers()])
+
+
+def _left_in_containers() -> Iterator[int]:
+    """Bytes left in each control group of this process that limits them, from the outermost in."""
+    for kind, (most, used, cache) in _CGROUP.items():
+        folder = CGROUPS / kind
+        for name in ("", *_cgroup_names(kind)):
+            folder = folder / name
+            with suppress(OSError, ValueError):  # no such group, or no limit ("max")
+                left = int((folder / most).read_text()) - int((folder / used).read_text())
+                # Pages of files count as used, though they are given up when others need room.
+                stat = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
+                files = sum(int(stat.get(f"{cache}{each}_file", 0)) for each in _LISTS)
+                yield max(0, left + files)
+
+
+def _cgroup_names(kind: str) -> list[str]:
+    """The names, from the outermost in, of the groups that hold this process."""
+    with suppress(OSError):
+        for line in PROC_CGROUP.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if kind in controllers.split(","):
+                return path.strip("/").split("/")
+    return []
 
 
 def held() -> int:
@@ -237,10 +258,14 @@ def held() -> int:
         return 0
 
 
-_CGROUP = [
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-]
+CGROUPS, PROC_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# Version 2, whose controller has no name, and 1: files of limit and use, and what comes before the
+# names of sums over a group and those in it.
+_CGROUP = {
+    "": ("memory.max", "memory.current", ""),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+}
+_LISTS = ("active", "inactive")
 
 
 def _told(file: Path, name: str) -> int:
