@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_segmentation import FLOAT32, bytes_of, noise, random_model, write_stack
-from unet_ray import engine
+from unet_ray import attempts, engine
 from unet_ray.attempts import TRIES, Clock, Deadline, Patience, Receipt, Stage, is_out_of_memory
 from unet_ray.engine import run
 from unet_ray.errors import InputError, QuarantinedError, RunError, VoxelError
@@ -430,6 +431,42 @@ def test_alone_is_one_tile_at_a_time(monkeypatch):
         assert worker.most["tile"] == 1
 
 
+# What a cluster holds
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_no_more_workers_than_the_cluster_has_memory_for():
+    there = engine.cluster_size("memory")
+    assert there > 1 << 30
+    assert [engine.pool_size("cpu", None, there // n) for n in (1, 2, 9)] == [1, 2, 2]
+    assert engine.pool_size("cpu", None) == 2 and engine.pool_size("cpu", 1, there // 2) == 1
+    with pytest.raises(InputError, match=r"workers=2 is more .* each worker needs .* most is 1\."):
+        engine.pool_size("cpu", 2, there)
+    with pytest.raises(InputError, match="workers=1 is more .* give a smaller --memory"):
+        engine.pool_size("cpu", None, 2 * there)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_machines_that_are_still_to_come_may_have_any_memory(monkeypatch):
+    monkeypatch.setattr(engine, "_may_have", {"CPU": 64.0, "memory": 0.0, "GPU": 0.0}.get)
+    assert engine.pool_size("cpu", None, 1 << 50) == 64
+    monkeypatch.setattr(engine, "_may_have", {"CPU": 64.0, "memory": 2.0**40, "GPU": 0.0}.get)
+    assert engine.pool_size("cpu", None, 1 << 38) == 4
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_question_is_answered_where_the_workers_are_to_be(monkeypatch):
+    from ray._private import worker
+
+    assert engine.ask(os.getpid, "cpu", "local") == os.getpid()
+    assert engine.ask(os.getpid, "cpu", "ray") == os.getpid()  # a Ray of this process
+    monkeypatch.setattr(worker._global_node, "head", False)  # that of somebody else
+    assert engine.ask(os.getpid, "cpu", "ray") != os.getpid()
+
+
 # Ray against the local engine
 
 
@@ -567,6 +604,58 @@ def test_a_tile_that_hangs_ends_its_worker_and_the_others_are_done(folder):
     assert set(written(folder)) == set(range(8)) - {5}
 
 
+def dies_as_it_is_made(folder):
+    with open(Path(folder, "made"), "ab") as mark:
+        mark.write(b".")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_worker_that_ends_whenever_it_is_made_ends_the_run(folder):
+    deadly = dataclasses.replace(marked(folder), make_worker=partial(dies_as_it_is_made, folder))
+    with pytest.raises(RunError, match="ended 3 times while it was made"):
+        list(run(deadly, range(4), "ray", 1))
+    assert (folder / "made").stat().st_size == TRIES
+
+
+def test_a_worker_that_was_made_may_end_as_often_as_it_likes(folder):
+    for _ in range(2 * TRIES):
+        engine._TileActor(marked(folder))
+    [told] = (folder / "marks").iterdir()
+    kinds = [json.loads(line)[1] for line in told.read_text().splitlines()]
+    assert kinds == ["begun", "failed"] * 2 * TRIES
+
+
+class Frozen(Marker):
+    """A worker that is stopped, with all its threads, at one tile."""
+
+    def read(self, tile):
+        if tile == 3:
+            Path(self.folder, "frozen").write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().read(tile)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_worker_that_is_frozen_ends_the_run_after_a_while(folder, monkeypatch):
+    monkeypatch.setattr(attempts, "MOST_SECONDS", 5.0)
+    soon = Deadline(first=3, multiple=5, least=3, make=5)
+    frozen = dataclasses.replace(
+        marked(folder), make_worker=partial(Frozen, str(folder)), deadline=soon
+    )
+    start, told = time.monotonic(), []
+    with pytest.raises(RunError, match=r"no tile has ended for \d+ s: see whether workers"):
+        told.extend(receipt.tile for receipt in run(frozen, range(8), "ray", 1))
+    assert time.monotonic() - start < 60
+    os.kill(int((folder / "frozen").read_text()), signal.SIGKILL)
+    again = dataclasses.replace(marked(folder), deadline=soon)
+    assert {r.tile for r in run(again, range(8), "ray", 1) if not r.error} == set(range(8))
+
+
 @pytest.mark.parametrize(
     ("seconds", "tiles"), [([3.0], 1), ([0.4], 1), ([0.1, 0.1, 9], 4), ([0.15], 3), ([0.0], 512)]
 )
@@ -574,18 +663,57 @@ def test_a_block_is_enough_work_for_a_driver_to_keep_up(seconds, tiles):
     assert engine._tiles_for(0.4, seconds) == tiles
 
 
-@given(st.integers(0, 99), *[st.integers(1, 9)] * 3)
-def test_waves_cut_into_blocks_hold_every_tile_once(count, size, most, workers):
-    tiles, waves = iter(range(count)), []
-    while wave := engine._wave(tiles, size, most, workers):
-        waves.append(wave)
-    assert [tile for wave in waves for block in wave for tile in block] == list(range(count))
-    for wave in waves:
-        held = sum(map(len, wave))
-        assert held <= size * most and max(map(len, wave)) <= size
-        # Every worker has some, if there are so many tiles; no fewer blocks than needed to.
-        assert len(wave) >= min(held, workers)
-        assert len({*map(len, wave[:-1])}) <= 1 and len(wave[-1]) <= len(wave[0])
+@given(st.integers(0, 99), *[st.integers(1, 9)] * 2)
+def test_blocks_hold_every_tile_of_a_wave_once(count, size, workers):
+    wave = engine._blocks(np.arange(count), size, workers)
+    assert [tile for block in wave for tile in block] == list(range(count))
+    # Every worker has some, if there are so many tiles; no fewer blocks than needed to.
+    assert len(wave) >= min(count, workers)
+    assert all(len(block) <= size for block in wave)
+    assert len({*map(len, wave[:-1])}) <= 1 and (not wave or len(wave[-1]) <= len(wave[0]))
+
+
+@given(st.integers(0, 60), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_tiles_that_a_block_had_no_time_for_go_with_a_later_wave(count, workers, seed):
+    """Whatever each block gets done, at least its first tile, every tile is told of once."""
+    rng, waves = np.random.default_rng(seed), []
+
+    def wave(stage, blocks, size):
+        waves.append(blocks)
+        for block in blocks:
+            for tile in block[: rng.integers(1, len(block) + 1)]:
+                yield engine.Receipt(tile, float(rng.choice([0.0, 0.7, 30.0])))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engine, "connect", lambda workers: None)
+        patched.setattr(engine, "pool_size", lambda *of: workers)
+        patched.setattr(engine, "_run_wave", wave)
+        patched.setattr(engine, "WAVE", 3)
+        patched.setattr(engine, "FIRST_WAVE", 2)
+        told = [r.tile for r in run(Stage("mark", Marker, "cpu"), range(count), "ray", workers)]
+    assert sorted(told) == list(range(count))
+    assert all(block for blocks in waves for block in blocks)
+
+
+def test_a_wave_of_which_no_tile_is_told_is_an_error(monkeypatch):
+    monkeypatch.setattr(engine, "connect", lambda workers: None)
+    monkeypatch.setattr(engine, "pool_size", lambda *of: 1)
+    monkeypatch.setattr(engine, "_run_wave", lambda *of: iter(()))
+    with pytest.raises(RunError, match="Ray has lost 3 tiles"):
+        list(run(Stage("mark", Marker, "cpu"), range(3), "ray"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_block_ends_early_where_its_tiles_take_longer_than_those_before(
+    folder, monkeypatch, device
+):
+    monkeypatch.setattr(engine, "MOST_SECONDS", 0.25)
+    slow = Slow(lambda tile: 0.1 * (tile > 2))
+    actor = engine._TileActor(Stage("slow", lambda: slow, device))
+    told = actor({"tiles": [",".join(map(str, range(20)))]})
+    assert 3 < len(told["tile"]) < 9 and sorted(told["tile"]) == sorted(slow.ended)
+    monkeypatch.setattr(engine, "MOST_SECONDS", 0.0)
+    assert engine._TileActor(Stage("slow", lambda: slow, device))({"tiles": ["7,8"]})["tile"] == [7]
 
 
 @pytest.mark.ray

@@ -26,8 +26,10 @@ from unet_ray.boxes import Box
 from unet_ray.errors import InputError, QuarantinedError, RunError
 from unet_ray.events import read_events
 from unet_ray.ledger import committed, quarantined
+from unet_ray.marks import Mark, Marks
 from unet_ray.segmentation import segment
-from unet_ray.stores import ARRAYS, EVENTS, LEDGER, Store
+from unet_ray.stores import ARRAYS, EVENTS, LEDGER, MARKS, Store
+from unet_ray.verification import verify
 
 ROOT = Path(__file__).parent.parent
 TILES = 24
@@ -210,6 +212,46 @@ def test_a_disk_that_takes_nothing_more_ends_the_run_at_once(task, tmp_path, fai
     assert tried.total() < TILES
     segment(volume, model, out, one_by_one)
     assert bytes_of(out) == bytes_of(whole)
+
+
+def test_what_workers_had_done_but_no_driver_noted_is_not_done_again(task, tmp_path, fail):
+    """As after a kill of a driver on Ray in the middle of long blocks."""
+    volume, model, whole = task
+    out = segment(volume, model, tmp_path / "out.zarr", TILED)
+    for segment_of_notes in (out / LEDGER).glob("*.committed"):
+        segment_of_notes.unlink()
+    (out / MARKS / "1").mkdir(parents=True, exist_ok=True)
+    for tile in range(20):
+        Marks(out / MARKS / "1" / "0").add(Mark(tile, "done"))
+    tried, seen = fail("read", {}, ValueError()), []
+    segment(volume, model, out, TILED, seen.append)
+    assert set(tried) == {20, 21, 22, 23} and [p.done for p in seen] == [21, 22, 23, 24]
+    assert bytes_of(out) == bytes_of(whole)
+    assert verify(out, tiles=0).sound
+    again = replace(TILED, overwrite=True)  # what was noted of the store before says nothing
+    (out / MARKS / "1").mkdir(parents=True, exist_ok=True)
+    Marks(out / MARKS / "1" / "0").add(Mark(3, "done"))
+    tried.clear()
+    segment(volume, model, out, again)
+    assert set(tried) == set(range(24)) and bytes_of(out) == bytes_of(whole)
+
+
+@pytest.mark.parametrize(
+    ("told", "here"), [("AVX2", "AVX512, bfloat16"), ("AVX512, bfloat16", "DEFAULT, float32")]
+)
+def test_a_worker_on_a_machine_of_another_kind_writes_nothing(
+    task, tmp_path, monkeypatch, told, here
+):
+    volume, model, _ = task
+    out = tmp_path / "out.zarr"
+    monkeypatch.setattr(preparation, "instructions", lambda device: told)
+    run = preparation.prepare(volume, model, out, TILED)
+    monkeypatch.setattr(preparation, "instructions", lambda device: here)
+    with pytest.raises(RunError, match=rf"its instructions is {told}, but {here} on .*one kind"):
+        run.make_worker()
+    with pytest.raises(RunError, match="machines of one kind"):
+        execution.execute(run, TILED, lambda progress: None)
+    assert not any("/c/" in name for name in bytes_of(out))
 
 
 @pytest.fixture

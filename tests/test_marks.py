@@ -1,10 +1,13 @@
 """Marks of the tiles of a block: what the next worker learns from the one before."""
 
+import uuid
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unet_ray.marks import Mark, Marks
+from unet_ray.marks import Mark, Marks, remove_older, tiles_done
+from unet_ray.places import files_below, place_of
 
 EVENTS = st.builds(
     Mark,
@@ -15,11 +18,21 @@ EVENTS = st.builds(
 )
 
 
-@given(st.lists(EVENTS))
+def new_folder(kind, tmp_path_factory):
+    if kind == "disk":
+        return tmp_path_factory.mktemp("marks")
+    return place_of(f"memory://{uuid.uuid4().hex}/marks")
+
+
+KINDS = pytest.mark.parametrize("kind", ["disk", "objects"])
+
+
+@KINDS
+@given(events=st.lists(EVENTS))
 def test_the_next_worker_learns_of_each_tile_what_came_after_its_last_failure(
-    tmp_path_factory, events
+    kind, tmp_path_factory, events
 ):
-    path = tmp_path_factory.mktemp("marks") / "0"
+    path = new_folder(kind, tmp_path_factory) / "0"
     first = Marks(path)
     assert first.before(0) == []
     for mark in events:
@@ -45,3 +58,28 @@ def test_marks_that_cannot_be_read_or_written_say_so(tmp_path):
         Marks(tmp_path / "none" / "0").add(Mark(1, "begun"))
     with pytest.raises(IsADirectoryError):
         Marks(tmp_path).before(1)
+
+
+@KINDS
+def test_the_next_run_learns_what_was_done_since_the_store_was_made(kind, tmp_path_factory):
+    folder = new_folder(kind, tmp_path_factory)
+    for epoch, tile, event in [(3, 1, "done"), (4, 2, "begun"), (4, 5, "done"), (1759, 7, "done")]:
+        place = folder / str(epoch)
+        place.mkdir(parents=True, exist_ok=True)
+        Marks(place / "0").add(Mark(tile, event))
+    assert sorted(tiles_done(folder, since=0)) == [1, 5, 7]
+    assert sorted(tiles_done(folder, since=4)) == [5, 7]
+    remove_older(folder, 1759)
+    assert sorted(tiles_done(folder, since=0)) == [7]
+    assert len([*files_below(folder)]) == 1
+    remove_older(folder, 1760)
+    assert not [*files_below(folder)] and not [*tiles_done(folder / "none", since=0)]
+
+
+def test_no_object_of_marks_is_written_twice():
+    """Some object stores take one write a second of each."""
+    path = place_of(f"memory://{uuid.uuid4().hex}/marks") / "0"
+    for worker in (Marks(path), Marks(path), Marks(path)):
+        for event in ("begun", "done"):
+            worker.add(Mark(4, event))
+    assert len([*path.below()]) == 6

@@ -14,7 +14,6 @@ import pytest
 from unet_ray.errors import InputError
 from unet_ray.places import (
     ObjectPath,
-    append,
     files_below,
     place_of,
     remove_partial,
@@ -114,18 +113,16 @@ def memory():
 
 def test_objects_are_written_read_listed_and_removed(memory):
     assert not memory.exists() and list(memory.below()) == []
-    for name in ("b", "b/c", "b/d.x", "e"):
+    for name in ("b", "b/c", "b/d.x", "e", "new"):
         write_whole(memory / name, name.encode())
-    append(memory / "e", b"!")
-    append(memory / "new", b"?")
-    assert (memory / "e").read_text() == "e!" and (memory / "new").read_bytes() == b"?"
+    assert (memory / "e").read_text() == "e" and (memory / "new").read_bytes() == b"new"
     assert memory.is_dir() and not memory.is_file() and (memory / "b").is_file()
     assert [str(p)[len(str(memory)) :] for p in memory.below()] == [
         "/b", "/b/c", "/b/d.x", "/e", "/new"
     ]  # fmt: skip
     assert [p.name for p in memory.glob("[a-d]*")] == ["b"]
     assert [p.name for p in files_below(memory / "b")] == ["c", "d.x"]
-    assert stat_of(memory / "e").size == 2
+    assert stat_of(memory / "e").size == 1
     (memory / "e").unlink()
     (memory / "e").unlink()
     remove_tree(memory / "b")

@@ -15,14 +15,14 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 
-from unet_ray.errors import LostError, UnetRayError, VoxelError
+from unet_ray.errors import LostError, RunError, UnetRayError, VoxelError
 from unet_ray.marks import Mark, Marks
 from unet_ray.memory import held, room
 from unet_ray.places import Place
@@ -41,6 +41,7 @@ _NO_MEMORY = re.compile(
 SEEN, ENOUGH = 101, 3
 TICK = 1.0  # seconds between two looks at the clock
 NOTE_SECONDS = 5.0  # for the last marks of a process
+MOST_SECONDS = 60.0  # after which no more tiles of a block are begun: it is told of when it ends
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Stage:
         deadline: of a try.
         under_way: tiles that a worker on a GPU has under way: it reads and writes some while it
             predicts one.
+        memory: bytes that a worker needs; 0 if unknown.
     """
 
     name: str
@@ -119,6 +121,7 @@ class Stage:
     marks: Place | None = None
     deadline: Deadline = Deadline()
     under_way: int = 1
+    memory: int = 0
 
 
 def attempt(worker: Worker, tile: int, alone: AbstractContextManager[Any]) -> Receipt:
@@ -192,6 +195,11 @@ class Patience:
         """Counts a try that ended."""
         if not receipt.error:
             self._seconds.append(receipt.seconds)
+
+    @property
+    def silence(self) -> float:
+        """Seconds after which no worker can be alive any more, if nothing was heard of a block."""
+        return TRIES * (self._deadline.make + self.limit) + MOST_SECONDS
 
     @property
     def limit(self) -> float:
@@ -286,6 +294,34 @@ class Guarded:
             for tile in late:
                 if tile in self._begun:
                     self._marks.add(Mark(tile, "late"))
+
+
+@contextmanager
+def made_in_time(folder: Place, name: str) -> Iterator[None]:
+    """Held while a worker is made; refuses to begin if that has ended its process too often.
+
+    Ray makes a worker again without end.
+
+    Args:
+        folder: of marks.
+        name: of the worker, the same when it is made again.
+
+    Raises:
+        RunError: if it has.
+    """
+    marks, begun = Marks(folder / f"made-{name}"), 0
+    with suppress(OSError):  # the first tile will tell
+        begun = [mark.event for mark in marks.before(0)].count("begun")
+        marks.add(Mark(0, "begun"))
+    if begun >= TRIES:
+        raise RunError(
+            f"a worker on {os.uname().nodename} ended {begun} times while it was made: killed, as "
+            "by a lack of memory, or by its libraries, such as those of a GPU; give fewer "
+            "--workers, or use machines that can run it; the same command goes on."
+        )
+    yield
+    with suppress(OSError):
+        marks.add(Mark(0, "failed"))  # so that those before count no more
 
 
 def _mark_of(receipt: Receipt) -> Mark:

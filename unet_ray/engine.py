@@ -16,8 +16,9 @@ import statistics
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -25,8 +26,10 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from unet_ray.attempts import (
+    MOST_SECONDS,
     SEEN,
     TICK,
     Clock,
@@ -39,9 +42,10 @@ from unet_ray.attempts import (
     Worker,
     attempt,
     failure,
+    made_in_time,
 )
 from unet_ray.errors import InputError, RunError
-from unet_ray.memory import give_back_freed_memory, kept_memory_environment
+from unet_ray.memory import format_bytes, give_back_freed_memory, kept_memory_environment
 from unet_ray.places import Place, remove_below
 
 EngineName = Literal["local", "ray"]
@@ -52,10 +56,11 @@ GRACE_SECONDS = 5.0
 # Tile numbers go to Ray in waves of blocks, so that the driver's memory does not grow with the
 # volume. Between two blocks a worker idles for some 50 ms, and one driver feeds some tens of blocks
 # a second, so a block is at least so much work; what a tile takes is measured in a first wave. Each
-# wave begins with new actors, so it is to last long enough, however many they are.
+# wave begins with new actors, so it is to last long enough, however many they are. Where tiles take
+# longer than those before, as tissue after empty background, a block ends early, and what is left
+# of it goes with the next wave.
 WAVE, FIRST_WAVE = 4096, 512
 BLOCK_SECONDS, WAVE_SECONDS, LARGEST_BLOCK = 2.0, 600.0, 512
-MOST_SECONDS = 60.0  # of a block: its tiles are noted when it ends
 # Below one, so that Ray always finds room for its own reading and writing beside the actors.
 CPUS_PER_ACTOR = 0.9
 # So many a worker at least, where there are tiles enough: else some would wait for the last one.
@@ -64,7 +69,7 @@ BLOCKS_EACH = 4
 TILES_PER_GPU_BLOCK = 32
 # Only tile numbers and receipts cross the object store while segmenting.
 OBJECT_STORE_BYTES = 1 << 30
-UNBOUNDED = 1 << 20
+UNBOUNDED = {"CPU": 1 << 20, "GPU": 1 << 20, "memory": 1 << 60}
 THREAD = "tile"  # the name of each thread that a tile may keep busy
 # What Ray says on every start and users can do nothing about.
 _RAY_LOGS = {
@@ -119,10 +124,13 @@ def _threads(stage: Stage, workers: int | None) -> int:
     return stage.under_way if stage.device == "cuda" else workers or usable_cores()
 
 
-def side_by_side(device: str, engine: EngineName, workers: int | None) -> int:
-    """How many tiles a run predicts at a time: one on each core or GPU, unless told otherwise."""
+def side_by_side(device: str, engine: EngineName, workers: int | None, memory: int = 0) -> int:
+    """How many tiles a run predicts at a time: one on each core or GPU, unless told otherwise.
+
+    On Ray no more than the cluster has memory for, at so many bytes each.
+    """
     if engine == "ray":
-        return pool_size(device, workers)
+        return pool_size(device, workers, memory)
     return 1 if device == "cuda" else workers or usable_cores()
 
 
@@ -140,39 +148,76 @@ def find_device(engine: EngineName, workers: int | None = None) -> str:
     return device
 
 
-def ask_gpu(question: Callable[[], Answer]) -> Answer:
-    """Asks something on a machine of the connected cluster that has a GPU; waits until there is."""
-    import ray
+def ask(question: Callable[[], Answer], device: str, engine: EngineName) -> Answer:
+    """Asks something where the workers of a run are to be: here, or on a machine of the cluster.
 
-    answer: Answer = ray.get(ray.remote(num_gpus=1)(question).remote())
+    Waits until there is such a machine; the head of a cluster need not be one.
+    """
+    if engine == "local":
+        return question()
+    import ray
+    from ray._private import worker  # there is no public way to ask
+
+    connect()
+    if device == "cpu" and worker._global_node and worker._global_node.is_head():
+        return question()  # a Ray of our own, on this machine
+    needs = {"num_cpus": CPUS_PER_ACTOR, "num_gpus": 1 if device == "cuda" else None}
+    answer: Answer = ray.get(ray.remote(**needs)(question).remote())
     return answer
 
 
-def pool_size(device: str, workers: int | None) -> int:
+def pool_size(device: str, workers: int | None, memory: int = 0) -> int:
     """How many workers to start on the connected cluster: those asked for, or all that fit.
 
+    Args:
+        device: of each.
+        workers: asked for.
+        memory: bytes that each needs; 0 if that is not known yet.
+
     Raises:
-        InputError: if it can never hold so many: Ray would wait for ever.
+        InputError: if it can never hold so many: Ray would wait for ever, or machines run out of
+            memory.
     """
     resource = "GPU" if device == "cuda" else "CPU"
     most = max(1, cluster_size(resource))
-    if workers and workers > most:
+    has, fit = f"{most} {resource}s", _fitting(memory)
+    if fit is not None and fit < most:
+        most, there = fit, format_bytes(cluster_size("memory"))
+        has = f"{there} of memory, and each worker needs {format_bytes(memory)}"
+    asked = workers or 1
+    if asked > most:
+        remedy = f"the most is {most}" if most else "give a smaller --memory and another --out"
         raise InputError(
-            f"workers={workers} is more than this Ray cluster can hold: it has {most} {resource}s; "
-            f"the most is {most}."
+            f"workers={asked} is more than this Ray cluster can hold: it has {has}; {remedy}."
         )
     return workers or most
 
 
-def cluster_size(resource: str) -> int:
-    """How much of a resource (``CPU`` or ``GPU``) the cluster has, or can start machines for."""
+def _fitting(memory: int) -> int | None:
+    """How many workers the memory of the cluster holds; None if that is not known."""
     import ray
-    from ray._private.state import state  # as Ray Train does: there is no public way to ask
 
-    may_have = (state.get_max_resources_from_cluster_config() or {}).get(resource, 0)
+    may_have, grows = _may_have("memory"), _may_have("CPU") > ray.cluster_resources().get("CPU", 0)
+    if not memory or (grows and not may_have):  # machines to come do not tell what they have
+        return None
+    return cluster_size("memory") // memory
+
+
+def cluster_size(resource: str) -> int:
+    """How much of ``CPU``, ``GPU`` or ``memory`` the cluster has, or can start machines for."""
+    import ray
+
+    may_have = _may_have(resource)
     has = int(ray.cluster_resources().get(resource, 0))
     # A cluster without an upper bound says so with a huge number: then what is there counts.
-    return max(has, int(may_have)) if may_have < UNBOUNDED else max(has, 1)
+    return max(has, int(may_have)) if may_have < UNBOUNDED[resource] else max(has, 1)
+
+
+def _may_have(resource: str) -> float:
+    """How much the machines of the cluster have together when it has grown; 0 if it tells none."""
+    from ray._private.state import state  # as Ray Train does: there is no public way to ask
+
+    return float((state.get_max_resources_from_cluster_config() or {}).get(resource, 0))
 
 
 def connect(workers: int | None = None) -> None:
@@ -383,7 +428,8 @@ class _TileActor:
 
     def __init__(self, stage: Stage) -> None:
         self._gpu, self._under_way = stage.device == "cuda", stage.under_way
-        self._try: TryOne = partial(attempt, _worker_of(stage))
+        with made_in_time(stage.marks, _name()) if stage.marks else nullcontext():
+            self._try: TryOne = partial(attempt, _worker_of(stage))
         self._guard: Guarded | None = None
         if stage.marks:
             self._guard = Guarded(self._try, stage.marks, stage.deadline)
@@ -394,18 +440,18 @@ class _TileActor:
         tiles = [int(tile) for tile in block.split(",")]
         if self._guard:
             self._guard.take(tiles)
-        receipts = self._on_gpu(tiles) if self._gpu else self._on_cpu(tiles)
+        receipts = self._on_gpu(tiles) if self._gpu else self._on_cpu(tiles)  # of those in time
         return {name: [getattr(r, name) for r in receipts] for name in _COLUMNS}
 
     def _on_cpu(self, tiles: list[int]) -> list[Receipt]:
         # No threads of our own: the convolution library keeps buffers for each it has seen.
         torch.set_num_threads(1)
-        return [self._try(tile, nullcontext()) for tile in tiles]
+        return [self._try(tile, nullcontext()) for tile in _in_time(tiles)]
 
     def _on_gpu(self, tiles: list[int]) -> list[Receipt]:
         # A tile that may have ended its process is tried with nothing beside it.
         first = [tile for tile in tiles if self._guard and self._guard.is_suspect(tile)]
-        others = (tile for tile in tiles if tile not in first)
+        others = _in_time([tile for tile in tiles if tile not in first])
         # The guard of the actor keeps the time.
         rest = _side_by_side(
             self._try, "cuda", Deadline(math.inf, math.inf, math.inf), others, self._under_way
@@ -413,16 +459,112 @@ class _TileActor:
         return [*(self._try(tile, nullcontext()) for tile in first), *rest]
 
 
-def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: bool) -> Receipts:
+def _name() -> str:
+    """Of this actor, the same when Ray starts it anew."""
     import ray
-    from ray.data import ActorPoolStrategy
 
+    return ray.get_runtime_context().get_actor_id() if ray.is_initialized() else str(os.getpid())
+
+
+def _in_time(tiles: Sequence[int]) -> Iterator[int]:
+    """The first tile, and others as long as there is time for more."""
+    end = time.monotonic() + MOST_SECONDS
+    return itertools.takewhile(lambda tile: tile == tiles[0] or time.monotonic() < end, tiles)
+
+
+def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: bool) -> Receipts:
     connect(workers)
-    size = pool_size(stage.device, workers)
+    size = pool_size(stage.device, workers, stage.memory)
     goal = min(MOST_SECONDS, max(BLOCK_SECONDS, WAVE_SECONDS * size / WAVE))
     few = 1 if alone else _tiles_of_gpu(stage.device)
     seconds: list[float] = []
-    while wave := _wave(tiles, few, WAVE if seconds else min(WAVE, FIRST_WAVE), size):
+    left = np.empty(0, np.int64)
+    while True:
+        most = few * (WAVE if seconds else min(WAVE, FIRST_WAVE))
+        more = np.fromiter(itertools.islice(tiles, max(0, most - left.size)), np.int64)
+        wave, left = np.concatenate([left[:most], more]), left[most:]
+        if not wave.size:
+            return
+        told = array("q")
+        for receipt in _run_wave(stage, _blocks(wave, few, size), size):
+            told.append(receipt.tile)
+            seconds = seconds if receipt.error else [*seconds[-SEEN:], receipt.seconds]
+            yield receipt
+        if not told:
+            raise RunError(f"{stage.name}: Ray has lost {wave.size} tiles; give the command again.")
+        left = np.concatenate([np.setdiff1d(wave, np.frombuffer(told, np.int64)), left])
+        if stage.marks:
+            _forget(stage.marks)
+        if seconds and not alone:
+            few = max(_tiles_of_gpu(stage.device), _tiles_for(goal, seconds))
+
+
+class _Silence:
+    """Ends a wave of which nothing is heard for too long; an `ExecutionCallback` of Ray Data.
+
+    A worker ends itself when a tile takes too long, but not if it is frozen, or if a disk never
+    lets it go; and where none can even begin, none counts. What a step of Ray's loop raises is
+    raised where receipts are awaited.
+    """
+
+    patience: Patience  # of the wave of this process
+    clock: Clock
+    heard: float
+
+    @classmethod
+    def begin(cls, deadline: Deadline) -> None:
+        """Begins to wait for a wave."""
+        cls.patience, cls.clock, cls.heard = Patience(deadline), Clock(), 0.0
+
+    @classmethod
+    def end(cls, receipt: Receipt) -> None:
+        """Something was heard."""
+        cls.patience.saw(receipt)
+        cls.heard = cls.clock.now()
+
+    def on_execution_step(self, executor: object) -> None:
+        """Looks at the clock.
+
+        Raises:
+            RunError: if it is too long.
+        """
+        silent = self.clock.now() - self.heard
+        if silent > self.patience.silence:
+            raise RunError(
+                f"no tile has ended for {silent:.0f} s: see whether workers can start, and whether "
+                "input and output answer; what is done stays, the same command goes on."
+            )
+
+    def before_execution_starts(self, executor: object) -> None:
+        """Nothing."""
+
+    def after_execution_succeeds(self, executor: object) -> None:
+        """Nothing."""
+
+    def after_execution_fails(self, executor: object, error: Exception) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def _ended_by_silence(stage: Stage) -> Iterator[None]:
+    """A wave may last as long as something is heard of it now and then."""
+    from ray.data import DataContext
+
+    classes: list[Any] = DataContext.get_current().custom_execution_callback_classes
+    _Silence.begin(stage.deadline)
+    classes.append(_Silence)
+    try:
+        yield
+    finally:
+        classes.remove(_Silence)
+
+
+def _run_wave(stage: Stage, wave: Sequence[Sequence[int]], size: int) -> Receipts:
+    """Receipts of the tiles that some blocks had time for."""
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    with _ended_by_silence(stage) if stage.marks else nullcontext():
         # `from_items`, not `range`, whose read tasks take a whole CPU each and starve the actors.
         blocks = ray.data.from_items(
             [{"tiles": ",".join(map(str, block))} for block in wave], override_num_blocks=len(wave)
@@ -440,14 +582,11 @@ def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: boo
             for rows in receipts.iter_batches(batch_size=None, prefetch_batches=0):
                 for row in zip(*(rows[name].tolist() for name in _COLUMNS), strict=True):
                     receipt = Receipt(*row)
-                    seconds = [*seconds[-SEEN:], receipt.seconds]
+                    if stage.marks:
+                        _Silence.end(receipt)
                     yield receipt
         except ray.exceptions.RayError as error:  # of a worker that could not be made, mostly
             raise RunError(_cause(error)) from error
-        if stage.marks:
-            _forget(stage.marks)
-        if not alone:
-            few = max(few, _tiles_for(goal, seconds))
 
 
 def _forget(marks: Place) -> None:
@@ -468,11 +607,10 @@ def _tiles_of_gpu(device: str) -> int:
     return TILES_PER_GPU_BLOCK if device == "cuda" else 1
 
 
-def _wave(tiles: Iterator[int], size: int, most: int, workers: int) -> list[list[int]]:
-    """The blocks of the next wave, at most so many of at most so many tiles, and some a worker."""
-    numbers = np.fromiter(itertools.islice(tiles, most * size), np.int64)
-    size = max(1, min(size, math.ceil(numbers.size / (BLOCKS_EACH * workers))))
-    return [numbers[first : first + size].tolist() for first in range(0, numbers.size, size)]
+def _blocks(wave: NDArray[np.int64], size: int, workers: int) -> list[list[int]]:
+    """A wave in blocks of at most so many tiles, and some a worker."""
+    size = max(1, min(size, math.ceil(wave.size / (BLOCKS_EACH * workers))))
+    return [wave[first : first + size].tolist() for first in range(0, wave.size, size)]
 
 
 def _tiles_for(goal: float, seconds: Sequence[float]) -> int:

@@ -14,16 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray import engine as engines
-from unet_ray.attempts import DISK_ERRORS, TRIES, Patience, Receipt, Stage, is_out_of_memory
+from unet_ray.attempts import (
+    DISK_ERRORS,
+    TRIES,
+    Patience,
+    Receipt,
+    Stage,
+    is_out_of_memory,
+)
 from unet_ray.boxes import Box
 from unet_ray.disk import check_disk
 from unet_ray.errors import LostError, QuarantinedError, RunError
 from unet_ray.events import EventLog
 from unet_ray.lease import Lease
 from unet_ray.ledger import Ledger, begin, committed, newest, skipped
+from unet_ray.marks import remove_older, tiles_done
 from unet_ray.masks import tiles_under
 from unet_ray.memory import format_bytes, room
-from unet_ray.places import remove_partial, remove_tree
+from unet_ray.places import remove_partial
 from unet_ray.planning import (
     Settings,
     process_bytes,
@@ -57,6 +65,7 @@ class Progress:
         failures: tries that failed in this call.
         held: the most bytes that a process held after a tile; 0 if unknown.
         promised: bytes that one was planned to hold at most.
+        workers: tiles that are under way side by side.
     """
 
     done: int
@@ -68,6 +77,7 @@ class Progress:
     failures: int = 0
     held: int = 0
     promised: int = 0
+    workers: int = 1
 
 
 def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], None]) -> int:
@@ -212,10 +222,13 @@ class _Execution:
         self._given_up: dict[int, str] = {}
         self._failures, self._held = 0, 0
         self._promised = process_bytes(run.memory, run.device, settings)
+        workers = engines.side_by_side(run.device, settings.engine, settings.workers)
+        self._workers = max(1, min(workers, self._total))
 
     def go(self) -> int:
         run, settings = self._run, self._settings
         self._lease.check(now=True)
+        self._commit_unheard()
         self._ledger.skip(self._wanted.skipped, self._wanted.tiles)
         missing = self._wanted.tiles & ~self._ledger.committed
         self._before = self._total - int(missing.sum())
@@ -228,14 +241,16 @@ class _Execution:
             missing=self._total - self._before,
             **({"mask": run.mask.path} if run.mask else {}),
         )
-        marks = (
-            run.out / MARKS / str(self._lease.epoch)
-        )  # a worker of another run cannot reach them
+        self.log.flush()  # it tells `verify` of input and model
+        marks = run.out / MARKS / str(self._lease.epoch)  # of this run alone
         with suppress(OSError):  # workers of a run that is over may still be adding to theirs
-            remove_tree(run.out / MARKS)
+            remove_older(run.out / MARKS, self._lease.epoch)
         marks.mkdir(parents=True, exist_ok=True)
         ahead = under_way(run.memory, run.device, settings)
-        self._stage = Stage("segment", run.make_worker, run.device, marks, under_way=ahead)
+        need = run.memory.shared_by(ahead, passes=1)
+        self._stage = Stage(
+            "segment", run.make_worker, run.device, marks, under_way=ahead, memory=need
+        )
         self._patience = Patience(self._stage.deadline)
         again = self._try(_numbers(missing))
         for last in [False] * (TRIES - 2) + [True]:
@@ -250,6 +265,14 @@ class _Execution:
         if self._given_up:
             raise QuarantinedError(self._told())
         return self._done
+
+    def _commit_unheard(self) -> None:
+        """Commits what workers of earlier runs had done, though no driver noted it any more."""
+        with suppress(OSError):  # then it is done again
+            for tile in tiles_done(self._run.out / MARKS, since=self._ledger.born):
+                if tile not in self._ledger:
+                    self._ledger.commit(tile)
+        self._ledger.flush()
 
     def _try(self, tiles: Iterable[int], last: bool = False, alone: bool = False) -> list[Receipt]:
         """Tries tiles; gives the failures of those that are to be tried again."""
@@ -331,6 +354,7 @@ class _Execution:
                 self._failures,
                 self._held,
                 self._promised,
+                self._workers,
             )
         )
 

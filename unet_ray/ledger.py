@@ -50,13 +50,17 @@ class Ledger:
         tiles: number of tiles of the plan.
         epoch: of the run.
 
+    Attributes:
+        born: the epoch that made the store; 0 if none is told.
+
     Raises:
         LostError: if the store was made anew by a later run.
     """
 
     def __init__(self, folder: Place, tiles: int, epoch: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        if _born(folder) > epoch:
+        self.born = _born(folder)
+        if self.born > epoch:
             raise _lost(folder)
         self._folder, self._epoch = folder, epoch
         held = _read(folder, tiles)

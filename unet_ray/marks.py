@@ -1,20 +1,27 @@
 """What became of the tiles of a block, written down by its worker for one that comes after it.
 
-Knows tile numbers and a file of lines; does not know what a tile is about, or who runs it. Ray
-hands a block out again if its worker ends before Ray knows that the block is done: the marks tell
-which of its tiles are done already, and which one may be what kills the workers.
+Knows tile numbers and lines of a file, or names of empty objects; does not know what a tile is
+about, or who runs it. Ray hands a block out again if its worker ends before Ray knows that the
+block is done: the marks tell which of its tiles are done already, and which one may be what kills
+the workers. To the next run they tell what the driver of this one never heard of.
+
+A run keeps the marks of each block in a folder named by its epoch. In an object store every mark is
+an object of its own, since stores allow few writes a second of the same one.
 """
 
 from __future__ import annotations
 
 import json
 import threading
+import uuid
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from functools import cached_property
-from typing import Literal
+from pathlib import Path
+from typing import Literal, cast
 
-from unet_ray.places import Place, append
+from unet_ray.places import ObjectPath, Place, files_below, remove_objects, remove_tree
 
 Event = Literal["begun", "late", "failed", "done"]
 
@@ -40,11 +47,13 @@ class Marks:
     """The marks of a block; one process adds to them at a time.
 
     Args:
-        path: of their file, which need not be there; its folder must.
+        path: of their file, which need not be there; its folder must. In an object store, what the
+            names of the marks begin with.
     """
 
     def __init__(self, path: Place) -> None:
         self._path, self._lock = path, threading.Lock()
+        self._number = 0  # of the next mark, in an object store
 
     def before(self, tile: int) -> list[Mark]:
         """What others have marked of a tile, since it failed last.
@@ -58,17 +67,19 @@ class Marks:
     @cached_property
     def _before(self) -> dict[int, list[Mark]]:
         marks: dict[int, list[Mark]] = {}
-        try:
-            lines = self._path.read_bytes().splitlines()
-        except FileNotFoundError:
-            lines = []
-        for line in lines:
-            with suppress(ValueError, TypeError):  # cut off, as by a full disk
-                mark = Mark(*json.loads(line))
-                marks.setdefault(mark.tile, []).append(mark)
-                if mark.event == "failed":
-                    del marks[mark.tile]
+        for mark in self._read():
+            marks.setdefault(mark.tile, []).append(mark)
+            if mark.event == "failed":
+                del marks[mark.tile]
         return marks
+
+    def _read(self) -> Iterator[Mark]:
+        if isinstance(self._path, ObjectPath):
+            for path in self._path.below():
+                self._number += 1
+                yield _named(path.name)
+        else:
+            yield from _in_file(self._path)
 
     def add(self, mark: Mark) -> None:
         """Adds a mark.
@@ -77,4 +88,57 @@ class Marks:
             OSError: if it cannot be written.
         """
         with self._lock:
-            append(self._path, json.dumps(astuple(mark)).encode() + b"\n")
+            if isinstance(self._path, ObjectPath):
+                _ = self._before  # its number comes after those
+                facts = f"{mark.tile},{mark.event},{mark.seconds!r},{mark.held}"
+                (self._path / f"{self._number:08d},{uuid.uuid4().hex},{facts}").put(b"")
+                self._number += 1
+            else:
+                with open(self._path, "ab") as file:
+                    file.write(json.dumps(astuple(mark)).encode() + b"\n")
+
+
+def _named(name: str) -> Mark:
+    _, _, tile, event, seconds, held = name.split(",")
+    return Mark(int(tile), cast(Event, event), float(seconds), int(held))
+
+
+def _in_file(path: Path) -> Iterator[Mark]:
+    with suppress(FileNotFoundError):
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError, TypeError):  # cut off, as by a full disk
+                yield Mark(*json.loads(line))
+
+
+def tiles_done(folder: Place, since: int) -> Iterator[int]:
+    """The tiles that workers of any run have marked as done, also more than once.
+
+    Args:
+        folder: of the marks of all runs.
+        since: the first epoch that counts.
+
+    Raises:
+        OSError: if they cannot be read.
+    """
+    for epoch, path in _by_epoch(folder):
+        if epoch >= since:
+            marks = _in_file(path) if isinstance(path, Path) else [_named(path.name)]
+            yield from (mark.tile for mark in marks if mark.event == "done")
+
+
+def remove_older(folder: Place, epoch: int) -> None:
+    """Removes the marks of runs before the one of this epoch."""
+    if isinstance(folder, Path):
+        for each in folder.glob("*"):
+            if not each.name.isdigit() or int(each.name) < epoch:
+                remove_tree(each)
+    else:
+        older = (path for other, path in _by_epoch(folder) if other < epoch)
+        remove_objects([path for path in older if isinstance(path, ObjectPath)])
+
+
+def _by_epoch(folder: Place) -> Iterator[tuple[int, Place]]:
+    for path in files_below(folder):
+        name = str(path)[len(str(folder)) + 1 :].partition("/")[0]
+        if name.isdigit():
+            yield int(name), path

@@ -327,17 +327,6 @@ def stat_of(path: Place) -> Stat:
     return Stat(int(meta["size"]), int(meta["last_modified"].timestamp() * 1000) * 10**6)
 
 
-def append(path: Place, data: bytes) -> None:
-    """Adds `data` to the end of a file, made if it is not there; only one may do so at a time."""
-    if isinstance(path, ObjectPath):
-        with suppress(FileNotFoundError):
-            data = path.read_bytes() + data
-        path.put(data)
-        return
-    with open(path, "ab") as file:
-        file.write(data)
-
-
 def remove_partial(folder: Place) -> None:
     """Removes what a kill left half-written in `folder`; nothing else may be writing there."""
     if isinstance(folder, Path):  # an object is never half-written

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -261,7 +262,9 @@ def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Ou
     wanted: Sequence[int] = range(part.size)
     if mask:
         wanted = np.flatnonzero(tiles_under(mask, tiles)[part.slices])  # type: ignore[assignment]
-    workers = engines.side_by_side(device, settings.engine, settings.workers)
+    ahead = under_way(memory, device, settings)
+    need = memory.shared_by(ahead, passes=1)
+    workers = engines.side_by_side(device, settings.engine, settings.workers, need)
     return Outlook(
         volume=volume,
         network=network,
@@ -275,7 +278,7 @@ def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Ou
             process_bytes(memory, device, settings), settings.engine, len(tiles)
         ),
         workers=workers,
-        under_way=under_way(memory, device, settings),
+        under_way=ahead,
         precision=precision,
         device=device,
         halo_overhead=halo_overhead(size, tiles),
@@ -357,10 +360,7 @@ def device_of(settings: Settings) -> Device:
 
 def precision_of(device: Device, settings: Settings) -> Precision:
     """The number format that is fastest where tiles would run."""
-    if device == "cuda" and settings.engine == "ray":
-        # The head of a cluster need not have the GPU that its workers have.
-        return engines.ask_gpu(lambda: best_precision("cuda"))
-    return best_precision(device)
+    return engines.ask(partial(best_precision, device), device, settings.engine)
 
 
 def checked_outputs(asked: tuple[str, ...] | None) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from unet_ray import engine as engines
 from unet_ray.checkpoints import ModelHeader, find_model, read_model, sha256_of
-from unet_ray.errors import InputError, VoxelError, refuse_below_file
+from unet_ray.errors import InputError, RunError, VoxelError, refuse_below_file
 from unet_ray.intensity import Intensity, measure
 from unet_ray.lease import Fence
 from unet_ray.masks import open_mask
@@ -96,6 +97,7 @@ class TileWorker:
 
     def __init__(self, run: Segmentation) -> None:
         self._run = run
+        _refuse_other_kind(run)
         network, _ = read_model(run.model)
         self._predictor = Predictor(
             network, run.plan, run.intensity, run.precision, run.device, run.tta
@@ -176,6 +178,8 @@ def prepare(
         _check_memory(memory, settings, path)
     else:
         tiles, memory = choose_plan(volume, network, size, settings, values)
+    _check_room(path, memory, device, settings)
+    mask = open_mask(settings.mask, volume.shape[1:]) if settings.mask else None
     run = Segmentation(
         volume=volume,
         model=find_model(model),
@@ -191,12 +195,11 @@ def prepare(
         memory=memory,
         provenance={},
         resumed=told is not None,
-        mask=open_mask(settings.mask, volume.shape[1:]) if settings.mask else None,
+        mask=mask,
     )
     run = replace(run, provenance=_provenance(run, header, settings))
     if told:
         refuse_difference(path, told, run.provenance)
-    _check_room(run, settings)
     return run
 
 
@@ -242,20 +245,41 @@ def _check_memory(memory: WorkerMemory, settings: Settings, path: Place) -> None
         )
 
 
-def _check_room(run: Segmentation, settings: Settings) -> None:
-    """Refuses more workers in this process than the machine has memory for; Ray's are elsewhere."""
-    there = room()
-    if settings.engine == "ray" or not there:
+def _check_room(path: Place, memory: WorkerMemory, device: Device, settings: Settings) -> None:
+    """Refuses more workers than there is memory for, on this machine or the cluster."""
+    needed = process_bytes(memory, device, settings)
+    if settings.engine == "ray":
+        engines.pool_size(device, settings.workers, needed)
         return
-    needed = process_bytes(run.memory, run.device, settings)
-    if needed > there:
-        workers = engines.side_by_side(run.device, "local", settings.workers)
-        fitting = [n for n in range(1, workers) if run.memory.shared_by(n) <= there]
+    there = room()
+    if there and needed > there:
+        workers = engines.side_by_side(device, "local", settings.workers)
+        fitting = [n for n in range(1, workers) if memory.shared_by(n) <= there]
         remedy = f"--workers {fitting[-1]}" if fitting else "a smaller --memory and another --out"
         raise InputError(
-            f"{run.out}: {workers} workers need {format_bytes(needed)} in this process, "
+            f"{path}: {workers} workers need {format_bytes(needed)} in this process, "
             f"{format_bytes(there)} could be had; give {remedy}."
         )
+
+
+def _refuse_other_kind(run: Segmentation) -> None:
+    """Makes sure that this machine gives the bytes that the store is said to have.
+
+    Raises:
+        RunError: if it is of another kind than the one that the run was prepared for.
+    """
+    told, here = dict(_flat(run.provenance)), _kind_of_machine(run.device)
+    for field, value in _flat(here):
+        if field not in UNCOMPARED and told.get(field, value) != value:
+            raise RunError(
+                f"{run.out}: its {field} is {told[field]}, but {value} on {os.uname().nodename}, "
+                "so its tiles could have other bytes; run it on machines of one kind."
+            )
+
+
+def _kind_of_machine(device: Device) -> dict[str, Any]:
+    """What of the machine and its software fixes the bytes."""
+    return {"instructions": instructions(device), "versions": versions()}
 
 
 def _provenance(run: Segmentation, header: ModelHeader, settings: Settings) -> dict[str, Any]:
@@ -283,9 +307,8 @@ def _provenance(run: Segmentation, header: ModelHeader, settings: Settings) -> d
         "device": run.device,
         "tta": run.tta,
         "nan": run.nan,
-        "instructions": instructions(run.device),
         "threads_per_pass": 1,
-        "versions": versions(),
+        **engines.ask(partial(_kind_of_machine, run.device), run.device, settings.engine),
     }
     return cast(dict[str, Any], json.loads(json.dumps(told)))  # tuples become lists, as when read
 
