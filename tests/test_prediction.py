@@ -54,10 +54,13 @@ def test_constant_passes_are_computed_once_for_each_value(network, monkeypatch, 
     assert len(np.unique(right[0]["probabilities"][0, 0])) > 1
 
 
-def test_few_results_are_kept(network):
+@pytest.mark.parametrize(
+    ("values", "computed"), [([1, 1, 2, 2, 3, 1], 4), ([1, 2, 1, 3, 1, 2], 4), ([1, 2] * 3, 2)]
+)
+def test_the_few_results_that_were_used_last_are_kept(network, values, computed):
     plan = TilePlan((6, 32, 32), (6, 32, 32), network.context, (1, 32, 32))
-    volume = np.repeat(np.array([1, 1, 2, 2, 3, 1], np.uint8), 32 * 32).reshape(6, 32, 32)
-    assert made(network, plan, volume)[1] == 4
+    volume = np.repeat(np.array(values, np.uint8), 32 * 32).reshape(6, 32, 32)
+    assert made(network, plan, volume)[1] == computed
 
 
 @pytest.mark.parametrize(

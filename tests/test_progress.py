@@ -37,5 +37,19 @@ def test_the_pace_is_that_of_the_last_minute():
     assert paced(*steady, *[100] * 20).seconds(1) == pytest.approx(100)
 
 
+@pytest.mark.parametrize("workers", [1, 2, 32])
+@pytest.mark.parametrize("start", [0.0, 45.0])
+def test_tiles_that_end_nearly_together_are_a_round(workers, start):
+    """Rounds of 60 s: what is told is right from the second round on, and never far off before."""
+    pace, told = Pace(workers), []
+    for number in range(1, 5 * workers + 1):
+        round_, place = divmod(number - 1, workers)
+        pace.saw(start + 60 * (round_ + 1) + 0.1 * place, number, number)
+        told.append(pace.seconds(10 * workers))
+    assert all(math.isinf(seconds) for seconds in told[: workers - 1])
+    assert told[workers - 1] == pytest.approx(600 + 10 * start, rel=0.06)
+    assert told[workers:] == pytest.approx([600] * 4 * workers, rel=0.06)
+
+
 def test_little_is_remembered():
     assert len(paced(*[0.5] * 1000)._seen) <= 123

@@ -534,9 +534,12 @@ def _refuse_json(file: Path, inputs: Sequence[str]) -> None:
 
 
 def _watch(label: str) -> Callable[[Progress], None]:
-    line, pace = ProgressLine(label), Pace()
+    line = ProgressLine(label)
+    pace: Pace | None = None
 
     def watch(progress: Progress) -> None:
+        nonlocal pace
+        pace = pace or Pace(progress.workers)
         pace.saw(progress.seconds, progress.finished, progress.voxels)
         to_do = progress.total - progress.done - progress.quarantined
         parts = [
@@ -646,6 +649,8 @@ def _settings(ctx: click.Context, flags: dict[str, Any]) -> Settings:
     tile = None if flags["tile"] is None else _parse_tile(flags["tile"])
     region = None if flags["region"] is None else _parse_region(flags["region"])
     memory = parse_bytes(flags["memory"])
+    if flags["mask"] == "":
+        raise InputError("mask='' names no volume; leave --mask out to do all tiles.")
     from unet_ray.planning import Settings
 
     return Settings(

@@ -122,11 +122,13 @@ class Predictor:
             return self._forward(seen, tile, outputs)
         with self._lock:  # or two threads would compute the same
             key = value, outputs
-            if key not in self._constants:
-                if len(self._constants) == CONSTANTS:
+            found = self._constants.pop(key, None)
+            if found is None:
+                if len(self._constants) == CONSTANTS:  # the one that was used longest ago goes
                     del self._constants[next(iter(self._constants))]
-                self._constants[key] = self._forward(seen, tile, outputs)
-            return self._constants[key]
+                found = self._forward(seen, tile, outputs)
+            self._constants[key] = found
+            return found
 
     def _forward(
         self, seen: NDArray[np.generic], tile: Tile, outputs: tuple[str, ...]

@@ -62,11 +62,16 @@ class ProgressLine:
 class Pace:
     """How fast tiles are done now: over the last minute or the last 20, whichever is longer.
 
-    The start of the run counts only until two tiles are done: workers take a while to begin.
+    Tiles that run side by side end nearly together, so nothing is known before each worker has done
+    one, and what is measured is always some rounds of all of them. The start counts only in the
+    first round: workers take a while to begin.
+
+    Args:
+        workers: tiles side by side.
     """
 
-    def __init__(self) -> None:
-        self._seen = deque([(0.0, 0, 0)])
+    def __init__(self, workers: int = 1) -> None:
+        self._workers, self._seen = workers, deque([(0.0, 0, 0)])
 
     def saw(self, seconds: float, tiles: int, voxels: int) -> None:
         """Notes how far it is.
@@ -77,12 +82,14 @@ class Pace:
             voxels: done since then.
         """
         self._seen.append((seconds, tiles, voxels))
-        while len(self._seen) > 2 and (not self._seen[0][1] or self._is_old(*self._seen[1][:2])):
+        if not self._seen[0][1] and tiles > self._workers:
+            self._seen.popleft()
+        while len(self._seen) > 2 and self._is_old(*self._seen[1][:2]):
             self._seen.popleft()
 
     def _is_old(self, seconds: float, tiles: int) -> bool:
         now, done, _ = self._seen[-1]
-        return now - seconds >= PACE_SECONDS and done - tiles >= PACE_TILES
+        return now - seconds >= PACE_SECONDS and done - tiles >= max(PACE_TILES, 2 * self._workers)
 
     @property
     def voxels(self) -> float:
@@ -94,5 +101,7 @@ class Pace:
         return tiles / speed if (speed := self._per_second(1)) else math.inf
 
     def _per_second(self, what: int) -> float:
-        first, last = self._seen[0], self._seen[-1]
+        last = self._seen[-1]
+        rounds = (each for each in self._seen if (last[1] - each[1]) % self._workers == 0)
+        first = next(rounds)
         return (last[what] - first[what]) / max(last[0] - first[0], 1e-9)
