@@ -320,6 +320,16 @@ def test_what_a_disk_cannot_hold_is_refused_at_once(task, tmp_path, disk):
     assert bytes_of(out) == bytes_of(whole)
 
 
+def test_what_a_disk_cannot_hold_is_refused_with_nan_as_well(task, tmp_path, disk):
+    _, model, whole = task
+    image = noise((16, 61, 75)).astype(np.float32)
+    image[:, :3, :3] = np.nan
+    volume = write_stack(tmp_path / "nan.tif", image)
+    disk(free=bytes_stored(whole) // 4)
+    with pytest.raises(InputError, match="would take about"):
+        segment(volume, model, tmp_path / "out.zarr", replace(TILED, nan="zero"))
+
+
 def test_a_disk_that_tells_nothing_takes_what_comes(task, tmp_path, disk):
     volume, model, whole = task
     disk(free=0, total=0)

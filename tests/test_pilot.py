@@ -164,9 +164,30 @@ def test_an_input_that_cannot_be_read_is_told(files, monkeypatch):
     def fail(*arguments):
         raise RunError("volume.tif cannot be read.")
 
-    monkeypatch.setattr(pilot, "read_mirrored", fail)
+    monkeypatch.setattr(outlook.volume, "read", fail)
     with pytest.raises(RunError, match="cannot be read"):
         try_tiles(outlook)
+
+
+def test_voxels_that_are_no_numbers_are_zero_or_their_tiles_are_passed_over(tmp_path, files):
+    voxels = noise((3, 61, 75)).astype(np.float32)
+    voxels[:, :3, :3] = np.nan
+    volume = write_stack(tmp_path / "nan.tif", voxels)
+    asked = dataclasses.replace(TILED, tile=(1, 64, 76))
+    zero = dataclasses.replace(asked, nan="zero")
+    store = segment(volume, files[1], tmp_path / "out", zero)
+    outlook = plan(volume, files[1], zero)
+    trial, stored = try_tiles(outlook, 1), sum(map(len, shard_bytes(store)))
+    assert trial.tiles == 3 and abs(trial.stored * outlook.tiles / stored - 1) < 0.3
+    with pytest.raises(RunError, match=r"no tile could be tried: .*nan, read by tile .*--nan zero"):
+        try_tiles(plan(volume, files[1], asked), 1)
+    voxels[1:, :3, :3] = 7
+    some = plan(write_stack(tmp_path / "some.tif", voxels), files[1], asked)
+    assert try_tiles(some, 1).tiles == 2
+
+
+def shard_bytes(store):
+    return [(store / name).read_bytes() for name in shards_of(store)]
 
 
 @pytest.mark.parametrize("region", [None, Box((1, 30, 20), (2, 61, 40))])

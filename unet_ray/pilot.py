@@ -29,9 +29,9 @@ from unet_ray.boxes import Box
 from unet_ray.errors import RunError
 from unet_ray.intensity import summarise
 from unet_ray.memory import room
-from unet_ray.mirror import read_mirrored
 from unet_ray.planning import Outlook, spread, stored_values
 from unet_ray.prediction import Predictor
+from unet_ray.preparation import read_tile
 from unet_ray.stores import Store, StoreLayout, chunk_of, create_store
 from unet_ray.tiles import Tile, TilePlan
 
@@ -149,7 +149,7 @@ class _Trial:
         self.steps: list[Steps] = []
         self._warm = threading.local()  # the first pass of a thread takes longer
         self._volume, self._plan = outlook.volume, outlook.plan
-        self._outputs = outlook.outputs
+        self._outputs, self._nan = outlook.outputs, outlook.nan
         small = self._plan.passes
         network = outlook.network
         voxel = self._volume.shape[0] * self._volume.dtype.itemsize
@@ -179,9 +179,9 @@ class _Trial:
     def read(self, tile: int) -> tuple[NDArray[Any], float]:
         """The voxels of a slab, and how long those of the tile take."""
         start, volume = time.monotonic(), self._volume
-        slab, whole = self._first(tile).read, self._plan[tile].read
-        voxels = read_mirrored(volume.read, volume.shape[1:], slab)
-        layers = self._layers(whole) / self._layers(slab)
+        first, whole = self._first(tile), self._plan[tile].read
+        voxels = read_tile(volume, replace(first, index=tile), self._nan)
+        layers = self._layers(whole) / self._layers(first.read)
         return voxels, (time.monotonic() - start) * layers
 
     def _first(self, tile: int) -> Tile:

@@ -193,6 +193,7 @@ class Outlook:
         sample: numbers of some of these, evenly spread.
         outputs: what would be stored.
         tta: average over the 8 symmetries of the square.
+        nan: ``zero`` if voxels that are not finite count as 0.
         memory: what one worker needs for one tile.
         driver_memory: bytes of the process that starts the run: on the local engine the one in
             which all workers run.
@@ -211,6 +212,7 @@ class Outlook:
     sample: tuple[int, ...]
     outputs: tuple[str, ...]
     tta: bool
+    nan: str
     memory: WorkerMemory
     driver_memory: int
     workers: int
@@ -273,6 +275,7 @@ def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Ou
         sample=_numbers(tiles, part, spread(wanted, SAMPLE)),
         outputs=outputs,
         tta=settings.tta,
+        nan=settings.nan,
         memory=memory,
         driver_memory=driver_bytes(
             process_bytes(memory, device, settings), settings.engine, len(tiles)

@@ -40,7 +40,7 @@ from unet_ray.planning import (
 )
 from unet_ray.prediction import Device, Precision, Predictor, instructions
 from unet_ray.stores import FORMAT, Store, is_untouched, provenance_of, refuse_others
-from unet_ray.tiles import TilePlan
+from unet_ray.tiles import Tile, TilePlan
 from unet_ray.versions import versions
 from unet_ray.volumes import Volume
 
@@ -110,13 +110,7 @@ class TileWorker:
         Raises:
             VoxelError: if one of them is not a finite number; names the tile and the voxel.
         """
-        volume, box = self._run.volume, self._run.plan[tile].read
-        voxels = read_mirrored(volume.read, volume.shape[1:], box)
-        if voxels.dtype.kind != "f" or np.isfinite(voxels).all():
-            return voxels
-        if self._run.nan == "zero":
-            return np.where(np.isfinite(voxels), voxels, voxels.dtype.type(0))
-        raise VoxelError(_not_finite(self._run, tile, voxels))
+        return read_tile(self._run.volume, self._run.plan[tile], self._run.nan)
 
     def predict(self, tile: int, voxels: NDArray[Any]) -> dict[str, NDArray[np.uint8]]:
         """The outputs on the core of a tile."""
@@ -127,14 +121,32 @@ class TileWorker:
         self._store.write(self._run.plan[tile], result)
 
 
-def _not_finite(run: Segmentation, tile: int, voxels: NDArray[Any]) -> str:
-    volume, box = run.volume, run.plan[tile].read
+def read_tile(volume: Volume, tile: Tile, nan: str) -> NDArray[Any]:
+    """The voxels that `tile` reads, ``(c, z, y, x)``, mirrored beyond the volume's faces.
+
+    Args:
+        volume: the input.
+        tile: of any plan of it.
+        nan: ``zero`` if voxels that are not finite count as 0.
+
+    Raises:
+        VoxelError: if one of them is not a finite number; names the tile and the voxel.
+    """
+    voxels = read_mirrored(volume.read, volume.shape[1:], tile.read)
+    if voxels.dtype.kind != "f" or np.isfinite(voxels).all():
+        return voxels
+    if nan == "zero":
+        return np.where(np.isfinite(voxels), voxels, voxels.dtype.type(0))
+    raise VoxelError(_not_finite(volume, tile, voxels))
+
+
+def _not_finite(volume: Volume, tile: Tile, voxels: NDArray[Any]) -> str:
     channel, *offset = np.argwhere(~np.isfinite(voxels))[0].tolist()
-    seen = zip(box.start, offset, volume.shape[1:], strict=True)
+    seen = zip(tile.read.start, offset, volume.shape[1:], strict=True)
     place = tuple(int(reflect(np.array(a + n), extent)) for a, n, extent in seen)
     return (
         f"{volume.path}: voxel (z, y, x) = {place} of channel {channel} is "
-        f"{voxels[(channel, *offset)]}, read by tile {tile} ({run.plan[tile].write}); replace "
+        f"{voxels[(channel, *offset)]}, read by tile {tile.index} ({tile.write}); replace "
         f"values that are not finite, or give --nan zero and another --out."
     )
 
