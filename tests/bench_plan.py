@@ -26,12 +26,15 @@ def cases(folder):
     full = noise(SHAPE)
     half = full.copy()
     half[SHAPE[0] // 2 :] = 7
+    gaps = full.copy()
+    gaps[:: TILE[0]] = 7  # the first slice of each tile
     mask = np.zeros((SHAPE[0], 8, 8), np.uint8)  # coarser, of the same field of view
     mask[: SHAPE[0] // 4] = 1
     volume = write_stack(folder / "full.tif", full)
     masked = Settings(tile=TILE, mask=write_stack(folder / "mask.tif", mask))
     yield "full", volume, Settings(tile=TILE)
     yield "half empty", write_stack(folder / "half.tif", half), Settings(tile=TILE)
+    yield "a slice of four empty", write_stack(folder / "gaps.tif", gaps), Settings(tile=TILE)
     yield "a quarter of it, by --mask", volume, masked
 
 

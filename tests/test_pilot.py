@@ -63,6 +63,7 @@ def test_what_was_measured_of_a_slab_is_told_of_the_tile(files, monkeypatch):
     ticks = iter(range(10**6))
     monkeypatch.setattr(pilot.time, "monotonic", lambda: float(next(ticks)))
     monkeypatch.setattr(pilot, "SECONDS", 10**6)
+    monkeypatch.setattr(pilot, "LOOK_SECONDS", 10**6)
     trial = try_tiles(dataclasses.replace(outlook, plan=one_slice_a_pass(outlook.plan)), 1)
     # A slab is one slice of three, and so are the chunks of the input; zarr asks for the time, too.
     assert trial.read == 3 and trial.write > 0 and trial.write * trial.tiles % 3 == 0
@@ -109,18 +110,19 @@ def test_seconds_are_those_of_a_whole_tile(files, monkeypatch):
     ticks = iter(range(10**6))
     monkeypatch.setattr(pilot.time, "monotonic", lambda: float(next(ticks)))
     monkeypatch.setattr(pilot, "SECONDS", 10**6)
+    monkeypatch.setattr(pilot, "LOOK_SECONDS", 10**6)
     settings = dataclasses.replace(TILED, tile=(3, 32, 40))
     outlook = plan(*files, settings)
     deep = dataclasses.replace(outlook, plan=dataclasses.replace(outlook.plan, passes=(1, 32, 40)))
     trial = try_tiles(deep, 1)
-    # Each step takes one tick here, and a tile has three passes, of which one is computed; before
-    # the first the thread warms up.
-    assert len(passes) - 1 == trial.tiles == 4
+    # Each step takes one tick here, and a tile has three passes; before the first the thread warms
+    # up.
+    assert len(passes) - 1 == trial.passes == trial.looks == 12 and trial.tiles == 4
     assert trial.predict >= 3 * trial.read > 0
 
 
 def test_a_worker_on_a_gpu_reads_and_writes_while_it_predicts():
-    on_cpu = pilot.Pilot(8, 2, 1, read=1, predict=4, write=2, stored=1)
+    on_cpu = pilot.Pilot(8, 8, 2, 1, read=1, predict=4, write=2, stored=1)
     assert on_cpu.seconds == 7
     assert dataclasses.replace(on_cpu, under_way=2).seconds == 4
     assert dataclasses.replace(on_cpu, under_way=2, read=5).seconds == 5.5
@@ -144,6 +146,55 @@ def test_constant_background_costs_next_to_nothing(tmp_path, files):
     settings = dataclasses.replace(TILED, tile=(3, 64, 76))
     empty, full = (try_tiles(plan(path, files[1], settings), 1) for path in (empty, files[0]))
     assert empty.predict < full.predict
+
+
+def test_of_a_tile_any_pass_may_be_tried(tmp_path, files):
+    image = noise((16, 61, 75))
+    image[:2] = 0
+    volume = write_stack(tmp_path / "blank.tif", image)
+    asked = dataclasses.replace(TILED, tile=(16, 64, 76))
+    outlook = plan(volume, files[1], asked)
+    outlook = dataclasses.replace(outlook, plan=one_slice_a_pass(outlook.plan))
+    store = segment(volume, files[1], tmp_path / "out", asked)
+    trial, stored = try_tiles(outlook, 1), sum(map(len, shard_bytes(store)))
+    assert (trial.tiles, trial.looks, trial.constant) == (1, 16, 2)
+    assert abs(trial.stored / stored - 1) < 0.3
+    assert trial.predict == pytest.approx(14 * trial.first)  # of one pass
+
+
+@pytest.mark.parametrize("empty", [slice(0, 20), slice(20, 40), slice(1, 40, 2), slice(0, 39)])
+def test_constant_passes_are_counted_however_long_the_others_take(
+    tmp_path, files, empty, monkeypatch
+):
+    image = noise((40, 32, 32))
+    image[empty] = 7
+    volume = write_stack(tmp_path / "some.tif", image)
+    outlook = plan(volume, files[1], dataclasses.replace(TILED, tile=(1, 32, 32), workers=1))
+    monkeypatch.setattr(pilot, "SECONDS", 0)
+    trial, full = try_tiles(outlook, 1), 40 - len(range(40)[empty])
+    assert (trial.looks, trial.constant, trial.passes, trial.tiles) == (40, 40 - full, 1, 2)
+    assert trial.predict == pytest.approx(trial.first * full / 40)
+    rest = 40 * (trial.read + trial.write)
+    assert trial.run_seconds(outlook) == pytest.approx(trial.first * (full + 1) + rest)
+
+
+def test_passes_are_looked_at_all_over_tiles_and_within_them(files):
+    outlook = plan(*files, dataclasses.replace(TILED, tile=(3, 64, 76)))
+    tiles = dataclasses.replace(one_slice_a_pass(outlook.plan), shape=(9000, 120, 140))
+    tiles = dataclasses.replace(tiles, core=(30, 64, 76))
+    passes = pilot._plan_of_passes(tiles)
+    sample = spread(range(len(tiles)), planning.SAMPLE)
+    found = pilot._some_passes(dataclasses.replace(outlook, plan=tiles, sample=sample), passes)
+    assert len(found) == len({*found}) == pilot.LOOKS
+    owners = [pilot._owner(tiles, passes[number]).index for number in found]
+    assert {*owners} == {*sample}
+    depths = [passes[number].write.start[0] % 30 for number in found]
+    assert len({*depths}) > 15 and min(depths) < 5 and max(depths) >= 25
+
+
+def test_looking_ends_in_time(files, monkeypatch):
+    monkeypatch.setattr(pilot, "LOOK_SECONDS", 0)
+    assert try_tiles(plan(*files, TILED), 1).looks == pilot.KINDS
 
 
 def test_nothing_is_left_and_nothing_to_try_is_no_failure(files, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from unet_ray import prediction
 from unet_ray.intensity import Intensity
 from unet_ray.network import UNet
-from unet_ray.prediction import Predictor, _constant
+from unet_ray.prediction import Predictor, constant_value
 from unet_ray.tiles import TilePlan
 
 OUTPUTS = ("probabilities", "classes")
@@ -44,7 +44,7 @@ def test_constant_passes_are_computed_once_for_each_value(network, monkeypatch, 
     volume[1] = 7
     volume[1, 90, 180] = 50
     found, few = made(network, plan, volume, tta=tta)
-    monkeypatch.setattr(prediction, "_constant", lambda seen: None)
+    monkeypatch.setattr(prediction, "constant_value", lambda seen: None)
     right, all_of_them = made(network, plan, volume, tta=tta)
     assert all_of_them == 36 and 2 + 2 <= few < 2 + 9
     for one, two in zip(found, right, strict=True):
@@ -74,7 +74,7 @@ def test_the_few_results_that_were_used_last_are_kept(network, values, computed)
     ],
 )
 def test_constant_means_the_same_bits_in_each_channel(values, same):
-    assert (_constant(values) is not None) == same
-    assert (_constant(values[..., ::2, ::-1]) is not None) == same
+    assert (constant_value(values) is not None) == same
+    assert (constant_value(values[..., ::2, ::-1]) is not None) == same
     if same and values.shape[0] == 2 and values.max():
-        assert _constant(values) != _constant(values[::-1])
+        assert constant_value(values) != constant_value(values[::-1])

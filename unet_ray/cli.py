@@ -636,8 +636,9 @@ def _describe_trial(outlook: Outlook, trial: Pilot | None, per_hour: float | Non
         f"{format_bytes(outlook.disk_bytes)}; {free}",
         f"  time    about {format_seconds(seconds)} with {outlook.workers} workers, after the "
         f"start: {trial.seconds:.2f} s a tile (read {trial.read:.2f}, predict "
-        f"{trial.predict:.2f},\n          write {trial.write:.2f}; {trial.tiles} tiles tried, "
-        f"{trial.threads} at a time)",
+        f"{trial.predict:.2f},\n          write {trial.write:.2f}; {trial.tiles} tiles timed by "
+        f"{trial.passes} passes, {trial.threads} at a time;\n          {trial.constant} of "
+        f"{trial.looks} passes looked at are constant)",
     ]
     price = _price(outlook, trial, per_hour)
     return lines if price is None else [*lines, f"  price   about {price:.2f}"]

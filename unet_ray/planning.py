@@ -272,7 +272,7 @@ def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Ou
         network=network,
         plan=tiles,
         tiles=len(wanted),
-        sample=_numbers(tiles, part, spread(wanted, SAMPLE)),
+        sample=numbered(tiles, part, spread(wanted, SAMPLE)),
         outputs=outputs,
         tta=settings.tta,
         nan=settings.nan,
@@ -296,9 +296,11 @@ def spread(numbers: Sequence[int] | NDArray[np.intp], most: int) -> list[int]:
     return [int(numbers[(2 * n + 1) * len(numbers) // (2 * count)]) for n in range(count)]
 
 
-def _numbers(tiles: TilePlan, part: Box, inside: Sequence[int]) -> tuple[int, ...]:
+def numbered(
+    tiles: TilePlan, part: Box, inside: Sequence[int] | NDArray[np.intp]
+) -> tuple[int, ...]:
     """The tiles with these numbers in a part of the grid."""
-    if not inside:
+    if not len(inside):
         return ()
     places = np.unravel_index(inside, part.shape)
     axes = tuple(a + p for a, p in zip(part.start, places, strict=True))

@@ -117,7 +117,7 @@ class Predictor:
 
         All passes have one shape, so the same voxels give the same bytes.
         """
-        value = _constant(seen)
+        value = constant_value(seen)
         if value is None:
             return self._forward(seen, tile, outputs)
         with self._lock:  # or two threads would compute the same
@@ -181,7 +181,7 @@ class Predictor:
         return total / 8
 
 
-def _constant(seen: NDArray[np.generic]) -> bytes | None:
+def constant_value(seen: NDArray[np.generic]) -> bytes | None:
     """The value of each channel if all its voxels are the same, bit for bit."""
     bits = seen.view(f"u{seen.dtype.itemsize}") if seen.dtype.kind == "f" else seen
     first = bits[:, :1, :1, :1]
