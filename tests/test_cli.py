@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -384,6 +385,30 @@ def test_plan_for_people(unet_ray, files):
     assert (code, err) == (0, "")
     assert "image.tif: uint8, (1, 2, 40, 44) (c, z, y, x)" in out
     assert "core 44" in out and "halo" in out and "MiB per worker" in out
+
+
+def test_a_plan_takes_the_flags_of_segment(unet_ray, files, monkeypatch):
+    usage, asked = shutil.disk_usage("."), []
+    monkeypatch.setattr("unet_ray.disk.shutil.disk_usage", lambda path: asked.append(path) or usage)
+    flags = [files / "image.tif", "--model", files / "model.safetensors", "--engine", "local"]
+    out = files / "deep" / "out.zarr"
+    code, said, err = unet_ray("plan", *flags, "--out", out, "--overwrite", "--takeover")
+    assert (code, err) == (0, "") and f" free at {out}" in said and asked == [files]
+    assert not out.parent.exists()
+    segmented = files / "done.zarr"
+    assert unet_ray("segment", *flags, "--out", segmented)[0] == 0
+    old = sum(path.stat().st_size for path in segmented.rglob("*") if path.is_file())
+    for more, added in (([], 0), (["--overwrite"], old)):
+        said = unet_ray("plan", *flags, "--out", segmented, *more, "--json")[1]
+        assert json.loads(said)["disk_free_bytes"] == usage.free + added
+    assert " free in this folder" in unet_ray("plan", *flags)[1]
+
+
+def test_what_is_free_in_an_object_store_nobody_knows(unet_ray, files):
+    flags = [files / "image.tif", "--model", files / "model.safetensors", "--engine", "local"]
+    flags += ["--out", "s3://bucket/out.zarr"]
+    assert json.loads(unet_ray("plan", *flags, "--json")[1])["disk_free_bytes"] is None
+    assert " free" not in unet_ray("plan", *flags)[1]
 
 
 def test_a_plan_of_no_tiles(unet_ray, files):

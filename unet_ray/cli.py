@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from unet_ray.errors import (
     refuse_below_file,
 )
 from unet_ray.memory import format_bytes, keep_freed_memory, parse_bytes
-from unet_ray.places import write_whole
+from unet_ray.places import place_of, write_whole
 from unet_ray.progress import Pace, ProgressLine, format_seconds
 from unet_ray.versions import VERSION
 
@@ -169,6 +168,16 @@ PRECISION = click.option(
     default="auto",
     show_default=True,
     help="Number format of the network. auto: bfloat16 where the hardware multiplies in it.",
+)
+WRITING = (
+    click.option(
+        "--overwrite",
+        is_flag=True,
+        help="Delete the store first, if it is ours. After a kill, leave it out to go on.",
+    ),
+    click.option(
+        "--takeover", is_flag=True, help="Force out another run that is writing to the store."
+    ),
 )
 MODEL = click.option("--model", required=True, metavar="RUN|FILE", help="What `train` made.")
 TILING = (
@@ -350,7 +359,9 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
 @click.argument("input", metavar="INPUT")
 @_options(
     MODEL,
+    click.option("--out", metavar="OUT.zarr", help="Store; tells what is free on its disk."),
     *TILING,
+    *WRITING,
     click.option(
         "--price-per-hour", type=click.FloatRange(min=0), help="Of one worker; tells the price."
     ),
@@ -362,6 +373,7 @@ def plan(
     /,
     input: str,
     model: str,
+    out: str | None,
     price_per_hour: float | None,
     as_json: bool,
     **flags: Any,
@@ -374,16 +386,20 @@ def plan(
         raise InputError(f"price-per-hour={price_per_hour} must be a number, 0 or more.")
     settings = _settings(ctx, flags)
     from unet_ray import pilot, planning
+    from unet_ray.disk import free_bytes
 
     outlook = planning.plan(input, model, settings)
     trial = pilot.try_tiles(outlook, settings.workers)
+    free = free_bytes(place_of(out or Path.cwd()), bool(out) and settings.overwrite)
     if as_json:
+        known = None if math.isinf(free) else int(free)
         told = {**outlook.to_json(), **_trial_json(outlook, trial, price_per_hour)}
-        click.echo(json.dumps(told, indent=2))
+        click.echo(json.dumps({**told, "disk_free_bytes": known}, indent=2))
     else:
-        click.echo(
-            "\n".join([_describe(outlook), *_describe_trial(outlook, trial, price_per_hour)])
-        )
+        there = f"at {out}" if out else "in this folder"
+        told_free = "" if math.isinf(free) else f"; {format_bytes(free)} free {there}"
+        lines = _describe_trial(outlook, trial, price_per_hour, told_free)
+        click.echo("\n".join([_describe(outlook), *lines]))
 
 
 @app.command(
@@ -396,14 +412,7 @@ def plan(
     MODEL,
     click.option("--out", required=True, metavar="OUT.zarr", help="Store; a folder for several."),
     *TILING,
-    click.option(
-        "--overwrite",
-        is_flag=True,
-        help="Delete the store first, if it is ours. After a kill, leave it out to go on.",
-    ),
-    click.option(
-        "--takeover", is_flag=True, help="Force out another run that is writing to the store."
-    ),
+    *WRITING,
 )
 @click.pass_context
 def segment(
@@ -610,7 +619,6 @@ def _trial_json(outlook: Outlook, trial: Pilot | None, price: float | None) -> d
         "seconds": seconds and round(seconds, 1),
         "price": _price(outlook, trial, price),
         "disk_estimate_bytes": trial and round(trial.stored * outlook.tiles),
-        "disk_free_bytes": shutil.disk_usage(".").free,
     }
 
 
@@ -621,19 +629,20 @@ def _price(outlook: Outlook, trial: Pilot | None, per_hour: float | None) -> flo
     return round(trial.seconds * outlook.tiles / 3600 * per_hour, 4)
 
 
-def _describe_trial(outlook: Outlook, trial: Pilot | None, per_hour: float | None) -> list[str]:
-    free = f"{format_bytes(shutil.disk_usage('.').free)} free in this folder"
+def _describe_trial(
+    outlook: Outlook, trial: Pilot | None, per_hour: float | None, free: str
+) -> list[str]:
     if not outlook.tiles:
         return ["  nothing to do: region and mask have no tile in common"]
     if trial is None:
         return [
-            f"  disk    at most {format_bytes(outlook.disk_bytes)}; {free}",
+            f"  disk    at most {format_bytes(outlook.disk_bytes)}{free}",
             "  time    not known: a tile needs a device, or memory, that is not in this machine",
         ]
     seconds = trial.run_seconds(outlook)
     lines = [
         f"  disk    about {format_bytes(trial.stored * outlook.tiles)}, at most "
-        f"{format_bytes(outlook.disk_bytes)}; {free}",
+        f"{format_bytes(outlook.disk_bytes)}{free}",
         f"  time    about {format_seconds(seconds)} with {outlook.workers} workers, after the "
         f"start: {trial.seconds:.2f} s a tile (read {trial.read:.2f}, predict "
         f"{trial.predict:.2f},\n          write {trial.write:.2f}; {trial.tiles} tiles timed by "

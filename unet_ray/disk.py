@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from unet_ray.errors import InputError, RunError
 from unet_ray.memory import format_bytes
 from unet_ray.pilot import try_tiles
-from unet_ray.places import files_below
+from unet_ray.places import Place, files_below
 from unet_ray.planning import (
     SAMPLE,
     Settings,
@@ -41,7 +41,7 @@ def check_disk(run: Segmentation, settings: Settings, left: NDArray[np.bool_]) -
         InputError: if what the tiles that are left store, as a few of them tell, is far more than
             is free.
     """
-    free, tiles = _free(run, settings), int(left.sum())
+    free, tiles = free_bytes(run.out, settings.overwrite), int(left.sum())
     most = most_bytes(run.plan, stored_values(len(run.class_values), run.outputs)) * tiles
     if most <= free:
         return
@@ -54,13 +54,18 @@ def check_disk(run: Segmentation, settings: Settings, left: NDArray[np.bool_]) -
         )
 
 
-def _free(run: Segmentation, settings: Settings) -> float:
-    """Bytes that may be written where the store is to be; infinite where nobody knows."""
-    if not isinstance(run.out, Path):
+def free_bytes(out: Place, overwrite: bool = False) -> float:
+    """Bytes that may be written where a store is to be; infinite where nobody knows.
+
+    Args:
+        out: the store, whether it is there or not.
+        overwrite: what is there now will be deleted first.
+    """
+    if not isinstance(out, Path):
         return math.inf
-    disk = shutil.disk_usage(next(p for p in (run.out, *run.out.parents) if p.exists()))
+    disk = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists()))
     old = 0
-    for path in files_below(run.out) if settings.overwrite else ():
+    for path in files_below(out) if overwrite else ():
         with suppress(FileNotFoundError):  # of a run that is still writing there
             old += os.lstat(str(path)).st_size
     return disk.free + old if disk.total else math.inf
