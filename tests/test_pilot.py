@@ -39,6 +39,15 @@ def test_the_bytes_of_a_tile_are_those_that_a_run_stores(files, tmp_path):
     assert stored <= outlook.disk_bytes
 
 
+@pytest.mark.parametrize("tile", [(1, 4, 4), (1, 2, 76), (1, 64, 76), (3, 64, 76)])
+@pytest.mark.parametrize("outputs", [None, ("classes",)])
+def test_a_store_takes_no_more_of_a_disk_than_was_told(files, tmp_path, tile, outputs):
+    asked = dataclasses.replace(TILED, tile=tile, outputs=outputs)
+    store = segment(*files, tmp_path / "out", asked)
+    taken = [path.lstat().st_blocks * 512 for path in (store, *store.rglob("*"))]
+    assert sum(taken) <= plan(*files, asked).disk_bytes
+
+
 def test_of_a_large_tile_one_slab_tells_as_much(files, monkeypatch):
     outlook = plan(*files, dataclasses.replace(TILED, tile=(3, 64, 76)))
     whole = try_tiles(outlook, 1)

@@ -42,7 +42,8 @@ def check_disk(run: Segmentation, settings: Settings, left: NDArray[np.bool_]) -
             is free.
     """
     free, tiles = free_bytes(run.out, settings.overwrite), int(left.sum())
-    most = most_bytes(run.plan, stored_values(len(run.class_values), run.outputs)) * tiles
+    values = stored_values(len(run.class_values), run.outputs)
+    most = most_bytes(run.plan, values, len(run.outputs), tiles)
     if most <= free:
         return
     stored = _stored(run, settings, np.flatnonzero(left)) * tiles

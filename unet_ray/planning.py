@@ -43,6 +43,9 @@ GPU_TILES = 4
 SAMPLE = 64
 # Beside its voxels: frame, checksum and index entry of a chunk; ends of the indices of a tile.
 CHUNK_BYTES, SHARD_BYTES = 128, 64
+# Disks give whole blocks. Of a tile, its event and its names in folders; of a store, its metadata,
+# ledger and lease.
+DISK_BLOCK, NOTE_BYTES, STORE_BYTES = 4096, 256, 128 << 10
 
 
 @dataclass(frozen=True)
@@ -285,7 +288,7 @@ def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Ou
         precision=precision,
         device=device,
         halo_overhead=halo_overhead(size, tiles),
-        disk_bytes=most_bytes(tiles, values) * len(wanted),
+        disk_bytes=most_bytes(tiles, values, len(outputs), len(wanted)),
         read_amplification=read_amplification(tiles, volume.chunk),
     )
 
@@ -307,11 +310,24 @@ def numbered(
     return tuple(np.ravel_multi_index(axes, tiles.counts).tolist())
 
 
-def most_bytes(tiles: TilePlan, values: int) -> int:
-    """Bytes of a tile's shards if nothing can be compressed, with checksums and index."""
+def most_bytes(tiles: TilePlan, values: int, files: int, count: int) -> int:
+    """Bytes on disk of some tiles if nothing can be compressed, with all that lies beside them.
+
+    Args:
+        tiles: the plan.
+        values: bytes stored per voxel.
+        files: shards of a tile, one for each output.
+        count: how many tiles.
+    """
+    if not count:
+        return 0
     chunk = chunk_of(tiles.core)
     chunks = values * math.prod(c // n for c, n in zip(tiles.core, chunk, strict=True))
-    return values * math.prod(tiles.core) * 257 // 256 + chunks * CHUNK_BYTES + SHARD_BYTES
+    shards = values * math.prod(tiles.core) * 257 // 256 + chunks * CHUNK_BYTES + SHARD_BYTES
+    layers, rows, _ = tiles.counts
+    folders = files * min(layers * (1 + rows), 2 * count)
+    blocks = DISK_BLOCK * (files * count + folders)  # the last of each is hardly ever full
+    return (shards + NOTE_BYTES) * count + blocks + STORE_BYTES
 
 
 def open_inputs(
