@@ -16,6 +16,7 @@ import zarr
 from unet_ray import execution, lease, planning, preparation, segmentation
 from unet_ray.boxes import Box
 from unet_ray.checkpoints import ModelHeader, architecture_of, read_model, write_model
+from unet_ray.cost import halo_overhead, read_amplification
 from unet_ray.errors import InputError, LostError, QuarantinedError, RunError
 from unet_ray.lease import Lease
 from unet_ray.ledger import Ledger
@@ -570,6 +571,42 @@ def test_a_tile_too_large_for_the_memory_names_one_that_fits(tmp_path, model, wr
     fits = dataclasses.replace(settings, tile=tuple(map(int, named.split(","))))
     run = preparation.prepare(volume, model, tmp_path / "out", fits)
     assert run.plan.core == fits.tile and run.memory.total <= settings.memory
+
+
+@pytest.fixture(scope="module")
+def large_network():
+    return UNet(1, 2, base_channels=64, depth=4)
+
+
+def chosen(folder, network, shape, chunks, memory):
+    """The plan of a Zarr array of which nothing is stored, for bfloat16."""
+    zarr.create_array(folder / "a.zarr", shape=shape, chunks=chunks, dtype="uint16")
+    volume, size = open_volume(folder / "a.zarr"), network_size(network, "bfloat16")
+    plan, need = choose_plan(volume, network, size, Settings(memory=memory), 2)
+    assert need.on("ray").total <= memory
+    return plan, halo_overhead(size, plan), read_amplification(plan, chunks)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "memory", "core"),
+    [
+        ((1, 512, 512), 4, (16, 1024, 1024)),
+        ((1, 512, 512), 1, (16, 688, 688)),
+        ((64, 64, 64), 4, (64, 1024, 1024)),
+        ((64, 1024, 1024), 4, (64, 1024, 1024)),
+        ((1024, 64, 64), 4, (1000, 416, 416)),
+    ],
+)
+def test_tiles_are_as_deep_as_chunks_or_as_a_slab(tmp_path, large_network, chunks, memory, core):
+    plan, _, _ = chosen(tmp_path, large_network, (1000, 2048, 2048), chunks, memory << 30)
+    assert plan.core == core
+
+
+def test_tiles_of_deep_chunks_are_cut_before_they_are_mostly_halo(tmp_path, large_network):
+    whole = 4096, 4096, 4096
+    plan, halo, reads = chosen(tmp_path, large_network, whole, (2048, 64, 64), 1 << 30)
+    assert 1 < plan.core[0] < 2048 and min(plan.core[1:]) > 128
+    assert halo < 1.5 and reads < 30
 
 
 def test_channels_that_do_not_fit_are_refused(tmp_path, model, write, volume):

@@ -33,6 +33,11 @@ from unet_ray.volumes import Volume, open_volume
 LARGEST_CORE = 1344
 # Slices of a tile where the input is not chunked along z: a tile is then about 16 MiB of output.
 SLAB = 16
+# Of decoding a voxel, where computing it is 1; a guess. Times add up: a tile of a part of a deep
+# chunk, which is then decoded again, pays where a tile of all of it would be mostly halo.
+READ_COST = 0.05
+# Deeper tiles may cost this much more: they are fewer files.
+DEEP = 1.25
 # A small stack is cut into about this many slabs, so that its tiles keep several workers busy.
 SLABS = 8
 # Voxels of one pass up to which slices are put together in a batch.
@@ -108,14 +113,19 @@ def choose_plan(
     asked = here(planned(_fitted(settings.tile, shape, context))) if settings.tile else None
     if asked and asked[1].total <= settings.memory:
         return asked
-    found = (
-        planned((slab, *_plane(volume, context, largest)))
-        for slab in dict.fromkeys((_slab(volume), 1))
-        for largest in range(LARGEST_CORE, 0, -context.step[-1])
-    )
-    # By the needs of a Ray worker, the larger ones, so that both engines choose the same tiles.
-    smallest = planned((1, *context.step[1:]))
-    tiles, memory = here(next((f for f in found if f[1].total <= settings.memory), smallest))
+
+    def largest_of(slab: int) -> tuple[TilePlan, WorkerMemory] | None:
+        planes = (
+            planned((slab, *_plane(volume, context, largest)))
+            for largest in range(LARGEST_CORE, 0, -context.step[-1])
+        )
+        # By the needs of a Ray worker, the larger, so that both engines choose the same tiles.
+        return next((found for found in planes if found[1].total <= settings.memory), None)
+
+    fitting = [found for slab in _slabs(volume) if (found := largest_of(slab))]
+    costs = [_cost(size, found[0], volume) for found in fitting]
+    good = (f for f, cost in zip(fitting, costs, strict=True) if cost <= DEEP * min(costs))
+    tiles, memory = here(next(good, planned((1, *context.step[1:]))))
     if memory.total > settings.memory:
         chunks = f", since the input is stored in chunks of {_commas(volume.chunk)}"
         cause = chunks if volume.held(tiles.read_shape) > memory.forward else ""
@@ -167,6 +177,20 @@ def _slab(volume: Volume) -> int:
         # Whole chunks along z, so that none is decoded for two tiles.
         return min(round_up(min(SLAB, depth), unit), depth)
     return equal_core(depth, min(SLAB, max(1, math.ceil(depth / SLABS))), 1)
+
+
+def _slabs(volume: Volume) -> list[int]:
+    """Slices that a tile may have, the most first."""
+    slabs = [_slab(volume)]
+    while slabs[-1] > 1:
+        slabs.append(slabs[-1] // 2)
+    return slabs
+
+
+def _cost(size: NetworkSize, tiles: TilePlan, volume: Volume) -> float:
+    """Of tiles, where 1 is the arithmetic on the voxels of the volume alone."""
+    reads = read_amplification(tiles, volume.chunk)
+    return 1 + halo_overhead(size, tiles) + READ_COST * reads
 
 
 def _plane(volume: Volume, context: Context, largest: int) -> tuple[int, int]:
