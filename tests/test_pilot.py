@@ -154,7 +154,8 @@ def test_constant_background_costs_next_to_nothing(tmp_path, files):
     empty = write_stack(tmp_path / "empty.tif", np.full((3, 61, 75), 7, np.uint8))
     settings = dataclasses.replace(TILED, tile=(3, 64, 76))
     empty, full = (try_tiles(plan(path, files[1], settings), 1) for path in (empty, files[0]))
-    assert empty.predict < full.predict
+    assert empty.predict == 0 < full.predict
+    assert (empty.passes, full.first) == (0, 0) and empty.first > 0  # it is computed once
 
 
 def test_of_a_tile_any_pass_may_be_tried(tmp_path, files):

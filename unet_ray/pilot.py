@@ -57,7 +57,7 @@ class Pilot:
         under_way: of these, by one worker: one step of each at a time.
         read, predict, write: seconds of each step of a whole tile, the mean.
         stored: bytes of a tile on disk, the mean.
-        first: seconds of the first constant pass of a process; 0 if none was seen, or all were.
+        first: seconds of the first constant pass of a run; 0 if none was seen.
         looks, constant: passes that were read, and how many of them were constant.
     """
 
@@ -129,7 +129,7 @@ def _summed(outlook: Outlook, seen: _Seen, worker: _Trial, threads: int) -> Pilo
     ]
     read, predict, write, stored = np.average(means, 0, [count for count, _ in tried]).tolist()
     passes = statistics.mean(_passes_of(outlook.plan, outlook.plan[t]) for t in outlook.sample)
-    first = statistics.mean(s.predict for s in worker.varied) if constant and seen.varied else 0.0
+    one = statistics.mean(s.predict for s in worker.varied) if worker.varied else worker.first
     return Pilot(
         tiles=len({step.tile for _, steps in kinds for step in steps}),
         passes=len(worker.varied),
@@ -139,7 +139,7 @@ def _summed(outlook: Outlook, seen: _Seen, worker: _Trial, threads: int) -> Pilo
         predict=predict * passes,
         write=write,
         stored=stored * passes,
-        first=first,
+        first=one if constant else 0.0,
         looks=looks,
         constant=constant,
     )
@@ -268,9 +268,11 @@ class _Trial:
     def __init__(self, outlook: Outlook, seen: _Seen, path: Path) -> None:
         self.varied: list[_Steps] = []
         self.constant: list[_Steps] = []
+        self.first = 0.0  # seconds of a constant pass, where no other tells how long one takes
         self._warm = threading.local()  # the first pass of a thread takes longer
         self._volume, self._plan, self._nan = outlook.volume, outlook.plan, outlook.nan
-        self._known, self._outputs = frozenset(seen.constant), outlook.outputs
+        self._known, self._varied = frozenset(seen.constant), bool(seen.varied)
+        self._outputs = outlook.outputs
         network = outlook.network
         self._classes = network.classes
         voxel = self._volume.shape[0] * self._volume.dtype.itemsize
@@ -311,9 +313,13 @@ class _Trial:
     ) -> tuple[dict[str, NDArray[np.uint8]], float, float]:
         """What the pass gives, or nothing but zeros if it is constant; seconds of both steps."""
         voxels, read = told
-        if number in self._known:  # it costs a run nothing, and is stored in as good as nothing
-            return self._zeros(), read, 0.0
         one = self._passes[number]
+        if number in self._known:  # it costs a run nothing, and is stored in as good as nothing
+            if not self._varied:
+                start = time.monotonic()
+                self._predictor(one, voxels, self._outputs)
+                self.first = max(self.first, time.monotonic() - start)
+            return self._zeros(), read, 0.0
         if not getattr(self._warm, "up", False):
             self._predictor(one, voxels, self._outputs)
             self._warm.up = True
