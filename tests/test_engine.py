@@ -443,7 +443,7 @@ def test_no_more_workers_than_the_cluster_has_memory_for():
     assert engine.pool_size("cpu", None) == 2 and engine.pool_size("cpu", 1, there // 2) == 1
     with pytest.raises(InputError, match=r"workers=2 is more .* each worker needs .* most is 1\."):
         engine.pool_size("cpu", 2, there)
-    with pytest.raises(InputError, match="workers=1 is more .* give a smaller --memory"):
+    with pytest.raises(InputError, match=r"workers=1 is more .* give a smaller --memory"):
         engine.pool_size("cpu", None, 2 * there)
 
 
