@@ -14,7 +14,7 @@ from unet_ray import engine
 from unet_ray.attempts import Stage
 from unet_ray.ledger import Ledger
 from unet_ray.memory import format_bytes, held
-from unet_ray.planning import Settings
+from unet_ray.planning import GPU_TILES, Settings
 from unet_ray.preparation import prepare
 from unet_ray.stores import StoreLayout, create_store
 
@@ -22,6 +22,7 @@ WORKERS = 2
 EMPTY_TILES = 3000
 MANY_TILES = 1_000_000
 TILES_EACH = 40
+GPU_SLAB, GPU_TILES_TRIED, GPU_SPEEDS = 16, 40, (20, 40, 60, 80, 100)
 
 
 class Idle:
@@ -65,12 +66,11 @@ def noted(folder):
     return (MANY_TILES - engine.FIRST_WAVE) / seconds, *bytes_held
 
 
-def task(folder):
+def task(folder, slab=4, tiles=2 * WORKERS * TILES_EACH):
     """A run of a real network (16 channels, depth 4) whose tiles take a second or more."""
-    tiles = 2 * WORKERS * TILES_EACH
-    volume = write_stack(folder / "volume.tif", noise((4 * tiles, 1024, 1024)))
+    volume = write_stack(folder / "volume.tif", noise((slab * tiles, 1024, 1024)))
     model = random_model(folder / "model.safetensors", depth=4, base=16)
-    run = prepare(volume, model, folder / "out", Settings(tile=(4, 1024, 1024)))
+    run = prepare(volume, model, folder / "out", Settings(tile=(slab, 1024, 1024)))
     layout = StoreLayout(run.plan, run.class_values, run.outputs, None)
     create_store(run.out, layout, run.provenance)
     return run
@@ -109,8 +109,39 @@ def steady(run):
     return told[0][0] - start, WORKERS * took / len(busy), sum(s for _, s in busy) / took / WORKERS
 
 
+class Pretended:
+    """A worker that reads and writes, and waits instead of predicting, as for a GPU."""
+
+    def __init__(self, worker, seconds):
+        self.read, self.write, self.seconds = worker.read, worker.write, seconds
+        self.result = worker.predict(0, worker.read(0))
+        self.busy = 0.0
+
+    def predict(self, tile, voxels):
+        """What the first tile gave, after so many seconds."""
+        start = time.monotonic()
+        time.sleep(self.seconds)
+        self.busy += time.monotonic() - start
+        return self.result
+
+
+def fed_gpus(folder):
+    """Prints how busy one worker keeps a GPU that predicts so many voxels a second."""
+    run = task(folder, GPU_SLAB, GPU_TILES_TRIED)
+    voxels = run.plan[0].write.size
+    for speed in GPU_SPEEDS:
+        worker = Pretended(run.make_worker(), voxels / 1e6 / speed)
+        stage = Stage("gpu", lambda worker=worker: worker, "cuda", under_way=GPU_TILES)
+        start, cpu = time.monotonic(), time.process_time()
+        for _ in engine.run(stage, range(len(run.plan)), "local"):
+            pass
+        took = time.monotonic() - start
+        cpu = (time.process_time() - cpu) / len(run.plan)
+        print(f"  {speed} Mvoxel/s: busy {worker.busy / took:.3f}, {cpu:.3f} s of CPU a tile")
+
+
 def main():
-    """Prints both."""
+    """Prints all."""
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     with tempfile.TemporaryDirectory() as name:
         run = task(Path(name))
@@ -130,6 +161,9 @@ def main():
     )
     one = fed_one_by_one(WORKERS)
     print(f"  one by one {one:.1f} a second to {WORKERS} workers")
+    print(f"a worker with {GPU_TILES} tiles of {GPU_SLAB} x 1024 x 1024 under way, beside a GPU of")
+    with tempfile.TemporaryDirectory() as name:
+        fed_gpus(Path(name))
 
 
 if __name__ == "__main__":
