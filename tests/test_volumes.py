@@ -1,6 +1,7 @@
 """Volumes: every format against NumPy windows, damaged files against their sentences."""
 
 import errno
+import gc
 import json
 import logging
 import math
@@ -256,6 +257,31 @@ def test_blank_tiles_of_a_sparse_file_are_zero(tmp_path, compression):
     with tifffile.TiffFile(path) as tif:
         assert 0 in tif.pages[0].databytecounts
     np.testing.assert_array_equal(whole(path)[0, 0], want)
+
+
+def kept_by(path):
+    """Bytes that an open volume keeps."""
+    open_volume(path)  # what is imported late counts for nothing
+    tracemalloc.start()
+    try:
+        volume = open_volume(path)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0] - sys.getsizeof(volume)
+    finally:
+        tracemalloc.stop()
+
+
+def test_little_is_kept_of_each_strip(tmp_path):
+    path, options = tmp_path / "i.tif", {"rowsperstrip": 1, "compression": "zlib"}
+    tifffile.imwrite(path, noise((10, 5000, 8)), **ZYX, **options)
+    assert kept_by(path) < 20 * 50_000
+
+
+def test_little_is_kept_of_each_page_and_its_tables(tmp_path):
+    pytest.importorskip("imagecodecs")
+    path, options = tmp_path / "i.tif", {"tile": (16, 16), "compression": "jpeg"}
+    tifffile.imwrite(path, noise((4000, 16, 16, 3)), photometric="ycbcr", **options)
+    assert kept_by(path) < 64 * 4000
 
 
 def test_time_points_and_channels_are_chosen(tmp_path):

@@ -7,12 +7,13 @@ which axis is depth, time or channel: it hands on the letters that tifffile give
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
 from xml.etree import ElementTree
@@ -232,7 +233,7 @@ def _segment(page: Any) -> tuple[int, int, int]:
     """Planes, rows and columns of one strip or tile of a page."""
     if page.is_tiled:
         return page.tiledepth, page.tilelength, page.tilewidth
-    return 1, page.rowsperstrip, page.imagewidth
+    return 1, min(page.rowsperstrip, page.imagelength), page.imagewidth
 
 
 def _refuse_missing(path: str, tif: Any, series: Any) -> None:
@@ -312,10 +313,8 @@ def _planes(path: str, tif: Any, series: Any, size: int) -> _Mapped | _Decoded:
         if len(pages) != count:
             raise InputError(f"{path} declares {count} planes and holds {len(pages)}.")
         if not (page.is_final and all(_is_one_block(page) for page in pages)):
-            page.decode  # noqa: B018  # made once, while the file is open
-            decoded = _Decoded(path, page, pages)
-            decoded.check(size)
-            return decoded
+            _refuse_lacking(path, page, pages, size)
+            return _decoded(path, page, pages)
         starts = np.array([page.dataoffsets[0] for page in pages], np.int64)
     end = int(starts.max()) + page.nbytes
     if end > size:
@@ -356,49 +355,81 @@ class _Mapped:
             target[:] = image[sample, plane, rows, columns, part]
 
 
+def _refuse_lacking(path: str, key: Any, pages: Sequence[Any], size: int) -> None:
+    """Refuses pages that lack strips or tiles, or whose bytes lie beyond the end."""
+    expected = math.prod(_grid(key))
+    for number, page in enumerate(pages):
+        if not len(page.dataoffsets) == len(page.databytecounts) == expected:
+            raise InputError(
+                f"{path} is damaged: page {number} lists {len(page.dataoffsets)} of its "
+                f"{expected} strips or tiles."
+            )
+        ends = np.add(page.dataoffsets, page.databytecounts, dtype=np.int64)
+        if ends.max() > size:
+            raise InputError(_cut(path, size, int(ends.max())))
+
+
+def _grid(page: Any) -> tuple[int, int, int, int]:
+    """Segments of one page along separate samples, depth, rows and columns."""
+    samples, *extents, _ = page.shaped
+    d, h, w = (-(-n // m) for n, m in zip(extents, _segment(page), strict=True))
+    return samples, d, h, w
+
+
+def _decoded(path: str, key: Any, pages: Sequence[Any]) -> _Decoded:
+    """What is kept of `pages`, which are laid out as `key` is.
+
+    No page itself is: tifffile holds about 90 bytes for each strip or tile, and the whole file.
+    """
+    tables: dict[bytes | None, bytes | None] = {}
+    places = np.empty((2, len(pages), math.prod(_grid(key))), np.int64)
+    for place, page in zip(places.swapaxes(0, 1), pages, strict=True):
+        place[:] = page.dataoffsets, page.databytecounts
+    return _Decoded(
+        path,
+        key.shaped,
+        _grid(key),
+        np.broadcast_to(key.dtype.type(key.nodata), (*_segment(key), key.shaped[-1])),
+        functools.partial(key.decode, jpegheader=key.jpegheader),
+        [tables.setdefault(page.jpegtables, page.jpegtables) for page in pages],
+        *places,
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class _Decoded:
     """Planes stored as strips or tiles that must be decoded, each once per window."""
 
     path: str
-    key: Any
-    """The page of tifffile whose layout and decoder all `pages` share."""
-    pages: list[Any]
-
-    @property
-    def grid(self) -> tuple[int, int, int, int]:
-        """Segments of one page along separate samples, depth, rows and columns."""
-        samples, *extents, _ = self.key.shaped
-        d, h, w = (-(-n // m) for n, m in zip(extents, _segment(self.key), strict=True))
-        return samples, d, h, w
-
-    def check(self, size: int) -> None:
-        """Refuses pages that lack strips or tiles, or whose bytes lie beyond the end."""
-        expected = math.prod(self.grid)
-        for number, page in enumerate(self.pages):
-            if not len(page.dataoffsets) == len(page.databytecounts) == expected:
-                raise InputError(
-                    f"{self.path} is damaged: page {number} lists {len(page.dataoffsets)} of its "
-                    f"{expected} strips or tiles."
-                )
-            ends = np.add(page.dataoffsets, page.databytecounts, dtype=np.int64)
-            if ends.max() > size:
-                raise InputError(_cut(self.path, size, int(ends.max())))
+    page: tuple[int, int, int, int, int]
+    """Extents of one page: separate samples, depth, rows, columns, interleaved samples."""
+    grid: tuple[int, int, int, int]
+    """Segments of one page along separate samples, depth, rows and columns."""
+    blank: NDArray[Any]
+    """What a strip or tile that is left out stands for, shape (depth, rows, columns, samples)."""
+    decode: Callable[..., Any]
+    """Of tifffile, which all pages share."""
+    tables: list[bytes | None]
+    """Of each page, for JPEG."""
+    offsets: NDArray[np.int64]
+    """Byte at which each strip or tile starts, shape (pages, segments)."""
+    counts: NDArray[np.int64]
+    """Bytes of each, of the same shape."""
 
     def copy(self, numbers: Sequence[int], rows: slice, columns: slice, out: NDArray[Any]) -> None:
         """Fills `out`, shape (planes, rows, columns), with one window of the planes `numbers`."""
-        (depth, high, wide), grid = _segment(self.key), self.grid
-        samples, planes, _, _, mixed = self.key.shaped
+        depth, high, wide, mixed = self.blank.shape
+        samples, planes, *_ = self.page
         uses = defaultdict(list)  # which planes of `out` each segment is decoded for
         for target, number in zip(out, numbers, strict=True):
-            place = np.unravel_index(number, (len(self.pages), samples, planes, mixed))
+            place = np.unravel_index(number, (len(self.offsets), samples, planes, mixed))
             page, sample, plane, part = map(int, place)
             uses[page, sample, plane // depth].append((target, plane % depth, part))
         with open(self.path, "rb") as file:
             for (page, *at), targets in uses.items():
                 for i in range(rows.start // high, -(-rows.stop // high)):
                     for j in range(columns.start // wide, -(-columns.stop // wide)):
-                        index = int(np.ravel_multi_index((*at, i, j), grid))
+                        index = int(np.ravel_multi_index((*at, i, j), self.grid))
                         tile = self._segment_at(file, page, index)
                         a, b = _overlap(rows, i * high, high)
                         c, d = _overlap(columns, j * wide, wide)
@@ -407,16 +438,13 @@ class _Decoded:
 
     def _segment_at(self, file: BinaryIO, page: int, index: int) -> NDArray[Any]:
         """One decoded strip or tile, shape (depth, rows, columns, interleaved samples)."""
-        stored = self.pages[page]
-        offset, count = stored.dataoffsets[index], stored.databytecounts[index]
+        offset, count = int(self.offsets[page, index]), int(self.counts[page, index])
         if not (offset and count):  # a sparse file leaves out what is blank
-            whole = (*_segment(self.key), self.key.shaped[-1])
-            return np.full(whole, self.key.nodata, self.key.dtype)
+            return self.blank
         file.seek(offset)
         data = file.read(count)
-        tables = {"jpegtables": stored.jpegtables, "jpegheader": self.key.jpegheader}
         try:
-            tile: NDArray[Any] = self.key.decode(data, index, **tables)[0]
+            tile: NDArray[Any] = self.decode(data, index, jpegtables=self.tables[page])[0]
         except Exception as error:  # every codec has errors of its own
             raise RunError(
                 f"{self.path} cannot be decoded at page {page}, strip or tile {index}: "
