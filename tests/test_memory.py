@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from unet_ray import memory
 from unet_ray.checkpoints import ModelHeader, architecture_of, write_model
@@ -225,6 +227,63 @@ def resident_peak(arguments):
             time.sleep(0.05)
     assert running.returncode == 0
     return peak
+
+
+READ = r"""
+import re, sys, threading
+from pathlib import Path
+from unet_ray.boxes import Box
+from unet_ray.volumes import open_volume
+
+path, channel, *box = sys.argv[1:]
+volume = open_volume(path, channel=int(channel) if channel else None)
+box = Box((0, 0, 0), (1, 300, 300)) if box else Box.of(volume.shape[1:])
+
+def anonymous():
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) * 1024
+
+peak = first = anonymous()
+done = threading.Event()
+
+def look():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, anonymous())
+
+looking = threading.Thread(target=look)
+looking.start()
+for _ in range(5):
+    given = volume.read(box).nbytes
+done.set()
+looking.join()
+print(peak - first - given, volume.held(box.shape))
+"""
+
+
+def write_images(folder, voxels):
+    """The same RGB image (y, x, 3) in files whose units hold much, and a plane of it."""
+    strip = {"compression": "zlib", "compressionargs": {"level": 0}}
+    tile = {**strip, "tile": (1024, 1024)}
+    tifffile.imwrite(
+        folder / "rgb.tif", voxels, photometric="rgb", rowsperstrip=len(voxels), **strip
+    )
+    tifffile.imwrite(folder / "small.tif", voxels[:900, :900], photometric="rgb", **tile)
+    tifffile.imwrite(folder / "plane.tif", voxels[..., 0].astype("u2"), byteorder=">", **tile)
+    (folder / "slices").mkdir()
+    for name in ("rgb.png", "slices/1.png", "slices/2.png"):
+        Image.fromarray(voxels).save(folder / name, compress_level=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_read_holds_no_more_than_told(tmp_path):
+    write_images(tmp_path, np.random.default_rng(0).integers(0, 255, (2600, 2600, 3), np.uint8))
+    cases = [(name, "0", "part") for name in ("rgb.tif", "small.tif", "rgb.png", "slices")]
+    for name, *rest in [*cases, ("plane.tif", ""), ("rgb.png", ""), ("slices", "")]:
+        command = [sys.executable, "-c", READ, tmp_path / name, *rest]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        peak, held = map(int, found.stdout.split())
+        assert peak < 1.15 * held + (2 << 20), (name, rest, peak >> 20, held >> 20)
 
 
 def make_case(folder, shape, channels):

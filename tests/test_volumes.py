@@ -716,7 +716,7 @@ def test_png_files_that_cannot_be_read(tmp_path):
     path.write_bytes(stored)
     volume = open_volume(path)
     save_png(path, noise((49, 60)))
-    with pytest.raises(RunError, match=r"i\.png has become smaller since it was opened"):
+    with pytest.raises(RunError, match=r"i\.png .* has become another image"):
         volume.read(Box((0, 0, 0), (1, 50, 60)))
     path.write_bytes(stored[:60] + bytes(40) + stored[100:])
     with pytest.raises(RunError, match=r"i\.png cannot be decoded: ."):

@@ -42,6 +42,10 @@ Sizes = tuple[float | None, float | None, float | None]
 _TYPE_BYTES = np.zeros(256, np.int64)
 _TYPE_BYTES[1:19] = 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8  # TIFF 6.0, BigTIFF
 _SUB_DIRECTORIES = 330
+# Sizes of a decoded strip or tile that its decoder holds at the peak, measured with imagecodecs and
+# without; of others two: it and a copy, for its pieces, byte order or predictor. PackBits is
+# decoded to a list of numbers, JPEG 2000 to wide integers, and WebP with an opacity.
+_COPIES = {32773: 9, **dict.fromkeys((33003, 33004, 33005, 34712), 7), 50001: 3}
 _X_RESOLUTION, _Y_RESOLUTION = 282, 283
 
 
@@ -64,6 +68,8 @@ class TiffImage:
     segment: tuple[int, int, int]
     """Planes, rows and columns of one strip or tile."""
     planes: _Mapped | _Decoded
+    held: int
+    """Bytes at most that `read` holds beside what it gives."""
 
     def read(self, numbers: NDArray[np.int64], rows: slice, columns: slice) -> NDArray[Any]:
         """One window of several planes, shape ``(*numbers.shape, rows, columns)``, a fresh array.
@@ -226,7 +232,14 @@ def _load(path: str, tif: Any, size: int) -> TiffImage:
     # Of mapped voxels any part can be had alone; a large strip would only look costly.
     mapped = 1, min(64, page.imagelength), page.imagewidth
     segment = mapped if isinstance(planes, _Mapped) else _segment(page)
-    return TiffImage(path, axes, shape, dtype, sizes, names, segment, planes)
+    held = 0 if isinstance(planes, _Mapped) else _held(page, dtype, planes)
+    return TiffImage(path, axes, shape, dtype, sizes, names, segment, planes, held)
+
+
+def _held(page: Any, dtype: np.dtype[Any], planes: _Decoded) -> int:
+    """Bytes of a strip or tile as it is stored, and of all that decoding it makes."""
+    decoded = planes.blank.size * dtype.itemsize
+    return int(planes.counts.max()) + _COPIES.get(page.compression, 2) * decoded
 
 
 def _segment(page: Any) -> tuple[int, int, int]:
@@ -435,6 +448,7 @@ class _Decoded:
                         c, d = _overlap(columns, j * wide, wide)
                         for target, plane, part in targets:
                             target[a, c] = tile[plane, b, d, part]
+                        del tile  # or it stays while the next one is decoded
 
     def _segment_at(self, file: BinaryIO, page: int, index: int) -> NDArray[Any]:
         """One decoded strip or tile, shape (depth, rows, columns, interleaved samples)."""

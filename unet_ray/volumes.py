@@ -48,6 +48,7 @@ _SAMPLES, _SAMPLE_BYTES = 16, 2**20
 # Chunks of Zarr are read together up to so many bytes, or one by one; of these so many are under
 # way at a time (its setting async.concurrency).
 READ_BYTES, ZARR_UNITS = 32 << 20, 10
+_ROWS = 64  # of a PNG image, taken out at a time
 _TRIES, _PAUSE = 3, 0.2  # seconds between two tries
 
 
@@ -85,11 +86,9 @@ class Volume(ABC):
             single plane of which only y and x are known, z counts as 1.
         channel_names: one per channel, "" if unknown.
         chunk: (z, y, x) extent of the storage unit: inner chunk of Zarr, strip or tile of TIFF.
-        unit_bytes: of a storage unit, decoded, with all channels that are stored in it.
     """
 
     kind: ClassVar[str]
-    unit_bytes: int
     path: str
     shape: tuple[int, int, int, int]
     dtype: np.dtype[Any]
@@ -119,12 +118,12 @@ class Volume(ABC):
             raise RunError(f"{self.path} has become smaller since it was opened.")
         return voxels
 
+    @abstractmethod
     def held(self, shape: Sequence[int]) -> int:
         """Bytes at most that reading a box of `shape` (z, y, x) holds beside what it gives.
 
-        They are those of a storage unit, as it is stored and decoded.
+        They are those of storage units, as they are stored and decoded, with all their channels.
         """
-        return 2 * self.unit_bytes
 
     def read_patiently(self, box: Box) -> NDArray[Any]:
         """As `read`, tried again if it fails: disks and file servers have bad moments.
@@ -198,7 +197,6 @@ class Volume(ABC):
         self.shape, self.dtype = (c, z, y, x), dtype
         deep, high, wide = (min(int(n), m) for n, m in zip(chunk, (z, y, x), strict=True))
         self.chunk = deep, high, wide
-        self.unit_bytes = c * deep * high * wide * dtype.itemsize
         along_z = 1.0 if sizes[0] is None and z == 1 else sizes[0]
         known = None not in (along_z, *sizes[1:])
         self.voxel_size = (along_z, *sizes[1:]) if known else None  # type: ignore[assignment]
@@ -249,7 +247,12 @@ class _Tiff(Volume):
         planes = planes[time, channels]
         self._describe((*planes.shape, *extents), image.dtype, image.segment, image.sizes)
         self._name_channels(image.channel_names, channels)
+        self._held = image.held
         return image, planes
+
+    def held(self, shape: Sequence[int]) -> int:
+        """As of any volume; plain strips that follow each other are mapped, and hold nothing."""
+        return self._held
 
     def _read(self, box: Box) -> NDArray[Any]:
         image, planes = self._source
@@ -295,16 +298,30 @@ class _Png(Volume):
         shape = (channels.stop - channels.start, 1, height, width)
         self._describe(shape, dtype, shape[1:], (None, None, None))
         self._name_channels((), channels)
+        self._bands = bands
+
+    def held(self, shape: Sequence[int]) -> int:
+        """As of any volume: the image as Pillow has it, and some rows in copies."""
+        pixel = 4 if self._bands > 1 else self.dtype.itemsize
+        rows = self.shape[2] + 3 * min(_ROWS, self.shape[2])
+        return pixel * rows * self.shape[3]
 
     def _read(self, box: Box) -> NDArray[Any]:
+        _, y, x = box.slices
+        voxels = np.empty((self.shape[0], *box.shape), self.dtype)
+        _, channels = self._choice.select(self.path, 1, self._bands)
         try:
             with PngImageFile(self.path) as image:
-                voxels = np.asarray(image)
+                if (*image.size, len(image.getbands())) != (*self.shape[:1:-1], self._bands):
+                    raise ValueError("it has become another image since it was opened")
+                for row in range(y.start, y.stop, _ROWS):
+                    end = min(row + _ROWS, y.stop)
+                    part = np.asarray(image.crop((x.start, row, x.stop, end)))
+                    there = slice(row - y.start, end - y.start)
+                    voxels[:, 0, there] = np.moveaxis(np.atleast_3d(part), -1, 0)[channels]
         except Exception as error:  # as above
             raise RunError(f"{self.path} cannot be decoded: {reason(error)}.") from error
-        _, channels = self._choice.select(self.path, 1, voxels[0, 0].size)
-        voxels = np.moveaxis(np.atleast_3d(voxels), -1, 0)[channels, None]
-        return voxels[:, *box.slices].astype(self.dtype)
+        return voxels
 
 
 class _Folder(Volume):
@@ -329,7 +346,13 @@ class _Folder(Volume):
         sizes = (None, *first.voxel_size[1:]) if first.voxel_size else (None, None, None)
         self._describe((c, len(names), y, x), first.dtype, first.chunk, sizes)
         self.channel_names = first.channel_names
+        self._first = first
         return names
+
+    def held(self, shape: Sequence[int]) -> int:
+        """As of any volume; the slices are read one after the other."""
+        one = 1, *shape[1:]
+        return self._first.held(one) + self.shape[0] * math.prod(one) * self.dtype.itemsize
 
     def slice_files(self) -> list[str]:
         """Name of the file of each slice."""
@@ -405,7 +428,7 @@ class _Zarr(Volume):
         self._name_channels(image.channel_names, channels)
         deep = chunks.get("c", 1)
         together = math.prod(array.chunks) * (-(-channels.stop // deep) - channels.start // deep)
-        self.unit_bytes = together * array.dtype.itemsize
+        self.unit_bytes = int(together * array.dtype.itemsize)
         self._together = max(1, READ_BYTES // self.unit_bytes)
         # Of a sharded array all inner chunks of a part may be held, else those under way.
         self._under_way = self._together if array.shards else min(self._together, ZARR_UNITS)
