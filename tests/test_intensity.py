@@ -1,9 +1,11 @@
 """Grey values against NumPy, whatever the volume's dtype and however it is cut into pieces."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -11,8 +13,8 @@ from hypothesis.extra.numpy import arrays
 from unet_ray import intensity, volumes
 from unet_ray.boxes import Box
 from unet_ray.errors import InputError, RunError
-from unet_ray.intensity import Intensity, measure
-from unet_ray.volumes import Volume
+from unet_ray.intensity import Intensity, measure, measured_bytes
+from unet_ray.volumes import Volume, open_volume
 
 
 class ArrayVolume:
@@ -116,6 +118,22 @@ class DamagedVolume(ArrayVolume):
             self.times -= 1
             raise RunError("a.zarr cannot be read.")
         return super().read(box)
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 1024, 1024), (8, 4, 512, 512)])
+def test_measuring_holds_no_more_than_told(tmp_path, shape):
+    chunk = (1, *shape[1:])
+    array = zarr.create_array(tmp_path / "a.zarr", shape=shape, chunks=chunk, dtype="uint16")
+    array[:] = np.random.default_rng(0).integers(0, 2**16, shape, np.uint16)
+    volume = open_volume(tmp_path / "a.zarr")
+    measure(volume)  # what is imported late counts for nothing
+    tracemalloc.start()
+    try:
+        measure(volume)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert measured_bytes(volume) / 3 < peak <= measured_bytes(volume)
 
 
 @pytest.fixture

@@ -15,12 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from unet_ray import memory
+from tests.test_segmentation import random_model
+from unet_ray import memory, planning
 from unet_ray.checkpoints import ModelHeader, architecture_of, write_model
 from unet_ray.errors import InputError
 from unet_ray.memory import (
     PROCESS_BYTES,
+    TILE_NOTES,
     NetworkSize,
+    driver_bytes,
     format_bytes,
     parse_bytes,
     pass_bytes,
@@ -148,6 +151,26 @@ def test_tiles_that_wait_for_a_pass_need_their_voxels_and_a_copy_only():
     assert memory.shared_by(1, 1) == memory.total and memory.shared_by(3, 3) == memory.shared_by(3)
     assert memory.tile + memory.copy < memory.shared_by(2, 1) - memory.total
     assert memory.shared_by(4, 1) < memory.shared_by(2)
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_the_driver_needs_the_more_of_measuring_and_running(engine):
+    running = driver_bytes(500 << 20, engine, 8, 0)
+    assert driver_bytes(500 << 20, engine, 8, 100 << 20) == running
+    there = PROCESS_BYTES[engine] + 8 * TILE_NOTES
+    assert driver_bytes(500 << 20, engine, 8, 1 << 30) == there + (1 << 30)
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_large_chunks_are_planned_for_where_they_are_measured(tmp_path, engine, monkeypatch):
+    monkeypatch.setattr(planning, "device_of", lambda settings: "cpu")
+    monkeypatch.setattr(planning.engines, "side_by_side", lambda *_: 1)
+    chunk = 128, 1024, 1024
+    zarr.create_array(tmp_path / "a.zarr", shape=(256, 1024, 1024), chunks=chunk, dtype="uint16")
+    model = random_model(tmp_path / "model.safetensors", depth=1, base=2)
+    outlook = plan(tmp_path / "a.zarr", model, Settings(engine=engine))
+    # Stored, decoded, and what is read.
+    assert outlook.driver_memory > PROCESS_BYTES[engine] + 3 * (256 << 20)
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])

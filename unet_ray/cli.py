@@ -399,7 +399,7 @@ def plan(
         there = f"at {out}" if out else "in this folder"
         told_free = "" if math.isinf(free) else f"; {format_bytes(free)} free {there}"
         lines = _describe_trial(outlook, trial, price_per_hour, told_free)
-        click.echo("\n".join([_describe(outlook), *lines]))
+        click.echo("\n".join([_describe(outlook, settings), *lines]))
 
 
 @app.command(
@@ -591,8 +591,8 @@ def _memory(run: Segmentation, settings: Settings) -> str:
     return f"{format_bytes(process_bytes(run.memory, run.device, settings))} {whose}"
 
 
-def _describe(outlook: Outlook) -> str:
-    memory = outlook.memory
+def _describe(outlook: Outlook, settings: Settings) -> str:
+    memory, together = outlook.memory, settings.engine == "local" and outlook.workers > 1
     return "\n".join(
         [
             f"{outlook.volume.path}: {outlook.volume.dtype}, {outlook.volume.shape} (c, z, y, x)",
@@ -605,7 +605,7 @@ def _describe(outlook: Outlook) -> str:
             f"{format_bytes(memory.tile)}, pass {format_bytes(memory.forward)}, allocator)"
             + (f", {outlook.under_way} tiles under way" if outlook.under_way > 1 else ""),
             f"  driver  {format_bytes(outlook.driver_memory)}"
-            + (", all workers in it" if outlook.driver_memory > outlook.worker_memory else ""),
+            + (", all workers in it" if together else ""),
             f"  runs    {outlook.tiles} tiles in {outlook.precision} on {outlook.device}",
         ]
     )

@@ -26,7 +26,7 @@ from unet_ray.volumes import Volume
 EXACT_BYTES = 2 << 30
 PIECE = (16, 512, 512)
 PIECE_BYTES = 32 << 20
-BLOCK = 1 << 20
+BLOCK, BLOCK_BYTES = 1 << 20, 32  # voxels whose sums are taken at a time, bytes that each takes
 FEW = 1000  # voxels whose median is near enough to the mean
 HOPELESS = 16  # chunks from all over a volume that cannot be read
 
@@ -95,6 +95,15 @@ def measure(volume: Volume) -> Intensity:
     if unread and not total[0].any():
         raise InputError(next(iter(unread.values())))
     return _intensity(total, tuple(map(str, unread)))
+
+
+def measured_bytes(volume: Volume) -> int:
+    """Bytes at most that `measure` holds: a piece, what reading it holds, and a block in floats."""
+    piece = max(_pieces(volume), key=lambda box: box.size)
+    # Channels that are not stored one after the other are put so, in a copy.
+    copies = min(volume.shape[0], 2)
+    voxels = math.prod(piece.shape) * volume.shape[0] * volume.dtype.itemsize
+    return volume.held(piece.shape) + copies * voxels + BLOCK_BYTES * BLOCK
 
 
 def summarise(voxels: NDArray[Any]) -> Intensity:
@@ -167,9 +176,10 @@ def _together(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[n
 
 def _moments(voxels: NDArray[Any], shift: NDArray[np.float64]) -> NDArray[np.float64]:
     """Number, sum and sum of squares of the finite `voxels` (c, n) about `shift`: (3, c)."""
-    if voxels.shape[1] > BLOCK:
+    block = max(1, BLOCK // len(voxels))
+    if voxels.shape[1] > block:
         # In blocks, since sums need copies of eight bytes a voxel.
-        parts = (voxels[:, a : a + BLOCK] for a in range(0, voxels.shape[1], BLOCK))
+        parts = (voxels[:, a : a + block] for a in range(0, voxels.shape[1], block))
         total: NDArray[np.float64] = np.sum([_moments(part, shift) for part in parts], axis=0)
         return total
     if voxels.dtype == np.uint8:

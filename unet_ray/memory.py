@@ -197,15 +197,17 @@ def worker_bytes(
     )
 
 
-def driver_bytes(workers: int, engine: str, tiles: int) -> int:
+def driver_bytes(workers: int, engine: str, tiles: int, measuring: int = 0) -> int:
     """What the process needs that starts a run: on the local engine with all its workers.
 
     Args:
         workers: bytes of a process with workers.
         engine: ``local`` or ``ray``.
         tiles: of the plan.
+        measuring: what grey values are measured with, before there are workers.
     """
-    return TILE_NOTES * tiles + (workers if engine == "local" else DRIVER_BYTES)
+    running = workers if engine == "local" else DRIVER_BYTES
+    return TILE_NOTES * tiles + max(running, PROCESS_BYTES[engine] + measuring)
 
 
 def room() -> int:

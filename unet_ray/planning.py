@@ -20,6 +20,7 @@ from unet_ray.boxes import Box
 from unet_ray.checkpoints import ModelHeader, find_model, read_model
 from unet_ray.cost import halo_overhead, read_amplification
 from unet_ray.errors import InputError, nearest
+from unet_ray.intensity import measured_bytes
 from unet_ray.masks import open_mask, tiles_under
 from unet_ray.memory import NetworkSize, WorkerMemory, driver_bytes, format_bytes, worker_bytes
 from unet_ray.network import UNet
@@ -305,7 +306,10 @@ def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Ou
         nan=settings.nan,
         memory=memory,
         driver_memory=driver_bytes(
-            process_bytes(memory, device, settings), settings.engine, len(tiles)
+            process_bytes(memory, device, settings),
+            settings.engine,
+            len(tiles),
+            measured_bytes(volume),
         ),
         workers=workers,
         under_way=ahead,
