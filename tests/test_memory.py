@@ -122,6 +122,17 @@ def test_a_pass_needs_at_least_what_stands_side_by_side(extent):
     assert pass_bytes(NET, (1, extent, extent)) > joined
 
 
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_every_process_holds_the_index_of_the_input(engine):
+    without, index = worker_bytes(NET, planned((1, 384, 384)), 1, 2).on(engine), 10 << 20
+    memory = worker_bytes(NET, planned((1, 384, 384)), 1, 2, index=index).on(engine)
+    assert memory.total == without.total + index
+    assert memory.shared_by(3) == without.shared_by(3) + index  # they share the process
+    for measuring in (0, 4 << 30):
+        drivers = [driver_bytes(m.total, engine, 8, measuring, m.index) for m in (without, memory)]
+        assert drivers[1] == drivers[0] + index
+
+
 def planned(core, passes=None):
     return TilePlan((32, 2000, 2000), core, PAPER, passes or core)
 

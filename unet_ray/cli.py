@@ -601,8 +601,9 @@ def _describe(outlook: Outlook, settings: Settings) -> str:
             f"  reads   {outlook.read_amplification:.2f} times the input, in its chunks of "
             f"{_commas(outlook.volume.chunk)}",
             f"  memory  {format_bytes(outlook.worker_memory)} per worker (process "
-            f"{format_bytes(memory.process)}, weights {format_bytes(memory.weights)}, tile "
-            f"{format_bytes(memory.tile)}, pass {format_bytes(memory.forward)}, allocator)"
+            f"{format_bytes(memory.process)}, index {format_bytes(memory.index)}, weights "
+            f"{format_bytes(memory.weights)}, tile {format_bytes(memory.tile)}, pass "
+            f"{format_bytes(memory.forward)}, allocator)"
             + (f", {outlook.under_way} tiles under way" if outlook.under_way > 1 else ""),
             f"  driver  {format_bytes(outlook.driver_memory)}"
             + (", all workers in it" if together else ""),

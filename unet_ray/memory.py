@@ -133,6 +133,7 @@ class WorkerMemory:
 
     Attributes:
         process: the interpreter with its libraries.
+        index: of the input, which every process opens: where its strips or tiles are.
         load: peak while the model is loaded: file, network and folded network beside each other.
         weights: of the network that predicts.
         tile: voxels read and values to be written, with the constant passes that are kept.
@@ -141,6 +142,7 @@ class WorkerMemory:
     """
 
     process: int
+    index: int
     load: int
     weights: int
     tile: int
@@ -167,11 +169,11 @@ class WorkerMemory:
         # While a tile is read or written no pass of it runs.
         most = passes * max(self.forward, self.copy) + (threads - passes) * self.copy
         work = self.weights + threads * self.tile + most
-        return self.process + max(self.load, SCRATCH_BYTES + int(KEPT * work))
+        return self.process + self.index + max(self.load, SCRATCH_BYTES + int(KEPT * work))
 
 
 def worker_bytes(
-    net: NetworkSize, plan: TilePlan, voxel_bytes: int, outputs: int, held: int = 0
+    net: NetworkSize, plan: TilePlan, voxel_bytes: int, outputs: int, held: int = 0, index: int = 0
 ) -> WorkerMemory:
     """What a worker needs that reads, predicts and writes one tile at a time.
 
@@ -181,6 +183,7 @@ def worker_bytes(
         voxel_bytes: bytes of one voxel of the volume, all channels.
         outputs: uint8 values stored per voxel.
         held: bytes of the input's storage units while a tile is read.
+        index: bytes that opening the input takes.
     """
     read = math.prod(plan.read_shape) * voxel_bytes
     write = math.prod(plan.core) * outputs
@@ -189,6 +192,7 @@ def worker_bytes(
     return WorkerMemory(
         # The larger of the two, or a plan would depend on the engine.
         process=PROCESS_BYTES["ray"],
+        index=index,
         load=net.weights * (3 * 4 + net.itemsize),
         weights=net.weights * net.itemsize,
         tile=read + write + constants,
@@ -197,7 +201,7 @@ def worker_bytes(
     )
 
 
-def driver_bytes(workers: int, engine: str, tiles: int, measuring: int = 0) -> int:
+def driver_bytes(workers: int, engine: str, tiles: int, measuring: int = 0, index: int = 0) -> int:
     """What the process needs that starts a run: on the local engine with all its workers.
 
     Args:
@@ -205,9 +209,10 @@ def driver_bytes(workers: int, engine: str, tiles: int, measuring: int = 0) -> i
         engine: ``local`` or ``ray``.
         tiles: of the plan.
         measuring: what grey values are measured with, before there are workers.
+        index: bytes that opening the input takes.
     """
-    running = workers if engine == "local" else DRIVER_BYTES
-    return TILE_NOTES * tiles + max(running, PROCESS_BYTES[engine] + measuring)
+    running = workers if engine == "local" else DRIVER_BYTES + index
+    return TILE_NOTES * tiles + max(running, PROCESS_BYTES[engine] + index + measuring)
 
 
 def room() -> int:

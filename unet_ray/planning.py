@@ -149,7 +149,8 @@ def _commas(numbers: Sequence[int]) -> str:
 def needed_memory(size: NetworkSize, tiles: TilePlan, volume: Volume, outputs: int) -> WorkerMemory:
     """What a worker needs for `tiles` of `volume`, with `outputs` bytes stored per voxel."""
     voxel = volume.shape[0] * volume.dtype.itemsize
-    return worker_bytes(size, tiles, voxel, outputs, volume.held(tiles.read_shape))
+    held = volume.held(tiles.read_shape)
+    return worker_bytes(size, tiles, voxel, outputs, held, volume.index)
 
 
 def under_way(memory: WorkerMemory, device: Device, settings: Settings) -> int:
@@ -310,6 +311,7 @@ def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Ou
             settings.engine,
             len(tiles),
             measured_bytes(volume),
+            volume.index,
         ),
         workers=workers,
         under_way=ahead,

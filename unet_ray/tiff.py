@@ -46,6 +46,8 @@ _SUB_DIRECTORIES = 330
 # without; of others two: it and a copy, for its pieces, byte order or predictor. PackBits is
 # decoded to a list of numbers, JPEG 2000 to wide integers, and WebP with an opacity.
 _COPIES = {32773: 9, **dict.fromkeys((33003, 33004, 33005, 34712), 7), 50001: 3}
+# What tifffile and `_Decoded` hold of each page and of each strip or tile at the peak, measured.
+_PAGE_BYTES, _SEGMENT_BYTES = 1024, 112
 _X_RESOLUTION, _Y_RESOLUTION = 282, 283
 
 
@@ -70,6 +72,8 @@ class TiffImage:
     planes: _Mapped | _Decoded
     held: int
     """Bytes at most that `read` holds beside what it gives."""
+    index: int
+    """Bytes at most that opening takes: for each page, strip or tile, where it is."""
 
     def read(self, numbers: NDArray[np.int64], rows: slice, columns: slice) -> NDArray[Any]:
         """One window of several planes, shape ``(*numbers.shape, rows, columns)``, a fresh array.
@@ -233,7 +237,13 @@ def _load(path: str, tif: Any, size: int) -> TiffImage:
     mapped = 1, min(64, page.imagelength), page.imagewidth
     segment = mapped if isinstance(planes, _Mapped) else _segment(page)
     held = 0 if isinstance(planes, _Mapped) else _held(page, dtype, planes)
-    return TiffImage(path, axes, shape, dtype, sizes, names, segment, planes, held)
+    return TiffImage(path, axes, shape, dtype, sizes, names, segment, planes, held, _index(planes))
+
+
+def _index(planes: _Mapped | _Decoded) -> int:
+    """Bytes at most that finding the planes takes, of which a sixth stays."""
+    segments = planes.starts if isinstance(planes, _Mapped) else planes.offsets
+    return len(segments) * _PAGE_BYTES + segments.size * _SEGMENT_BYTES
 
 
 def _held(page: Any, dtype: np.dtype[Any], planes: _Decoded) -> int:

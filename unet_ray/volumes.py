@@ -86,6 +86,7 @@ class Volume(ABC):
             single plane of which only y and x are known, z counts as 1.
         channel_names: one per channel, "" if unknown.
         chunk: (z, y, x) extent of the storage unit: inner chunk of Zarr, strip or tile of TIFF.
+        index: bytes at most that opening takes in each process: where the strips or tiles are.
     """
 
     kind: ClassVar[str]
@@ -95,6 +96,7 @@ class Volume(ABC):
     voxel_size: tuple[float, float, float] | None
     channel_names: tuple[str, ...]
     chunk: tuple[int, int, int]
+    index: int = 0
 
     def __init__(self, path: str, choice: _Choice) -> None:
         self.path, self._choice = path, choice
@@ -247,7 +249,7 @@ class _Tiff(Volume):
         planes = planes[time, channels]
         self._describe((*planes.shape, *extents), image.dtype, image.segment, image.sizes)
         self._name_channels(image.channel_names, channels)
-        self._held = image.held
+        self._held, self.index = image.held, image.index
         return image, planes
 
     def held(self, shape: Sequence[int]) -> int:
@@ -346,7 +348,7 @@ class _Folder(Volume):
         sizes = (None, *first.voxel_size[1:]) if first.voxel_size else (None, None, None)
         self._describe((c, len(names), y, x), first.dtype, first.chunk, sizes)
         self.channel_names = first.channel_names
-        self._first = first
+        self._first, self.index = first, first.index
         return names
 
     def held(self, shape: Sequence[int]) -> int:
