@@ -50,6 +50,7 @@ from unet_ray.stores import (
 )
 
 PIECE = 1 << 16  # tiles whose numbers are in memory at once
+TOLD = 100  # failures whose sentences are
 
 
 @dataclass(frozen=True)
@@ -290,7 +291,7 @@ class _Execution:
                     failed.pop(receipt.tile, None)
                     self._commit(receipt)
                 elif self._failed(receipt, last, alone):
-                    failed[receipt.tile] = receipt
+                    failed[receipt.tile] = replace(receipt, error="", trace="")  # the log has it
         return [*failed.values()]
 
     @property
@@ -327,7 +328,7 @@ class _Execution:
             return True
         self._ledger.quarantine(tile)
         self.log.add("quarantined", tile=tile, box=box, error=error)
-        self._given_up[tile] = error
+        self._given_up[tile] = error if len(self._given_up) < TOLD else ""  # the log has them all
         self._tell()
         return False
 
