@@ -449,11 +449,22 @@ def test_no_more_workers_than_the_cluster_has_memory_for():
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_machines_that_are_still_to_come_may_have_any_memory(monkeypatch):
-    monkeypatch.setattr(engine, "_may_have", {"CPU": 64.0, "memory": 0.0, "GPU": 0.0}.get)
-    assert engine.pool_size("cpu", None, 1 << 50) == 64
-    monkeypatch.setattr(engine, "_may_have", {"CPU": 64.0, "memory": 2.0**40, "GPU": 0.0}.get)
-    assert engine.pool_size("cpu", None, 1 << 38) == 4
+@pytest.mark.parametrize("memory", [0.0, 2.0**30, 2.0**62])
+@pytest.mark.parametrize(("more", "device", "workers"), [("CPU", "cpu", 64), ("GPU", "cuda", 64)])
+def test_machines_that_are_still_to_come_may_have_any_memory(
+    monkeypatch, memory, more, device, workers
+):
+    monkeypatch.setattr(
+        engine, "_may_have", {"CPU": 2.0, "GPU": 0.0, "memory": memory, more: 64.0}.get
+    )
+    assert engine.pool_size(device, None, 1 << 50) == workers
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_cluster_that_does_not_tell_its_memory_may_have_enough(monkeypatch):
+    monkeypatch.setattr(engine, "cluster_size", {"CPU": 3, "GPU": 0, "memory": 0}.get)
+    assert engine.pool_size("cpu", None, 1 << 50) == 3
 
 
 @pytest.mark.ray
@@ -461,10 +472,21 @@ def test_machines_that_are_still_to_come_may_have_any_memory(monkeypatch):
 def test_a_question_is_answered_where_the_workers_are_to_be(monkeypatch):
     from ray._private import worker
 
-    assert engine.ask(os.getpid, "cpu", "local") == os.getpid()
-    assert engine.ask(os.getpid, "cpu", "ray") == os.getpid()  # a Ray of this process
+    here = partial(os.getpid)  # as what a run asks
+    assert engine.ask(here, "cpu", "local") == os.getpid()
+    assert engine.ask(here, "cpu", "ray") == os.getpid()  # a Ray of this process
     monkeypatch.setattr(worker._global_node, "head", False)  # that of somebody else
-    assert engine.ask(os.getpid, "cpu", "ray") != os.getpid()
+    assert engine.ask(here, "cpu", "ray") != os.getpid()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_question_that_no_machine_answers_is_told_and_not_asked_for_ever(monkeypatch, capsys):
+    monkeypatch.setattr(engine, "ASK_SECONDS", 1)
+    monkeypatch.setattr(Deadline, "make", 2.0)
+    with pytest.raises(RunError, match="no machine of this Ray cluster had a free GPU within 2 s"):
+        engine.ask(os.getpid, "cuda", "ray")
+    assert capsys.readouterr().err.count("waiting for a machine with a free GPU") == 1
 
 
 # Ray against the local engine
@@ -508,6 +530,23 @@ def test_two_workers_of_ray_go_on_with_what_the_local_engine_began(task, tmp_pat
     store = segment(volume, model, tmp_path / "both", on_ray, seen.append)
     assert [p.done for p in seen] == list(range(2, 13))
     assert bytes_of(store) == bytes_of(local)
+
+
+@pytest.mark.ray
+def test_a_process_of_its_own_goes_on_with_ray(task, tmp_path):
+    volume, model, settings, local = task
+    first = prepare(volume, model, tmp_path / "both", settings).plan[3].write
+    segment(volume, model, tmp_path / "both", dataclasses.replace(settings, region=first))
+    flags = "--engine ray --workers 1 --tile 1,32,40 --precision float32"
+    ran = subprocess.run(
+        [*[sys.executable, "-m", "unet_ray", "segment", volume, "--model", model], *flags.split()]
+        + ["--out", tmp_path / "both"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert bytes_of(tmp_path / "both") == bytes_of(local)
 
 
 @pytest.mark.ray

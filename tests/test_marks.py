@@ -76,6 +76,17 @@ def test_the_next_run_learns_what_was_done_since_the_store_was_made(kind, tmp_pa
     assert not [*files_below(folder)] and not [*tiles_done(folder / "none", since=0)]
 
 
+def test_objects_that_are_no_marks_are_passed_over():
+    folder = place_of(f"memory://{uuid.uuid4().hex}/marks")
+    (folder / "3" / "7").put(b'[7, "done", 1.0, 0]\n')  # as an older version wrote them
+    (folder / "3" / "0" / "a,b,c,d,e,f").put(b"")
+    Marks(folder / "3" / "0").add(Mark(4, "done"))
+    assert [*tiles_done(folder, since=0)] == [4]
+    assert Marks(folder / "3" / "0").before(4) == [Mark(4, "done")]
+    remove_older(folder, 4)
+    assert not [*folder.below()]
+
+
 def test_no_object_of_marks_is_written_twice():
     """Some object stores take one write a second of each."""
     path = place_of(f"memory://{uuid.uuid4().hex}/marks") / "0"

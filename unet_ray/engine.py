@@ -70,6 +70,7 @@ TILES_PER_GPU_BLOCK = 32
 # Only tile numbers and receipts cross the object store while segmenting.
 OBJECT_STORE_BYTES = 1 << 30
 UNBOUNDED = {"CPU": 1 << 20, "GPU": 1 << 20, "memory": 1 << 60}
+ASK_SECONDS = 30  # between two looks whether there is an answer
 THREAD = "tile"  # the name of each thread that a tile may keep busy
 # What Ray says on every start and users can do nothing about.
 _RAY_LOGS = {
@@ -152,6 +153,9 @@ def ask(question: Callable[[], Answer], device: str, engine: EngineName) -> Answ
     """Asks something where the workers of a run are to be: here, or on a machine of the cluster.
 
     Waits until there is such a machine; the head of a cluster need not be one.
+
+    Raises:
+        RunError: if there is none for as long as a worker may take to be made.
     """
     if engine == "local":
         return question()
@@ -161,13 +165,24 @@ def ask(question: Callable[[], Answer], device: str, engine: EngineName) -> Answ
     connect()
     if device == "cpu" and worker._global_node and worker._global_node.is_head():
         return question()  # a Ray of our own, on this machine
-    needs = {"num_cpus": CPUS_PER_ACTOR, "num_gpus": 1 if device == "cuda" else None}
-    answer: Answer = ray.get(ray.remote(**needs)(question).remote())
-    return answer
+    task = ray.remote(num_cpus=CPUS_PER_ACTOR, num_gpus=int(device == "cuda"))
+    asked = task(lambda: question()).remote()  # Ray takes functions, not all that can be called
+    resource = "GPU" if device == "cuda" else "CPU"
+    for waited in range(0, int(Deadline.make), ASK_SECONDS):
+        if ray.wait([asked], timeout=ASK_SECONDS)[0]:
+            there: Answer = ray.get(asked)
+            return there
+        if not waited:
+            print(f"unet-ray: waiting for a machine with a free {resource} ...", file=sys.stderr)
+    ray.cancel(asked)
+    raise RunError(
+        f"no machine of this Ray cluster had a free {resource} within {Deadline.make:.0f} s; see "
+        "what else runs there, and whether machines can be started; the same command goes on."
+    )
 
 
 def pool_size(device: str, workers: int | None, memory: int = 0) -> int:
-    """How many workers to start on the connected cluster: those asked for, or all that fit.
+    """How many workers to start on the cluster: those asked for, or all that fit.
 
     Args:
         device: of each.
@@ -178,12 +193,8 @@ def pool_size(device: str, workers: int | None, memory: int = 0) -> int:
         InputError: if it can never hold so many: Ray would wait for ever, or machines run out of
             memory.
     """
-    resource = "GPU" if device == "cuda" else "CPU"
-    most = max(1, cluster_size(resource))
-    has, fit = f"{most} {resource}s", _fitting(memory)
-    if fit is not None and fit < most:
-        most, there = fit, format_bytes(cluster_size("memory"))
-        has = f"{there} of memory, and each worker needs {format_bytes(memory)}"
+    connect(workers)
+    most, has = _most(device, memory)
     asked = workers or 1
     if asked > most:
         remedy = f"the most is {most}" if most else "give a smaller --memory and another --out"
@@ -193,14 +204,23 @@ def pool_size(device: str, workers: int | None, memory: int = 0) -> int:
     return workers or most
 
 
-def _fitting(memory: int) -> int | None:
-    """How many workers the memory of the cluster holds; None if that is not known."""
+def _most(device: str, memory: int) -> tuple[int, str]:
+    """How many workers the cluster holds, and what of it says so."""
+    resource = "GPU" if device == "cuda" else "CPU"
+    most = max(1, cluster_size(resource))
+    there = cluster_size("memory")
+    if not memory or not there or _may_grow() or there // memory >= most:
+        return most, f"{most} {resource}s"
+    each = f"each worker needs {format_bytes(memory)}"
+    return there // memory, f"{format_bytes(there)} of memory, and {each}"
+
+
+def _may_grow() -> bool:
+    """Whether machines may come whose memory nobody knows yet."""
     import ray
 
-    may_have, grows = _may_have("memory"), _may_have("CPU") > ray.cluster_resources().get("CPU", 0)
-    if not memory or (grows and not may_have):  # machines to come do not tell what they have
-        return None
-    return cluster_size("memory") // memory
+    has = ray.cluster_resources()
+    return any(_may_have(resource) > has.get(resource, 0) for resource in ("CPU", "GPU"))
 
 
 def cluster_size(resource: str) -> int:
@@ -474,15 +494,16 @@ def _in_time(tiles: Sequence[int]) -> Iterator[int]:
 
 def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: bool) -> Receipts:
     connect(workers)
-    size = pool_size(stage.device, workers, stage.memory)
+    most, _ = _most(stage.device, stage.memory)  # a machine may be lost between two rounds
+    size = max(1, min(workers or most, most))
     goal = min(MOST_SECONDS, max(BLOCK_SECONDS, WAVE_SECONDS * size / WAVE))
     few = 1 if alone else _tiles_of_gpu(stage.device)
     seconds: list[float] = []
     left = np.empty(0, np.int64)
     while True:
-        most = few * (WAVE if seconds else min(WAVE, FIRST_WAVE))
-        more = np.fromiter(itertools.islice(tiles, max(0, most - left.size)), np.int64)
-        wave, left = np.concatenate([left[:most], more]), left[most:]
+        count = few * (WAVE if seconds else min(WAVE, FIRST_WAVE))
+        more = np.fromiter(itertools.islice(tiles, max(0, count - left.size)), np.int64)
+        wave, left = np.concatenate([left[:count], more]), left[count:]
         if not wave.size:
             return
         told = array("q")

@@ -223,8 +223,7 @@ class _Execution:
         self._given_up: dict[int, str] = {}
         self._failures, self._held = 0, 0
         self._promised = process_bytes(run.memory, run.device, settings)
-        workers = engines.side_by_side(run.device, settings.engine, settings.workers)
-        self._workers = max(1, min(workers, self._total))
+        self._workers = 1
 
     def go(self) -> int:
         run, settings = self._run, self._settings
@@ -233,6 +232,7 @@ class _Execution:
         self._ledger.skip(self._wanted.skipped, self._wanted.tiles)
         missing = self._wanted.tiles & ~self._ledger.committed
         self._before = self._total - int(missing.sum())
+        self._workers = max(1, min(self._side_by_side(), int(missing.sum())))
         self.log.add(
             "start",
             input=run.volume.path,
@@ -266,6 +266,11 @@ class _Execution:
         if self._given_up:
             raise QuarantinedError(self._told())
         return self._done
+
+    def _side_by_side(self) -> int:
+        run, settings = self._run, self._settings
+        need = run.memory.shared_by(under_way(run.memory, run.device, settings), passes=1)
+        return engines.side_by_side(run.device, settings.engine, settings.workers, need)
 
     def _commit_unheard(self) -> None:
         """Commits what workers of earlier runs had done, though no driver noted it any more."""

@@ -77,7 +77,7 @@ class Marks:
         if isinstance(self._path, ObjectPath):
             for path in self._path.below():
                 self._number += 1
-                yield _named(path.name)
+                yield from _named(path.name)
         else:
             yield from _in_file(self._path)
 
@@ -98,9 +98,10 @@ class Marks:
                     file.write(json.dumps(astuple(mark)).encode() + b"\n")
 
 
-def _named(name: str) -> Mark:
-    _, _, tile, event, seconds, held = name.split(",")
-    return Mark(int(tile), cast(Event, event), float(seconds), int(held))
+def _named(name: str) -> Iterator[Mark]:
+    with suppress(ValueError):  # of an older version, or somebody else's
+        _, _, tile, event, seconds, held = name.split(",")
+        yield Mark(int(tile), cast(Event, event), float(seconds), int(held))
 
 
 def _in_file(path: Path) -> Iterator[Mark]:
@@ -122,7 +123,7 @@ def tiles_done(folder: Place, since: int) -> Iterator[int]:
     """
     for epoch, path in _by_epoch(folder):
         if epoch >= since:
-            marks = _in_file(path) if isinstance(path, Path) else [_named(path.name)]
+            marks = _in_file(path) if isinstance(path, Path) else _named(path.name)
             yield from (mark.tile for mark in marks if mark.event == "done")
 
 

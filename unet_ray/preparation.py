@@ -44,6 +44,8 @@ from unet_ray.tiles import Tile, TilePlan
 from unet_ray.versions import versions
 from unet_ray.volumes import Volume
 
+# What of the machine and its software fixes the bytes.
+KIND = ("instructions", "versions")
 # Told in the store, but another version of these gives the same bytes.
 UNCOMPARED = ("versions.numpy", "versions.zarr")
 
@@ -209,7 +211,9 @@ def prepare(
         resumed=told is not None,
         mask=mask,
     )
-    run = replace(run, provenance=_provenance(run, header, settings))
+    # On a cluster a worker compares its machine with what the store tells, when it is made.
+    kind = told if told and settings.engine == "ray" else _asked_kind(device, settings)
+    run = replace(run, provenance=_provenance(run, header, settings, kind))
     if told:
         refuse_difference(path, told, run.provenance)
     return run
@@ -290,11 +294,17 @@ def _refuse_other_kind(run: Segmentation) -> None:
 
 
 def _kind_of_machine(device: Device) -> dict[str, Any]:
-    """What of the machine and its software fixes the bytes."""
-    return {"instructions": instructions(device), "versions": versions()}
+    """What of this machine and its software fixes the bytes."""
+    return dict(zip(KIND, (instructions(device), versions()), strict=True))
 
 
-def _provenance(run: Segmentation, header: ModelHeader, settings: Settings) -> dict[str, Any]:
+def _asked_kind(device: Device, settings: Settings) -> dict[str, Any]:
+    return engines.ask(partial(_kind_of_machine, device), device, settings.engine)
+
+
+def _provenance(
+    run: Segmentation, header: ModelHeader, settings: Settings, kind: Mapping[str, Any]
+) -> dict[str, Any]:
     """Everything that fixes the bytes of a store, and nothing that does not."""
     channels = run.volume.shape[0]
     told = {
@@ -320,7 +330,7 @@ def _provenance(run: Segmentation, header: ModelHeader, settings: Settings) -> d
         "tta": run.tta,
         "nan": run.nan,
         "threads_per_pass": 1,
-        **engines.ask(partial(_kind_of_machine, run.device), run.device, settings.engine),
+        **{name: kind.get(name) for name in KIND},
     }
     return cast(dict[str, Any], json.loads(json.dumps(told)))  # tuples become lists, as when read
 
