@@ -538,9 +538,9 @@ def test_a_process_of_its_own_goes_on_with_ray(task, tmp_path):
     first = prepare(volume, model, tmp_path / "both", settings).plan[3].write
     segment(volume, model, tmp_path / "both", dataclasses.replace(settings, region=first))
     flags = "--engine ray --workers 1 --tile 1,32,40 --precision float32"
+    command = [sys.executable, "-m", "unet_ray", "segment", volume, "--model", model]
     ran = subprocess.run(
-        [*[sys.executable, "-m", "unet_ray", "segment", volume, "--model", model], *flags.split()]
-        + ["--out", tmp_path / "both"],
+        [*command, *flags.split(), "--out", tmp_path / "both"],
         capture_output=True,
         text=True,
         timeout=120,

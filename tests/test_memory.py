@@ -364,6 +364,15 @@ def test_peak_memory_does_not_grow_with_the_volume(tmp_path, engine, channels):
     assert second <= 1.05 * first
 
 
+@pytest.mark.parametrize(("chunk", "said"), [((1, 40, 44), False), ((64, 4096, 4096), True)])
+def test_chunks_are_named_as_what_takes_the_memory_only_where_they_do(tmp_path, chunk, said):
+    zarr.create_array(tmp_path / "v.zarr", shape=(64, 4096, 4096), chunks=chunk, dtype="u1")
+    model = random_model(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="too little for this model") as told:
+        plan(tmp_path / "v.zarr", model, Settings(memory=(900 if said else 100) << 20))
+    assert ("stored in chunks of" in str(told.value)) == said
+
+
 GROUPS = [
     (
         "0::/pod/box",

@@ -116,6 +116,26 @@ def test_a_machine_without_the_memory_tries_fewer_side_by_side_or_none(files, mo
     assert try_tiles(outlook).threads == 3
 
 
+def test_more_workers_than_cores_are_no_faster(files, monkeypatch):
+    monkeypatch.setattr(pilot.engines, "usable_cores", lambda: 2)
+    trial = dataclasses.replace(try_tiles(plan(*files, TILED)), first=0.0)
+    for workers, rounds in ((1, 24), (2, 12), (8, 12)):
+        outlook = plan(*files, dataclasses.replace(TILED, workers=workers))
+        assert trial.run_seconds(outlook) == pytest.approx(rounds * trial.seconds)
+    elsewhere = dataclasses.replace(outlook, engine="ray")
+    assert trial.run_seconds(elsewhere) == pytest.approx(3 * trial.seconds)
+
+
+def test_what_constant_passes_store_is_told_as_chunks_hold_them(files, tmp_path):
+    zarr.create_array(tmp_path / "blank.zarr", shape=(32, 61, 75), chunks=(32, 61, 75), dtype="u1")
+    asked = dataclasses.replace(TILED, tile=(32, 64, 76))
+    outlook = plan(tmp_path / "blank.zarr", files[1], asked)
+    outlook = dataclasses.replace(outlook, plan=one_slice_a_pass(outlook.plan))
+    store = segment(tmp_path / "blank.zarr", files[1], tmp_path / "out.zarr", asked)
+    stored = sum((store / shard).stat().st_size for shard in shards_of(store))
+    assert abs(try_tiles(outlook).stored / stored - 1) < 0.5
+
+
 def test_seconds_are_those_of_a_whole_tile(files, monkeypatch):
     predictor = pilot.Predictor.__call__
     passes = []
@@ -126,7 +146,7 @@ def test_seconds_are_those_of_a_whole_tile(files, monkeypatch):
 
     monkeypatch.setattr(pilot.Predictor, "__call__", counted)
     ticks = iter(range(10**6))
-    monkeypatch.setattr(pilot.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(pilot, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     monkeypatch.setattr(pilot, "SECONDS", 10**6)
     monkeypatch.setattr(pilot, "LOOK_SECONDS", 10**6)
     settings = dataclasses.replace(TILED, tile=(3, 32, 40))

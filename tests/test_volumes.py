@@ -279,6 +279,14 @@ def test_little_is_kept_of_each_strip(tmp_path):
     assert kept_by(path) < 20 * 50_000
 
 
+def test_strips_that_are_not_compressed_are_told_of_too(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "i.tif") as writer:
+        for page in noise((10, 5000, 8)):
+            writer.write(page, rowsperstrip=1, contiguous=False, metadata=None)
+    assert kept_by(tmp_path / "i.tif") < 20 * 50_000
+    assert open_volume(tmp_path / "i.tif").index > 40 * 50_000
+
+
 def test_little_is_kept_of_each_page_and_its_tables(tmp_path):
     pytest.importorskip("imagecodecs")
     path, options = tmp_path / "i.tif", {"tile": (16, 16), "compression": "jpeg"}

@@ -384,11 +384,16 @@ def plan(
     """
     if price_per_hour is not None and not math.isfinite(price_per_hour):
         raise InputError(f"price-per-hour={price_per_hour} must be a number, 0 or more.")
+    if out == "":
+        raise InputError("out='' names no store; leave --out out, or name one.")
     settings = _settings(ctx, flags)
     from unet_ray import pilot, planning
     from unet_ray.disk import free_bytes
+    from unet_ray.preparation import refuse_overlap
 
     outlook = planning.plan(input, model, settings)
+    if out:
+        refuse_overlap(place_of(out), place_of(outlook.volume.path))
     trial = pilot.try_tiles(outlook, settings.workers)
     free = free_bytes(place_of(out or Path.cwd()), bool(out) and settings.overwrite)
     if as_json:

@@ -80,7 +80,10 @@ class Pilot:
 
     def run_seconds(self, outlook: Outlook) -> float:
         """Of the whole run, after its start."""
-        return self.first + self.seconds * math.ceil(outlook.tiles / outlook.workers)
+        at_once = outlook.workers
+        if outlook.engine == "local" and outlook.device == "cpu":
+            at_once = min(at_once, engines.usable_cores())  # more gain nothing
+        return self.first + self.seconds * math.ceil(outlook.tiles / at_once)
 
 
 def try_tiles(outlook: Outlook, workers: int | None = None) -> Pilot | None:
@@ -342,8 +345,12 @@ class _Trial:
         self._store.write(slab, filled)
         parts = tile.write.shape[0] / slab.write.shape[0]
         seconds = (time.monotonic() - start) * parts
-        stored = sum(len(self._small.encoded(n, one, v)) for n, v in found.items())
-        kind = self.constant if number in self._known else self.varied
+        if number in self._known:  # many such share a chunk, which tells what it is once
+            whole = sum(len(self._store.encoded(n, slab, v)) for n, v in filled.items())
+            stored, kind = round(whole * parts / _passes_of(self._plan, tile)), self.constant
+        else:
+            stored = sum(len(self._small.encoded(n, one, v)) for n, v in found.items())
+            kind = self.varied
         kind.append(_Steps(tile.index, read, predict, seconds, stored))
 
     def _filled(self, values: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -123,13 +123,18 @@ def choose_plan(
         # By the needs of a Ray worker, the larger, so that both engines choose the same tiles.
         return next((found for found in planes if found[1].total <= settings.memory), None)
 
+    def without_chunks(tiles: TilePlan) -> WorkerMemory:
+        voxel = volume.shape[0] * volume.dtype.itemsize
+        bare = worker_bytes(size, tiles, voxel, outputs, index=volume.index)
+        return bare.on(settings.engine)
+
     fitting = [found for slab in _slabs(volume) if (found := largest_of(slab))]
     costs = [_cost(size, found[0], volume) for found in fitting]
     good = (f for f, cost in zip(fitting, costs, strict=True) if cost <= DEEP * min(costs))
     tiles, memory = here(next(good, planned((1, *context.step[1:]))))
     if memory.total > settings.memory:
         chunks = f", since the input is stored in chunks of {_commas(volume.chunk)}"
-        cause = chunks if volume.held(tiles.read_shape) > memory.forward else ""
+        cause = chunks if without_chunks(tiles).total <= settings.memory else ""
         raise InputError(
             f"memory={allowed} is too little for this model: the smallest tile needs "
             f"{format_bytes(memory.total)} per worker{cause}; give --memory {memory.total} or more."
@@ -226,6 +231,7 @@ class Outlook:
         memory: what one worker needs for one tile.
         driver_memory: bytes of the process that starts the run: on the local engine the one in
             which all workers run.
+        engine: who runs them.
         workers: how many of them side by side.
         under_way: tiles that a worker on a GPU has under way.
         precision, device: of the network.
@@ -244,6 +250,7 @@ class Outlook:
     nan: str
     memory: WorkerMemory
     driver_memory: int
+    engine: engines.EngineName
     workers: int
     under_way: int
     precision: Precision
@@ -313,6 +320,7 @@ def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Ou
             measured_bytes(volume),
             volume.index,
         ),
+        engine=settings.engine,
         workers=workers,
         under_way=ahead,
         precision=precision,

@@ -232,18 +232,18 @@ def _load(path: str, tif: Any, size: int) -> TiffImage:
     _refuse_codec(path, page)
     dtype = np.dtype(np.uint8) if series.dtype.kind == "b" else series.dtype.newbyteorder("=")
     sizes, names = _ome_metadata(tif) if series.kind == "ome" else (_sizes(tif), ())
-    planes = _planes(path, tif, series, size)
+    planes, index = _planes(path, tif, series, size)
     # Of mapped voxels any part can be had alone; a large strip would only look costly.
     mapped = 1, min(64, page.imagelength), page.imagewidth
     segment = mapped if isinstance(planes, _Mapped) else _segment(page)
     held = 0 if isinstance(planes, _Mapped) else _held(page, dtype, planes)
-    return TiffImage(path, axes, shape, dtype, sizes, names, segment, planes, held, _index(planes))
+    return TiffImage(path, axes, shape, dtype, sizes, names, segment, planes, held, index)
 
 
-def _index(planes: _Mapped | _Decoded) -> int:
+def _index(pages: Sequence[Any]) -> int:
     """Bytes at most that finding the planes takes, of which a sixth stays."""
-    segments = planes.starts if isinstance(planes, _Mapped) else planes.offsets
-    return len(segments) * _PAGE_BYTES + segments.size * _SEGMENT_BYTES
+    segments = sum(len(page.dataoffsets) for page in pages)
+    return len(pages) * _PAGE_BYTES + segments * _SEGMENT_BYTES
 
 
 def _held(page: Any, dtype: np.dtype[Any], planes: _Decoded) -> int:
@@ -325,24 +325,28 @@ def _ome_metadata(tif: Any) -> tuple[Sizes, tuple[str, ...]]:
     return (sizes[0], sizes[1], sizes[2]), tuple(names)
 
 
-def _planes(path: str, tif: Any, series: Any, size: int) -> _Mapped | _Decoded:
-    """Finds the stored bytes of every plane and refuses any that lie beyond the end."""
+def _planes(path: str, tif: Any, series: Any, size: int) -> tuple[_Mapped | _Decoded, int]:
+    """Finds the stored bytes of every plane and refuses any that lie beyond the end.
+
+    Gives also the bytes that this takes at most.
+    """
     page, dtype = series.keyframe, series.dtype.newbyteorder(tif.byteorder)
     count = math.prod(series.get_shape(False)) // math.prod(page.shaped)
     if series.dataoffset:  # one block of bytes; perhaps the first page alone has a directory
         starts = series.dataoffset + np.arange(count, dtype=np.int64) * page.nbytes
+        pages = [page]
     else:
         pages = [page for page in series if page is not None]
         if len(pages) != count:
             raise InputError(f"{path} declares {count} planes and holds {len(pages)}.")
         if not (page.is_final and all(_is_one_block(page) for page in pages)):
             _refuse_lacking(path, page, pages, size)
-            return _decoded(path, page, pages)
+            return _decoded(path, page, pages), _index(pages)
         starts = np.array([page.dataoffsets[0] for page in pages], np.int64)
     end = int(starts.max()) + page.nbytes
     if end > size:
         raise InputError(_cut(path, size, end))
-    return _Mapped(path, dtype, page.shaped, starts)
+    return _Mapped(path, dtype, page.shaped, starts), _index(pages)
 
 
 def _is_one_block(page: Any) -> bool:

@@ -337,6 +337,7 @@ class _Folder(Volume):
         c, z, y, x = first.shape
         if z != 1:
             raise InputError(f"{names[0]} holds {z} planes: files of a folder hold one slice each.")
+        self._largest = first
         for name in names[1:]:
             other = _open(name, replace(self._choice, quiet=True))
             if (other.shape, other.dtype) != (first.shape, first.dtype):
@@ -345,16 +346,18 @@ class _Folder(Volume):
                     f"{first.dtype}, {os.path.basename(name)} is {other.shape} {other.dtype} "
                     "(c, z, y, x)."
                 )
+            if other.held((1, y, x)) > self._largest.held((1, y, x)):
+                self._largest = other
         sizes = (None, *first.voxel_size[1:]) if first.voxel_size else (None, None, None)
         self._describe((c, len(names), y, x), first.dtype, first.chunk, sizes)
         self.channel_names = first.channel_names
-        self._first, self.index = first, first.index
+        self.index = self._largest.index
         return names
 
     def held(self, shape: Sequence[int]) -> int:
         """As of any volume; the slices are read one after the other."""
         one = 1, *shape[1:]
-        return self._first.held(one) + self.shape[0] * math.prod(one) * self.dtype.itemsize
+        return self._largest.held(one) + self.shape[0] * math.prod(one) * self.dtype.itemsize
 
     def slice_files(self) -> list[str]:
         """Name of the file of each slice."""
