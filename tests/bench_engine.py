@@ -112,10 +112,9 @@ def steady(run):
 class Pretended:
     """A worker that reads and writes, and waits instead of predicting, as for a GPU."""
 
-    def __init__(self, worker, seconds):
+    def __init__(self, worker, seconds, result):
         self.read, self.write, self.seconds = worker.read, worker.write, seconds
-        self.result = worker.predict(0, worker.read(0))
-        self.busy = 0.0
+        self.result, self.busy = result, 0.0
 
     def predict(self, tile, voxels):
         """What the first tile gave, after so many seconds."""
@@ -128,9 +127,10 @@ class Pretended:
 def fed_gpus(folder):
     """Prints how busy one worker keeps a GPU that predicts so many voxels a second."""
     run = task(folder, GPU_SLAB, GPU_TILES_TRIED)
-    voxels = run.plan[0].write.size
+    real, voxels = run.make_worker(), run.plan[0].write.size
+    result = real.predict(0, real.read(0))
     for speed in GPU_SPEEDS:
-        worker = Pretended(run.make_worker(), voxels / 1e6 / speed)
+        worker = Pretended(real, voxels / 1e6 / speed, result)
         stage = Stage("gpu", lambda worker=worker: worker, "cuda", under_way=GPU_TILES)
         start, cpu = time.monotonic(), time.process_time()
         for _ in engine.run(stage, range(len(run.plan)), "local"):
