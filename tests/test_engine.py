@@ -546,6 +546,7 @@ def test_a_process_of_its_own_goes_on_with_ray(task, tmp_path):
         timeout=120,
     )
     assert ran.returncode == 0, ran.stderr
+    assert "INFO" not in ran.stderr  # what Ray says of itself
     assert bytes_of(tmp_path / "both") == bytes_of(local)
 
 

@@ -493,6 +493,8 @@ def _in_time(tiles: Sequence[int]) -> Iterator[int]:
 
 
 def _run_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: bool) -> Receipts:
+    import ray.data  # noqa: F401  # first: it says how loud it is, which `connect` says after it
+
     connect(workers)
     most, _ = _most(stage.device, stage.memory)  # a machine may be lost between two rounds
     size = max(1, min(workers or most, most))
