@@ -192,7 +192,8 @@ def prepare(
         _check_memory(memory, settings, path)
     else:
         tiles, memory = choose_plan(volume, network, size, settings, values)
-    _check_room(path, memory, device, settings)
+    if not (told and settings.engine == "ray"):  # a finished store needs no cluster to say so
+        _check_room(path, memory, device, settings)
     mask = open_mask(settings.mask, volume.shape[1:]) if settings.mask else None
     run = Segmentation(
         volume=volume,
