@@ -726,18 +726,21 @@ def test_tiles_that_a_block_had_no_time_for_go_with_a_later_wave(count, workers,
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(engine, "connect", lambda workers: None)
-        patched.setattr(engine, "pool_size", lambda *of: workers)
+        patched.setattr(engine, "_most", lambda *of: (workers, ""))
         patched.setattr(engine, "_run_wave", wave)
         patched.setattr(engine, "WAVE", 3)
         patched.setattr(engine, "FIRST_WAVE", 2)
         told = [r.tile for r in run(Stage("mark", Marker, "cpu"), range(count), "ray", workers)]
     assert sorted(told) == list(range(count))
     assert all(block for blocks in waves for block in blocks)
+    # A wave is bounded, and the first one small.
+    held = [sum(map(len, blocks)) for blocks in waves]
+    assert max(held, default=0) <= 3 * engine.LARGEST_BLOCK and max(held[:1], default=0) <= 2
 
 
 def test_a_wave_of_which_no_tile_is_told_is_an_error(monkeypatch):
     monkeypatch.setattr(engine, "connect", lambda workers: None)
-    monkeypatch.setattr(engine, "pool_size", lambda *of: 1)
+    monkeypatch.setattr(engine, "_most", lambda *of: (1, ""))
     monkeypatch.setattr(engine, "_run_wave", lambda *of: iter(()))
     with pytest.raises(RunError, match="Ray has lost 3 tiles"):
         list(run(Stage("mark", Marker, "cpu"), range(3), "ray"))
