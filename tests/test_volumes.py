@@ -287,6 +287,34 @@ def test_strips_that_are_not_compressed_are_told_of_too(tmp_path):
     assert open_volume(tmp_path / "i.tif").index > 40 * 50_000
 
 
+ELEMENTS = {
+    "short": '<TiffData IFD="{0}" FirstZ="{0}" PlaneCount="1"/>',
+    "as Bio-Formats writes them": '<TiffData FirstC="0" FirstT="0" FirstZ="{0}" IFD="{0}" '
+    'PlaneCount="1"><UUID FileName="i.ome.tif">urn:uuid:12345678-1234-1234-1234-123456789abc'
+    '</UUID></TiffData><Plane DeltaT="0.0" ExposureTime="0.1" PositionX="1.0" PositionY="2.0" '
+    'TheC="0" TheT="0" TheZ="{0}"><AnnotationRef ID="Annotation:{0}"/></Plane>',
+}
+
+
+@pytest.mark.parametrize("elements", ELEMENTS.values(), ids=ELEMENTS)
+def test_ome_metadata_that_list_every_plane_are_told_of_too(tmp_path, elements):
+    planes, path = 2000, tmp_path / "i.ome.tif"
+    listed = "".join(elements.format(plane) for plane in range(planes))
+    xml = (
+        '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
+        'UUID="urn:uuid:12345678-1234-1234-1234-123456789abc"><Image ID="Image:0"><Pixels '
+        f'ID="Pixels:0" DimensionOrder="XYZCT" Type="uint8" SizeX="8" SizeY="8" SizeZ="{planes}" '
+        f'SizeC="1" SizeT="1"><Channel ID="Channel:0:0" SamplesPerPixel="1"/>{listed}</Pixels>'
+        "</Image></OME>"
+    )
+    with tifffile.TiffWriter(path) as writer:
+        for plane in noise((planes, 8, 8)):
+            writer.write(plane, description=xml, metadata=None, compression="zlib")
+            xml = None
+    assert kept_by(path) < 100 * planes
+    assert open_volume(path).shape == (1, planes, 8, 8)
+
+
 def test_little_is_kept_of_each_page_and_its_tables(tmp_path):
     pytest.importorskip("imagecodecs")
     path, options = tmp_path / "i.tif", {"tile": (16, 16), "compression": "jpeg"}

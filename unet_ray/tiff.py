@@ -48,6 +48,8 @@ _SUB_DIRECTORIES = 330
 _COPIES = {32773: 9, **dict.fromkeys((33003, 33004, 33005, 34712), 7), 50001: 3}
 # What tifffile and `_Decoded` hold of each page and of each strip or tile at the peak, measured.
 _PAGE_BYTES, _SEGMENT_BYTES = 1024, 112
+# What reading OME metadata takes for each element and each character of them, measured.
+_ELEMENT_BYTES, _CHARACTER_BYTES = 400, 5
 _X_RESOLUTION, _Y_RESOLUTION = 282, 283
 
 
@@ -237,7 +239,14 @@ def _load(path: str, tif: Any, size: int) -> TiffImage:
     mapped = 1, min(64, page.imagelength), page.imagewidth
     segment = mapped if isinstance(planes, _Mapped) else _segment(page)
     held = 0 if isinstance(planes, _Mapped) else _held(page, dtype, planes)
+    index += _described(tif)
     return TiffImage(path, axes, shape, dtype, sizes, names, segment, planes, held, index)
+
+
+def _described(tif: Any) -> int:
+    """Bytes at most that reading the OME metadata takes: some list every plane."""
+    xml = tif.ome_metadata or ""
+    return _ELEMENT_BYTES * xml.count("<") + _CHARACTER_BYTES * len(xml)
 
 
 def _index(pages: Sequence[Any]) -> int:
