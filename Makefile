@@ -30,6 +30,7 @@ bench: $(STAMP) ## measure speed, beside other libraries where they do the same
 	$(RUN) tests.bench_scores
 	$(RUN) tests.bench_training
 	$(RUN) tests.bench_engine
+	$(RUN) tests.bench_gpu 60
 	$(RUN) tests.bench_plan
 	$(RUN) tests.bench_memory 2
 

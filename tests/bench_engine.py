@@ -10,11 +10,11 @@ from threading import Thread
 import torch
 
 from tests.test_segmentation import noise, random_model, write_stack
-from unet_ray import engine
+from unet_ray import engine, pool
 from unet_ray.attempts import Stage
 from unet_ray.ledger import Ledger
 from unet_ray.memory import format_bytes, held
-from unet_ray.planning import GPU_TILES, Settings
+from unet_ray.planning import Settings
 from unet_ray.preparation import prepare
 from unet_ray.stores import StoreLayout, create_store
 
@@ -22,7 +22,6 @@ WORKERS = 2
 EMPTY_TILES = 3000
 MANY_TILES = 1_000_000
 TILES_EACH = 40
-GPU_SLAB, GPU_TILES_TRIED, GPU_SPEEDS = 16, 40, (20, 40, 60, 80, 100)
 
 
 class Idle:
@@ -43,11 +42,11 @@ IDLE = Stage("idle", Idle, "cpu")
 
 def fed_one_by_one(workers):
     """Tiles per second of so many workers that do nothing, in blocks of one tile."""
-    told, largest = [], engine.LARGEST_BLOCK
-    engine.LARGEST_BLOCK = 1
+    told, largest = [], pool.LARGEST_BLOCK
+    pool.LARGEST_BLOCK = 1
     for _ in engine.run(IDLE, range(EMPTY_TILES), "ray", workers):
         told.append(time.monotonic())
-    engine.LARGEST_BLOCK = largest
+    pool.LARGEST_BLOCK = largest
     return (len(told) - 2 * workers) / (told[-1] - told[2 * workers])
 
 
@@ -58,12 +57,12 @@ def noted(folder):
         for receipt in engine.run(IDLE, range(MANY_TILES), "ray", WORKERS):
             ledger.commit(receipt.tile)
             count += 1
-            if count == engine.FIRST_WAVE:
+            if count == pool.FIRST_WAVE:
                 begun = time.monotonic()
             if count in (MANY_TILES // 10, MANY_TILES):
                 bytes_held.append(held())
         seconds = time.monotonic() - begun
-    return (MANY_TILES - engine.FIRST_WAVE) / seconds, *bytes_held
+    return (MANY_TILES - pool.FIRST_WAVE) / seconds, *bytes_held
 
 
 def task(folder, slab=4, tiles=2 * WORKERS * TILES_EACH):
@@ -109,37 +108,6 @@ def steady(run):
     return told[0][0] - start, WORKERS * took / len(busy), sum(s for _, s in busy) / took / WORKERS
 
 
-class Pretended:
-    """A worker that reads and writes, and waits instead of predicting, as for a GPU."""
-
-    def __init__(self, worker, seconds, result):
-        self.read, self.write, self.seconds = worker.read, worker.write, seconds
-        self.result, self.busy = result, 0.0
-
-    def predict(self, tile, voxels):
-        """What the first tile gave, after so many seconds."""
-        start = time.monotonic()
-        time.sleep(self.seconds)
-        self.busy += time.monotonic() - start
-        return self.result
-
-
-def fed_gpus(folder):
-    """Prints how busy one worker keeps a GPU that predicts so many voxels a second."""
-    run = task(folder, GPU_SLAB, GPU_TILES_TRIED)
-    real, voxels = run.make_worker(), run.plan[0].write.size
-    result = real.predict(0, real.read(0))
-    for speed in GPU_SPEEDS:
-        worker = Pretended(real, voxels / 1e6 / speed, result)
-        stage = Stage("gpu", lambda worker=worker: worker, "cuda", under_way=GPU_TILES)
-        start, cpu = time.monotonic(), time.process_time()
-        for _ in engine.run(stage, range(len(run.plan)), "local"):
-            pass
-        took = time.monotonic() - start
-        cpu = (time.process_time() - cpu) / len(run.plan)
-        print(f"  {speed} Mvoxel/s: busy {worker.busy / took:.3f}, {cpu:.3f} s of CPU a tile")
-
-
 def main():
     """Prints all."""
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -161,9 +129,6 @@ def main():
     )
     one = fed_one_by_one(WORKERS)
     print(f"  one by one {one:.1f} a second to {WORKERS} workers")
-    print(f"a worker with {GPU_TILES} tiles of {GPU_SLAB} x 1024 x 1024 under way, beside a GPU of")
-    with tempfile.TemporaryDirectory() as name:
-        fed_gpus(Path(name))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from scipy import ndimage
 from unet_ray import make_phantom
 from unet_ray.annotations import TrainingData, TrainingVolume
 from unet_ray.augment import draw_deformation, warp_image, warp_labels
-from unet_ray.engine import connect, usable_cores
+from unet_ray.cluster import connect, usable_cores
 from unet_ray.intensity import Intensity
 from unet_ray.memory import keep_freed_memory
 from unet_ray.recipes import Recipe

@@ -17,7 +17,7 @@ import yaml
 import zarr
 
 from tests.test_segmentation import bytes_of, noise, random_model, state_of, write_stack
-from unet_ray import cli, engine, report, training
+from unet_ray import cli, cluster, report, training
 from unet_ray.checkpoints import read_model
 from unet_ray.ledger import committed
 from unet_ray.stores import LEDGER
@@ -36,7 +36,7 @@ RUN_SECONDS = 60
 def unet_ray(monkeypatch, capsys):
     """Runs the command line in this process: gives exit code, stdout and stderr."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(engine, "usable_cores", lambda: 1)
+    monkeypatch.setattr(cluster, "usable_cores", lambda: 1)
 
     def call(*args, verb=None):
         monkeypatch.setattr(sys, "argv", ["unet-ray", *map(str, args)])

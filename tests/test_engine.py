@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_segmentation import FLOAT32, bytes_of, noise, random_model, write_stack
-from unet_ray import attempts, engine
+from unet_ray import attempts, cluster, loop, pool
 from unet_ray.attempts import TRIES, Clock, Deadline, Patience, Receipt, Stage, is_out_of_memory
 from unet_ray.engine import run
 from unet_ray.errors import InputError, QuarantinedError, RunError, VoxelError
@@ -178,7 +178,7 @@ def test_as_many_tiles_at_once_as_workers_and_never_more(workers):
 
 
 def test_one_tile_per_core_unless_told_otherwise(monkeypatch):
-    monkeypatch.setattr(engine, "usable_cores", lambda: 3)
+    monkeypatch.setattr(cluster, "usable_cores", lambda: 3)
     worker = Watching(together=3)
     receipts = list(run(Stage("watch", lambda: worker, "cpu"), range(12), "local"))
     assert [r.error for r in receipts] == [""] * 12
@@ -279,7 +279,7 @@ def test_a_caller_that_takes_its_time_makes_no_tile_late():
 
 
 def test_nobody_waits_for_a_tile_that_hangs_when_the_caller_stops(monkeypatch):
-    monkeypatch.setattr(engine, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(loop, "GRACE_SECONDS", 0.5)
     _, hanging = slowly(lambda tile: 60 * (tile > 0), first=3600)
     start = time.monotonic()
     with closing(run(hanging, range(2), "local", 2)) as receipts:
@@ -306,7 +306,7 @@ def test_a_worker_that_cannot_be_made_in_time_ends_the_run(engine_name):
 )  # fmt: skip
 def test_of_what_ray_tells_the_error_itself_is_kept(last, told):
     trace = ["The actor died", '  File "a.py", line 1', "    raise ValueError: no"]
-    assert engine._cause(Exception("\n".join([*trace, *last]))) == told
+    assert pool._cause(Exception("\n".join([*trace, *last]))) == told
 
 
 def test_a_worker_that_cannot_be_made_says_why():
@@ -332,7 +332,7 @@ def test_an_error_that_cannot_be_told_is_a_failure_too(folder):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_marks_that_cannot_be_made_are_failures(folder, device):
     lost = dataclasses.replace(stage(folder, device), marks=folder / "none" / "such")
-    told = engine._TileActor(lost)({"tiles": ["1,2"]})
+    told = pool.TileActor(lost)({"tiles": ["1,2"]})
     assert sorted(told["tile"]) == [1, 2] and set(told["verdict"]) == {"again"}
     assert all("No such file" in error for error in told["error"])
     assert written(folder) == Counter()
@@ -422,7 +422,7 @@ def test_what_torch_says_when_memory_runs_out_is_known():
 
 
 def test_alone_is_one_tile_at_a_time(monkeypatch):
-    monkeypatch.setattr(engine, "usable_cores", lambda: 3)
+    monkeypatch.setattr(cluster, "usable_cores", lambda: 3)
     for device in ("cpu", "cuda"):
         worker = Watching()
         assert (
@@ -437,14 +437,14 @@ def test_alone_is_one_tile_at_a_time(monkeypatch):
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_no_more_workers_than_the_cluster_has_memory_for():
-    there = engine.cluster_size("memory")
+    there = cluster.size_of("memory")
     assert there > 1 << 30
-    assert [engine.pool_size("cpu", None, there // n) for n in (1, 2, 9)] == [1, 2, 2]
-    assert engine.pool_size("cpu", None) == 2 and engine.pool_size("cpu", 1, there // 2) == 1
+    assert [cluster.pool_size("cpu", None, there // n) for n in (1, 2, 9)] == [1, 2, 2]
+    assert cluster.pool_size("cpu", None) == 2 and cluster.pool_size("cpu", 1, there // 2) == 1
     with pytest.raises(InputError, match=r"workers=2 is more .* each worker needs .* most is 1\."):
-        engine.pool_size("cpu", 2, there)
+        cluster.pool_size("cpu", 2, there)
     with pytest.raises(InputError, match=r"workers=1 is more .* give a smaller --memory"):
-        engine.pool_size("cpu", None, 2 * there)
+        cluster.pool_size("cpu", None, 2 * there)
 
 
 @pytest.mark.ray
@@ -455,16 +455,16 @@ def test_machines_that_are_still_to_come_may_have_any_memory(
     monkeypatch, memory, more, device, workers
 ):
     monkeypatch.setattr(
-        engine, "_may_have", {"CPU": 2.0, "GPU": 0.0, "memory": memory, more: 64.0}.get
+        cluster, "_may_have", {"CPU": 2.0, "GPU": 0.0, "memory": memory, more: 64.0}.get
     )
-    assert engine.pool_size(device, None, 1 << 50) == workers
+    assert cluster.pool_size(device, None, 1 << 50) == workers
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_a_cluster_that_does_not_tell_its_memory_may_have_enough(monkeypatch):
-    monkeypatch.setattr(engine, "cluster_size", {"CPU": 3, "GPU": 0, "memory": 0}.get)
-    assert engine.pool_size("cpu", None, 1 << 50) == 3
+    monkeypatch.setattr(cluster, "size_of", {"CPU": 3, "GPU": 0, "memory": 0}.get)
+    assert cluster.pool_size("cpu", None, 1 << 50) == 3
 
 
 @pytest.mark.ray
@@ -473,19 +473,19 @@ def test_a_question_is_answered_where_the_workers_are_to_be(monkeypatch):
     from ray._private import worker
 
     here = partial(os.getpid)  # as what a run asks
-    assert engine.ask(here, "cpu", "local") == os.getpid()
-    assert engine.ask(here, "cpu", "ray") == os.getpid()  # a Ray of this process
+    assert cluster.ask(here, "cpu", "local") == os.getpid()
+    assert cluster.ask(here, "cpu", "ray") == os.getpid()  # a Ray of this process
     monkeypatch.setattr(worker._global_node, "head", False)  # that of somebody else
-    assert engine.ask(here, "cpu", "ray") != os.getpid()
+    assert cluster.ask(here, "cpu", "ray") != os.getpid()
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_a_question_that_no_machine_answers_is_told_and_not_asked_for_ever(monkeypatch, capsys):
-    monkeypatch.setattr(engine, "ASK_SECONDS", 1)
+    monkeypatch.setattr(cluster, "ASK_SECONDS", 1)
     monkeypatch.setattr(Deadline, "make", 2.0)
     with pytest.raises(RunError, match="no machine of this Ray cluster had a free GPU within 2 s"):
-        engine.ask(os.getpid, "cuda", "ray")
+        cluster.ask(os.getpid, "cuda", "ray")
     assert capsys.readouterr().err.count("waiting for a machine with a free GPU") == 1
 
 
@@ -585,15 +585,15 @@ def test_a_worker_that_is_handed_a_block_again_does_only_what_is_missing(folder,
     """Its first worker did tiles 1 and 2, failed with 3 and ended within 4 and 5."""
     first = {("read", 3): OSError("no"), ("read", 5): SystemExit()}
     with pytest.raises(SystemExit):
-        engine._TileActor(marked(folder, bad=first))({"tiles": ["1,2,3,4,5"]})
+        pool.TileActor(marked(folder, bad=first))({"tiles": ["1,2,3,4,5"]})
     with open(folder / "marks" / "1", "ab") as file:
         file.write(b'[4, "do')
-    told = engine._TileActor(dataclasses.replace(marked(folder), device=device))(
+    told = pool.TileActor(dataclasses.replace(marked(folder), device=device))(
         {"tiles": ["1,2,3,4,5"]}
     )
     assert sorted(told["tile"]) == [1, 2, 3, 4, 5] and not any(told["error"])
     assert written(folder) == dict.fromkeys(range(1, 6), 1)
-    again = engine._TileActor(marked(folder))({"tiles": ["1,2,3,4,5"]})
+    again = pool.TileActor(marked(folder))({"tiles": ["1,2,3,4,5"]})
     assert sorted(zip(*again.values(), strict=True)) == sorted(zip(*told.values(), strict=True))
     assert written(folder).total() == 5
 
@@ -662,7 +662,7 @@ def test_a_worker_that_ends_whenever_it_is_made_ends_the_run(folder):
 
 def test_a_worker_that_was_made_may_end_as_often_as_it_likes(folder):
     for _ in range(2 * TRIES):
-        engine._TileActor(marked(folder))
+        pool.TileActor(marked(folder))
     [told] = (folder / "marks").iterdir()
     kinds = [json.loads(line)[1] for line in told.read_text().splitlines()]
     assert kinds == ["begun", "failed"] * 2 * TRIES
@@ -700,12 +700,37 @@ def test_a_worker_that_is_frozen_ends_the_run_after_a_while(folder, monkeypatch)
     ("seconds", "tiles"), [([3.0], 1), ([0.4], 1), ([0.1, 0.1, 9], 4), ([0.15], 3), ([0.0], 512)]
 )
 def test_a_block_is_enough_work_for_a_driver_to_keep_up(seconds, tiles):
-    assert engine._tiles_for(0.4, seconds) == tiles
+    assert pool._tiles_for(0.4, seconds) == tiles
+
+
+@pytest.mark.parametrize(
+    ("device", "ahead", "workers", "tiles"),
+    [("cpu", 1, 1, 4), ("cpu", 1, 200, 59), ("cuda", 1, 2, 32), ("cuda", 4, 2, 120)],
+)
+def test_blocks_last_longer_where_their_end_costs_more(monkeypatch, device, ahead, workers, tiles):
+    """Of tiles that take half a second each, blocks after the first wave; four side by side."""
+    waves = []
+
+    def wave(stage, blocks, size):
+        waves.append(blocks)
+        return (Receipt(tile, 0.5) for block in blocks for tile in block)
+
+    monkeypatch.setattr(pool, "connect", lambda workers: None)
+    monkeypatch.setattr(pool, "most_workers", lambda *of: (workers, ""))
+    monkeypatch.setattr(pool, "_run_wave", wave)
+    monkeypatch.setattr(pool, "WAVE", 4096)
+    stage = Stage("mark", Marker, device, under_way=ahead)
+    told = Counter(r.tile for r in run(stage, range(100_000), "ray", workers))
+    assert told == dict.fromkeys(range(100_000), 1)
+    assert len(waves[1][0]) == tiles
+    first = {"cpu": 1, "cuda": pool.TILES_PER_GPU_BLOCK}[device]
+    assert len(waves[0]) == max(pool.BLOCKS_EACH * workers, pool.FIRST_WAVE // first)
+    assert {*map(len, waves[0])} == {first}
 
 
 @given(st.integers(0, 99), *[st.integers(1, 9)] * 2)
 def test_blocks_hold_every_tile_of_a_wave_once(count, size, workers):
-    wave = engine._blocks(np.arange(count), size, workers)
+    wave = pool._blocks(np.arange(count), size, workers)
     assert [tile for block in wave for tile in block] == list(range(count))
     # Every worker has some, if there are so many tiles; no fewer blocks than needed to.
     assert len(wave) >= min(count, workers)
@@ -717,31 +742,32 @@ def test_blocks_hold_every_tile_of_a_wave_once(count, size, workers):
 def test_tiles_that_a_block_had_no_time_for_go_with_a_later_wave(count, workers, seed):
     """Whatever each block gets done, at least its first tile, every tile is told of once."""
     rng, waves = np.random.default_rng(seed), []
+    few = max(2, pool.BLOCKS_EACH * workers)
 
     def wave(stage, blocks, size):
         waves.append(blocks)
         for block in blocks:
             for tile in block[: rng.integers(1, len(block) + 1)]:
-                yield engine.Receipt(tile, float(rng.choice([0.0, 0.7, 30.0])))
+                yield Receipt(tile, float(rng.choice([0.0, 0.7, 30.0])))
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(engine, "connect", lambda workers: None)
-        patched.setattr(engine, "_most", lambda *of: (workers, ""))
-        patched.setattr(engine, "_run_wave", wave)
-        patched.setattr(engine, "WAVE", 3)
-        patched.setattr(engine, "FIRST_WAVE", 2)
+        patched.setattr(pool, "connect", lambda workers: None)
+        patched.setattr(pool, "most_workers", lambda *of: (workers, ""))
+        patched.setattr(pool, "_run_wave", wave)
+        patched.setattr(pool, "WAVE", 20)
+        patched.setattr(pool, "FIRST_WAVE", 2)
         told = [r.tile for r in run(Stage("mark", Marker, "cpu"), range(count), "ray", workers)]
     assert sorted(told) == list(range(count))
     assert all(block for blocks in waves for block in blocks)
-    # A wave is bounded, and the first one small.
+    # A wave is bounded, and the first one smaller, as long as each worker has some blocks.
     held = [sum(map(len, blocks)) for blocks in waves]
-    assert max(held, default=0) <= 3 * engine.LARGEST_BLOCK and max(held[:1], default=0) <= 2
+    assert max(held, default=0) <= 20 * pool.LARGEST_BLOCK and max(held[:1], default=0) <= few
 
 
 def test_a_wave_of_which_no_tile_is_told_is_an_error(monkeypatch):
-    monkeypatch.setattr(engine, "connect", lambda workers: None)
-    monkeypatch.setattr(engine, "_most", lambda *of: (1, ""))
-    monkeypatch.setattr(engine, "_run_wave", lambda *of: iter(()))
+    monkeypatch.setattr(pool, "connect", lambda workers: None)
+    monkeypatch.setattr(pool, "most_workers", lambda *of: (1, ""))
+    monkeypatch.setattr(pool, "_run_wave", lambda *of: iter(()))
     with pytest.raises(RunError, match="Ray has lost 3 tiles"):
         list(run(Stage("mark", Marker, "cpu"), range(3), "ray"))
 
@@ -750,23 +776,23 @@ def test_a_wave_of_which_no_tile_is_told_is_an_error(monkeypatch):
 def test_a_block_ends_early_where_its_tiles_take_longer_than_those_before(
     folder, monkeypatch, device
 ):
-    monkeypatch.setattr(engine, "MOST_SECONDS", 0.25)
+    monkeypatch.setattr(pool, "MOST_SECONDS", 0.25)
     slow = Slow(lambda tile: 0.1 * (tile > 2))
-    actor = engine._TileActor(Stage("slow", lambda: slow, device))
+    actor = pool.TileActor(Stage("slow", lambda: slow, device))
     told = actor({"tiles": [",".join(map(str, range(20)))]})
     assert 3 < len(told["tile"]) < 9 and sorted(told["tile"]) == sorted(slow.ended)
-    monkeypatch.setattr(engine, "MOST_SECONDS", 0.0)
-    assert engine._TileActor(Stage("slow", lambda: slow, device))({"tiles": ["7,8"]})["tile"] == [7]
+    monkeypatch.setattr(pool, "MOST_SECONDS", 0.0)
+    assert pool.TileActor(Stage("slow", lambda: slow, device))({"tiles": ["7,8"]})["tile"] == [7]
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_waves_do_every_tile_once(folder, monkeypatch):
-    monkeypatch.setattr(engine, "WAVE", 2)
-    monkeypatch.setattr(engine, "FIRST_WAVE", 4)
-    monkeypatch.setattr(engine, "LARGEST_BLOCK", 8)
-    receipts = list(run(stage(folder), range(30), "ray", 2))  # 4, then 16, then 10
+    monkeypatch.setattr(pool, "WAVE", 2)
+    monkeypatch.setattr(pool, "FIRST_WAVE", 4)
+    monkeypatch.setattr(pool, "LARGEST_BLOCK", 8)
+    receipts = list(run(stage(folder), range(30), "ray", 2))  # 2, then 16, then 12
     assert sorted(r.tile for r in receipts) == list(range(30))
     assert written(folder) == Counter(range(30))
 

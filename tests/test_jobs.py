@@ -17,7 +17,7 @@ import pytest
 
 from tests.test_segmentation import classes_of, noise, write_stack
 from tests.test_training import measures, told_by
-from unet_ray import engine
+from unet_ray import cluster
 from unet_ray.checkpoints import find_model, read_model
 from unet_ray.errors import RunError
 from unet_ray.recipes import Recipe
@@ -55,7 +55,7 @@ def test_one_worker_of_ray_trains_what_the_local_engine_trains(files, tmp_path, 
     kept = sorted(path.name for path in (tmp_path / "ray" / "checkpoints").iterdir())
     steps = [f"step-{n:09d}.safetensors" for n in (0, 12)]
     assert kept == [".lock", *steps]  # and nothing of Ray's own
-    monkeypatch.setattr(engine, "usable_cores", lambda: 2)  # as many as that Ray has
+    monkeypatch.setattr(cluster, "usable_cores", lambda: 2)  # as many as that Ray has
     local = train([files[0]], [files[1]], tmp_path / "local", recipe())
     assert told_by(model) == told_by(local)
 

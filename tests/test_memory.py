@@ -175,7 +175,7 @@ def test_the_driver_needs_the_more_of_measuring_and_running(engine):
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_large_chunks_are_planned_for_where_they_are_measured(tmp_path, engine, monkeypatch):
     monkeypatch.setattr(planning, "device_of", lambda settings: "cpu")
-    monkeypatch.setattr(planning.engines, "side_by_side", lambda *_: 1)
+    monkeypatch.setattr(planning.cluster, "side_by_side", lambda *_: 1)
     chunk = 128, 1024, 1024
     zarr.create_array(tmp_path / "a.zarr", shape=(256, 1024, 1024), chunks=chunk, dtype="uint16")
     model = random_model(tmp_path / "model.safetensors", depth=1, base=2)

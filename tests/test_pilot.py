@@ -106,7 +106,7 @@ def test_a_slab_is_as_deep_as_memory_allows(z, step, most, voxel):
 
 def test_a_machine_without_the_memory_tries_fewer_side_by_side_or_none(files, monkeypatch):
     outlook = plan(*files, TILED)
-    monkeypatch.setattr(pilot.engines, "usable_cores", lambda: 3)
+    monkeypatch.setattr(pilot.cluster, "usable_cores", lambda: 3)
     for fits in (3, 2, 1):
         monkeypatch.setattr(pilot, "room", lambda n=fits: outlook.memory.shared_by(n))
         assert try_tiles(outlook).threads == fits
@@ -117,7 +117,7 @@ def test_a_machine_without_the_memory_tries_fewer_side_by_side_or_none(files, mo
 
 
 def test_more_workers_than_cores_are_no_faster(files, monkeypatch):
-    monkeypatch.setattr(pilot.engines, "usable_cores", lambda: 2)
+    monkeypatch.setattr(pilot.cluster, "usable_cores", lambda: 2)
     trial = dataclasses.replace(try_tiles(plan(*files, TILED)), first=0.0)
     for workers, rounds in ((1, 24), (2, 12), (8, 12)):
         outlook = plan(*files, dataclasses.replace(TILED, workers=workers))

@@ -18,7 +18,7 @@ from PIL import Image
 from tests.test_charts import paths, points
 from tests.test_segmentation import FLOAT32, TILED, bytes_of, noise, random_model, write_stack
 from tests.test_training import recipe
-from unet_ray import engine, report, results
+from unet_ray import cluster, report, results
 from unet_ray.boxes import Box
 from unet_ray.checkpoints import write_tensors
 from unet_ray.errors import InputError, RunError
@@ -88,7 +88,7 @@ def trained(tmp_path_factory):
     for name, array in {"image": labels // 4 + 60, "labels": labels}.items():
         tifffile.imwrite(folder / f"{name}.tif", array)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(engine, "usable_cores", lambda: 1)
+        patched.setattr(cluster, "usable_cores", lambda: 1)
         files = [str(folder / "image.tif")], [str(folder / "labels.tif")]
         train(*files, folder / "run", recipe(steps=40))
     return folder / "run"

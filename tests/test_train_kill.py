@@ -20,7 +20,7 @@ import pytest
 import tifffile
 
 from tests.test_training import files_in, measures, recipe
-from unet_ray import engine
+from unet_ray import cluster
 from unet_ray.checkpoints import read_model, read_tensors
 from unet_ray.runs import BEST, LOCK_SECONDS, METRICS, MODEL
 from unet_ray.training import train
@@ -37,14 +37,14 @@ WORKER = "ray::RayTrainWorker"  # title of a process of Ray Train that trains
 
 SCRIPT = """
 import json, sys
-from unet_ray import engine, runs
+from unet_ray import cluster, runs
 from unet_ray.recipes import Recipe
 from unet_ray.training import train
 
 
 def main():
     asked = json.loads(sys.argv[1])
-    engine.usable_cores = lambda: asked["cores"]
+    cluster.usable_cores = lambda: asked["cores"]
     runs.LOCK_SECONDS = asked["lock_seconds"]
     made = Recipe(**{**asked["recipe"], "patch": tuple(asked["recipe"]["patch"])})
     train(**asked["run"], recipe=made)
@@ -233,7 +233,7 @@ def timeless(out):
 
 def undisturbed(files, out, made, monkeypatch):
     """The folder of a run in this process that nobody kills."""
-    monkeypatch.setattr(engine, "usable_cores", lambda: 1)
+    monkeypatch.setattr(cluster, "usable_cores", lambda: 1)
     train([files[0]], [files[1]], out, made)
     return out
 

@@ -11,7 +11,7 @@ import pytest
 import tifffile
 import torch
 
-from unet_ray import annotations, engine, training
+from unet_ray import annotations, cluster, training
 from unet_ray.checkpoints import find_model, read_model, read_tensors, write_model, write_tensors
 from unet_ray.errors import InputError, RunError
 from unet_ray.recipes import Recipe
@@ -27,7 +27,7 @@ class StoppedError(Exception):
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     """Threads that wait for each other on a busy machine take many times as long."""
-    monkeypatch.setattr(engine, "usable_cores", lambda: 1)
+    monkeypatch.setattr(cluster, "usable_cores", lambda: 1)
 
 
 @pytest.fixture(scope="module")

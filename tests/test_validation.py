@@ -8,7 +8,7 @@ import tifffile
 import torch
 from scipy import ndimage
 
-from unet_ray import engine, training, validation
+from unet_ray import cluster, training, validation
 from unet_ray.annotations import IGNORED, HeldOut, load_training_data
 from unet_ray.checkpoints import read_tensors
 from unet_ray.errors import InputError
@@ -25,7 +25,7 @@ TINY = {"base_channels": 2, "depth": 1, "patch": (44, 48), "elastic": 2.0, "lear
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    monkeypatch.setattr(engine, "usable_cores", lambda: 1)
+    monkeypatch.setattr(cluster, "usable_cores", lambda: 1)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from unet_ray.cli import main
 def run(verb: str | None = None) -> None:
     """Runs the command line, or one verb of it, and ends the process with its exit code."""
     code = main(verb)
-    engine = sys.modules.get("unet_ray.engine")  # not every verb has loaded it
-    if engine and engine.has_left_threads():
+    loop = sys.modules.get("unet_ray.loop")  # not every verb has loaded it
+    if loop and loop.has_left_threads():
         # Passes that still run would crash as Python ends; nothing half-done counts as done.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from unet_ray import cluster
 from unet_ray import engine as engines
 from unet_ray.attempts import (
     DISK_ERRORS,
@@ -270,7 +271,7 @@ class _Execution:
     def _side_by_side(self) -> int:
         run, settings = self._run, self._settings
         need = run.memory.shared_by(under_way(run.memory, run.device, settings), passes=1)
-        return engines.side_by_side(run.device, settings.engine, settings.workers, need)
+        return cluster.side_by_side(run.device, settings.engine, settings.workers, need)
 
     def _commit_unheard(self) -> None:
         """Commits what workers of earlier runs had done, though no driver noted it any more."""

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from unet_ray import cluster
 from unet_ray import engine as engines
 from unet_ray.attempts import Stage
 from unet_ray.boxes import Box
@@ -82,7 +83,7 @@ class Pilot:
         """Of the whole run, after its start."""
         at_once = outlook.workers
         if outlook.engine == "local" and outlook.device == "cpu":
-            at_once = min(at_once, engines.usable_cores())  # more gain nothing
+            at_once = min(at_once, cluster.usable_cores())  # more gain nothing
         return self.first + self.seconds * math.ceil(outlook.tiles / at_once)
 
 
@@ -150,7 +151,7 @@ def _summed(outlook: Outlook, seen: _Seen, worker: _Trial, threads: int) -> Pilo
 
 def _threads(outlook: Outlook, workers: int | None) -> int:
     """How many tiles this machine can have under way, as far as a worker on a GPU or all go."""
-    cores = engines.side_by_side("cpu", "local", None)
+    cores = cluster.side_by_side("cpu", "local", None)
     passes = 1 if outlook.device == "cuda" else None
     most = outlook.under_way if passes else min(cores, workers or cores)
     there = room() or math.inf

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from unet_ray import engine as engines
+from unet_ray import cluster
 from unet_ray.boxes import Box
 from unet_ray.checkpoints import ModelHeader, find_model, read_model
 from unet_ray.cost import halo_overhead, read_amplification
@@ -83,7 +83,7 @@ class Settings:
     tile: tuple[int, int, int] | None = None
     memory: int = 4 << 30
     workers: int | None = None
-    engine: engines.EngineName = "local"
+    engine: cluster.EngineName = "local"
     precision: Precision | None = None
     tta: bool = False
     nan: Literal["error", "zero"] = "error"
@@ -167,7 +167,7 @@ def under_way(memory: WorkerMemory, device: Device, settings: Settings) -> int:
 def process_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> int:
     """Bytes of one process with workers: with one of them on Ray or a GPU, else with all."""
     if device == "cpu" and settings.engine == "local":
-        return memory.shared_by(engines.side_by_side(device, "local", settings.workers))
+        return memory.shared_by(cluster.side_by_side(device, "local", settings.workers))
     return memory.shared_by(under_way(memory, device, settings), passes=1)
 
 
@@ -250,7 +250,7 @@ class Outlook:
     nan: str
     memory: WorkerMemory
     driver_memory: int
-    engine: engines.EngineName
+    engine: cluster.EngineName
     workers: int
     under_way: int
     precision: Precision
@@ -302,7 +302,7 @@ def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Ou
         wanted = np.flatnonzero(tiles_under(mask, tiles)[part.slices])  # type: ignore[assignment]
     ahead = under_way(memory, device, settings)
     need = memory.shared_by(ahead, passes=1)
-    workers = engines.side_by_side(device, settings.engine, settings.workers, need)
+    workers = cluster.side_by_side(device, settings.engine, settings.workers, need)
     return Outlook(
         volume=volume,
         network=network,
@@ -414,12 +414,12 @@ def device_of(settings: Settings) -> Device:
     Raises:
         InputError: if the cluster can never hold so many workers.
     """
-    return "cuda" if engines.find_device(settings.engine, settings.workers) == "cuda" else "cpu"
+    return "cuda" if cluster.find_device(settings.engine, settings.workers) == "cuda" else "cpu"
 
 
 def precision_of(device: Device, settings: Settings) -> Precision:
     """The number format that is fastest where tiles would run."""
-    return engines.ask(partial(best_precision, device), device, settings.engine)
+    return cluster.ask(partial(best_precision, device), device, settings.engine)
 
 
 def checked_outputs(asked: tuple[str, ...] | None) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from unet_ray import engine as engines
+from unet_ray import cluster
 from unet_ray.checkpoints import ModelHeader, find_model, read_model, sha256_of
 from unet_ray.errors import InputError, RunError, VoxelError, refuse_below_file
 from unet_ray.intensity import Intensity, measure
@@ -266,11 +266,11 @@ def _check_room(path: Place, memory: WorkerMemory, device: Device, settings: Set
     """Refuses more workers than there is memory for, on this machine or the cluster."""
     needed = process_bytes(memory, device, settings)
     if settings.engine == "ray":
-        engines.pool_size(device, settings.workers, needed)
+        cluster.pool_size(device, settings.workers, needed)
         return
     there = room()
     if there and needed > there:
-        workers = engines.side_by_side(device, "local", settings.workers)
+        workers = cluster.side_by_side(device, "local", settings.workers)
         fitting = [n for n in range(1, workers) if memory.shared_by(n) <= there]
         remedy = f"--workers {fitting[-1]}" if fitting else "a smaller --memory and another --out"
         raise InputError(
@@ -300,7 +300,7 @@ def _kind_of_machine(device: Device) -> dict[str, Any]:
 
 
 def _asked_kind(device: Device, settings: Settings) -> dict[str, Any]:
-    return engines.ask(partial(_kind_of_machine, device), device, settings.engine)
+    return cluster.ask(partial(_kind_of_machine, device), device, settings.engine)
 
 
 def _provenance(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from unet_ray import engine as engines
+from unet_ray import cluster
 from unet_ray.annotations import TrainingData, keep_weights, load_training_data
 from unet_ray.checkpoints import WEIGHT, ModelHeader, architecture_of, read_tensors, write_tensors
 from unet_ray.errors import InputError, RunError, UnetRayError
@@ -96,7 +96,7 @@ def train(
     labels: list[str],
     out: str | os.PathLike[str],
     recipe: Recipe,
-    engine: engines.EngineName = "local",
+    engine: cluster.EngineName = "local",
     workers: Workers = None,
     watch: Watch = lambda measure: None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
@@ -141,7 +141,7 @@ def train(
         _keep_patches(run.path / PATCHES, recipe, data)
         if engine == "local":
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            world = _World(0, 1, device, engines.usable_cores())
+            world = _World(0, 1, device, cluster.usable_cores())
             draw = partial(ahead, Sampler(data, recipe).__getitem__)
             _Training(recipe, data, run, world, draw, watch, checkpoint_seconds).go()
     if engine == "ray":
@@ -500,13 +500,13 @@ def _train_on_ray(
     from ray.train.torch import TorchTrainer
 
     fewest, most = workers if isinstance(workers, tuple) else (workers, workers)
-    device = engines.find_device("ray", fewest)
+    device = cluster.find_device("ray", fewest)
     gpu = device == "cuda"
-    fewest = engines.pool_size(device, fewest) if gpu or fewest else 1
+    fewest = cluster.pool_size(device, fewest) if gpu or fewest else 1
     most = most or fewest
     # A worker lives on one machine, however many the cluster has.
     largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-    threads = max(1, int(min(engines.cluster_size("CPU") // most, largest)))
+    threads = max(1, int(min(cluster.size_of("CPU") // most, largest)))
     scratch = run.path / "checkpoints" / "ray"
     worker = partial(_ray_worker, recipe, [ray.put(data)], run.path, threads, checkpoint_seconds)
     scaling = ray_train.ScalingConfig(

@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 
 from unet_ray import engine as engines
 from unet_ray.attempts import Receipt, Stage
-from unet_ray.engine import Receipts
 from unet_ray.errors import DamageError, InputError, LostError, RunError
 from unet_ray.events import read_events
 from unet_ray.lease import Lease
 from unet_ray.ledger import committed, damaged, has_begun, newest, skipped
+from unet_ray.loop import Receipts
 from unet_ray.places import (
     Guard,
     ObjectPath,
