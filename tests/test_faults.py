@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -27,7 +28,7 @@ from unet_ray.errors import InputError, QuarantinedError, RunError
 from unet_ray.events import read_events
 from unet_ray.ledger import committed, quarantined
 from unet_ray.marks import Mark, Marks
-from unet_ray.segmentation import segment
+from unet_ray.segmentation import prepare_all, segment
 from unet_ray.stores import ARRAYS, EVENTS, LEDGER, MARKS, Store
 from unet_ray.verification import verify
 
@@ -318,6 +319,20 @@ def test_what_a_disk_cannot_hold_is_refused_at_once(task, tmp_path, disk):
     segment(volume, model, out, replace(TILED, overwrite=True))  # in its own place
     segment(volume, model, out, TILED)
     assert bytes_of(out) == bytes_of(whole)
+
+
+def test_stores_of_which_one_disk_holds_each_but_not_all_are_refused_at_once(task, tmp_path, disk):
+    volume, model, whole = task
+    copy, out = shutil.copy(volume, tmp_path / "copy.tif"), tmp_path / "many"
+    inputs = [str(volume), str(copy)]
+    disk(free=bytes_stored(whole))
+    words = r"many: the 48 tiles of 2 stores would take about \d+ KiB .* do fewer inputs at a time"
+    with pytest.raises(InputError, match=words):
+        prepare_all(inputs, model, str(out), TILED)
+    assert not out.exists()
+    segment(volume, model, out / "volume.zarr", TILED)
+    runs = prepare_all(inputs, model, str(out), TILED)  # only what is left has to fit
+    assert [run.resumed for run in runs] == [True, False]
 
 
 def test_what_a_disk_cannot_hold_is_refused_with_nan_as_well(task, tmp_path, disk):

@@ -395,7 +395,7 @@ def plan(
     if out:
         refuse_overlap(place_of(out), place_of(outlook.volume.path))
     trial = pilot.try_tiles(outlook, settings.workers)
-    free = free_bytes(place_of(out or Path.cwd()), bool(out) and settings.overwrite)
+    free = free_bytes([place_of(out or Path.cwd())], bool(out) and settings.overwrite)
     if as_json:
         known = None if math.isinf(free) else int(free)
         told = {**outlook.to_json(), **_trial_json(outlook, trial, price_per_hour)}

@@ -102,7 +102,7 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
     wanted = wanted_tiles(run, settings)
     if run.resumed and not _left(run, wanted).any():
         return 0  # a finished store is not touched at all
-    check_disk(run, settings, _left(run, wanted) & wanted.tiles)
+    check_disk([run], [tiles_left(run, wanted)], settings)
     try:
         with Lease(run.out / PRIVATE, settings.takeover, after=newest(run.out / LEDGER)) as lease:
             try:
@@ -181,6 +181,11 @@ def wanted_tiles(run: Segmentation, settings: Settings) -> Wanted:
     inside[run.plan.part(region).slices] = True
     shown = tiles_under(run.mask, run.plan) if run.mask else np.ones(1, bool)
     return Wanted(region, (inside & shown).ravel(), (inside & ~shown).ravel())
+
+
+def tiles_left(run: Segmentation, wanted: Wanted) -> NDArray[np.bool_]:
+    """Bits of the tiles that are still to be done, (tiles,); of a store made anew all."""
+    return _left(run, wanted) & wanted.tiles if run.resumed else wanted.tiles
 
 
 def _left(run: Segmentation, wanted: Wanted) -> NDArray[np.bool_]:

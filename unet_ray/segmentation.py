@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from unet_ray.disk import check_disk
 from unet_ray.errors import InputError
-from unet_ray.execution import Progress, execute
+from unet_ray.execution import Progress, execute, tiles_left, wanted_tiles
 from unet_ray.places import Place, Where, place_of
 from unet_ray.planning import Settings
 from unet_ray.preparation import Segmentation, prepare, refuse_overlap
@@ -53,7 +54,8 @@ def prepare_all(
     """Prepares every input before any is run; see `prepare` and `output_paths`.
 
     Raises:
-        InputError: also if a store would overlap the input of another.
+        InputError: also if a store would overlap the input of another, or if the disk cannot hold
+            all of them.
     """
     stores = output_paths(sources, out)
     runs = [
@@ -63,6 +65,9 @@ def prepare_all(
     for run in runs:
         for each in runs:
             refuse_overlap(run.out, place_of(each.volume.path))
+    if len(runs) > 1:  # each alone may fit
+        left = [tiles_left(run, wanted_tiles(run, settings)) for run in runs]
+        check_disk(runs, left, settings)
     return runs
 
 
