@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import ray.data
@@ -27,7 +28,7 @@ from unet_ray.stores import StoreLayout, create_store
 
 # All are the first few tiles, again and again, so that they need little room.
 SLAB, TILES, DIFFERENT, SPEEDS = 16, 384, 32, (40, 60, 80)
-WARM = 128  # tiles of the first wave, which is in short blocks
+WARM = pool.BLOCKS_EACH * pool.TILES_PER_GPU_BLOCK  # of the first wave, in short blocks
 HELPERS, HELPER_CPUS = 2, 0.4  # readers, and as many writers
 TILES_A_BLOCK = (1, 4)
 
@@ -79,17 +80,17 @@ class Reader:
 
 
 class Gpu:
-    """The second stage."""
+    """The second stage; it takes two batches at a time, and predicts one tile."""
 
     def __init__(self, *told):
-        self._pretended = Pretended(*told)
+        self._pretended, self._alone = Pretended(*told), Lock()
 
     def __call__(self, batch):
         """Results instead of voxels."""
-        results = [
-            self._pretended.predict(tile, voxels)
-            for tile, voxels in zip(batch["tile"], batch["voxels"], strict=True)
-        ]
+        results = []
+        for tile, voxels in zip(batch["tile"], batch["voxels"], strict=True):
+            with self._alone:
+                results.append(self._pretended.predict(tile, voxels))
         return {
             "tile": batch["tile"],
             **{name: np.stack([result[name] for result in results]) for name in results[0]},
@@ -143,6 +144,7 @@ def as_stages(told, tiles_a_block):
             compute=ActorPoolStrategy(size=1),
             num_cpus=0.1,
             num_gpus=1,
+            max_concurrency=2,
         )
         .map_batches(Writer, fn_constructor_args=(run,), batch_size=tiles_a_block, **helpers)
     )
@@ -153,14 +155,16 @@ def as_stages(told, tiles_a_block):
 
 def as_one(told):
     """Runs the tiles as `segment` does."""
-    stage = Stage("gpu", lambda: Pretended(*told), "cuda", under_way=GPU_TILES)
+    marks = told[-1].with_suffix(".marks")
+    marks.mkdir()
+    stage = Stage("gpu", lambda: Pretended(*told), "cuda", marks, under_way=GPU_TILES)
     failures = [r.error for r in engine.run(stage, range(TILES), "ray") if r.error]
     if failures:
         raise RuntimeError(failures[0])
 
 
 def measured(times):
-    """The share of time that the GPU was busy, and seconds of all cores for a tile."""
+    """The share of time that the GPU was busy; seconds that all cores worked, a tile."""
     starts, ends, cores = np.loadtxt(times)[WARM:].T
     return (ends - starts).sum() / (ends.max() - starts.min()), np.ptp(cores) / (len(cores) - 1)
 

@@ -56,8 +56,8 @@ def peaks(arguments, engine):
             driver = max(driver, anonymous(running.pid))
             worker = max([worker, *map(anonymous, workers_of(running.pid, engine))])
             time.sleep(0.2)
-    if running.returncode:
-        sys.exit(running.returncode)
+    if running.returncode or not worker:
+        sys.exit(running.returncode or "no worker was seen")
     return driver, worker, time.monotonic() - start
 
 

@@ -20,7 +20,7 @@ RUNGS = (
     "phantom pictures charts results",
     "network checkpoints prediction recipes runs",
     "annotations samples attempts cluster loop pool engine",
-    "evaluation validation training planning preparation pilot disk execution segmentation "
+    "evaluation validation training planning preparation pilot execution disk segmentation "
     "verification report demo",
     "__init__ cli __main__",
 )

@@ -704,16 +704,25 @@ def test_a_block_is_enough_work_for_a_driver_to_keep_up(seconds, tiles):
 
 
 @pytest.mark.parametrize(
-    ("device", "ahead", "workers", "tiles"),
-    [("cpu", 1, 1, 4), ("cpu", 1, 200, 59), ("cuda", 1, 2, 32), ("cuda", 4, 2, 120)],
+    ("device", "ahead", "seconds", "workers", "tiles"),
+    [
+        ("cpu", 1, 0.5, 1, 4),
+        ("cpu", 1, 0.5, 200, 59),
+        ("cuda", 1, 0.5, 2, 32),
+        ("cuda", 4, 0.5, 2, 120),
+        ("cuda", 4, 20.0, 2, 12),  # as many as there is time for
+        ("cuda", 4, 900.0, 2, 1),
+    ],
 )
-def test_blocks_last_longer_where_their_end_costs_more(monkeypatch, device, ahead, workers, tiles):
-    """Of tiles that take half a second each, blocks after the first wave; four side by side."""
+def test_blocks_last_longer_where_their_end_costs_more(
+    monkeypatch, device, ahead, seconds, workers, tiles
+):
+    """What blocks hold after the first wave, where all tiles take so long."""
     waves = []
 
     def wave(stage, blocks, size):
         waves.append(blocks)
-        return (Receipt(tile, 0.5) for block in blocks for tile in block)
+        return (Receipt(tile, seconds) for block in blocks for tile in block)
 
     monkeypatch.setattr(pool, "connect", lambda workers: None)
     monkeypatch.setattr(pool, "most_workers", lambda *of: (workers, ""))

@@ -16,6 +16,7 @@ from threading import Event
 
 import numpy as np
 import pytest
+import tifffile
 import zarr
 
 from tests.test_segmentation import FLOAT32, TILED, bytes_of, noise, shards_of, write_stack
@@ -333,6 +334,31 @@ def test_stores_of_which_one_disk_holds_each_but_not_all_are_refused_at_once(tas
     segment(volume, model, out / "volume.zarr", TILED)
     runs = prepare_all(inputs, model, str(out), TILED)  # only what is left has to fit
     assert [run.resumed for run in runs] == [True, False]
+    disk(free=0)
+    with pytest.raises(InputError, match=r"copy\.zarr: its 24 tiles .* choose another --out"):
+        prepare_all(inputs, model, str(out), TILED)
+
+
+@pytest.mark.parametrize("most_tried", [8, 2])
+def test_that_some_inputs_are_dense_tells_nothing_of_the_others(
+    task, tmp_path, disk, monkeypatch, most_tried
+):
+    volume, model, whole = task
+    blank = np.full_like(tifffile.imread(volume), 7)
+    inputs = [str(write_stack(tmp_path / f"{n}.tif", blank)) for n in range(3)] + [str(volume)]
+    monkeypatch.setattr(disks, "TRIED", most_tried)
+    disk(free=bytes_stored(whole))  # and a bit, by the margin
+    assert len(prepare_all(inputs, model, str(tmp_path / "many"), TILED)) == 4
+
+
+def test_stores_on_two_disks_have_to_fit_on_their_own(task, tmp_path, small_disk, disk):
+    volume, model, whole = task
+    there, here = small_disk[0] / "out.zarr", tmp_path / "out.zarr"
+    runs = [preparation.prepare(volume, model, out, TILED) for out in (there, here)]
+    disk(free=bytes_stored(whole))
+    disks.check_disks(runs, TILED)
+    with pytest.raises(InputError, match="the 48 tiles of 2 stores"):
+        disks.check_disks([runs[1], runs[1]], TILED)
 
 
 def test_what_a_disk_cannot_hold_is_refused_with_nan_as_well(task, tmp_path, disk):

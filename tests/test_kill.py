@@ -138,7 +138,7 @@ def test_the_second_run_is_refused_and_the_next_after_a_kill_just_works(task):
     assert bytes_of(task / "twice.zarr") == bytes_of(task / "whole.zarr")
 
 
-VICTIMS = {"worker": "_TileActor", "raylet": "/raylet"}
+VICTIMS = {"worker": "(TileActor)", "raylet": "/raylet"}
 
 
 def victims(process, kind):

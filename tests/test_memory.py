@@ -232,7 +232,7 @@ def workers_of(driver, engine):
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if "_TileActor" in (folder / "cmdline").read_text():
+            if "(TileActor)" in (folder / "cmdline").read_text():
                 found.append(int(folder.name))
         except OSError:
             continue

@@ -287,12 +287,16 @@ def test_strips_that_are_not_compressed_are_told_of_too(tmp_path):
     assert open_volume(tmp_path / "i.tif").index > 40 * 50_000
 
 
+LISTED = '<TiffData IFD="{0}" FirstZ="{0}" PlaneCount="1"/>'
 ELEMENTS = {
-    "short": '<TiffData IFD="{0}" FirstZ="{0}" PlaneCount="1"/>',
+    "short": LISTED,
     "as Bio-Formats writes them": '<TiffData FirstC="0" FirstT="0" FirstZ="{0}" IFD="{0}" '
     'PlaneCount="1"><UUID FileName="i.ome.tif">urn:uuid:12345678-1234-1234-1234-123456789abc'
     '</UUID></TiffData><Plane DeltaT="0.0" ExposureTime="0.1" PositionX="1.0" PositionY="2.0" '
     'TheC="0" TheT="0" TheZ="{0}"><AnnotationRef ID="Annotation:{0}"/></Plane>',
+    "of many attributes": LISTED + "<Plane " + " ".join(f'a{n}="{{0}}"' for n in range(40)) + "/>",
+    "in other letters": LISTED
+    + '<Plane TheC="0" TheZ="{0}" PositionZUnit="\U0001f52c">\n\n</Plane>',
 }
 
 
@@ -309,7 +313,7 @@ def test_ome_metadata_that_list_every_plane_are_told_of_too(tmp_path, elements):
     )
     with tifffile.TiffWriter(path) as writer:
         for plane in noise((planes, 8, 8)):
-            writer.write(plane, description=xml, metadata=None, compression="zlib")
+            writer.write(plane, description=xml and xml.encode(), metadata=None, compression="zlib")
             xml = None
     assert kept_by(path) < 100 * planes
     assert open_volume(path).shape == (1, planes, 8, 8)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.errors import InputError, RunError
+from unet_ray.execution import tiles_left, wanted_tiles
 from unet_ray.memory import format_bytes
 from unet_ray.pilot import try_tiles
 from unet_ray.places import Place, files_below
@@ -32,47 +33,70 @@ from unet_ray.planning import (
 )
 from unet_ray.preparation import Segmentation
 
-TRIED = 2  # of several runs, the largest, which tell of the others
+TRIED = 8  # of several runs
 MARGIN = 1.5  # by which a few tiles may be mistaken about what all of them store
 
 
-def check_disk(
-    runs: Sequence[Segmentation], left: Sequence[NDArray[np.bool_]], settings: Settings
-) -> None:
-    """Refuses what the disk cannot hold by far; tries some tiles only where it might not.
+def check_disks(runs: Sequence[Segmentation], settings: Settings) -> None:
+    """Refuses what disks cannot hold by far; tries some tiles only where they might not.
 
     Args:
-        runs: whose stores lie on one disk.
-        left: bits of the tiles that each is still to do, (tiles,).
+        runs: to be done one after another.
         settings: of all of them.
 
     Raises:
         InputError: if what the tiles that are left store, as a few of them tell, is far more than
             is free.
     """
-    most = [_most(run, int(tiles.sum())) for run, tiles in zip(runs, left, strict=True)]
+    disks: dict[int, list[Segmentation]] = {}
+    for run in runs:
+        if isinstance(run.out, Path):  # nobody knows what an object store holds
+            disks.setdefault(os.stat(_standing(run.out)).st_dev, []).append(run)
+    for together in disks.values():
+        _check_disk(together, settings)
+
+
+def _check_disk(runs: Sequence[Segmentation], settings: Settings) -> None:
     free = free_bytes([run.out for run in runs], settings.overwrite)
-    if sum(most) <= free:
+    if sum(_most(run, len(run.plan)) for run in runs) <= free:
         return
-    largest = sorted(filter(most.__getitem__, range(len(runs))), key=most.__getitem__)[-TRIED:]
-    tried = {n: _stored(runs[n], settings, np.flatnonzero(left[n])) for n in largest}
-    known = [n for n in largest if tried[n]]
-    stored = sum(most) * sum(tried.values()) / sum(most[n] for n in known) if known else 0.0
+    left = [(run, tiles_left(run, wanted_tiles(run, settings))) for run in runs]
+    left = [(run, tiles) for run, tiles in left if tiles.any()]
+    count = sum(int(tiles.sum()) for _, tiles in left)
+    most = sum(_most(run, int(tiles.sum())) for run, tiles in left)
+    if most <= free:
+        return
+    stored = _stored_by_all(left, settings)
     if stored > MARGIN * free:
-        tiles, several = sum(int(bits.sum()) for bits in left), len(runs) > 1
-        out = runs[0].out.parent if several else runs[0].out
-        what = f"the {tiles} tiles of {len(runs)} stores" if several else f"its {tiles} tiles"
-        remedy = "do fewer inputs at a time" if several else "choose another --out"
+        out, several = left[0][0].out, len(left) > 1
         raise InputError(
-            f"{out}: {what} would take about {format_bytes(stored)} ({format_bytes(sum(most))} at "
-            f"most), {format_bytes(free)} are free there; make room, {remedy}, or store less, as "
-            "with --outputs classes or a --region."
+            f"{out.parent if several else out}: "
+            f"{f'the {count} tiles of {len(left)} stores' if several else f'its {count} tiles'} "
+            f"would take about {format_bytes(stored)} ({format_bytes(most)} at most), "
+            f"{format_bytes(free)} are free there; make room, "
+            f"{'do fewer inputs at a time' if several else 'choose another --out'}, or store less, "
+            "as with --outputs classes or a --region."
         )
 
 
 def _most(run: Segmentation, tiles: int) -> int:
     values = stored_values(len(run.class_values), run.outputs)
     return most_bytes(run.plan, values, len(run.outputs), tiles)
+
+
+def _stored_by_all(
+    left: Sequence[tuple[Segmentation, NDArray[np.bool_]]], settings: Settings
+) -> float:
+    """Bytes that these tiles take on disk at least, as a few of them tell.
+
+    Of many runs some are tried; of the others each tile is taken to store as little of what it
+    could as those of any run that was.
+    """
+    most = [_most(run, int(tiles.sum())) for run, tiles in left]
+    tried = spread(np.argsort(most, kind="stable"), TRIED)
+    stored = {n: _stored(left[n][0], settings, np.flatnonzero(left[n][1])) for n in tried}
+    least = min(stored[n] / most[n] for n in tried)
+    return sum(stored.get(n, least * most[n]) for n in range(len(left)))
 
 
 def free_bytes(outs: Sequence[Place], overwrite: bool = False) -> float:
@@ -85,7 +109,7 @@ def free_bytes(outs: Sequence[Place], overwrite: bool = False) -> float:
     out = outs[0]
     if not isinstance(out, Path):
         return math.inf
-    disk = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists()))
+    disk = shutil.disk_usage(_standing(out))
     old = 0
     for path in (path for out in outs if overwrite for path in files_below(out)):
         with suppress(FileNotFoundError):  # of a run that is still writing there
@@ -93,11 +117,18 @@ def free_bytes(outs: Sequence[Place], overwrite: bool = False) -> float:
     return disk.free + old if disk.total else math.inf
 
 
+def _standing(out: Path) -> Path:
+    """The folder that is there, in which a store is to be."""
+    return next(path for path in (out, *out.parents) if path.exists())
+
+
 def _stored(run: Segmentation, settings: Settings, tiles: NDArray[np.intp]) -> float:
     """Bytes of these tiles on disk, as a few of them tell; 0 if they cannot be tried."""
     z, y, x = run.plan.core
     asked = replace(
         settings,
+        engine="local",  # where it is tried
+        workers=1,
         region=None,
         mask=None,
         tile=(z, y, x),

@@ -24,7 +24,6 @@ from unet_ray.attempts import (
     is_out_of_memory,
 )
 from unet_ray.boxes import Box
-from unet_ray.disk import check_disk
 from unet_ray.errors import LostError, QuarantinedError, RunError
 from unet_ray.events import EventLog
 from unet_ray.lease import Lease
@@ -102,7 +101,6 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
     wanted = wanted_tiles(run, settings)
     if run.resumed and not _left(run, wanted).any():
         return 0  # a finished store is not touched at all
-    check_disk([run], [tiles_left(run, wanted)], settings)
     try:
         with Lease(run.out / PRIVATE, settings.takeover, after=newest(run.out / LEDGER)) as lease:
             try:

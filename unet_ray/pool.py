@@ -96,7 +96,9 @@ def run_on_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: b
         if stage.marks:
             _forget(stage.marks)
         if seconds and not alone:
-            few = max(_least(stage.device), _tiles_for(_block_seconds(stage, size), seconds))
+            # No more than a block has time for: what is left of it needs another wave.
+            least = min(_least(stage.device), _tiles_for(MOST_SECONDS * stage.under_way, seconds))
+            few = max(least, _tiles_for(_block_seconds(stage, size), seconds))
             count = few * WAVE
 
 

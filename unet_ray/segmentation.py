@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from unet_ray.disk import check_disk
+from unet_ray.disk import check_disks
 from unet_ray.errors import InputError
-from unet_ray.execution import Progress, execute, tiles_left, wanted_tiles
+from unet_ray.execution import Progress, execute
 from unet_ray.places import Place, Where, place_of
 from unet_ray.planning import Settings
 from unet_ray.preparation import Segmentation, prepare, refuse_overlap
@@ -44,6 +44,7 @@ def segment(
     """
     settings = settings or Settings()
     run = prepare(source, model, out, settings)
+    check_disks([run], settings)
     execute(run, settings, watch)
     return run.out
 
@@ -65,9 +66,7 @@ def prepare_all(
     for run in runs:
         for each in runs:
             refuse_overlap(run.out, place_of(each.volume.path))
-    if len(runs) > 1:  # each alone may fit
-        left = [tiles_left(run, wanted_tiles(run, settings)) for run in runs]
-        check_disk(runs, left, settings)
+    check_disks(runs, settings)
     return runs
 
 

@@ -11,6 +11,7 @@ import functools
 import logging
 import math
 import os
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -48,8 +49,9 @@ _SUB_DIRECTORIES = 330
 _COPIES = {32773: 9, **dict.fromkeys((33003, 33004, 33005, 34712), 7), 50001: 3}
 # What tifffile and `_Decoded` hold of each page and of each strip or tile at the peak, measured.
 _PAGE_BYTES, _SEGMENT_BYTES = 1024, 112
-# What reading OME metadata takes for each element and each character of them, measured.
-_ELEMENT_BYTES, _CHARACTER_BYTES = 400, 5
+# What reading OME metadata takes for each element, attribute, piece of text and byte, and for each
+# image that they describe, measured.
+_ELEMENT_BYTES, _ATTRIBUTE_BYTES, _TEXT_BYTES, _COPIES_OF_XML, _IMAGE_BYTES = 400, 64, 80, 5, 4096
 _X_RESOLUTION, _Y_RESOLUTION = 282, 283
 
 
@@ -246,7 +248,13 @@ def _load(path: str, tif: Any, size: int) -> TiffImage:
 def _described(tif: Any) -> int:
     """Bytes at most that reading the OME metadata takes: some list every plane."""
     xml = tif.ome_metadata or ""
-    return _ELEMENT_BYTES * xml.count("<") + _CHARACTER_BYTES * len(xml)
+    return (
+        _ELEMENT_BYTES * xml.count("<")
+        + _ATTRIBUTE_BYTES * xml.count("=")
+        + _TEXT_BYTES * (xml.count("\n") + xml.count("&"))
+        + _COPIES_OF_XML * sys.getsizeof(xml)
+        + _IMAGE_BYTES * len(tif.series)
+    )
 
 
 def _index(pages: Sequence[Any]) -> int:
