@@ -404,6 +404,36 @@ def test_a_plan_takes_the_flags_of_segment(unet_ray, files, monkeypatch):
     assert " free in this folder" in unet_ray("plan", *flags)[1]
 
 
+def test_a_plan_says_what_segment_would_refuse_and_what_could_not_be_read(
+    unet_ray, files, monkeypatch
+):
+    flags = ["--model", files / "model.safetensors", "--engine", "local"]
+    asked = [files / "image.tif", *flags, "--out", files / "out.zarr"]
+    assert json.loads(unet_ray("plan", *asked, "--json")[1])["refusal"] is None
+    assert "refused" not in unet_ray("plan", *asked)[1]
+    many = [*asked, "--workers", "100000"]
+    refused = unet_ray("segment", *many)[2].strip().removeprefix("unet-ray: ")
+    assert "100000 workers need" in refused and "could be had" in refused
+    said = unet_ray("plan", *many)[1]
+    assert "  refused by segment: " in said and "100000 workers need" in said
+    usage = shutil.disk_usage(".")._replace(free=1)
+    monkeypatch.setattr("unet_ray.disk.shutil.disk_usage", lambda path: usage)
+    assert json.loads(unet_ray("plan", *asked, "--json")[1])["refusal"].endswith("free there.")
+    image = tifffile.imread(files / "image.tif").astype(np.float32)
+    image[0, 0, 0] = np.nan
+    tifffile.imwrite(files / "nan.tif", image)
+    said = unet_ray("plan", files / "nan.tif", *flags, "--tile", "1,16,16")[1]
+    assert re.search(r"  failed  \d+ of \d+ passes looked at: .*nan\.tif: voxel .* is nan", said)
+
+
+def test_a_mask_that_shows_nothing_is_told(unet_ray, files):
+    tifffile.imwrite(files / "blank.tif", np.zeros((2, 40, 44), np.uint8))
+    asked = [files / "image.tif", "--model", files / "model.safetensors", "--engine", "local"]
+    asked += ["--mask", files / "blank.tif", "--out", files / "none.zarr"]
+    code, _, err = unet_ray("segment", *asked)
+    assert code == 0 and "region and mask have no tile in common; nothing to do." in err
+
+
 def test_what_is_free_in_an_object_store_nobody_knows(unet_ray, files):
     flags = [files / "image.tif", "--model", files / "model.safetensors", "--engine", "local"]
     flags += ["--out", "s3://bucket/out.zarr"]

@@ -332,6 +332,8 @@ def test_stores_of_which_one_disk_holds_each_but_not_all_are_refused_at_once(tas
         prepare_all(inputs, model, str(out), TILED)
     assert not out.exists()
     segment(volume, model, out / "volume.zarr", TILED)
+    with pytest.raises(InputError, match=r"volume\.zarr: is a store; several inputs need a folder"):
+        prepare_all(inputs, model, str(out / "volume.zarr"), TILED)
     runs = prepare_all(inputs, model, str(out), TILED)  # only what is left has to fit
     assert [run.resumed for run in runs] == [True, False]
     disk(free=0)

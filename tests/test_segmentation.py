@@ -558,6 +558,25 @@ def test_too_little_memory_is_refused(tmp_path, model, volume):
     assert not (tmp_path / "out").exists()
 
 
+def test_memory_that_is_little_for_this_engine_still_gives_the_largest_tile_that_fits(
+    tmp_path, model, write
+):
+    volume = write(noise((3, 900, 1000)))
+
+    def planned(engine, memory):
+        settings = dataclasses.replace(FLOAT32, engine=engine, memory=memory)
+        return planning.plan(volume, model, settings)
+
+    smallest = planning.plan(volume, model, dataclasses.replace(FLOAT32, tile=(1, 4, 4)))
+    memory = smallest.memory.total + (40 << 20)
+    assert memory < smallest.memory.on("ray").total
+    found = planned("local", memory)
+    assert found.memory.total <= memory and found.plan.core[1] > 100
+    with pytest.raises(InputError, match="is too little for this model"):
+        choose = dataclasses.replace(FLOAT32, engine="local", memory=smallest.memory.total - 1)
+        planning.plan(volume, model, choose)
+
+
 def test_a_tile_too_large_for_the_memory_names_one_that_fits(tmp_path, model, write):
     volume = write(noise((3, 900, 1000)))
     opened, (network, _) = open_volume(volume), read_model(model)

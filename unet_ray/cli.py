@@ -396,15 +396,17 @@ def plan(
         refuse_overlap(place_of(out), place_of(outlook.volume.path))
     trial = pilot.try_tiles(outlook, settings.workers)
     free = free_bytes([place_of(out or Path.cwd())], bool(out) and settings.overwrite)
+    refusal = _refusal(outlook, trial, settings, out, free)
     if as_json:
         known = None if math.isinf(free) else int(free)
         told = {**outlook.to_json(), **_trial_json(outlook, trial, price_per_hour)}
-        click.echo(json.dumps({**told, "disk_free_bytes": known}, indent=2))
+        click.echo(json.dumps({**told, "disk_free_bytes": known, "refusal": refusal}, indent=2))
     else:
         there = f"at {out}" if out else "in this folder"
         told_free = "" if math.isinf(free) else f"; {format_bytes(free)} free {there}"
         lines = _describe_trial(outlook, trial, price_per_hour, told_free)
-        click.echo("\n".join([_describe(outlook, settings), *lines]))
+        refused = [f"  refused by segment: {refusal}"] if refusal else []
+        click.echo("\n".join([_describe(outlook, settings), *lines, *refused]))
 
 
 @app.command(
@@ -433,7 +435,7 @@ def segment(
     The same command again goes on where it was interrupted; a finished one does nothing.
     """
     settings = _settings(ctx, flags)
-    from unet_ray.execution import execute
+    from unet_ray.execution import execute, wanted_tiles
     from unet_ray.segmentation import prepare_all
 
     quarantined = None
@@ -441,7 +443,9 @@ def segment(
         _announce(run, settings)
         try:
             if not execute(run, settings, _watch(Path(run.volume.path).name)):
-                _say(f"{run.out.name}: already finished; nothing to do.")
+                asked = wanted_tiles(run, settings).tiles.any()
+                why = "already finished" if asked else "region and mask have no tile in common"
+                _say(f"{run.out.name}: {why}; nothing to do.")
         except QuarantinedError as error:  # told at once; other inputs come first
             _say(f"unet-ray: {error}")
             quarantined = error
@@ -560,8 +564,8 @@ def _watch(label: str) -> Callable[[Progress], None]:
             f"{progress.done}/{progress.total} tiles",
             f"{progress.quarantined} quarantined" if progress.quarantined else "",
             f"{progress.failures} failures" if progress.failures else "",
-            f"{pace.voxels / 1e6:.3f} Mvoxel/s",
-            f"{format_seconds(pace.seconds(to_do))} left",
+            f"{pace.voxels / 1e6:.3f} Mvoxel/s" if pace.voxels else "",
+            f"{format_seconds(pace.seconds(to_do))} left" if pace.voxels else "",
             f"{format_bytes(progress.held)} of {format_bytes(progress.promised)}"
             if progress.held
             else "",
@@ -617,6 +621,22 @@ def _describe(outlook: Outlook, settings: Settings) -> str:
     )
 
 
+def _refusal(
+    outlook: Outlook, trial: Pilot | None, settings: Settings, out: str | None, free: float
+) -> str | None:
+    """Why `segment` would refuse what was planned; None if it fits this machine and its disk."""
+    from unet_ray.disk import is_too_much
+    from unet_ray.preparation import check_room
+
+    try:
+        check_room(place_of(out or Path.cwd()), outlook.memory, outlook.device, settings)
+    except InputError as error:
+        return str(error)
+    if out and trial and is_too_much(trial.stored * outlook.tiles, free):
+        return f"{out}: {format_bytes(free)} are free there."
+    return None
+
+
 def _trial_json(outlook: Outlook, trial: Pilot | None, price: float | None) -> dict[str, Any]:
     """What a trial tells, for machines; null is what is not known."""
     seconds = trial and trial.run_seconds(outlook)
@@ -655,6 +675,9 @@ def _describe_trial(
         f"{trial.passes} passes, {trial.threads} at a time;\n          {trial.constant} of "
         f"{trial.looks} passes looked at are constant)",
     ]
+    if trial.failures:
+        count = f"{len(trial.failures)} of {trial.looks + len(trial.failures)}"
+        lines.append(f"  failed  {count} passes looked at: {trial.failures[0]}")
     price = _price(outlook, trial, per_hour)
     return lines if price is None else [*lines, f"  price   about {price:.2f}"]
 

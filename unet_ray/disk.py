@@ -67,7 +67,7 @@ def _check_disk(runs: Sequence[Segmentation], settings: Settings) -> None:
     if most <= free:
         return
     stored = _stored_by_all(left, settings)
-    if stored > MARGIN * free:
+    if is_too_much(stored, free):
         out, several = left[0][0].out, len(left) > 1
         raise InputError(
             f"{out.parent if several else out}: "
@@ -77,6 +77,11 @@ def _check_disk(runs: Sequence[Segmentation], settings: Settings) -> None:
             f"{'do fewer inputs at a time' if several else 'choose another --out'}, or store less, "
             "as with --outputs classes or a --region."
         )
+
+
+def is_too_much(stored: float, free: float) -> bool:
+    """Whether what a few tiles tell of bytes stored is by far more than is free."""
+    return stored > MARGIN * free
 
 
 def _most(run: Segmentation, tiles: int) -> int:

@@ -60,6 +60,7 @@ class Pilot:
         stored: bytes of a tile on disk, the mean.
         first: seconds of the first constant pass of a run; 0 if none was seen.
         looks, constant: passes that were read, and how many of them were constant.
+        failures: why others could not be read, one sentence each.
     """
 
     tiles: int
@@ -73,6 +74,7 @@ class Pilot:
     first: float = 0.0
     looks: int = 0
     constant: int = 0
+    failures: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -146,6 +148,7 @@ def _summed(outlook: Outlook, seen: _Seen, worker: _Trial, threads: int) -> Pilo
         first=one if constant else 0.0,
         looks=looks,
         constant=constant,
+        failures=seen.failures,
     )
 
 
@@ -153,7 +156,7 @@ def _threads(outlook: Outlook, workers: int | None) -> int:
     """How many tiles this machine can have under way, as far as a worker on a GPU or all go."""
     cores = cluster.side_by_side("cpu", "local", None)
     passes = 1 if outlook.device == "cuda" else None
-    most = outlook.under_way if passes else min(cores, workers or cores)
+    most = min(outlook.tiles, outlook.under_way if passes else min(cores, workers or cores))
     there = room() or math.inf
     fits = (n for n in range(most, 0, -1) if outlook.memory.shared_by(n, passes) <= there)
     return next(fits, 0)
@@ -178,11 +181,15 @@ def slab_of(plan: TilePlan, voxel: int, values: int) -> TilePlan:
 
 @dataclass(frozen=True)
 class _Seen:
-    """Passes that were read: numbers of those that vary and of constant ones; and grey values."""
+    """Passes that were read: numbers of those that vary and of constant ones; and grey values.
+
+    And why others could not be.
+    """
 
     varied: Sequence[int]
     constant: Sequence[int]
     grey: NDArray[Any]
+    failures: tuple[str, ...]
 
     def mixed(self, most: int) -> Iterator[int]:
         """At most so many of them, both kinds in turn."""
@@ -213,7 +220,7 @@ def _look(outlook: Outlook) -> _Seen:
         grey.append(flat[:, :: flat.shape[1] // GREY + 1].copy())
     if not grey:
         raise RunError(f"{outlook.volume.path}: no tile could be tried: {failures[0]}")
-    return _Seen(varied, constant, np.concatenate(grey, 1))
+    return _Seen(varied, constant, np.concatenate(grey, 1), tuple(map(str, failures)))
 
 
 def _plan_of_passes(plan: TilePlan) -> TilePlan:

@@ -115,20 +115,24 @@ def choose_plan(
     if asked and asked[1].total <= settings.memory:
         return asked
 
-    def largest_of(slab: int) -> tuple[TilePlan, WorkerMemory] | None:
+    def largest_of(slab: int, engine: str) -> tuple[TilePlan, WorkerMemory] | None:
         planes = (
             planned((slab, *_plane(volume, context, largest)))
             for largest in range(LARGEST_CORE, 0, -context.step[-1])
         )
-        # By the needs of a Ray worker, the larger, so that both engines choose the same tiles.
-        return next((found for found in planes if found[1].total <= settings.memory), None)
+        fitting = (found for found in planes if found[1].on(engine).total <= settings.memory)
+        return next(fitting, None)
 
     def without_chunks(tiles: TilePlan) -> WorkerMemory:
         voxel = volume.shape[0] * volume.dtype.itemsize
         bare = worker_bytes(size, tiles, voxel, outputs, index=volume.index)
         return bare.on(settings.engine)
 
-    fitting = [found for slab in _slabs(volume) if (found := largest_of(slab))]
+    # By the needs of a Ray worker, the larger, so that both engines choose the same tiles; unless
+    # no tile at all would fit then.
+    fitting = [found for slab in _slabs(volume) if (found := largest_of(slab, "ray"))] or [
+        found for slab in _slabs(volume) if (found := largest_of(slab, settings.engine))
+    ]
     costs = [_cost(size, found[0], volume) for found in fitting]
     good = (f for f, cost in zip(fitting, costs, strict=True) if cost <= DEEP * min(costs))
     tiles, memory = here(next(good, planned((1, *context.step[1:]))))

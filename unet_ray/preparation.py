@@ -193,7 +193,7 @@ def prepare(
     else:
         tiles, memory = choose_plan(volume, network, size, settings, values)
     if not (told and settings.engine == "ray"):  # a finished store needs no cluster to say so
-        _check_room(path, memory, device, settings)
+        check_room(path, memory, device, settings)
     mask = open_mask(settings.mask, volume.shape[1:]) if settings.mask else None
     run = Segmentation(
         volume=volume,
@@ -262,8 +262,12 @@ def _check_memory(memory: WorkerMemory, settings: Settings, path: Place) -> None
         )
 
 
-def _check_room(path: Place, memory: WorkerMemory, device: Device, settings: Settings) -> None:
-    """Refuses more workers than there is memory for, on this machine or the cluster."""
+def check_room(path: Place, memory: WorkerMemory, device: Device, settings: Settings) -> None:
+    """Refuses more workers than there is memory for, on this machine or the cluster.
+
+    Raises:
+        InputError: names how many fit.
+    """
     needed = process_bytes(memory, device, settings)
     if settings.engine == "ray":
         cluster.pool_size(device, settings.workers, needed)

@@ -6,6 +6,7 @@ Writes to standard error only; knows numbers and text, not what is being done.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -48,15 +49,20 @@ class ProgressLine:
         """
         ended, now = fraction >= 1, time.monotonic()
         if sys.stderr.isatty():
-            full = round(BAR_WIDTH * fraction)
-            bar = "#" * full + "-" * (BAR_WIDTH - full)
-            print(
-                f"\r\x1b[K{self.label} [{bar}] {text}", end="\n" if ended else "", file=sys.stderr
-            )
+            line = self._fitted(fraction, text, os.get_terminal_size(sys.stderr.fileno()).columns)
+            print(f"\r\x1b[K{line}", end="\n" if ended else "", file=sys.stderr)
             sys.stderr.flush()
         elif ended or now - self._shown >= LINE_SECONDS:
             self._shown = now
             print(f"{self.label}: {text}", file=sys.stderr, flush=True)
+
+    def _fitted(self, fraction: float, text: str, columns: int) -> str:
+        """The line with a bar, in one row of a terminal of so many columns; 0 if unknown."""
+        room = (columns or 120) - 1
+        width = min(BAR_WIDTH, room - len(f"{self.label} [] {text}"))
+        full = round(width * fraction)
+        bar = f" [{'#' * full}{'-' * (width - full)}]" if width > 3 else ""
+        return f"{self.label}{bar} {text}"[:room]
 
 
 class Pace:

@@ -16,6 +16,7 @@ from unet_ray.execution import Progress, execute
 from unet_ray.places import Place, Where, place_of
 from unet_ray.planning import Settings
 from unet_ray.preparation import Segmentation, prepare, refuse_overlap
+from unet_ray.stores import ROOT
 
 
 def segment(
@@ -55,10 +56,12 @@ def prepare_all(
     """Prepares every input before any is run; see `prepare` and `output_paths`.
 
     Raises:
-        InputError: also if a store would overlap the input of another, or if the disk cannot hold
-            all of them.
+        InputError: also if `out` is itself a store, if a store would overlap the input of another,
+            or if the disk cannot hold all of them.
     """
     stores = output_paths(sources, out)
+    if len(sources) > 1 and (place_of(out) / ROOT).is_file():
+        raise InputError(f"{out}: is a store; several inputs need a folder: give another --out.")
     runs = [
         prepare(source, model, store, settings)
         for source, store in zip(sources, stores, strict=True)
