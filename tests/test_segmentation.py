@@ -572,6 +572,10 @@ def test_memory_that_is_little_for_this_engine_still_gives_the_largest_tile_that
     assert memory < smallest.memory.on("ray").total
     found = planned("local", memory)
     assert found.memory.total <= memory and found.plan.core[1] > 100
+    # Nor does a little more take the smallest tiles that Ray could have.
+    for more in (0, 1, 2, 4, 8, 16):
+        memory = smallest.memory.on("ray").total + (more << 20)
+        assert planned("local", memory).halo_overhead <= 1.5 * found.halo_overhead + 1
     with pytest.raises(InputError, match="is too little for this model"):
         choose = dataclasses.replace(FLOAT32, engine="local", memory=smallest.memory.total - 1)
         planning.plan(volume, model, choose)

@@ -39,6 +39,8 @@ SLAB = 16
 READ_COST = 0.05
 # Deeper tiles may cost this much more: they are fewer files.
 DEEP = 1.25
+# Tiles for Ray may cost this many times as much as those that fit without it.
+LITTLE = 2.0
 # A small stack is cut into about this many slabs, so that its tiles keep several workers busy.
 SLABS = 8
 # Voxels of one pass up to which slices are put together in a batch.
@@ -128,14 +130,18 @@ def choose_plan(
         bare = worker_bytes(size, tiles, voxel, outputs, index=volume.index)
         return bare.on(settings.engine)
 
+    def cheapest(engine: str) -> tuple[float, tuple[TilePlan, WorkerMemory]]:
+        fitting = [found for slab in _slabs(volume) if (found := largest_of(slab, engine))]
+        costs = [_cost(size, found[0], volume) for found in fitting]
+        least = min(costs, default=math.inf)
+        good = (f for f, cost in zip(fitting, costs, strict=True) if cost <= DEEP * least)
+        return least, next(good, planned((1, *context.step[1:])))
+
     # By the needs of a Ray worker, the larger, so that both engines choose the same tiles; unless
-    # no tile at all would fit then.
-    fitting = [found for slab in _slabs(volume) if (found := largest_of(slab, "ray"))] or [
-        found for slab in _slabs(volume) if (found := largest_of(slab, settings.engine))
-    ]
-    costs = [_cost(size, found[0], volume) for found in fitting]
-    good = (f for f, cost in zip(fitting, costs, strict=True) if cost <= DEEP * min(costs))
-    tiles, memory = here(next(good, planned((1, *context.step[1:]))))
+    # those that fit then are nearly all halo.
+    choices = [cheapest(engine) for engine in dict.fromkeys(("ray", settings.engine))]
+    chosen = choices[-1] if choices[0][0] > LITTLE * choices[-1][0] else choices[0]
+    tiles, memory = here(chosen[1])
     if memory.total > settings.memory:
         chunks = f", since the input is stored in chunks of {_commas(volume.chunk)}"
         cause = chunks if without_chunks(tiles).total <= settings.memory else ""
