@@ -45,6 +45,7 @@ class Sample:
 
 # What is drawn as one block, and how many of them each task is ahead.
 WAVE_BYTES, WAVES_AHEAD = 8 << 20, 2
+LOST = "a task that drew training patches was lost"
 DRAWING_CPUS = 0.001  # bookkeeping that leaves the CPUs to the trainers
 
 Wanted = TypeVar("Wanted")
@@ -209,7 +210,7 @@ def streamed(
                 if (block := next(blocks, None)) is None:
                     if number == len(sent):
                         return
-                    raise RuntimeError("a task that drew training patches was lost")
+                    raise RuntimeError(LOST)
                 drawn = block["wave"].tolist()
                 if drawn != [drawn[0]] * sent[drawn[0]]:
                     raise RuntimeError(f"a block of training patches is no whole wave: {drawn}")
@@ -250,7 +251,10 @@ def _blocks(
         label_selector=_here(),
     )
     # One that fetched ahead would keep back what is drawn until more is asked for.
-    yield from run.iter_batches(batch_size=None, prefetch_batches=0)
+    try:
+        yield from run.iter_batches(batch_size=None, prefetch_batches=0)
+    except AssertionError as error:  # of Ray 2.60, where a task ends between two of its answers
+        raise RuntimeError(LOST) from error
 
 
 _COLUMNS = ("image", "targets", "weights")
