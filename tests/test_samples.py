@@ -389,6 +389,20 @@ def test_a_lost_drawer_is_told_instead_of_waited_for(drawers, data, local_ray, m
     assert not isinstance(told.value, UnetRayError)
 
 
+def test_what_ray_says_of_a_drawer_lost_between_two_answers_is_told_as_well(monkeypatch):
+    class Lost:
+        def map_batches(self, *args, **kwargs):
+            return self
+
+        def iter_batches(self, **kwargs):
+            raise AssertionError("Above ray.get should raise an exception.")
+
+    monkeypatch.setattr("ray.data.from_items", lambda *args, **kwargs: Lost())
+    monkeypatch.setattr(samples, "_here", dict)
+    with pytest.raises(RuntimeError, match="a task that drew training patches was lost"):
+        next(samples._blocks(None, Recipe(), None, 1, 1 << 20))
+
+
 DRAWER = "ray::MapBatches(_draw)"
 
 
