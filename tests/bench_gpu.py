@@ -1,10 +1,10 @@
-"""How busy something like a GPU is kept: by one actor that reads and writes too, or by stages.
+"""How busy something like a GPU is kept by those that read and write for it on Ray.
 
     python -m tests.bench_gpu
 
 No GPU is needed: what predicts waits as long as a GPU would take. Tiles are read from plain TIFF,
-and both outputs are written. As stages of Ray Data, readers, the GPU and writers are actors of
-their own, and voxels and results (uint8) cross the object store between them.
+and both outputs are written. Then what its helpers held, and how many tiles one driver feeds to
+actors that do nothing.
 """
 
 import argparse
@@ -12,25 +12,26 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from threading import Lock
+from threading import Thread
 
 import numpy as np
-import ray.data
+import ray
 import tifffile
-from ray.data import ActorPoolStrategy
 
+from tests.bench_engine import Idle
+from tests.test_memory import actors_of, anonymous
 from tests.test_segmentation import noise, random_model
-from unet_ray import cluster, engine, pool
+from unet_ray import cluster, engine
 from unet_ray.attempts import Stage
-from unet_ray.planning import GPU_TILES, Settings
-from unet_ray.preparation import prepare, read_tile
+from unet_ray.memory import format_bytes
+from unet_ray.planning import GPU_TILES, Settings, helper_bytes, together, under_way
+from unet_ray.preparation import prepare
 from unet_ray.stores import StoreLayout, create_store
 
 # All are the first few tiles, again and again, so that they need little room.
 SLAB, TILES, DIFFERENT, SPEEDS = 16, 384, 32, (40, 60, 80)
-WARM = pool.BLOCKS_EACH * pool.TILES_PER_GPU_BLOCK  # of the first wave, in short blocks
-HELPERS, HELPER_CPUS = 2, 0.4  # readers, and as many writers
-TILES_A_BLOCK = (1, 4)
+WARM = 64  # tiles that do not count
+FED = 1024
 
 
 def busy_seconds_of_cores():
@@ -39,12 +40,11 @@ def busy_seconds_of_cores():
     return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
-class Pretended:
-    """Waits instead of predicting, and notes in a file when it did; reads and writes as a run."""
+class Repeated:
+    """Reads and writes the first few tiles, again and again, as a run does."""
 
-    def __init__(self, run, seconds, results, times):
-        self._real = run.make_worker()
-        self._seconds, self._results, self._times = seconds, dict(np.load(results)), times
+    def __init__(self, run):
+        self._real = run.make_helper()
 
     def read(self, tile):
         """The voxels."""
@@ -54,6 +54,14 @@ class Pretended:
         """Writes the shards."""
         self._real.write(tile % DIFFERENT, result)
 
+
+class Pretended(Repeated):
+    """Waits instead of predicting, and notes in a file when it did."""
+
+    def __init__(self, run, seconds, results, times):
+        super().__init__(run)
+        self._seconds, self._results, self._times = seconds, dict(np.load(results)), times
+
     def predict(self, tile, voxels):
         """What another tile gave, after so many seconds."""
         start, cores = time.monotonic(), busy_seconds_of_cores()
@@ -61,53 +69,6 @@ class Pretended:
         with open(self._times, "a") as file:
             file.write(f"{start} {time.monotonic()} {cores}\n")
         return self._results
-
-
-class Reader:
-    """The first stage: what tiles read."""
-
-    def __init__(self, run):
-        self._run = run
-
-    def __call__(self, batch):
-        """Adds the voxels."""
-        run = self._run
-        voxels = [
-            read_tile(run.volume, run.plan[int(tile) % DIFFERENT], run.nan)
-            for tile in batch["tile"]
-        ]
-        return {**batch, "voxels": np.stack(voxels)}
-
-
-class Gpu:
-    """The second stage; it takes two batches at a time, and predicts one tile."""
-
-    def __init__(self, *told):
-        self._pretended, self._alone = Pretended(*told), Lock()
-
-    def __call__(self, batch):
-        """Results instead of voxels."""
-        results = []
-        for tile, voxels in zip(batch["tile"], batch["voxels"], strict=True):
-            with self._alone:
-                results.append(self._pretended.predict(tile, voxels))
-        return {
-            "tile": batch["tile"],
-            **{name: np.stack([result[name] for result in results]) for name in results[0]},
-        }
-
-
-class Writer:
-    """The third stage."""
-
-    def __init__(self, run):
-        self._worker, self._outputs = run.make_worker(), run.outputs
-
-    def __call__(self, batch):
-        """Only numbers are left."""
-        for n, tile in enumerate(batch["tile"]):
-            self._worker.write(int(tile) % DIFFERENT, {o: batch[o][n] for o in self._outputs})
-        return {"tile": batch["tile"]}
 
 
 def task(folder):
@@ -129,38 +90,47 @@ def task(folder):
     return run
 
 
-def as_stages(told, tiles_a_block):
-    """Runs the tiles by three stages of Ray Data."""
-    run = told[0]
-    numbers = [{"tile": tile} for tile in range(TILES)]
-    helpers = {"compute": ActorPoolStrategy(size=HELPERS), "num_cpus": HELPER_CPUS}
-    done = (
-        ray.data.from_items(numbers, override_num_blocks=len(numbers) // tiles_a_block)
-        .map_batches(Reader, fn_constructor_args=(run,), batch_size=tiles_a_block, **helpers)
-        .map_batches(
-            Gpu,
-            fn_constructor_args=told,
-            batch_size=tiles_a_block,
-            compute=ActorPoolStrategy(size=1),
-            num_cpus=0.1,
-            num_gpus=1,
-            max_concurrency=2,
-        )
-        .map_batches(Writer, fn_constructor_args=(run,), batch_size=tiles_a_block, **helpers)
-    )
-    count = sum(len(rows["tile"]) for rows in done.iter_batches(batch_size=None))
-    if count != TILES:
-        raise RuntimeError(f"{count} of {TILES} tiles came back")
-
-
-def as_one(told):
+def go(told):
     """Runs the tiles as `segment` does."""
-    marks = told[-1].with_suffix(".marks")
+    run, marks = told[0], told[-1].with_suffix(".marks")
     marks.mkdir()
-    stage = Stage("gpu", lambda: Pretended(*told), "cuda", marks, under_way=GPU_TILES)
+    asked = Settings(engine="ray")
+    stage = Stage(
+        "gpu",
+        lambda: Pretended(*told),
+        "cuda",
+        marks,
+        under_way=under_way(run.memory, "cuda", asked),
+        together=together(run.memory, "cuda", asked),
+        make_helper=lambda: Repeated(run),
+    )
     failures = [r.error for r in engine.run(stage, range(TILES), "ray") if r.error]
     if failures:
         raise RuntimeError(failures[0])
+
+
+def fed():
+    """Tiles a second, of a whole wave, that go through actors with nothing to do."""
+    told = []
+    for _ in engine.run(Stage("idle", Idle, "cuda", under_way=GPU_TILES), range(FED), "ray"):
+        told.append(time.monotonic())
+    return (FED - WARM) / (told[-1] - told[WARM])
+
+
+class Peaks(Thread):
+    """The most anonymous memory of any process of each kind, as long as it is watched."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.bytes = {"Reader": 0, "Predictor": 0, "Writer": 0}
+        self.start()
+
+    def run(self):
+        """Looks again and again."""
+        while True:
+            for kind, most in self.bytes.items():
+                self.bytes[kind] = max([most, *map(anonymous, actors_of(kind))])
+            time.sleep(0.1)
 
 
 def measured(times):
@@ -180,25 +150,25 @@ def main():
         num_gpus=1,
         include_dashboard=False,
         log_to_driver=False,
-        object_store_memory=2 << 30,
+        object_store_memory=cluster.OBJECT_STORE_BYTES,
     )
-    pool.FIRST_WAVE = 1  # as short as can be
-    ways = {"one actor": as_one}
-    for count in TILES_A_BLOCK:
-        ways[f"stages, {count} a block"] = lambda told, count=count: as_stages(told, count)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run = task(folder)
         real = run.make_worker()
         results = folder / "results.npz"
         np.savez(results, **real.predict(0, real.read(0)))
+        peaks = Peaks()
         for speed in asked.speeds:
-            for way, go in ways.items():
-                times = folder / f"{speed}.{way}.times"
-                go((run, run.plan[0].write.size / 1e6 / speed, results, times))
-                busy, cores = measured(times)
-                told = f"busy {busy:.3f}, {cores:.2f} s of CPU a tile"
-                print(f"{speed:g} Mvoxel/s, {way}: {told}", flush=True)
+            times = folder / f"{speed}.times"
+            go((run, run.plan[0].write.size / 1e6 / speed, results, times))
+            busy, cores = measured(times)
+            told = f"busy {busy:.3f}, {cores:.2f} s of CPU a tile"
+            print(f"{speed:g} Mvoxel/s: {told}", flush=True)
+        told = ", ".join(f"{kind} {format_bytes(most)}" for kind, most in peaks.bytes.items())
+        helper = helper_bytes(run.memory.on("ray"), "cuda", Settings(engine="ray"))
+        print(f"at most {told}; planned for a reader or writer {format_bytes(helper)}")
+    print(f"tiles that do nothing, one by one: {fed():.1f} a second by one driver")
 
 
 if __name__ == "__main__":

@@ -387,6 +387,19 @@ def test_plan_for_people(unet_ray, files):
     assert "core 44" in out and "halo" in out and "MiB per worker" in out
 
 
+def test_a_plan_for_gpus_of_a_cluster_tells_of_those_that_read_and_write(
+    unet_ray, files, monkeypatch
+):
+    monkeypatch.setattr("unet_ray.cluster.find_device", lambda *of: "cuda")
+    monkeypatch.setattr("unet_ray.cluster.pool_size", lambda *of: 3)
+    flags = ["--model", files / "model.safetensors", "--engine", "ray", "--precision", "float32"]
+    code, out, _ = unet_ray("plan", files / "image.tif", *flags)
+    assert code == 0 and "2 tiles in float32 on cuda" in out and "4 tiles under way" in out
+    each = re.search(r"helpers 2 that read and 2 that write for each GPU, (\d+) MiB each", out)
+    code, out, _ = unet_ray("plan", files / "image.tif", *flags, "--json")
+    assert round(json.loads(out)["helper_memory_bytes"] / (1 << 20)) == int(each[1]) > 250
+
+
 def test_a_plan_takes_the_flags_of_segment(unet_ray, files, monkeypatch):
     usage, asked = shutil.disk_usage("."), []
     monkeypatch.setattr("unet_ray.disk.shutil.disk_usage", lambda path: asked.append(path) or usage)

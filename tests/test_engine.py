@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -329,18 +328,8 @@ def test_an_error_that_cannot_be_told_is_a_failure_too(folder):
     assert [r.error for r in receipts] == ["MemoryError: ", "", ""]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_marks_that_cannot_be_made_are_failures(folder, device):
-    lost = dataclasses.replace(stage(folder, device), marks=folder / "none" / "such")
-    told = pool.TileActor(lost)({"tiles": ["1,2"]})
-    assert sorted(told["tile"]) == [1, 2] and set(told["verdict"]) == {"again"}
-    assert all("No such file" in error for error in told["error"])
-    assert written(folder) == Counter()
-
-
 GUARDED = """
 import sys, threading, time
-from contextlib import nullcontext
 from pathlib import Path
 from unet_ray import attempts
 attempts.NOTE_SECONDS = 0.5
@@ -351,11 +340,8 @@ if sys.argv[2] == "before":
 attempts.Marks.add = lambda self, mark: (
     steps[sys.argv[3]](mark) if mark.event == sys.argv[2] else add(self, mark)
 )
-def slow(tile, alone):
-    time.sleep(60)
-guard = attempts.Guarded(slow, Path(sys.argv[1]), attempts.Deadline(1, 1, 1))
-guard.take([7])
-guard.attempt(7, nullcontext())
+guard = attempts.Guarded(Path(sys.argv[1]), attempts.STEPS, attempts.Deadline(1, 1, 1))
+guard.carry(7, guard.marks_of(7), lambda: time.sleep(60))
 """
 
 
@@ -580,24 +566,6 @@ def marked(folder, **chosen):
     return dataclasses.replace(stage(folder, **chosen), marks=marks)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_worker_that_is_handed_a_block_again_does_only_what_is_missing(folder, device):
-    """Its first worker did tiles 1 and 2, failed with 3 and ended within 4 and 5."""
-    first = {("read", 3): OSError("no"), ("read", 5): SystemExit()}
-    with pytest.raises(SystemExit):
-        pool.TileActor(marked(folder, bad=first))({"tiles": ["1,2,3,4,5"]})
-    with open(folder / "marks" / "1", "ab") as file:
-        file.write(b'[4, "do')
-    told = pool.TileActor(dataclasses.replace(marked(folder), device=device))(
-        {"tiles": ["1,2,3,4,5"]}
-    )
-    assert sorted(told["tile"]) == [1, 2, 3, 4, 5] and not any(told["error"])
-    assert written(folder) == dict.fromkeys(range(1, 6), 1)
-    again = pool.TileActor(marked(folder))({"tiles": ["1,2,3,4,5"]})
-    assert sorted(zip(*again.values(), strict=True)) == sorted(zip(*told.values(), strict=True))
-    assert written(folder).total() == 5
-
-
 class Untold(Marker):
     """A worker that is killed once: after the driver has heard of a tile, before Ray knows it."""
 
@@ -660,14 +628,6 @@ def test_a_worker_that_ends_whenever_it_is_made_ends_the_run(folder):
     assert (folder / "made").stat().st_size == TRIES
 
 
-def test_a_worker_that_was_made_may_end_as_often_as_it_likes(folder):
-    for _ in range(2 * TRIES):
-        pool.TileActor(marked(folder))
-    [told] = (folder / "marks").iterdir()
-    kinds = [json.loads(line)[1] for line in told.read_text().splitlines()]
-    assert kinds == ["begun", "failed"] * 2 * TRIES
-
-
 class Frozen(Marker):
     """A worker that is stopped, with all its threads, at one tile."""
 
@@ -704,18 +664,17 @@ def test_a_block_is_enough_work_for_a_driver_to_keep_up(seconds, tiles):
 
 
 @pytest.mark.parametrize(
-    ("device", "ahead", "seconds", "workers", "tiles"),
+    ("device", "together", "seconds", "workers", "tiles", "blocks"),
     [
-        ("cpu", 1, 0.5, 1, 4),
-        ("cpu", 1, 0.5, 200, 59),
-        ("cuda", 1, 0.5, 2, 32),
-        ("cuda", 4, 0.5, 2, 120),
-        ("cuda", 4, 20.0, 2, 12),  # as many as there is time for
-        ("cuda", 4, 900.0, 2, 1),
+        ("cpu", 1, 0.5, 1, 4, 4096),
+        ("cpu", 1, 0.5, 200, 59, 1682),
+        ("cuda", 1, 0.5, 2, 1, 16384),
+        ("cuda", 3, 0.5, 2, 3, 16384),  # no more of them cross together
+        ("cuda", 9, 0.5, 2, 4, 16384),  # nor more than are work enough
     ],
 )
-def test_blocks_last_longer_where_their_end_costs_more(
-    monkeypatch, device, ahead, seconds, workers, tiles
+def test_a_wave_has_blocks_enough_and_blocks_have_work_enough(
+    monkeypatch, device, together, seconds, workers, tiles, blocks
 ):
     """What blocks hold after the first wave, where all tiles take so long."""
     waves = []
@@ -727,14 +686,12 @@ def test_blocks_last_longer_where_their_end_costs_more(
     monkeypatch.setattr(pool, "connect", lambda workers: None)
     monkeypatch.setattr(pool, "most_workers", lambda *of: (workers, ""))
     monkeypatch.setattr(pool, "_run_wave", wave)
-    monkeypatch.setattr(pool, "WAVE", 4096)
-    stage = Stage("mark", Marker, device, under_way=ahead)
+    stage = Stage("mark", Marker, device, together=together)
     told = Counter(r.tile for r in run(stage, range(100_000), "ray", workers))
     assert told == dict.fromkeys(range(100_000), 1)
-    assert len(waves[1][0]) == tiles
-    first = {"cpu": 1, "cuda": pool.TILES_PER_GPU_BLOCK}[device]
-    assert len(waves[0]) == max(pool.BLOCKS_EACH * workers, pool.FIRST_WAVE // first)
-    assert {*map(len, waves[0])} == {first}
+    assert len(waves[1][0]) == tiles and len(waves[1]) == blocks
+    assert len(waves[0]) == max(pool.BLOCKS_EACH * workers, pool.FIRST_WAVE)
+    assert {*map(len, waves[0])} == {1}
 
 
 @given(st.integers(0, 99), *[st.integers(1, 9)] * 2)
@@ -779,19 +736,6 @@ def test_a_wave_of_which_no_tile_is_told_is_an_error(monkeypatch):
     monkeypatch.setattr(pool, "_run_wave", lambda *of: iter(()))
     with pytest.raises(RunError, match="Ray has lost 3 tiles"):
         list(run(Stage("mark", Marker, "cpu"), range(3), "ray"))
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_block_ends_early_where_its_tiles_take_longer_than_those_before(
-    folder, monkeypatch, device
-):
-    monkeypatch.setattr(pool, "MOST_SECONDS", 0.25)
-    slow = Slow(lambda tile: 0.1 * (tile > 2))
-    actor = pool.TileActor(Stage("slow", lambda: slow, device))
-    told = actor({"tiles": [",".join(map(str, range(20)))]})
-    assert 3 < len(told["tile"]) < 9 and sorted(told["tile"]) == sorted(slow.ended)
-    monkeypatch.setattr(pool, "MOST_SECONDS", 0.0)
-    assert pool.TileActor(Stage("slow", lambda: slow, device))({"tiles": ["7,8"]})["tile"] == [7]
 
 
 @pytest.mark.ray

@@ -12,7 +12,7 @@ from unet_ray.places import files_below, place_of
 EVENTS = st.builds(
     Mark,
     st.integers(0, 3),
-    st.sampled_from(["begun", "late", "failed", "done"]),
+    st.sampled_from(["begun", "late", "ended", "done"]),
     st.floats(0, 1e6),
     st.integers(0, 1 << 50),
 )
@@ -39,8 +39,8 @@ def test_the_next_worker_learns_of_each_tile_what_came_after_its_last_failure(
         first.add(mark)
     for tile in range(4):
         own = [mark for mark in events if mark.tile == tile]
-        failed = [number for number, mark in enumerate(own) if mark.event == "failed"]
-        assert Marks(path).before(tile) == own[failed[-1] + 1 if failed else 0 :]
+        ended = [number for number, mark in enumerate(own) if mark.event == "ended"]
+        assert Marks(path).before(tile) == own[ended[-1] + 1 if ended else 0 :]
     assert first.before(0) == []  # its own marks are no news to it
 
 

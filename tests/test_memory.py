@@ -18,6 +18,7 @@ from PIL import Image
 from tests.test_segmentation import random_model
 from unet_ray import memory, planning
 from unet_ray.checkpoints import ModelHeader, architecture_of, write_model
+from unet_ray.cluster import HELPERS
 from unet_ray.errors import InputError
 from unet_ray.memory import (
     PROCESS_BYTES,
@@ -30,7 +31,17 @@ from unet_ray.memory import (
     worker_bytes,
 )
 from unet_ray.network import UNet
-from unet_ray.planning import GPU_TILES, Settings, plan, process_bytes, under_way
+from unet_ray.planning import (
+    GPU_TILES,
+    TOGETHER_BYTES,
+    Settings,
+    helper_bytes,
+    needed_bytes,
+    plan,
+    process_bytes,
+    together,
+    under_way,
+)
 from unet_ray.tiles import Context, TilePlan
 
 # Sizes of people.
@@ -185,8 +196,8 @@ def test_large_chunks_are_planned_for_where_they_are_measured(tmp_path, engine, 
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
-def test_a_worker_on_a_gpu_reads_ahead_as_far_as_its_memory_goes(engine):
-    memory = worker_bytes(NET, planned((1, 384, 384)), 1, 2).on(engine)
+def test_a_worker_on_a_gpu_has_tiles_under_way_as_far_as_its_memory_goes(engine):
+    memory = worker_bytes(NET, planned((64, 384, 384), (1, 384, 384)), 1, 2).on(engine)
     needs = [memory.shared_by(n, 1) for n in range(1, GPU_TILES + 1)]
     for tiles, allowed in enumerate(needs, start=1):
         settings = Settings(engine=engine, memory=allowed)
@@ -197,6 +208,30 @@ def test_a_worker_on_a_gpu_reads_ahead_as_far_as_its_memory_goes(engine):
     assert under_way(memory, "cuda", Settings(engine=engine)) == GPU_TILES
     on_cpu = process_bytes(memory, "cpu", Settings(engine=engine, workers=3))
     assert on_cpu == memory.shared_by(3 if engine == "local" else 1)
+
+
+def test_small_tiles_cross_to_a_gpu_together_as_far_as_its_memory_goes():
+    memory = worker_bytes(NET, planned((1, 384, 384)), 1, 2).on("ray")
+    most = TOGETHER_BYTES // memory.tile
+    assert most > 9
+    enough = Settings(engine="ray", memory=memory.shared_by(GPU_TILES * most, 1))
+    assert together(memory, "cuda", enough) == most
+    assert process_bytes(memory, "cuda", enough) == enough.memory
+    less = replace(enough, memory=enough.memory - 1)
+    assert together(memory, "cuda", less) == most - 1
+    assert process_bytes(memory, "cuda", less) < less.memory
+    # Those that read and write hold the same tiles, without a network.
+    assert memory.process < helper_bytes(memory, "cuda", enough)
+    assert helper_bytes(memory, "cuda", less) < helper_bytes(memory, "cuda", enough)
+    helpers = 2 * HELPERS * helper_bytes(memory, "cuda", enough)
+    assert needed_bytes(memory, "cuda", enough) == enough.memory + helpers
+    for device, engine in [("cpu", "ray"), ("cuda", "local")]:
+        other = replace(enough, engine=engine)
+        assert together(memory, device, other) == 1
+        assert helper_bytes(memory, device, other) == 0
+        assert needed_bytes(memory, device, other) == process_bytes(memory, device, other)
+    large = worker_bytes(NET, planned((999, 384, 384), (1, 384, 384)), 1, 2).on("ray")
+    assert together(large, "cuda", Settings(engine="ray", memory=1 << 40)) == 1
 
 
 @given(st.integers(1, 16), st.integers(1, 30), st.integers(1, 30))
@@ -225,18 +260,21 @@ def anonymous(pid):
     return told_of(pid, "RssAnon")
 
 
-def workers_of(driver, engine):
-    """Process ids of the predicting workers: the command itself, or its Ray actors."""
-    if engine == "local":
-        return [driver]
+def actors_of(kind):
+    """Process ids of all actors of Ray of this class."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if "(TileActor)" in (folder / "cmdline").read_text():
+            if f"({kind})" in (folder / "cmdline").read_text():
                 found.append(int(folder.name))
         except OSError:
             continue
     return found
+
+
+def workers_of(driver, engine):
+    """Process ids of the predicting workers: the command itself, or its Ray actors."""
+    return [driver] if engine == "local" else actors_of("TileActor")
 
 
 def measured_peak(arguments, engine):

@@ -164,6 +164,9 @@ def test_a_worker_on_a_gpu_reads_and_writes_while_it_predicts():
     assert on_cpu.seconds == 7
     assert dataclasses.replace(on_cpu, under_way=2).seconds == 4
     assert dataclasses.replace(on_cpu, under_way=2, read=5).seconds == 5.5
+    helped = dataclasses.replace(on_cpu, under_way=4, helpers=2)
+    assert helped.seconds == 4
+    assert dataclasses.replace(helped, write=9).seconds == 4.5
 
 
 def test_slices_that_cannot_be_read_are_passed_over(files, monkeypatch):

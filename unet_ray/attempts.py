@@ -1,6 +1,7 @@
 """One try of a tile: read, predict, write; what a failure means, and how long a try may take.
 
-Knows a worker's three steps and tile numbers; does not know who runs them, or what a tile is about.
+Knows a worker's three steps and tile numbers; does not know who runs them, in one process or in
+three, or what a tile is about.
 A tile that ends its process can tell nobody, so workers of Ray mark on disk what becomes of each.
 """
 
@@ -18,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 
@@ -28,6 +29,8 @@ from unet_ray.memory import held, room
 from unet_ray.places import Place
 
 Verdict = Literal["again", "alone", "never", "stop", "broken"]
+Step = Literal["read", "predict", "write"]
+STEPS: tuple[Step, ...] = ("read", "predict", "write")
 # How often a tile is tried in a run, before it is given up.
 TRIES = 3
 # A disk that takes nothing more: full, over quota, read-only.
@@ -69,17 +72,34 @@ class Receipt:
     held: int = 0
 
 
-class Worker(Protocol):
-    """The three steps of one tile; made once in each process that runs tiles."""
+@dataclass(frozen=True)
+class Carried:
+    """A tile between two steps.
+
+    Attributes:
+        receipt: of the steps so far.
+        data: what the last step gave: voxels, the result, None at last; None after a failure.
+    """
+
+    receipt: Receipt
+    data: Any = None
+
+
+class Helper(Protocol):
+    """What reads and writes tiles; made once in each process that does."""
 
     def read(self, tile: int) -> Any:
         """What the tile needs from the input."""
 
-    def predict(self, tile: int, voxels: Any) -> Any:
-        """The tile's result, from what was read."""
-
     def write(self, tile: int, result: Any) -> None:
         """Puts the result on disk; returns when it is there."""
+
+
+class Worker(Helper, Protocol):
+    """The three steps of one tile; made once in each process that predicts tiles."""
+
+    def predict(self, tile: int, voxels: Any) -> Any:
+        """The tile's result, from what was read."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +126,15 @@ class Stage:
     Attributes:
         name: for messages and the ledger.
         make_worker: makes the worker where it is to run; small to pickle.
+        make_helper: makes what only reads or writes, where another predicts; by default a worker.
         device: ``cpu`` (one thread per pass, workers side by side) or ``cuda``.
         marks: folder, seen by every worker of Ray, of what became of the tiles of each block; None
             for no marks, and no deadline on Ray.
         deadline: of a try.
         under_way: tiles that a worker on a GPU has under way: it reads and writes some while it
             predicts one.
-        memory: bytes that a worker needs; 0 if unknown.
+        together: tiles that may go from one step to the next together, where steps are processes.
+        memory: bytes that a worker needs, with its helpers; 0 if unknown.
     """
 
     name: str
@@ -121,10 +143,17 @@ class Stage:
     marks: Place | None = None
     deadline: Deadline = Deadline()
     under_way: int = 1
+    together: int = 1
     memory: int = 0
+    make_helper: Callable[[], Helper] | None = None
+
+    def make_for(self, steps: Sequence[Step]) -> Helper:
+        """Makes what takes these steps: a worker if one of them is to predict."""
+        helper = self.make_helper if "predict" not in steps else None
+        return (helper or self.make_worker)()
 
 
-def attempt(worker: Worker, tile: int, alone: AbstractContextManager[Any]) -> Receipt:
+def attempt(worker: Helper, tile: int, alone: AbstractContextManager[Any]) -> Receipt:
     """Read, predict, write; a failure becomes a receipt that says what happened.
 
     Args:
@@ -132,15 +161,39 @@ def attempt(worker: Worker, tile: int, alone: AbstractContextManager[Any]) -> Re
         tile: what is tried.
         alone: held while predicting.
     """
-    start = time.monotonic()
+    return carry(worker, Carried(Receipt(tile, 0.0)), STEPS, alone).receipt
+
+
+def carry(
+    worker: Helper, tile: Carried, steps: Sequence[Step], alone: AbstractContextManager[Any]
+) -> Carried:
+    """Takes some steps with a tile; a failure becomes a receipt that says what happened.
+
+    Args:
+        worker: takes them.
+        tile: after the steps before.
+        steps: which are next.
+        alone: held while predicting.
+    """
+    before, data, start = tile.receipt, tile.data, time.monotonic()
     try:
-        voxels = worker.read(tile)
-        with alone:
-            result = worker.predict(tile, voxels)
-        worker.write(tile, result)
+        for step in steps:
+            data = _take(worker, step, before.tile, data, alone)
     except Exception as error:  # not swallowed: the driver decides, and shows it
-        return failure(tile, time.monotonic() - start, error)
-    return Receipt(tile, time.monotonic() - start, held=held())
+        return Carried(failure(before.tile, before.seconds + time.monotonic() - start, error))
+    seconds = before.seconds + time.monotonic() - start
+    return Carried(Receipt(before.tile, seconds, held=max(before.held, held())), data)
+
+
+def _take(
+    worker: Helper, step: Step, tile: int, data: Any, alone: AbstractContextManager[Any]
+) -> Any:
+    if step == "read":
+        return worker.read(tile)
+    if step == "write":
+        return worker.write(tile, data)
+    with alone:
+        return cast(Worker, worker).predict(tile, data)
 
 
 def failure(tile: int, seconds: float, error: Exception) -> Receipt:
@@ -228,55 +281,65 @@ class Clock:
 
 
 class Guarded:
-    """Tries of a Ray worker: each is marked, and one that takes too long ends the process.
+    """Steps of tiles in a Ray worker: each is marked, and one that takes too long ends the process.
 
     Ray tries a tile that ends its actor without end; the marks say when to stop. It also hands out
     again what is done, if it did not hear the end of the block; the marks tell, and such a tile
-    keeps its shards. A thread cannot be ended, so a try that hangs takes its process along, and
+    keeps its shards. A thread cannot be ended, so a step that hangs takes its process along, and
     Ray starts another.
+
+    Args:
+        folder: of the marks.
+        steps: that are taken here.
+        deadline: of a tile.
     """
 
-    def __init__(self, try_one: TryOne, folder: Place, deadline: Deadline) -> None:
-        self._try, self._folder, self._patience = try_one, folder, Patience(deadline)
-        self._clock, self._begun = Clock(), dict[int, float]()
+    def __init__(self, folder: Place, steps: Sequence[Step], deadline: Deadline) -> None:
+        self._folder, self._last = folder, steps[-1]
+        self._patience = Patience(deadline)
+        self._clock, self._begun = Clock(), dict[int, tuple[float, Marks]]()
         threading.Thread(target=self._watch, name="deadline", daemon=True).start()
 
-    def take(self, tiles: Sequence[int]) -> None:
-        """Takes a block; its tiles are to be tried then, and no others."""
-        self._marks = Marks(self._folder / str(tiles[0]))  # a tile is in one block at a time
+    def marks_of(self, block: int) -> Marks:
+        """The marks of the block with this first tile, whose tiles are in no other."""
+        name = f"{block}" if self._last == "write" else f"{self._last}-{block}"
+        return Marks(self._folder / name)
 
-    def is_suspect(self, tile: int) -> bool:
-        """Whether a tile may have ended its process, alone or with those beside it."""
-        try:
-            before = self._marks.before(tile)
-        except OSError:  # the try asks again, and tells
-            return False
-        return bool(before) and not _is_done(before)
+    def carry(self, tile: int, marks: Marks, go: Callable[[], Carried]) -> Carried:
+        """Goes on with a tile, unless it is done, or has ended too many processes.
 
-    def attempt(self, tile: int, alone: AbstractContextManager[Any]) -> Receipt:
-        """As the function of this name, unless the tile is done, or ended too many processes."""
-        self._begun[tile] = start = self._clock.now()
+        Args:
+            tile: its number.
+            marks: of its block.
+            go: takes the steps.
+        """
+        self._begun[tile] = start = self._clock.now(), marks
         try:
-            if known := _known(tile, self._marks.before(tile)):
-                return known
-            self._marks.add(Mark(tile, "begun"))
-            receipt = self._try(tile, alone)
-            if receipt.verdict == "broken":
+            if known := _known(tile, marks.before(tile)):
+                return Carried(known)
+            marks.add(Mark(tile, "begun"))
+            carried = go()
+            if carried.receipt.verdict == "broken":
                 os.kill(os.getpid(), signal.SIGKILL)  # a fresh process may do better
-            self._patience.saw(receipt)
+            self._patience.saw(carried.receipt)
             with suppress(OSError):  # then it may be done again
-                self._marks.add(_mark_of(receipt))
-            return receipt
+                marks.add(self._mark_of(carried.receipt))
+            return carried
         except OSError as error:  # of the marks before it
-            return failure(tile, self._clock.now() - start, error)
+            return Carried(failure(tile, self._clock.now() - start[0], error))
         finally:
             self._begun.pop(tile, None)
+
+    def _mark_of(self, receipt: Receipt) -> Mark:
+        if receipt.error or self._last != "write":
+            return Mark(receipt.tile, "ended")
+        return Mark(receipt.tile, "done", receipt.seconds, receipt.held)
 
     def _watch(self) -> None:
         while True:
             time.sleep(min(TICK, self._patience.limit / 4))
             now, limit = self._clock.now(), self._patience.limit
-            late = [tile for tile, begun in self._begun.copy().items() if now - begun > limit]
+            late = [n for n, (begun, _) in self._begun.copy().items() if now - begun > limit]
             if late:
                 self._end(late)
 
@@ -292,8 +355,9 @@ class Guarded:
     def _note(self, late: list[int]) -> None:
         with suppress(OSError):
             for tile in late:
-                if tile in self._begun:
-                    self._marks.add(Mark(tile, "late"))
+                if begun := self._begun.get(tile):
+                    _, marks = begun
+                    marks.add(Mark(tile, "late"))
 
 
 @contextmanager
@@ -321,13 +385,16 @@ def made_in_time(folder: Place, name: str) -> Iterator[None]:
         )
     yield
     with suppress(OSError):
-        marks.add(Mark(0, "failed"))  # so that those before count no more
+        marks.add(Mark(0, "ended"))  # so that those before count no more
 
 
-def _mark_of(receipt: Receipt) -> Mark:
-    if receipt.error:
-        return Mark(receipt.tile, "failed")
-    return Mark(receipt.tile, "done", receipt.seconds, receipt.held)
+def is_suspect(tile: int, marks: Marks) -> bool:
+    """Whether a tile may have ended its process, alone or with those beside it."""
+    try:
+        before = marks.before(tile)
+    except OSError:  # the try asks again, and tells
+        return False
+    return bool(before) and not _is_done(before)
 
 
 def _is_done(before: list[Mark]) -> bool:

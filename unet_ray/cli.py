@@ -614,11 +614,21 @@ def _describe(outlook: Outlook, settings: Settings) -> str:
             f"{format_bytes(memory.weights)}, tile {format_bytes(memory.tile)}, pass "
             f"{format_bytes(memory.forward)}, allocator)"
             + (f", {outlook.under_way} tiles under way" if outlook.under_way > 1 else ""),
+            *_helpers(outlook),
             f"  driver  {format_bytes(outlook.driver_memory)}"
             + (", all workers in it" if together else ""),
             f"  runs    {outlook.tiles} tiles in {outlook.precision} on {outlook.device}",
         ]
     )
+
+
+def _helpers(outlook: Outlook) -> list[str]:
+    from unet_ray.cluster import HELPERS
+
+    if not outlook.helper_memory:
+        return []
+    each = format_bytes(outlook.helper_memory)
+    return [f"  helpers {HELPERS} that read and {HELPERS} that write for each GPU, {each} each"]
 
 
 def _refusal(

@@ -22,7 +22,10 @@ EngineName = Literal["local", "ray"]
 Answer = TypeVar("Answer")
 # Below one, so that Ray always finds room for its own reading and writing beside the actors.
 CPUS_PER_ACTOR = 0.9
-# Only tile numbers and receipts cross the object store while segmenting.
+# Actors that read for each GPU, and as many that write.
+HELPERS = 2
+# Where there are GPUs, for each: without them only tile numbers and receipts cross it while
+# segmenting.
 OBJECT_STORE_BYTES = 1 << 30
 UNBOUNDED = {"CPU": 1 << 20, "GPU": 1 << 20, "memory": 1 << 60}
 ASK_SECONDS = 30  # between two looks whether there is an answer
@@ -187,7 +190,7 @@ def connect(workers: int | None = None) -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.WARNING,
-        object_store_memory=OBJECT_STORE_BYTES,
+        object_store_memory=OBJECT_STORE_BYTES * max(1, torch.cuda.device_count()),
     )
     threading.Thread(target=_tell_end_of_ray, name="raylet", daemon=True).start()
 

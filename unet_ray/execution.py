@@ -34,7 +34,9 @@ from unet_ray.memory import format_bytes, room
 from unet_ray.places import remove_partial
 from unet_ray.planning import (
     Settings,
+    needed_bytes,
     process_bytes,
+    together,
     under_way,
 )
 from unet_ray.preparation import Segmentation, refuse_difference, told_by
@@ -251,10 +253,15 @@ class _Execution:
         with suppress(OSError):  # workers of a run that is over may still be adding to theirs
             remove_older(run.out / MARKS, self._lease.epoch)
         marks.mkdir(parents=True, exist_ok=True)
-        ahead = under_way(run.memory, run.device, settings)
-        need = run.memory.shared_by(ahead, passes=1)
         self._stage = Stage(
-            "segment", run.make_worker, run.device, marks, under_way=ahead, memory=need
+            "segment",
+            run.make_worker,
+            run.device,
+            marks,
+            under_way=under_way(run.memory, run.device, settings),
+            together=together(run.memory, run.device, settings),
+            memory=needed_bytes(run.memory, run.device, settings),
+            make_helper=run.make_helper,
         )
         self._patience = Patience(self._stage.deadline)
         again = self._try(_numbers(missing))
@@ -273,7 +280,7 @@ class _Execution:
 
     def _side_by_side(self) -> int:
         run, settings = self._run, self._settings
-        need = run.memory.shared_by(under_way(run.memory, run.device, settings), passes=1)
+        need = needed_bytes(run.memory, run.device, settings)
         return cluster.side_by_side(run.device, settings.engine, settings.workers, need)
 
     def _commit_unheard(self) -> None:

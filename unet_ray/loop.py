@@ -1,7 +1,6 @@
 """Tiles on threads of this process, as many at a time as are wanted.
 
-Knows a way to try one tile, and how long a try may take; does not know what a tile is about. The
-local engine is this; an actor with a GPU reads and writes beside its passes with it.
+Knows a way to try one tile, and how long a try may take; does not know what a tile is about.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -17,14 +16,16 @@ from typing import Any
 import torch
 
 from unet_ray.attempts import (
+    STEPS,
     TICK,
     Clock,
     Deadline,
+    Helper,
     Patience,
     Receipt,
     Stage,
+    Step,
     TryOne,
-    Worker,
     failure,
 )
 from unet_ray.errors import RunError
@@ -35,13 +36,13 @@ GRACE_SECONDS = 5.0
 THREAD = "tile"  # the name of each thread that a tile may keep busy
 
 
-def worker_of(stage: Stage) -> Worker:
-    """The worker of a stage, made in time: it reads the model, and opens input and output."""
-    made: SimpleQueue[Worker | Exception] = SimpleQueue()
+def worker_of(stage: Stage, steps: Sequence[Step] = STEPS) -> Helper:
+    """A worker of a stage for some steps, made in time: it opens model, input and output."""
+    made: SimpleQueue[Helper | Exception] = SimpleQueue()
 
     def make() -> None:
         try:
-            made.put(stage.make_worker())
+            made.put(stage.make_for(steps))
         except Exception as error:  # raised below, where it is awaited
             made.put(error)
 

@@ -23,7 +23,7 @@ from typing import Literal, cast
 
 from unet_ray.places import ObjectPath, Place, files_below, remove_objects, remove_tree
 
-Event = Literal["begun", "late", "failed", "done"]
+Event = Literal["begun", "late", "ended", "done"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Mark:
 
     Attributes:
         tile: its number.
-        event: of the try.
+        event: of the try: ``ended`` if it failed, or went on to its next step elsewhere.
         seconds: that it took; 0 unless it is done.
         held: bytes of the process then; 0 unless it is done, or if unknown.
     """
@@ -56,7 +56,7 @@ class Marks:
         self._number = 0  # of the next mark, in an object store
 
     def before(self, tile: int) -> list[Mark]:
-        """What others have marked of a tile, since it failed last.
+        """What others have marked of a tile, since it last ended and was not done.
 
         Raises:
             OSError: if that cannot be read.
@@ -69,7 +69,7 @@ class Marks:
         marks: dict[int, list[Mark]] = {}
         for mark in self._read():
             marks.setdefault(mark.tile, []).append(mark)
-            if mark.event == "failed":
+            if mark.event == "ended":
                 del marks[mark.tile]
         return marks
 

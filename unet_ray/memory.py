@@ -171,6 +171,12 @@ class WorkerMemory:
         work = self.weights + threads * self.tile + most
         return self.process + self.index + max(self.load, SCRATCH_BYTES + int(KEPT * work))
 
+    def helper(self, tiles: int) -> int:
+        """Bytes of a process that reads or writes so many tiles together for one that predicts."""
+        # What is read or to be written, as it crosses, and as it is put there.
+        work = 3 * tiles * self.tile + self.copy
+        return self.process + self.index + SCRATCH_BYTES + int(KEPT * work)
+
 
 def worker_bytes(
     net: NetworkSize, plan: TilePlan, voxel_bytes: int, outputs: int, held: int = 0, index: int = 0

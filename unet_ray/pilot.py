@@ -56,6 +56,7 @@ class Pilot:
         passes: how many passes were computed for it, and timed.
         threads: how many of them side by side.
         under_way: of these, by one worker: one step of each at a time.
+        helpers: processes that read for it, and as many that write; 0 if it does so itself.
         read, predict, write: seconds of each step of a whole tile, the mean.
         stored: bytes of a tile on disk, the mean.
         first: seconds of the first constant pass of a run; 0 if none was seen.
@@ -75,10 +76,13 @@ class Pilot:
     looks: int = 0
     constant: int = 0
     failures: tuple[str, ...] = ()
+    helpers: int = 0
 
     @property
     def seconds(self) -> float:
         """From one tile to the next, by one worker."""
+        if self.helpers:
+            return max(self.predict, self.read / self.helpers, self.write / self.helpers)
         return max(self.predict, (self.read + self.predict + self.write) / self.under_way)
 
     def run_seconds(self, outlook: Outlook) -> float:
@@ -149,6 +153,7 @@ def _summed(outlook: Outlook, seen: _Seen, worker: _Trial, threads: int) -> Pilo
         looks=looks,
         constant=constant,
         failures=seen.failures,
+        helpers=cluster.HELPERS if outlook.helper_memory else 0,
     )
 
 

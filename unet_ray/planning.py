@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -45,8 +45,11 @@ LITTLE = 2.0
 SLABS = 8
 # Voxels of one pass up to which slices are put together in a batch.
 BATCH_VOXELS = 1 << 18
-# Tiles that a GPU has under way at most, to read, encode and write while it predicts one.
+# Tiles that a GPU has under way at most, that others come and go while it predicts one.
 GPU_TILES = 4
+# Of the tiles that cross Ray's object store together: two such blocks in and two out are a part of
+# it that keeps a GPU busy, while with twice that it waits (tests/bench_gpu.py).
+TOGETHER_BYTES = 64 << 20
 # Tiles of which a few are tried before a run.
 SAMPLE = 64
 # Beside its voxels: frame, checksum and index entry of a chunk; ends of the indices of a tile.
@@ -174,11 +177,34 @@ def under_way(memory: WorkerMemory, device: Device, settings: Settings) -> int:
     return next((n for n in range(most, 1, -1) if memory.shared_by(n, 1) <= settings.memory), 1)
 
 
+def together(memory: WorkerMemory, device: Device, settings: Settings) -> int:
+    """Tiles that go to a GPU of a Ray cluster, and from it, together."""
+    if device == "cpu" or settings.engine == "local":
+        return 1
+    ahead, most = under_way(memory, device, settings), max(1, TOGETHER_BYTES // memory.tile)
+    fits = (n for n in range(most, 1, -1) if memory.shared_by(n * ahead, 1) <= settings.memory)
+    return next(fits, 1)
+
+
 def process_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> int:
     """Bytes of one process with workers: with one of them on Ray or a GPU, else with all."""
     if device == "cpu" and settings.engine == "local":
         return memory.shared_by(cluster.side_by_side(device, "local", settings.workers))
-    return memory.shared_by(under_way(memory, device, settings), passes=1)
+    tiles = under_way(memory, device, settings) * together(memory, device, settings)
+    return memory.shared_by(tiles, passes=1)
+
+
+def helper_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> int:
+    """Bytes of a process that reads or writes for a GPU of a Ray cluster; 0 if there is none."""
+    if device == "cpu" or settings.engine == "local":
+        return 0
+    return memory.helper(together(memory, device, settings))
+
+
+def needed_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> int:
+    """Bytes that a cluster is to have for each worker, with those that help it."""
+    helpers = 2 * cluster.HELPERS * helper_bytes(memory, device, settings)
+    return process_bytes(memory, device, settings) + helpers
 
 
 def _fitted(tile: Sequence[int], shape: Sequence[int], context: Context) -> tuple[int, ...]:
@@ -244,6 +270,10 @@ class Outlook:
         engine: who runs them.
         workers: how many of them side by side.
         under_way: tiles that a worker on a GPU has under way.
+        worker_memory: bytes of one worker, with all of these; on the local engine and a CPU, of one
+            among others.
+        helper_memory: bytes of each process that reads or writes for a GPU of a cluster; 0 if there
+            are none.
         precision, device: of the network.
         halo_overhead: arithmetic spent on the halo, as a part of what the cores alone would cost.
         disk_bytes: upper bound of what is stored.
@@ -263,16 +293,13 @@ class Outlook:
     engine: cluster.EngineName
     workers: int
     under_way: int
+    worker_memory: int
+    helper_memory: int
     precision: Precision
     device: Device
     halo_overhead: float
     disk_bytes: int
     read_amplification: float
-
-    @property
-    def worker_memory(self) -> int:
-        """Bytes of one worker, with all tiles that it has under way."""
-        return self.memory.shared_by(self.under_way, passes=1)
 
     def to_json(self) -> dict[str, Any]:
         """The keys that ``unet-ray plan --json`` prints; sizes in voxels and bytes."""
@@ -283,6 +310,7 @@ class Outlook:
             "pass": list(self.plan.pass_shape),
             "halo_overhead": round(self.halo_overhead, 4),
             "worker_memory_bytes": self.worker_memory,
+            "helper_memory_bytes": self.helper_memory,
             "driver_memory_bytes": self.driver_memory,
             "workers": self.workers,
             "disk_bytes": self.disk_bytes,
@@ -310,8 +338,7 @@ def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Ou
     wanted: Sequence[int] = range(part.size)
     if mask:
         wanted = np.flatnonzero(tiles_under(mask, tiles)[part.slices])  # type: ignore[assignment]
-    ahead = under_way(memory, device, settings)
-    need = memory.shared_by(ahead, passes=1)
+    need = needed_bytes(memory, device, settings)
     workers = cluster.side_by_side(device, settings.engine, settings.workers, need)
     return Outlook(
         volume=volume,
@@ -332,7 +359,9 @@ def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Ou
         ),
         engine=settings.engine,
         workers=workers,
-        under_way=ahead,
+        under_way=under_way(memory, device, settings),
+        worker_memory=process_bytes(memory, device, replace(settings, workers=1)),
+        helper_memory=helper_bytes(memory, device, settings),
         precision=precision,
         device=device,
         halo_overhead=halo_overhead(size, tiles),

@@ -1,46 +1,35 @@
-"""Tiles on a pool of Ray Data actors, in waves of blocks.
+"""Tiles on pools of Ray Data actors, in waves of blocks.
 
-Knows Ray Data, tile numbers and receipts, which are all that crosses the object store; does not
-know what a tile is about.
+Knows Ray Data, tile numbers and receipts, which are all that crosses the object store; with GPUs
+readers and writers are actors of their own, and what they read and write crosses too. Does not know
+what a tile is about.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
 import re
 import statistics
-import time
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import fields
-from functools import partial
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from unet_ray.attempts import (
-    MOST_SECONDS,
-    SEEN,
-    Clock,
-    Deadline,
-    Guarded,
-    Patience,
-    Receipt,
-    Stage,
-    TryOne,
-    attempt,
-    made_in_time,
-)
-from unet_ray.cluster import CPUS_PER_ACTOR, connect, most_workers
+from unet_ray.actors import COLUMNS, Predictor, Reader, TileActor, Writer
+from unet_ray.attempts import MOST_SECONDS, SEEN, Clock, Deadline, Patience, Receipt, Stage
+from unet_ray.cluster import CPUS_PER_ACTOR, HELPERS, connect, most_workers, size_of
 from unet_ray.errors import RunError
-from unet_ray.loop import Receipts, tried, worker_of
+from unet_ray.loop import Receipts
 from unet_ray.memory import kept_memory_environment
 from unet_ray.places import Place, remove_below
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 # Tile numbers go to Ray in waves of blocks, so that the driver's memory does not grow with the
 # volume. Between two blocks a worker idles for some 50 ms, and one driver feeds some tens of blocks
@@ -52,11 +41,9 @@ WAVE, FIRST_WAVE = 4096, 512
 BLOCK_SECONDS, WAVE_SECONDS, LARGEST_BLOCK = 2.0, 600.0, 512
 # So many a worker at least, where there are tiles enough: else some would wait for the last one.
 BLOCKS_EACH = 4
-# At the end of a block a GPU waits a fifth of a second: its last tile is to be written, and one of
-# the next block to be read. So its blocks are long from the first.
-TILES_PER_GPU_BLOCK, GPU_BLOCK_SECONDS = 32, 15.0
+# With GPUs, whose tiles take less, and whose blocks hold few since their voxels cross with them.
+GPU_WAVE = 4 * WAVE
 _ERROR = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt): ")
-_COLUMNS = tuple(field.name for field in fields(Receipt))
 
 
 def run_on_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: bool) -> Receipts:
@@ -76,8 +63,10 @@ def run_on_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: b
     connect(workers)
     most, _ = most_workers(stage.device, stage.memory)  # a machine may be lost between two rounds
     size = max(1, min(workers or most, most))
-    few = 1 if alone else _least(stage.device)
-    count = min(few * WAVE, max(FIRST_WAVE, BLOCKS_EACH * few * size))
+    if alone:
+        stage = replace(stage, under_way=1)
+    few = 1
+    count = min(WAVE, max(FIRST_WAVE, BLOCKS_EACH * size))
     seconds: list[float] = []
     left = np.empty(0, np.int64)
     while True:
@@ -96,34 +85,25 @@ def run_on_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: b
         if stage.marks:
             _forget(stage.marks)
         if seconds and not alone:
-            # No more than a block has time for: what is left of it needs another wave.
-            least = min(_least(stage.device), _tiles_for(MOST_SECONDS * stage.under_way, seconds))
-            few = max(least, _tiles_for(_block_seconds(stage, size), seconds))
-            count = few * WAVE
+            few = _tiles_a_block(stage, size, seconds)
+            count = few * (GPU_WAVE if stage.device == "cuda" else WAVE)
 
 
 def _run_wave(stage: Stage, wave: Sequence[Sequence[int]], size: int) -> Receipts:
     """Receipts of the tiles that some blocks had time for."""
     import ray
-    from ray.data import ActorPoolStrategy
 
     with _ended_by_silence(stage) if stage.marks else nullcontext():
         # `from_items`, not `range`, whose read tasks take a whole CPU each and starve the actors.
         blocks = ray.data.from_items(
             [{"tiles": ",".join(map(str, block))} for block in wave], override_num_blocks=len(wave)
         )
-        receipts = blocks.map_batches(
-            TileActor,
-            fn_constructor_args=(stage,),
-            batch_size=1,
-            compute=ActorPoolStrategy(size=min(size, len(wave))),
-            num_cpus=CPUS_PER_ACTOR,
-            num_gpus=1 if stage.device == "cuda" else None,
-            runtime_env={"env_vars": kept_memory_environment()},
-        )
+        size = min(size, len(wave))
+        on = _on_gpus if stage.device == "cuda" else _on_cpus
+        done = on(blocks, stage, size)
         try:
-            for rows in receipts.iter_batches(batch_size=None, prefetch_batches=0):
-                for row in zip(*(rows[name].tolist() for name in _COLUMNS), strict=True):
+            for rows in done.iter_batches(batch_size=None, prefetch_batches=0):
+                for row in zip(*(rows[name].tolist() for name in COLUMNS), strict=True):
                     receipt = Receipt(*row)
                     if stage.marks:
                         _Silence.end(receipt)
@@ -132,58 +112,47 @@ def _run_wave(stage: Stage, wave: Sequence[Sequence[int]], size: int) -> Receipt
             raise RunError(_cause(error)) from error
 
 
-class TileActor:
-    """A worker in a Ray actor. It reads, predicts and writes: only receipts leave it."""
-
-    def __init__(self, stage: Stage) -> None:
-        self._gpu, self._under_way = stage.device == "cuda", stage.under_way
-        with made_in_time(stage.marks, _name()) if stage.marks else nullcontext():
-            self._try: TryOne = partial(attempt, worker_of(stage))
-        self._guard: Guarded | None = None
-        if stage.marks:
-            self._guard = Guarded(self._try, stage.marks, stage.deadline)
-            self._try = self._guard.attempt
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Receipts, a list for each of their fields, of the tiles for which there was time.
-
-        Args:
-            batch: one block: ``tiles``, numbers with commas between.
-        """
-        (block,) = batch["tiles"]
-        tiles = [int(tile) for tile in block.split(",")]
-        if self._guard:
-            self._guard.take(tiles)
-        receipts = self._on_gpu(tiles) if self._gpu else self._on_cpu(tiles)  # of those in time
-        return {name: [getattr(r, name) for r in receipts] for name in _COLUMNS}
-
-    def _on_cpu(self, tiles: list[int]) -> list[Receipt]:
-        # No threads of our own: the convolution library keeps buffers for each it has seen.
-        torch.set_num_threads(1)
-        return [self._try(tile, nullcontext()) for tile in _in_time(tiles)]
-
-    def _on_gpu(self, tiles: list[int]) -> list[Receipt]:
-        # A tile that may have ended its process is tried with nothing beside it.
-        first = [tile for tile in tiles if self._guard and self._guard.is_suspect(tile)]
-        others = _in_time([tile for tile in tiles if tile not in first])
-        # The guard of the actor keeps the time.
-        rest = tried(
-            self._try, "cuda", Deadline(math.inf, math.inf, math.inf), others, self._under_way
-        )
-        return [*(self._try(tile, nullcontext()) for tile in first), *rest]
+def _on_cpus(blocks: Dataset, stage: Stage, size: int) -> Dataset:
+    """Each tile by one actor."""
+    return _by(blocks, TileActor, stage, size, num_cpus=CPUS_PER_ACTOR)
 
 
-def _name() -> str:
-    """Of this actor, the same when Ray starts it anew."""
-    import ray
+def _on_gpus(blocks: Dataset, stage: Stage, size: int) -> Dataset:
+    """Each tile by a reader, by a GPU, and by a writer."""
+    helpers = HELPERS * size
+    # What all of them can have, or Ray would wait for more.
+    cpus = math.floor(90 * min(1.0, size_of("CPU") / (2 * helpers))) / 100
+    read = _by(blocks, Reader, stage, helpers, num_cpus=cpus)
+    # No part of a CPU, which readers and writers may have taken on the machines with the GPUs.
+    predicted = _by(read, Predictor, stage, size, stage.under_way, num_cpus=0, num_gpus=1)
+    return _by(predicted, Writer, stage, helpers, num_cpus=cpus)
 
-    return ray.get_runtime_context().get_actor_id() if ray.is_initialized() else str(os.getpid())
 
+def _by(
+    blocks: Dataset, actor: type[TileActor], stage: Stage, size: int, calls: int = 1, **each: float
+) -> Dataset:
+    """Blocks that a pool of so many actors has worked on.
 
-def _in_time(tiles: Sequence[int]) -> Iterator[int]:
-    """The first tile, and others as long as there is time for more."""
-    end = time.monotonic() + MOST_SECONDS
-    return itertools.takewhile(lambda tile: tile == tiles[0] or time.monotonic() < end, tiles)
+    Args:
+        blocks: what comes in.
+        actor: of what kind.
+        stage: what to do.
+        size: how many.
+        calls: blocks that each may have under way.
+        each: what each needs.
+    """
+    from ray.data import ActorPoolStrategy
+
+    return blocks.map_batches(
+        actor,
+        fn_constructor_args=(stage,),
+        batch_size=1,
+        compute=ActorPoolStrategy(
+            size=size, max_concurrent_calls_per_actor=calls, enable_true_multi_threading=calls > 1
+        ),
+        runtime_env={"env_vars": kept_memory_environment()},
+        **each,
+    )
 
 
 class _Silence:
@@ -260,16 +229,12 @@ def _cause(error: Exception) -> str:
     return re.sub(r"^unet_ray\.errors\.\w+: ", "", told)
 
 
-def _least(device: str) -> int:
-    """Tiles of a block, if there are enough of them."""
-    return TILES_PER_GPU_BLOCK if device == "cuda" else 1
-
-
-def _block_seconds(stage: Stage, size: int) -> float:
-    """How long the tiles of a block are to take, if they took their time one after another."""
-    least = GPU_BLOCK_SECONDS if stage.device == "cuda" else BLOCK_SECONDS
-    goal = min(MOST_SECONDS, max(least, WAVE_SECONDS * size / WAVE))
-    return goal * stage.under_way  # so many take theirs at the same time
+def _tiles_a_block(stage: Stage, size: int, seconds: Sequence[float]) -> int:
+    """How many tiles are work enough for a block."""
+    if stage.device == "cuda":
+        return min(stage.together, _tiles_for(BLOCK_SECONDS, seconds))
+    goal = min(MOST_SECONDS, max(BLOCK_SECONDS, WAVE_SECONDS * size / WAVE))
+    return _tiles_for(goal, seconds)
 
 
 def _blocks(wave: NDArray[np.int64], size: int, workers: int) -> list[list[int]]:

@@ -31,6 +31,7 @@ from unet_ray.planning import (
     checked_outputs,
     choose_plan,
     device_of,
+    needed_bytes,
     needed_memory,
     network_size,
     open_inputs,
@@ -93,17 +94,17 @@ class Segmentation:
         """The worker of the segment stage, for the process that runs it."""
         return TileWorker(self)
 
+    def make_helper(self) -> TileHelper:
+        """A worker that only reads or writes, where another predicts."""
+        return TileHelper(self)
 
-class TileWorker:
-    """Reads, predicts and writes tiles of one run; may be shared by threads."""
+
+class TileHelper:
+    """Reads and writes tiles of one run; may be shared by threads."""
 
     def __init__(self, run: Segmentation) -> None:
         self._run = run
         _refuse_other_kind(run)
-        network, _ = read_model(run.model)
-        self._predictor = Predictor(
-            network, run.plan, run.intensity, run.precision, run.device, run.tta
-        )
         self._store = Store(run.out, run.outputs, run.fence.look if run.fence else None)
 
     def read(self, tile: int) -> NDArray[Any]:
@@ -114,13 +115,24 @@ class TileWorker:
         """
         return read_tile(self._run.volume, self._run.plan[tile], self._run.nan)
 
-    def predict(self, tile: int, voxels: NDArray[Any]) -> dict[str, NDArray[np.uint8]]:
-        """The outputs on the core of a tile."""
-        return self._predictor(self._run.plan[tile], voxels, self._run.outputs)
-
     def write(self, tile: int, result: dict[str, NDArray[np.uint8]]) -> None:
         """Writes the shards of a tile and waits until they are on disk."""
         self._store.write(self._run.plan[tile], result)
+
+
+class TileWorker(TileHelper):
+    """Reads, predicts and writes tiles of one run; may be shared by threads."""
+
+    def __init__(self, run: Segmentation) -> None:
+        super().__init__(run)
+        network, _ = read_model(run.model)
+        self._predictor = Predictor(
+            network, run.plan, run.intensity, run.precision, run.device, run.tta
+        )
+
+    def predict(self, tile: int, voxels: NDArray[Any]) -> dict[str, NDArray[np.uint8]]:
+        """The outputs on the core of a tile."""
+        return self._predictor(self._run.plan[tile], voxels, self._run.outputs)
 
 
 def read_tile(volume: Volume, tile: Tile, nan: str) -> NDArray[Any]:
@@ -268,10 +280,10 @@ def check_room(path: Place, memory: WorkerMemory, device: Device, settings: Sett
     Raises:
         InputError: names how many fit.
     """
-    needed = process_bytes(memory, device, settings)
     if settings.engine == "ray":
-        cluster.pool_size(device, settings.workers, needed)
+        cluster.pool_size(device, settings.workers, needed_bytes(memory, device, settings))
         return
+    needed = process_bytes(memory, device, settings)
     there = room()
     if there and needed > there:
         workers = cluster.side_by_side(device, "local", settings.workers)
