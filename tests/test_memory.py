@@ -140,7 +140,9 @@ def test_every_process_holds_the_index_of_the_input(engine):
     assert memory.total == without.total + index
     assert memory.shared_by(3) == without.shared_by(3) + index  # they share the process
     for measuring in (0, 4 << 30):
-        drivers = [driver_bytes(m.total, engine, 8, measuring, m.index) for m in (without, memory)]
+        drivers = [
+            driver_bytes(m.total, engine, "cpu", 8, measuring, m.index) for m in (without, memory)
+        ]
         assert drivers[1] == drivers[0] + index
 
 
@@ -177,10 +179,10 @@ def test_tiles_that_wait_for_a_pass_need_their_voxels_and_a_copy_only():
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_the_driver_needs_the_more_of_measuring_and_running(engine):
-    running = driver_bytes(500 << 20, engine, 8, 0)
-    assert driver_bytes(500 << 20, engine, 8, 100 << 20) == running
+    running = driver_bytes(500 << 20, engine, "cpu", 8, 0)
+    assert driver_bytes(500 << 20, engine, "cpu", 8, 100 << 20) == running
     there = PROCESS_BYTES[engine] + 8 * TILE_NOTES
-    assert driver_bytes(500 << 20, engine, 8, 1 << 30) == there + (1 << 30)
+    assert driver_bytes(500 << 20, engine, "cpu", 8, 1 << 30) == there + (1 << 30)
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])

@@ -28,8 +28,9 @@ PROCESS_BYTES = {"local": 165 << 20, "ray": 250 << 20}
 KEPT = 1.65
 SCRATCH_BYTES = 96 << 20
 # Anonymous memory of the driver of a run on Ray, and what it notes of each tile: is it asked for,
-# left, committed, quarantined, skipped. Measured with 32 and with 4096 tiles.
-DRIVER_BYTES = 400 << 20
+# left, committed, quarantined, skipped. Measured with 32 and with 4096 tiles; where there are GPUs,
+# whose waves have more blocks, with 16384.
+DRIVER_BYTES = {"cpu": 400 << 20, "cuda": 480 << 20}
 TILE_NOTES = 12
 # Results of constant passes that are kept: empty background is one value, seldom two.
 CONSTANTS = 2
@@ -207,17 +208,20 @@ def worker_bytes(
     )
 
 
-def driver_bytes(workers: int, engine: str, tiles: int, measuring: int = 0, index: int = 0) -> int:
+def driver_bytes(
+    workers: int, engine: str, device: str, tiles: int, measuring: int = 0, index: int = 0
+) -> int:
     """What the process needs that starts a run: on the local engine with all its workers.
 
     Args:
         workers: bytes of a process with workers.
         engine: ``local`` or ``ray``.
+        device: of the workers, ``cpu`` or ``cuda``.
         tiles: of the plan.
         measuring: what grey values are measured with, before there are workers.
         index: bytes that opening the input takes.
     """
-    running = workers if engine == "local" else DRIVER_BYTES + index
+    running = workers if engine == "local" else DRIVER_BYTES[device] + index
     return TILE_NOTES * tiles + max(running, PROCESS_BYTES[engine] + index + measuring)
 
 

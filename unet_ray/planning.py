@@ -353,6 +353,7 @@ def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Ou
         driver_memory=driver_bytes(
             process_bytes(memory, device, settings),
             settings.engine,
+            device,
             len(tiles),
             measured_bytes(volume),
             volume.index,
