@@ -126,15 +126,15 @@ class Stage:
     Attributes:
         name: for messages and the ledger.
         make_worker: makes the worker where it is to run; small to pickle.
-        make_helper: makes what only reads or writes, where another predicts; by default a worker.
         device: ``cpu`` (one thread per pass, workers side by side) or ``cuda``.
         marks: folder, seen by every worker of Ray, of what became of the tiles of each block; None
             for no marks, and no deadline on Ray.
         deadline: of a try.
-        under_way: tiles that a worker on a GPU has under way: it reads and writes some while it
-            predicts one.
+        under_way: tiles that a worker on a GPU has under way: others come and go while it predicts
+            one.
         together: tiles that may go from one step to the next together, where steps are processes.
         memory: bytes that a worker needs, with its helpers; 0 if unknown.
+        make_helper: makes what only reads or writes, where another predicts; by default a worker.
     """
 
     name: str
