@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from tests.test_engine import Marker, Slow, Watching, marked, stage, written
 from tests.test_segmentation import TILED, bytes_of
-from unet_ray import actors, attempts, pool
+from unet_ray import actors, attempts, parcels, pool
 from unet_ray.actors import Predictor, Reader, TileActor, Writer
 from unet_ray.attempts import TRIES, Carried, Receipt, Stage
 from unet_ray.engine import run
@@ -34,36 +35,34 @@ def folder(tmp_path):
 
 def done_by_actors(stage, tiles):
     """What becomes of a block, by the actors that a run on such a device has."""
-    batch = {"tiles": [tiles]}
+    table = pa.table({"tiles": [tiles]})
     for kind in [Reader, Predictor, Writer] if stage.device == "cuda" else [TileActor]:
-        batch = kind(stage)(batch)
-    return batch
+        table = kind(stage)(table)
+    return told_of(table)
 
 
-def told_of(batch):
-    """The receipts of a block."""
-    return [Receipt(*values) for values in zip(*batch.values(), strict=True)]
+def told_of(table):
+    """The receipts of a table."""
+    return [Receipt(**row) for row in table.select(parcels.RECEIPT).to_pylist()]
 
 
 @DEVICES
 def test_marks_that_cannot_be_made_are_failures(folder, device):
     lost = dataclasses.replace(stage(folder, device), marks=folder / "none" / "such")
     told = done_by_actors(lost, "1,2")
-    assert told["tile"] == [1, 2] and set(told["verdict"]) == {"again"}
-    assert all("No such file" in error for error in told["error"])
+    assert [(r.tile, r.verdict) for r in told] == [(1, "again"), (2, "again")]
+    assert all("No such file" in r.error for r in told)
     assert not written(folder)
 
 
 @DEVICES
 def test_a_tile_that_fails_goes_no_further_and_the_others_do(folder, device):
     bad = {("read", 2): OSError("a"), ("predict", 3): OSError("b"), ("write", 4): OSError("c")}
-    told = told_of(
-        done_by_actors(dataclasses.replace(marked(folder, bad=bad), device=device), "1,2,3,4,5")
-    )
+    told = done_by_actors(dataclasses.replace(marked(folder, bad=bad), device=device), "1,2,3,4,5")
     assert [r.error for r in told] == ["", "OSError: a", "OSError: b", "OSError: c", ""]
     assert [bool(r.trace) for r in told] == [False, True, True, True, False]
     assert written(folder) == {1: 1, 5: 1}
-    again = told_of(done_by_actors(dataclasses.replace(marked(folder), device=device), "1,2,3,4,5"))
+    again = done_by_actors(dataclasses.replace(marked(folder), device=device), "1,2,3,4,5")
     assert not any(r.error for r in again)
     assert written(folder) == dict.fromkeys(range(1, 6), 1)
 
@@ -73,38 +72,57 @@ def test_a_worker_that_is_handed_a_block_again_does_only_what_is_missing(folder,
     """Its first worker did tiles 1 and 2, failed with 3 and ended within 4 and 5."""
     first = {("read", 3): OSError("no"), ("read", 5): SystemExit()}
     with pytest.raises(SystemExit):
-        TileActor(marked(folder, bad=first))({"tiles": ["1,2,3,4,5"]})
+        TileActor(marked(folder, bad=first))(pa.table({"tiles": ["1,2,3,4,5"]}))
     with open(folder / "marks" / "1", "ab") as file:
         file.write(b'[4, "do')
     told = done_by_actors(dataclasses.replace(marked(folder), device=device), "1,2,3,4,5")
-    assert told["tile"] == [1, 2, 3, 4, 5] and not any(told["error"])
+    assert [r.tile for r in told] == [1, 2, 3, 4, 5] and not any(r.error for r in told)
     assert written(folder) == dict.fromkeys(range(1, 6), 1)
-    again = TileActor(marked(folder))({"tiles": ["1,2,3,4,5"]})
-    assert told_of(again) == told_of(told)
+    again = TileActor(marked(folder))(pa.table({"tiles": ["1,2,3,4,5"]}))
+    assert told_of(again) == told
     assert written(folder).total() == 5
+
+
+BLOCKS = {
+    Reader: pa.table({"tiles": ["7"]}),
+    Predictor: parcels.packed([Carried(Receipt(7, 0.5, held=9), np.full(3, 7))]),
+    Writer: parcels.packed([Carried(Receipt(7, 0.5, held=9), np.array([21]))]),
+}
 
 
 @pytest.mark.parametrize("kind", [Reader, Predictor, Writer])
 def test_a_step_that_ends_its_process_each_time_is_given_up(folder, kind):
     """And one that only ever went on to the next step is not, however often it did."""
-    block = {"carried": [Carried(Receipt(7, 0.5, held=9), 21 if kind is Writer else np.full(3, 7))]}
-    block = {"tiles": ["7"]} if kind is Reader else block
-    (step,) = kind.steps
     for _ in range(TRIES + 1):
-        told = kind(marked(folder))(block)
-        if kind is Writer:
-            assert told["tile"] == [7] and told["seconds"][0] >= 0.5 and told["held"][0] >= 9
-        else:
-            assert told["carried"][0].receipt.tile == 7 and told["carried"][0].data is not None
+        (told,) = told_of(kind(marked(folder))(BLOCKS[kind]))
+        assert (told.tile, told.error) == (7, "")
+        assert kind is Reader or (told.seconds >= 0.5 and told.held >= 9)
+    assert written(folder).total() == (kind is Writer)
     for mark in (folder / "marks").iterdir():
         mark.unlink()
     for _ in range(TRIES):
         with pytest.raises(SystemExit):
-            kind(marked(folder, bad={(step, 7): SystemExit()}))(block)
-    told = kind(marked(folder))(block)
-    receipts = told_of(told) if kind is Writer else [told["carried"][0].receipt]
-    assert receipts[0].verdict == "never"
-    assert "was begun 3 times and never ended" in receipts[0].error
+            kind(marked(folder, bad={(kind.steps[0], 7): SystemExit()}))(BLOCKS[kind])
+    (told,) = told_of(kind(marked(folder))(BLOCKS[kind]))
+    assert told.verdict == "never" and "was begun 3 times and never ended" in told.error
+
+
+@pytest.mark.parametrize("kind", [Reader, Predictor])
+def test_what_cannot_be_packed_is_given_up_as_well(folder, monkeypatch, kind):
+    """Its copies take memory, so that is where a process may be killed."""
+
+    def killed(tiles):
+        if not tiles[0].receipt.error:
+            raise SystemExit
+        return packed(tiles)
+
+    packed = actors.packed
+    monkeypatch.setattr(actors, "packed", killed)
+    for _ in range(TRIES):
+        with pytest.raises(SystemExit):
+            kind(marked(folder))(BLOCKS[kind])
+    (told,) = told_of(kind(marked(folder))(BLOCKS[kind]))
+    assert told.verdict == "never"
 
 
 def test_a_worker_that_was_made_may_end_as_often_as_it_likes(folder):
@@ -115,16 +133,14 @@ def test_a_worker_that_was_made_may_end_as_often_as_it_likes(folder):
     assert kinds == ["begun", "ended"] * 2 * TRIES
 
 
-@DEVICES
-def test_a_block_ends_early_where_its_tiles_take_longer_than_those_before(
-    folder, monkeypatch, device
-):
+def test_a_block_ends_early_where_its_tiles_take_longer_than_those_before(folder, monkeypatch):
     monkeypatch.setattr(actors, "MOST_SECONDS", 0.25)
     slow = Slow(lambda tile: 0.1 * (tile > 2))
-    told = done_by_actors(Stage("slow", lambda: slow, device), ",".join(map(str, range(20))))
-    assert 3 < len(told["tile"]) < 9 and sorted(told["tile"]) == sorted(slow.ended)
+    told = done_by_actors(Stage("slow", lambda: slow, "cpu"), ",".join(map(str, range(20))))
+    assert 3 < len(told) < 9 and [r.tile for r in told] == slow.ended
     monkeypatch.setattr(actors, "MOST_SECONDS", 0.0)
-    assert done_by_actors(Stage("slow", lambda: slow, device), "7,8")["tile"] == [7]
+    (told,) = done_by_actors(Stage("slow", lambda: slow, "cpu"), "7,8")
+    assert told.tile == 7
 
 
 # An actor that has a GPU
@@ -132,7 +148,7 @@ def test_a_block_ends_early_where_its_tiles_take_longer_than_those_before(
 
 def predicted(actor, tiles):
     """Has an actor predict tiles on as many threads, as Ray does."""
-    blocks = [{"carried": [Carried(Receipt(tile, 0.0))]} for tile in tiles]
+    blocks = [parcels.packed([Carried(Receipt(tile, 0.0))]) for tile in tiles]
     threads = [threading.Thread(target=actor, args=(block,)) for block in blocks]
     for thread in threads:
         thread.start()
@@ -188,7 +204,14 @@ def in_ray_with_a_gpu(name, *arguments):
     program = f"""
 import sys, ray
 from tests import test_actors
-ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+ray.init(
+    address="local",
+    num_cpus=2,
+    num_gpus=1,
+    include_dashboard=False,
+    log_to_driver=False,
+    object_store_memory=300 << 20,
+)
 test_actors.{name}(*sys.argv[1:])
 """
     ran = subprocess.run(
@@ -269,3 +292,35 @@ def test_whoever_of_them_is_killed_every_tile_is_told_of_and_written_once(folder
     for step in attempts.STEPS:
         assert (folder / f"killed-{step}").stat().st_size == min(deaths, TRIES)
     assert not [*(folder / "marks").iterdir()]
+
+
+class Large(Marker):
+    """A worker whose voxels and results are large beside the object store."""
+
+    def read(self, tile):
+        return np.full(8 << 20, tile, np.uint8)
+
+    def predict(self, tile, voxels):
+        return {"a": voxels, "b": voxels}
+
+    def write(self, tile, result):
+        super().write(tile, np.full(1, 3 * int(result["b"][-1])))
+
+
+def run_beside_others(folder):
+    """Runs where nearly all CPUs are taken."""
+    import ray
+    from ray.util import placement_group
+
+    ray.get(placement_group([{"CPU": 1.9}]).ready())
+    large = dataclasses.replace(
+        marked(Path(folder)), make_worker=partial(Large, folder), device="cuda", under_way=4
+    )
+    print(json.dumps([receipt.error for receipt in run(large, range(60), "ray")]))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_they_need_no_cpu_that_others_have_and_no_more_than_the_object_store(folder):
+    assert in_ray_with_a_gpu("run_beside_others", folder) == [""] * 60
+    assert written(folder) == dict.fromkeys(range(60), 1)

@@ -19,7 +19,7 @@ RUNGS = (
     "weights augment warping thinning overlaps cuts stacks scores metrics "
     "phantom pictures charts results",
     "network checkpoints prediction recipes runs",
-    "annotations samples attempts cluster loop actors pool engine",
+    "annotations samples attempts cluster loop parcels actors pool engine",
     "evaluation validation training planning preparation pilot execution disk segmentation "
     "verification report demo",
     "__init__ cli __main__",

@@ -66,11 +66,11 @@ class Marker:
                     mark.write(b".")
                     mark.flush()
                     os.kill(os.getpid(), signal.SIGKILL)
-        return int(voxels.sum())
+        return voxels.sum(keepdims=True)
 
     def write(self, tile, result):
         self.step("write", tile)
-        assert result == 3 * tile
+        assert result.tolist() == [3 * tile]
         Path(self.folder, f"{tile} {os.getpid()} {time.monotonic_ns()}").touch()
 
 

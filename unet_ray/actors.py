@@ -1,23 +1,21 @@
-"""What an actor of Ray does with a block of tiles: all steps, or with GPUs one of them.
+"""What an actor of Ray does with tiles: all their steps, or with GPUs one of them.
 
-Knows a worker's steps, and how tiles come and go between actors; does not know who makes actors,
-or what a tile is about.
+Knows a worker's steps, marks, and the tables in which tiles come and go; does not know who makes
+actors, or what a tile is about.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields
 from functools import partial
 from typing import Any, ClassVar
 
-import numpy as np
+import pyarrow as pa
 import torch
 
 from unet_ray.attempts import (
@@ -34,8 +32,7 @@ from unet_ray.attempts import (
 )
 from unet_ray.loop import worker_of
 from unet_ray.marks import Marks
-
-COLUMNS = tuple(field.name for field in fields(Receipt))
+from unet_ray.parcels import packed, receipts, unpacked
 
 
 class TileActor:
@@ -44,30 +41,34 @@ class TileActor:
     steps: ClassVar[tuple[Step, ...]] = STEPS
 
     def __init__(self, stage: Stage) -> None:
-        # Tiles travel as objects, since what a step gives is of any kind; Ray need not say so.
-        logging.getLogger("ray.data._internal.tensor_extensions.arrow").setLevel(logging.ERROR)
         with made_in_time(stage.marks, _name()) if stage.marks else nullcontext():
             self._worker = worker_of(stage, self.steps)
         self._guard = Guarded(stage.marks, self.steps, stage.deadline) if stage.marks else None
         self._alone: AbstractContextManager[Any] = nullcontext()
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, table: pa.Table) -> pa.Table:
         """What has become of the tiles for which there was time.
 
         Args:
-            batch: one block: ``tiles``, numbers with commas between, or ``carried``.
+            table: one block in ``tiles``, numbers with commas between; or tiles with what the step
+                before has given.
 
         Returns:
-            A column for each field of their receipts; or ``carried`` while there are more steps.
+            Their receipts, with what this step has given if there are more.
         """
         # No threads of our own: the convolution library keeps buffers for each it has seen.
         torch.set_num_threads(1)
-        tiles = _unpacked(batch)
+        tiles = _tiles_of(table)
         marks = self._guard.marks_of(tiles[0].receipt.tile) if self._guard else None
         done = [
             tile if tile.receipt.error else self._go_on(tile, marks) for tile in _in_time(tiles)
         ]
-        return _receipts(done) if self.steps[-1] == STEPS[-1] else {"carried": _column(done)}
+        if self.steps[-1] == STEPS[-1]:
+            return receipts(done)
+        told = packed(done)  # this, too, may end the process
+        if self._guard and marks:
+            self._guard.pass_on([tile.receipt.tile for tile in done], marks)
+        return told
 
     def _go_on(self, tile: Carried, marks: Marks | None) -> Carried:
         go = partial(carry, self._worker, tile, self.steps, self._alone)
@@ -113,21 +114,11 @@ class Writer(TileActor):
     steps = ("write",)
 
 
-def _unpacked(batch: dict[str, Any]) -> list[Carried]:
-    if "carried" in batch:
-        return [*batch["carried"]]
-    (block,) = batch["tiles"]
+def _tiles_of(table: pa.Table) -> list[Carried]:
+    if "tiles" not in table.column_names:
+        return unpacked(table)
+    (block,) = table["tiles"].to_pylist()
     return [Carried(Receipt(int(tile), 0.0)) for tile in block.split(",")]
-
-
-def _column(tiles: Sequence[Carried]) -> np.ndarray:
-    column = np.empty(len(tiles), object)
-    column[:] = tiles
-    return column
-
-
-def _receipts(tiles: Sequence[Carried]) -> dict[str, list[Any]]:
-    return {name: [getattr(tile.receipt, name) for tile in tiles] for name in COLUMNS}
 
 
 def _in_time(tiles: Sequence[Carried]) -> Iterator[Carried]:

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
@@ -78,7 +78,8 @@ class Carried:
 
     Attributes:
         receipt: of the steps so far.
-        data: what the last step gave: voxels, the result, None at last; None after a failure.
+        data: what the last step gave: voxels, the result, None at last; None after a failure. To
+            cross to another process, an array, or arrays by their names.
     """
 
     receipt: Receipt
@@ -300,9 +301,9 @@ class Guarded:
         self._clock, self._begun = Clock(), dict[int, tuple[float, Marks]]()
         threading.Thread(target=self._watch, name="deadline", daemon=True).start()
 
-    def marks_of(self, block: int) -> Marks:
-        """The marks of the block with this first tile, whose tiles are in no other."""
-        name = f"{block}" if self._last == "write" else f"{self._last}-{block}"
+    def marks_of(self, first: int) -> Marks:
+        """The marks of the tiles that are handed out together, by the first of them."""
+        name = f"{first}" if self._last == "write" else f"{self._last}-{first}"
         return Marks(self._folder / name)
 
     def carry(self, tile: int, marks: Marks, go: Callable[[], Carried]) -> Carried:
@@ -322,18 +323,23 @@ class Guarded:
             if carried.receipt.verdict == "broken":
                 os.kill(os.getpid(), signal.SIGKILL)  # a fresh process may do better
             self._patience.saw(carried.receipt)
-            with suppress(OSError):  # then it may be done again
-                marks.add(self._mark_of(carried.receipt))
+            if carried.receipt.error:
+                self.pass_on([tile], marks)
+            elif self._last == "write":
+                done = Mark(tile, "done", carried.receipt.seconds, carried.receipt.held)
+                with suppress(OSError):  # then it may be done again
+                    marks.add(done)
             return carried
         except OSError as error:  # of the marks before it
             return Carried(failure(tile, self._clock.now() - start[0], error))
         finally:
             self._begun.pop(tile, None)
 
-    def _mark_of(self, receipt: Receipt) -> Mark:
-        if receipt.error or self._last != "write":
-            return Mark(receipt.tile, "ended")
-        return Mark(receipt.tile, "done", receipt.seconds, receipt.held)
+    def pass_on(self, tiles: Iterable[int], marks: Marks) -> None:
+        """Notes that tiles have ended no process here, and are on their way to others."""
+        with suppress(OSError):  # then they may be held to have
+            for tile in tiles:
+                marks.add(Mark(tile, "ended"))
 
     def _watch(self) -> None:
         while True:

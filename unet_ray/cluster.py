@@ -22,8 +22,9 @@ EngineName = Literal["local", "ray"]
 Answer = TypeVar("Answer")
 # Below one, so that Ray always finds room for its own reading and writing beside the actors.
 CPUS_PER_ACTOR = 0.9
-# Actors that read for each GPU, and as many that write.
-HELPERS = 2
+# Actors that read for each GPU, and as many that write; what they ask for keeps them off machines
+# without any CPU, such as a head that is to run nothing.
+HELPERS, CPUS_PER_HELPER = 2, 0.01
 # Where there are GPUs, for each: without them only tile numbers and receipts cross it while
 # segmenting.
 OBJECT_STORE_BYTES = 1 << 30
@@ -36,8 +37,6 @@ _RAY_LOGS = {
     # Traces of what is raised anyway.
     "ray.data.exceptions": logging.CRITICAL,
     "ray.data._internal.execution.operators.actor_pool_map_operator": logging.CRITICAL,
-    # That our GPU actors ask for a part of a CPU, too, so that some is left for Ray itself.
-    "ray.data._internal.execution.operators.map_operator": logging.ERROR,
     "ray._private.authentication.authentication_token_setup": logging.ERROR,
 }
 
@@ -87,7 +86,8 @@ def ask(question: Callable[[], Answer], device: str, engine: EngineName) -> Answ
     connect()
     if device == "cpu" and worker._global_node and worker._global_node.is_head():
         return question()  # a Ray of our own, on this machine
-    task = ray.remote(num_cpus=CPUS_PER_ACTOR, num_gpus=int(device == "cuda"))
+    gpus = int(device == "cuda")  # as those that predict ask for one
+    task = ray.remote(num_cpus=0 if gpus else CPUS_PER_ACTOR, num_gpus=gpus)
     asked = task(lambda: question()).remote()  # Ray takes functions, not all that can be called
     resource = "GPU" if device == "cuda" else "CPU"
     for waited in range(0, int(Deadline.make), ASK_SECONDS):

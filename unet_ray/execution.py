@@ -34,6 +34,7 @@ from unet_ray.memory import format_bytes, room
 from unet_ray.places import remove_partial
 from unet_ray.planning import (
     Settings,
+    helper_bytes,
     needed_bytes,
     process_bytes,
     together,
@@ -228,7 +229,8 @@ class _Execution:
         self._start, self._before, self._done, self._voxels = time.monotonic(), 0, 0, 0
         self._given_up: dict[int, str] = {}
         self._failures, self._held = 0, 0
-        self._promised = process_bytes(run.memory, run.device, settings)
+        kinds = process_bytes, helper_bytes
+        self._promised = max(kind(run.memory, run.device, settings) for kind in kinds)
         self._workers = 1
 
     def go(self) -> int:

@@ -20,12 +20,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unet_ray.actors import COLUMNS, Predictor, Reader, TileActor, Writer
+from unet_ray.actors import Predictor, Reader, TileActor, Writer
 from unet_ray.attempts import MOST_SECONDS, SEEN, Clock, Deadline, Patience, Receipt, Stage
-from unet_ray.cluster import CPUS_PER_ACTOR, HELPERS, connect, most_workers, size_of
+from unet_ray.cluster import (
+    CPUS_PER_ACTOR,
+    CPUS_PER_HELPER,
+    HELPERS,
+    connect,
+    most_workers,
+)
 from unet_ray.errors import RunError
 from unet_ray.loop import Receipts
 from unet_ray.memory import kept_memory_environment
+from unet_ray.parcels import RECEIPT
 from unet_ray.places import Place, remove_below
 
 if TYPE_CHECKING:
@@ -103,7 +110,7 @@ def _run_wave(stage: Stage, wave: Sequence[Sequence[int]], size: int) -> Receipt
         done = on(blocks, stage, size)
         try:
             for rows in done.iter_batches(batch_size=None, prefetch_batches=0):
-                for row in zip(*(rows[name].tolist() for name in COLUMNS), strict=True):
+                for row in zip(*(rows[name].tolist() for name in RECEIPT), strict=True):
                     receipt = Receipt(*row)
                     if stage.marks:
                         _Silence.end(receipt)
@@ -119,13 +126,12 @@ def _on_cpus(blocks: Dataset, stage: Stage, size: int) -> Dataset:
 
 def _on_gpus(blocks: Dataset, stage: Stage, size: int) -> Dataset:
     """Each tile by a reader, by a GPU, and by a writer."""
+    # As good as no part of a CPU, and none for a GPU's actor, so that all have room at any time,
+    # however many CPUs are taken or lost: else readers could take what writers need, and none end.
     helpers = HELPERS * size
-    # What all of them can have, or Ray would wait for more.
-    cpus = math.floor(90 * min(1.0, size_of("CPU") / (2 * helpers))) / 100
-    read = _by(blocks, Reader, stage, helpers, num_cpus=cpus)
-    # No part of a CPU, which readers and writers may have taken on the machines with the GPUs.
+    read = _by(blocks, Reader, stage, helpers, num_cpus=CPUS_PER_HELPER)
     predicted = _by(read, Predictor, stage, size, stage.under_way, num_cpus=0, num_gpus=1)
-    return _by(predicted, Writer, stage, helpers, num_cpus=cpus)
+    return _by(predicted, Writer, stage, helpers, num_cpus=CPUS_PER_HELPER)
 
 
 def _by(
@@ -147,6 +153,7 @@ def _by(
         actor,
         fn_constructor_args=(stage,),
         batch_size=1,
+        batch_format="pyarrow",
         compute=ActorPoolStrategy(
             size=size, max_concurrent_calls_per_actor=calls, enable_true_multi_threading=calls > 1
         ),
@@ -232,7 +239,8 @@ def _cause(error: Exception) -> str:
 def _tiles_a_block(stage: Stage, size: int, seconds: Sequence[float]) -> int:
     """How many tiles are work enough for a block."""
     if stage.device == "cuda":
-        return min(stage.together, _tiles_for(BLOCK_SECONDS, seconds))
+        # Each waits for those that are under way with it.
+        return min(stage.together, _tiles_for(BLOCK_SECONDS * stage.under_way, seconds))
     goal = min(MOST_SECONDS, max(BLOCK_SECONDS, WAVE_SECONDS * size / WAVE))
     return _tiles_for(goal, seconds)
 
