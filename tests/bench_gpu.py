@@ -122,7 +122,7 @@ class Peaks(Thread):
 
     def __init__(self):
         super().__init__(daemon=True)
-        self.bytes = {"Reader": 0, "Predictor": 0, "Writer": 0}
+        self.bytes = {"Reader": 0, "GpuActor": 0, "Writer": 0}
         self.start()
 
     def run(self):

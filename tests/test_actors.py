@@ -17,7 +17,7 @@ import pytest
 from tests.test_engine import Marker, Slow, Watching, marked, stage, written
 from tests.test_segmentation import TILED, bytes_of
 from unet_ray import actors, attempts, parcels, pool
-from unet_ray.actors import Predictor, Reader, TileActor, Writer
+from unet_ray.actors import GpuActor, Reader, TileActor, Writer
 from unet_ray.attempts import TRIES, Carried, Receipt, Stage
 from unet_ray.engine import run
 from unet_ray.marks import Mark
@@ -36,8 +36,9 @@ def folder(tmp_path):
 def done_by_actors(stage, tiles):
     """What becomes of a block, by the actors that a run on such a device has."""
     table = pa.table({"tiles": [tiles]})
-    for kind in [Reader, Predictor, Writer] if stage.device == "cuda" else [TileActor]:
-        table = kind(stage)(table)
+    for kind in [Reader, GpuActor, Writer] if stage.device == "cuda" else [TileActor]:
+        actor = kind(stage)
+        table = pa.concat_tables(actor(table.slice(row, 1)) for row in range(len(table)))
     return told_of(table)
 
 
@@ -69,28 +70,29 @@ def test_a_tile_that_fails_goes_no_further_and_the_others_do(folder, device):
 
 @DEVICES
 def test_a_worker_that_is_handed_a_block_again_does_only_what_is_missing(folder, device):
-    """Its first worker did tiles 1 and 2, failed with 3 and ended within 4 and 5."""
-    first = {("read", 3): OSError("no"), ("read", 5): SystemExit()}
+    """Its first workers did tiles 1, 2 and 4, failed with 3, and one ended within 5."""
+    first = {("read", 3): OSError("no"), ("write", 5): SystemExit()}
+    broken = dataclasses.replace(marked(folder, bad=first), device=device)
     with pytest.raises(SystemExit):
-        TileActor(marked(folder, bad=first))(pa.table({"tiles": ["1,2,3,4,5"]}))
-    with open(folder / "marks" / "1", "ab") as file:
+        done_by_actors(broken, "1,2,3,4,5")
+    with open(folder / "marks" / {"cpu": "1", "cuda": "4"}[device], "ab") as file:
         file.write(b'[4, "do')
-    told = done_by_actors(dataclasses.replace(marked(folder), device=device), "1,2,3,4,5")
+    whole = dataclasses.replace(marked(folder), device=device)
+    told = done_by_actors(whole, "1,2,3,4,5")
     assert [r.tile for r in told] == [1, 2, 3, 4, 5] and not any(r.error for r in told)
     assert written(folder) == dict.fromkeys(range(1, 6), 1)
-    again = TileActor(marked(folder))(pa.table({"tiles": ["1,2,3,4,5"]}))
-    assert told_of(again) == told
+    assert done_by_actors(whole, "1,2,3,4,5") == told
     assert written(folder).total() == 5
 
 
 BLOCKS = {
     Reader: pa.table({"tiles": ["7"]}),
-    Predictor: parcels.packed([Carried(Receipt(7, 0.5, held=9), np.full(3, 7))]),
+    GpuActor: parcels.packed([Carried(Receipt(7, 0.5, held=9), np.full(3, 7))]),
     Writer: parcels.packed([Carried(Receipt(7, 0.5, held=9), np.array([21]))]),
 }
 
 
-@pytest.mark.parametrize("kind", [Reader, Predictor, Writer])
+@pytest.mark.parametrize("kind", [Reader, GpuActor, Writer])
 def test_a_step_that_ends_its_process_each_time_is_given_up(folder, kind):
     """And one that only ever went on to the next step is not, however often it did."""
     for _ in range(TRIES + 1):
@@ -107,22 +109,41 @@ def test_a_step_that_ends_its_process_each_time_is_given_up(folder, kind):
     assert told.verdict == "never" and "was begun 3 times and never ended" in told.error
 
 
-@pytest.mark.parametrize("kind", [Reader, Predictor])
-def test_what_cannot_be_packed_is_given_up_as_well(folder, monkeypatch, kind):
+@pytest.mark.parametrize("kind", [Reader, GpuActor])
+@pytest.mark.parametrize(
+    ("error", "verdict"), [(SystemExit(), "never"), (MemoryError(), "alone"), (OSError(), "again")]
+)
+def test_packing_is_a_part_of_the_step(folder, monkeypatch, kind, error, verdict):
     """Its copies take memory, so that is where a process may be killed."""
 
-    def killed(tiles):
+    def fails(tiles):
         if not tiles[0].receipt.error:
-            raise SystemExit
+            raise error
         return packed(tiles)
 
     packed = actors.packed
-    monkeypatch.setattr(actors, "packed", killed)
-    for _ in range(TRIES):
+    monkeypatch.setattr(actors, "packed", fails)
+    for _ in range(TRIES * isinstance(error, SystemExit)):
         with pytest.raises(SystemExit):
             kind(marked(folder))(BLOCKS[kind])
     (told,) = told_of(kind(marked(folder))(BLOCKS[kind]))
-    assert told.verdict == "never"
+    assert told.verdict == verdict and told.error
+
+
+def test_a_tile_that_ends_its_reader_takes_no_other_of_its_block_along(folder):
+    block = pa.table({"tiles": ["1,2,3"]})
+    for _ in range(TRIES):
+        with pytest.raises(SystemExit):
+            Reader(marked(folder, bad={("read", 2): SystemExit()}))(block)
+    told = told_of(Reader(marked(folder, bad={("read", 2): SystemExit()}))(block))
+    assert [r.verdict for r in told] == ["again", "never", "again"]
+    assert [bool(r.error) for r in told] == [False, True, False]
+
+
+def test_an_error_that_is_no_text_is_told(folder):
+    bad = {("read", 1): OSError("no file \udcff")}
+    (told,) = done_by_actors(stage(folder, bad=bad), "1")
+    assert told.error == "OSError: no file ?"
 
 
 def test_a_worker_that_was_made_may_end_as_often_as_it_likes(folder):
@@ -173,7 +194,7 @@ class Busy(Watching):
 def test_a_gpu_predicts_one_tile_and_the_next_ones_wait_for_it(folder):
     there = marked(folder)
     worker = Busy(there.marks)
-    actor = Predictor(
+    actor = GpuActor(
         dataclasses.replace(there, make_worker=lambda: worker, device="cuda", under_way=3)
     )
     predicted(actor, range(12))
@@ -187,7 +208,7 @@ def test_a_tile_that_may_have_ended_its_gpu_is_tried_with_nothing_beside_it(fold
     for tile in suspects:
         attempts.Marks(there.marks / f"predict-{tile}").add(Mark(tile, "begun"))
     worker = Busy(there.marks)
-    actor = Predictor(
+    actor = GpuActor(
         dataclasses.replace(there, make_worker=lambda: worker, device="cuda", under_way=4)
     )
     predicted(actor, range(10))
@@ -230,7 +251,7 @@ test_actors.{name}(*sys.argv[1:])
 class Dying(Marker):
     """A worker whose process ends in each step, with a tile of its own, so many times."""
 
-    tiles = {"read": 3, "predict": 5, "write": 7}  # noqa: RUF012
+    tiles = {"read": 10, "predict": 12, "write": 14}  # noqa: RUF012
 
     def step(self, name, tile):
         super().step(name, tile)
@@ -284,7 +305,7 @@ def test_whoever_of_them_is_killed_every_tile_is_told_of_and_written_once(folder
     told = in_ray_with_a_gpu("kill_each_step", folder, deaths)
     assert sorted(receipt["tile"] for receipt in told) == [*range(24)]
     failed = {receipt["tile"]: receipt["error"] for receipt in told if receipt["error"]}
-    given_up = {3, 5, 7} if deaths > TRIES else set()
+    given_up = {10, 12, 14} if deaths > TRIES else set()
     assert failed.keys() == {0, 1, 20} | given_up
     assert all("was begun 3 times and never ended" in failed[tile] for tile in given_up)
     assert [failed[tile] for tile in (0, 1, 20)] == ["OSError: a", "OSError: b", "OSError: c"]
@@ -316,7 +337,9 @@ def run_beside_others(folder):
     large = dataclasses.replace(
         marked(Path(folder)), make_worker=partial(Large, folder), device="cuda", under_way=4
     )
-    print(json.dumps([receipt.error for receipt in run(large, range(60), "ray")]))
+    alone = run(large, range(58, 60), "ray", alone=True)
+    receipts = [*run(large, range(58), "ray"), *alone]
+    print(json.dumps([receipt.error for receipt in receipts]))
 
 
 @pytest.mark.ray

@@ -27,6 +27,7 @@ from unet_ray.attempts import (
     Stage,
     Step,
     carry,
+    failure,
     is_suspect,
     made_in_time,
 )
@@ -50,8 +51,8 @@ class TileActor:
         """What has become of the tiles for which there was time.
 
         Args:
-            table: one block in ``tiles``, numbers with commas between; or tiles with what the step
-                before has given.
+            table: one block in ``tiles``, numbers with commas between; or one tile, with what the
+                step before has given.
 
         Returns:
             Their receipts, with what this step has given if there are more.
@@ -63,16 +64,27 @@ class TileActor:
         done = [
             tile if tile.receipt.error else self._go_on(tile, marks) for tile in _in_time(tiles)
         ]
-        if self.steps[-1] == STEPS[-1]:
+        if self._is_last:
             return receipts(done)
-        told = packed(done)  # this, too, may end the process
-        if self._guard and marks:
-            self._guard.pass_on([tile.receipt.tile for tile in done], marks)
-        return told
+        return pa.concat_tables(packed([t]) if t.receipt.error else t.data for t in done)
+
+    @property
+    def _is_last(self) -> bool:
+        return self.steps[-1] == STEPS[-1]
 
     def _go_on(self, tile: Carried, marks: Marks | None) -> Carried:
-        go = partial(carry, self._worker, tile, self.steps, self._alone)
+        go = partial(self._take, tile)
         return self._guard.carry(tile.receipt.tile, marks, go) if self._guard and marks else go()
+
+    def _take(self, tile: Carried) -> Carried:
+        """Takes the steps; what goes on to another actor is packed here, where it is guarded."""
+        done = carry(self._worker, tile, self.steps, self._alone)
+        if done.receipt.error or self._is_last:
+            return done
+        try:
+            return Carried(done.receipt, packed([done]))
+        except Exception as error:  # as of too little memory; told by a receipt as any other
+            return Carried(failure(done.receipt.tile, done.receipt.seconds, error))
 
 
 class Reader(TileActor):
@@ -81,7 +93,7 @@ class Reader(TileActor):
     steps = ("read",)
 
 
-class Predictor(TileActor):
+class GpuActor(TileActor):
     """Has a GPU for itself, and runs one pass at a time, while other tiles come and go."""
 
     steps = ("predict",)

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
@@ -201,11 +201,13 @@ def failure(tile: int, seconds: float, error: Exception) -> Receipt:
     """The receipt of a try that raised `error`, which is being handled."""
     verdict = _verdict(error)
     bytes_left = _room(error) if verdict == "alone" else 0
-    return Receipt(tile, seconds, _told(error), traceback.format_exc(), verdict, bytes_left)
+    told = str(error) if isinstance(error, UnetRayError) else f"{type(error).__name__}: {error}"
+    return Receipt(tile, seconds, _text(told), _text(traceback.format_exc()), verdict, bytes_left)
 
 
-def _told(error: Exception) -> str:
-    return str(error) if isinstance(error, UnetRayError) else f"{type(error).__name__}: {error}"
+def _text(told: str) -> str:
+    """What can be written down: a name of a file may hold bytes that are no text."""
+    return told.encode(errors="replace").decode()
 
 
 def _verdict(error: Exception) -> Verdict:
@@ -252,7 +254,10 @@ class Patience:
 
     @property
     def silence(self) -> float:
-        """Seconds after which no worker can be alive any more, if nothing was heard of a block."""
+        """Seconds after which no worker can be alive any more, if nothing was heard of a block.
+
+        As far as one worker does all of it; where three do, twice as many would end much later.
+        """
         return TRIES * (self._deadline.make + self.limit) + MOST_SECONDS
 
     @property
@@ -323,23 +328,18 @@ class Guarded:
             if carried.receipt.verdict == "broken":
                 os.kill(os.getpid(), signal.SIGKILL)  # a fresh process may do better
             self._patience.saw(carried.receipt)
-            if carried.receipt.error:
-                self.pass_on([tile], marks)
-            elif self._last == "write":
-                done = Mark(tile, "done", carried.receipt.seconds, carried.receipt.held)
-                with suppress(OSError):  # then it may be done again
-                    marks.add(done)
+            with suppress(OSError):  # then it may be done again
+                marks.add(self._mark_of(carried.receipt))
             return carried
         except OSError as error:  # of the marks before it
             return Carried(failure(tile, self._clock.now() - start[0], error))
         finally:
             self._begun.pop(tile, None)
 
-    def pass_on(self, tiles: Iterable[int], marks: Marks) -> None:
-        """Notes that tiles have ended no process here, and are on their way to others."""
-        with suppress(OSError):  # then they may be held to have
-            for tile in tiles:
-                marks.add(Mark(tile, "ended"))
+    def _mark_of(self, receipt: Receipt) -> Mark:
+        if receipt.error or self._last != "write":
+            return Mark(receipt.tile, "ended")
+        return Mark(receipt.tile, "done", receipt.seconds, receipt.held)
 
     def _watch(self) -> None:
         while True:

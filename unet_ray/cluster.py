@@ -145,6 +145,13 @@ def _may_grow() -> bool:
     return any(_may_have(resource) > has.get(resource, 0) for resource in ("CPU", "GPU"))
 
 
+def gpus_there() -> int:
+    """How many GPUs the cluster has at this moment."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
 def size_of(resource: str) -> int:
     """How much of ``CPU``, ``GPU`` or ``memory`` the cluster has, or can start machines for."""
     import ray

@@ -1,8 +1,7 @@
-"""Who runs the tiles: a loop with threads in this process, or an actor pool of Ray Data.
+"""Who runs the tiles: a loop with threads in this process, or actors of Ray Data.
 
-Knows which of the two, and how many tiles at a time. Both try tiles in the same way with the same
-worker class and yield one receipt per tile, in any order, so they cannot differ in what they
-compute.
+Knows which of the two, and how many tiles at a time. Both take the same steps of the same worker
+and yield one receipt per tile, in any order, so they cannot differ in what they compute.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def tried(
     Raises:
         RunError: if tile after tile hangs and none ends, or so many that they fill the memory.
     """
-    # On a GPU one pass runs at a time, while the other thread reads or writes its tile.
+    # On a GPU one pass runs at a time, while others read or write theirs.
     alone = threading.Lock() if device == "cuda" else nullcontext()
     return _SideBySide(lambda tile: try_one(tile, alone), deadline, tiles, threads).receipts()
 

@@ -3,7 +3,8 @@
 Knows tile numbers and lines of a file, or names of empty objects; does not know what a tile is
 about, or who runs it. Ray hands a block out again if its worker ends before Ray knows that the
 block is done: the marks tell which of its tiles are done already, and which one may be what kills
-the workers. To the next run they tell what the driver of this one never heard of.
+the workers; where three take its steps, each has marks of its own. To the next run they tell what
+the driver of this one never heard of.
 
 A run keeps the marks of each block in a folder named by its epoch. In an object store every mark is
 an object of its own, since stores allow few writes a second of the same one.

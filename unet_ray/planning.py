@@ -45,7 +45,7 @@ LITTLE = 2.0
 SLABS = 8
 # Voxels of one pass up to which slices are put together in a batch.
 BATCH_VOXELS = 1 << 18
-# Tiles that a GPU has under way at most, that others come and go while it predicts one.
+# Tiles that a GPU has under way at most, so that others come and go while it predicts one.
 GPU_TILES = 4
 # Of the tiles that cross Ray's object store together: two such blocks in and two out are a part of
 # it that keeps a GPU busy, while with twice that it waits (tests/bench_gpu.py).

@@ -14,19 +14,19 @@ import statistics
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unet_ray.actors import Predictor, Reader, TileActor, Writer
+from unet_ray.actors import GpuActor, Reader, TileActor, Writer
 from unet_ray.attempts import MOST_SECONDS, SEEN, Clock, Deadline, Patience, Receipt, Stage
 from unet_ray.cluster import (
     CPUS_PER_ACTOR,
     CPUS_PER_HELPER,
     HELPERS,
     connect,
+    gpus_there,
     most_workers,
 )
 from unet_ray.errors import RunError
@@ -70,8 +70,6 @@ def run_on_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: b
     connect(workers)
     most, _ = most_workers(stage.device, stage.memory)  # a machine may be lost between two rounds
     size = max(1, min(workers or most, most))
-    if alone:
-        stage = replace(stage, under_way=1)
     few = 1
     count = min(WAVE, max(FIRST_WAVE, BLOCKS_EACH * size))
     seconds: list[float] = []
@@ -82,7 +80,7 @@ def run_on_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: b
         if not wave.size:
             return
         told = array("q")
-        for receipt in _run_wave(stage, _blocks(wave, few, size), size):
+        for receipt in _run_wave(stage, _blocks(wave, few, size), size, alone):
             told.append(receipt.tile)
             seconds = seconds if receipt.error else [*seconds[-SEEN:], receipt.seconds]
             yield receipt
@@ -96,7 +94,7 @@ def run_on_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: b
             count = few * (GPU_WAVE if stage.device == "cuda" else WAVE)
 
 
-def _run_wave(stage: Stage, wave: Sequence[Sequence[int]], size: int) -> Receipts:
+def _run_wave(stage: Stage, wave: Sequence[Sequence[int]], size: int, alone: bool) -> Receipts:
     """Receipts of the tiles that some blocks had time for."""
     import ray
 
@@ -106,8 +104,12 @@ def _run_wave(stage: Stage, wave: Sequence[Sequence[int]], size: int) -> Receipt
             [{"tiles": ",".join(map(str, block))} for block in wave], override_num_blocks=len(wave)
         )
         size = min(size, len(wave))
-        on = _on_gpus if stage.device == "cuda" else _on_cpus
-        done = on(blocks, stage, size)
+        if stage.device == "cpu":
+            done = _by(blocks, TileActor, stage, size, num_cpus=CPUS_PER_ACTOR)
+        elif alone:
+            done = _by(blocks, TileActor, stage, size, num_cpus=0, num_gpus=1)
+        else:
+            done = _on_gpus(blocks, stage, size)
         try:
             for rows in done.iter_batches(batch_size=None, prefetch_batches=0):
                 for row in zip(*(rows[name].tolist() for name in RECEIPT), strict=True):
@@ -119,18 +121,14 @@ def _run_wave(stage: Stage, wave: Sequence[Sequence[int]], size: int) -> Receipt
             raise RunError(_cause(error)) from error
 
 
-def _on_cpus(blocks: Dataset, stage: Stage, size: int) -> Dataset:
-    """Each tile by one actor."""
-    return _by(blocks, TileActor, stage, size, num_cpus=CPUS_PER_ACTOR)
-
-
 def _on_gpus(blocks: Dataset, stage: Stage, size: int) -> Dataset:
     """Each tile by a reader, by a GPU, and by a writer."""
     # As good as no part of a CPU, and none for a GPU's actor, so that all have room at any time,
     # however many CPUs are taken or lost: else readers could take what writers need, and none end.
-    helpers = HELPERS * size
+    # For the GPUs that are there: else all would crowd where the first machine is.
+    helpers = HELPERS * max(1, min(size, gpus_there()))
     read = _by(blocks, Reader, stage, helpers, num_cpus=CPUS_PER_HELPER)
-    predicted = _by(read, Predictor, stage, size, stage.under_way, num_cpus=0, num_gpus=1)
+    predicted = _by(read, GpuActor, stage, size, stage.under_way, num_cpus=0, num_gpus=1)
     return _by(predicted, Writer, stage, helpers, num_cpus=CPUS_PER_HELPER)
 
 
