@@ -256,7 +256,7 @@ class Patience:
     def silence(self) -> float:
         """Seconds after which no worker can be alive any more, if nothing was heard of a block.
 
-        As far as one worker does all of it; where three do, twice as many would end much later.
+        With GPUs three workers share a block; this is taken to be enough for them, too.
         """
         return TRIES * (self._deadline.make + self.limit) + MOST_SECONDS
 
