@@ -47,8 +47,7 @@ SLABS = 8
 BATCH_VOXELS = 1 << 18
 # Tiles that a GPU has under way at most, so that others come and go while it predicts one.
 GPU_TILES = 4
-# Of the tiles that cross Ray's object store together: two such blocks in and two out are a part of
-# it that keeps a GPU busy, while with twice that it waits (tests/bench_gpu.py).
+# Of the tiles that cross Ray's object store together; with twice that a GPU was seen to wait.
 TOGETHER_BYTES = 64 << 20
 # Tiles of which a few are tried before a run.
 SAMPLE = 64
