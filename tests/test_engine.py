@@ -664,17 +664,18 @@ def test_a_block_is_enough_work_for_a_driver_to_keep_up(seconds, tiles):
 
 
 @pytest.mark.parametrize(
-    ("device", "together", "seconds", "workers", "tiles", "blocks"),
+    ("device", "ahead", "together", "seconds", "workers", "tiles", "blocks"),
     [
-        ("cpu", 1, 0.5, 1, 4, 4096),
-        ("cpu", 1, 0.5, 200, 59, 1682),
-        ("cuda", 1, 0.5, 2, 1, 16384),
-        ("cuda", 3, 0.5, 2, 3, 16384),  # no more of them cross together
-        ("cuda", 9, 0.5, 2, 4, 16384),  # nor more than are work enough
+        ("cpu", 1, 1, 0.5, 1, 4, 4096),
+        ("cpu", 1, 1, 0.5, 200, 59, 1682),
+        ("cuda", 1, 1, 0.5, 2, 1, 16384),
+        ("cuda", 1, 3, 0.5, 2, 3, 16384),  # no more of them cross together
+        ("cuda", 1, 9, 0.5, 2, 4, 16384),  # nor more than are work enough
+        ("cuda", 4, 20, 1.0, 2, 8, 12436),  # of which some wait for others
     ],
 )
 def test_a_wave_has_blocks_enough_and_blocks_have_work_enough(
-    monkeypatch, device, together, seconds, workers, tiles, blocks
+    monkeypatch, device, ahead, together, seconds, workers, tiles, blocks
 ):
     """What blocks hold after the first wave, where all tiles take so long."""
     waves = []
@@ -686,12 +687,29 @@ def test_a_wave_has_blocks_enough_and_blocks_have_work_enough(
     monkeypatch.setattr(pool, "connect", lambda workers: None)
     monkeypatch.setattr(pool, "most_workers", lambda *of: (workers, ""))
     monkeypatch.setattr(pool, "_run_wave", wave)
-    stage = Stage("mark", Marker, device, together=together)
+    stage = Stage("mark", Marker, device, under_way=ahead, together=together)
     told = Counter(r.tile for r in run(stage, range(100_000), "ray", workers))
     assert told == dict.fromkeys(range(100_000), 1)
     assert len(waves[1][0]) == tiles and len(waves[1]) == blocks
     assert len(waves[0]) == max(pool.BLOCKS_EACH * workers, pool.FIRST_WAVE)
     assert {*map(len, waves[0])} == {1}
+
+
+@pytest.mark.parametrize(("there", "helpers"), [(0, 2), (1, 2), (3, 6), (99, 16)])
+def test_those_that_read_and_write_are_for_the_gpus_that_are_there(monkeypatch, there, helpers):
+    pools = []
+
+    def by(blocks, actor, stage, size, calls=1, **each):
+        pools.append((actor.__name__, size, calls, each))
+
+    monkeypatch.setattr(pool, "_by", by)
+    monkeypatch.setattr(pool, "gpus_there", lambda: there)
+    pool._on_gpus(None, Stage("mark", Marker, "cuda", under_way=4), 8)
+    assert pools == [
+        ("Reader", helpers, 1, {"num_cpus": 0.01}),
+        ("GpuActor", 8, 4, {"num_cpus": 0, "num_gpus": 1}),
+        ("Writer", helpers, 1, {"num_cpus": 0.01}),
+    ]
 
 
 @given(st.integers(0, 99), *[st.integers(1, 9)] * 2)
