@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import conv2d, conv_transpose2d, max_pool2d
 
 from unet_ray.errors import InputError
-from unet_ray.network import UNet
+from unet_ray.network import StandardisedConv2d, UNet
 from unet_ray.tiles import Context, Level
 
 
@@ -43,8 +43,12 @@ def convolutions(network):
 
 
 def lively_norms(network):
-    """Norm layers as after training: none is the identity that it starts as."""
+    """Norms as after training: none is what it starts as."""
     for layer in network.modules():
+        if isinstance(layer, StandardisedConv2d):
+            nn.init.normal_(layer.weight, 0.1, 0.3)
+            nn.init.normal_(layer.gain, 1.0, 0.3)
+            nn.init.normal_(layer.bias)
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.normal_(layer.running_mean)
             nn.init.uniform_(layer.running_var, 0.2, 3.0)
@@ -120,9 +124,10 @@ def test_he_initialisation():
         assert not layer.bias.any()
 
 
-def test_signals_keep_their_size_on_the_way(double):
+@pytest.mark.parametrize("norm", ["none", "weight"])
+def test_signals_keep_their_size_on_the_way(double, norm):
     # What He initialisation is for: as many digits at the end as at the beginning.
-    scores = small(base_channels=16, depth=2)(noise(2, 1, 60, 60))
+    scores = small(base_channels=16, depth=2, norm=norm)(noise(2, 1, 60, 60))
     assert 0.1 < scores.std() < 10
 
 
@@ -194,10 +199,12 @@ def test_numbers_out_of_range_are_refused(options, said):
 # One function, however it is computed.
 
 
-def test_folding_the_norms_changes_nothing(double):
-    network, image = lively_norms(small(norm="batch")), noise(2, 1, 52, 60)
+@pytest.mark.parametrize("norm", ["weight", "batch"])
+def test_folding_the_norms_changes_nothing(double, norm):
+    network, image = lively_norms(small(norm=norm)), noise(2, 1, 52, 60)
     folded = network.folded()
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    layers = nn.BatchNorm2d | StandardisedConv2d
+    assert not any(isinstance(m, layers) for m in folded.modules())
     assert not folded.training and folded.norm == "none"
     with torch.inference_mode():
         scores = network(image)
@@ -205,8 +212,9 @@ def test_folding_the_norms_changes_nothing(double):
         torch.testing.assert_close(folded(image), scores, rtol=1e-12, atol=1e-12)
 
 
-def test_folding_in_single_precision_rounds_once():
-    network = lively_norms(small(norm="batch"))
+@pytest.mark.parametrize("norm", ["weight", "batch"])
+def test_folding_in_single_precision_rounds_once(norm):
+    network = lively_norms(small(norm=norm))
     image = noise(1, 1, 60, 60)
     with torch.inference_mode():
         folded, exact = network.folded().double()(image), network.double()(image)
@@ -218,7 +226,7 @@ def test_folding_without_norms_is_a_copy(double):
     assert torch.equal(network.folded()(image), network(image))
 
 
-@pytest.mark.parametrize("norm", ["none", "batch"])
+@pytest.mark.parametrize("norm", ["none", "weight", "batch"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_lean_path_of_inference_is_the_path_of_training(double, norm, layout):
     network = lively_norms(small(norm=norm)).to(memory_format=layout)
@@ -228,6 +236,45 @@ def test_the_lean_path_of_inference_is_the_path_of_training(double, norm, layout
     with torch.inference_mode():
         lean = network(image)
     torch.testing.assert_close(lean, trained.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["none", "weight", "batch"])
+def test_a_training_step_computes_what_a_prediction_computes(double, norm):
+    network, image = lively_norms(small(norm=norm, dropout=0.0)), noise(2, 1, 52, 60)
+    before = {name: tensor.clone() for name, tensor in network.named_buffers()}
+    trained = network.train()(image).detach()
+    torch.testing.assert_close(trained, network.folded()(image), rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.named_buffers())
+
+
+def test_standardised_filters_are_those_of_the_papers(double):
+    network = lively_norms(small(norm="weight"))
+    layer = next(m for m in network.modules() if isinstance(m, StandardisedConv2d))
+    for number, weights in enumerate(layer.weight.detach().numpy()):
+        plain = math.sqrt(2 / weights.size) * (weights - weights.mean()) / weights.std()
+        wanted = torch.from_numpy(layer.gain[number].item() * plain)
+        found = layer.standardised(layer.weight)[number]
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_grey_levels_are_seen_through_standardised_filters(double):
+    network, image = small(norm="weight"), noise(1, 1, 52, 60)
+    assert (network(image + 1) - network(image)).abs().max() > 0.01
+
+
+def test_calibration_takes_the_mean_of_what_each_image_has(double):
+    network = small(norm="batch").train()
+    images = [scale * noise(1, 1, 52, 60, seed=scale) + scale for scale in (1, 2, 3)]
+    network.calibrate(iter(images))
+    first = network.down[0][0]
+    with torch.no_grad():
+        seen = [first(image)[0].flatten(1) for image in images]
+    means = torch.stack([s.mean(1) for s in seen]).mean(0)
+    variances = torch.stack([s.var(1) for s in seen]).mean(0)
+    norm = network.down[0][1]
+    torch.testing.assert_close(norm.running_mean, means, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(norm.running_var, variances, rtol=1e-9, atol=1e-9)
+    assert network.training and not norm.training
 
 
 def test_what_the_network_is_given_stays_as_it_was(double):

@@ -370,8 +370,9 @@ def test_a_training_on_ray_survives_its_driver_and_its_worker(files, tmp_path, s
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_workers_survive_a_kill_of_one(files, tmp_path, start, monkeypatch):
-    chosen = {"name": "paper", "dropout": 0.0, "steps": 300, "learning_rate": 1e-4}
+@pytest.mark.parametrize("norm", ["none", "weight", "batch"])
+def test_two_workers_survive_a_kill_of_one(files, tmp_path, start, monkeypatch, norm):
+    chosen = {"name": "paper", "dropout": 0.0, "steps": 300, "learning_rate": 1e-4, "norm": norm}
     made, rng = tiny(**chosen), random.Random(7)
     whole, out = tmp_path / "whole", tmp_path / "run"
     start(files, whole, made, "ray", workers=2).finish()

@@ -12,11 +12,14 @@ import tifffile
 import torch
 
 from unet_ray import annotations, cluster, training
+from unet_ray.annotations import load_training_data
 from unet_ray.checkpoints import find_model, read_model, read_tensors, write_model, write_tensors
 from unet_ray.errors import InputError, RunError
+from unet_ray.phantom import make_phantom
 from unet_ray.recipes import Recipe
 from unet_ray.runs import LOCK, PATCHES, WEIGHTS
 from unet_ray.training import train
+from unet_ray.validation import Validator
 from unet_ray.versions import VERSION
 
 
@@ -131,6 +134,54 @@ def test_no_thread_is_left(files, tmp_path):
     for thread in left:
         thread.join(timeout=5)
     assert not any(t.is_alive() for t in left)
+
+
+def accuracy_by_own_statistics(network, held):
+    """Share of right voxels where each image is normalised by its own statistics, not tile by tile.
+
+    Exact under no tiling: a yardstick for what the network has learned.
+    """
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.train()
+    before, after = network.context.before[-1], network.context.after[-1]
+    height, width = held.targets.shape[1:]
+    right = []
+    for z, targets in enumerate(held.targets):
+        plane = held.intensity.normalise(held.image[:, z])
+        seen = np.pad(plane, ((0, 0), (before, after), (before, after)), "reflect")
+        with torch.inference_mode():
+            scores = network(torch.from_numpy(seen)[None])
+        right.append((scores[0].argmax(0).numpy()[:height, :width] == targets).mean())
+    return np.mean(right)
+
+
+def test_a_network_predicts_as_well_as_it_has_learned(tmp_path):
+    # Batch norm that learns with the statistics of each patch, and predicts with a running mean of
+    # them, is right in 0.58 of these voxels, of 0.67 that it has learned.
+    phantom = make_phantom((6, 192, 192), seed=3)
+    files = {"image": phantom.image, "labels": phantom.classes}
+    for name, voxels in files.items():
+        tifffile.imwrite(tmp_path / f"{name}.tif", voxels)
+    image, labels = (str(tmp_path / f"{name}.tif") for name in files)
+    made = recipe(
+        base_channels=4,
+        depth=2,
+        patch=(76, 76),
+        steps=300,
+        learning_rate=3e-3,
+        precision="float32",
+        val="4:6",
+    )
+    train([image], [labels], tmp_path / "run", made)
+    network, _ = read_model(max((tmp_path / "run" / "checkpoints").glob("step-*")))
+    (held,) = load_training_data([image], [labels], made).held_out
+    validator = Validator([held], 2, None, "float32", "cpu")
+    stored = validator._predict(network, held)[0]
+    used = ((stored > 127) == held.targets).mean()
+    learned = accuracy_by_own_statistics(network, held)
+    assert learned > 0.6
+    assert used > learned - 0.01
 
 
 # The same again
@@ -332,7 +383,7 @@ def test_a_loss_that_is_no_number_ends_training(files, tmp_path):
 
 def test_the_default_recipe_is_what_its_description_says():
     made = Recipe.of("default")
-    assert (made.optimiser, made.norm, made.dropout, made.decay) == ("adamw", "batch", 0.0, 0.9)
+    assert (made.optimiser, made.norm, made.dropout, made.decay) == ("adamw", "weight", 0.0, 0.9)
     assert (made.patch, made.output, made.minutes, made.steps) == ((380, 380), (196, 196), 15, None)
     assert Recipe.of("default", steps=7).minutes is None
 
@@ -388,7 +439,7 @@ def test_the_model_says_how_it_was_made(files, tmp_path):
         "classes": 2,
         "base_channels": 2,
         "depth": 1,
-        "norm": "batch",
+        "norm": "weight",
         "dropout": 0.0,
     }
     assert header.class_values == [0, 255]

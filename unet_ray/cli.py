@@ -284,7 +284,11 @@ def demo(out: str) -> None:
     click.option("--dims", type=click.IntRange(2, 3), default=2, show_default=True, help="Axes."),
     click.option("--depth", type=int, help="Number of poolings. [4]"),
     click.option("--base-channels", type=int, help="Channels at full resolution. [64]"),
-    click.option("--norm", type=click.Choice(["none", "batch"]), help="[batch; paper: none]"),
+    click.option(
+        "--norm",
+        type=click.Choice(["none", "weight", "batch"]),
+        help="Weight standardisation, or batch norm with fixed statistics. [weight; paper: none]",
+    ),
     click.option("--dropout", type=float, metavar="P", help="[0; paper: 0.5]"),
     click.option("--patch", metavar="N|Z,Y,X", help="Voxels the network reads. [380; paper: 572]"),
     click.option("--batch", type=int, metavar="N", help="Patches of a step and worker. [1]"),

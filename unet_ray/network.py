@@ -7,7 +7,7 @@ so every output voxel is computed from real input only, which is what makes tili
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unet_ray.errors import InputError
 from unet_ray.tiles import Context, Level, output_extent
 
-Norm = Literal["none", "batch"]
+Norm = Literal["none", "weight", "batch"]
 Convolution = nn.Conv2d | nn.ConvTranspose2d
 
 
@@ -31,8 +31,11 @@ class UNet(nn.Module):
         classes: number of classes, at least 2.
         base_channels: channels at full resolution; the paper's 64.
         depth: number of poolings; the paper's 4.
-        norm: ``"batch"`` adds batch normalisation after each convolution but the last. Its
-            statistics are frozen at inference, so tiling stays exact.
+        norm: ``"weight"`` standardises the weights of the 3x3 convolutions (see
+            `StandardisedConv2d`), all but those that read the image, whose grey level counts.
+            ``"batch"`` adds batch normalisation after each of them, with statistics that
+            `calibrate` measures once. Neither looks at the image at hand, in training or
+            inference, so tiling stays exact.
         dropout: probability of dropping a feature at the end of the contracting path (after its
             last two levels, as in the authors' Caffe network). Only while training.
 
@@ -54,8 +57,9 @@ class UNet(nn.Module):
         _check("classes", classes, 2, 255)
         _check("base_channels", base_channels, 1, 4096)
         _check("depth", depth, 1, 8)
-        if norm not in ("none", "batch"):
-            raise InputError(f"norm={norm!r} is not a norm: choose 'none' or 'batch'.")
+        if norm not in get_args(Norm):
+            choices = ", ".join(map(repr, get_args(Norm)))
+            raise InputError(f"norm={norm!r} is not a norm: choose from {choices}.")
         if not 0 <= dropout < 1:
             raise InputError(f"dropout={dropout} must be at least 0 and below 1.")
         self.in_channels, self.classes, self.depth = in_channels, classes, depth
@@ -68,7 +72,36 @@ class UNet(nn.Module):
         self.join = nn.ModuleList(_pair(2 * w, w, norm) for w in widths[:-1])
         self.head = nn.Conv2d(base_channels, classes, 1)
         self.drop = nn.Dropout(dropout)
+        if norm == "weight":  # a filter without mean would not see whether the image is bright
+            cast(nn.Sequential, self.down[0])[0] = nn.Conv2d(in_channels, base_channels, 3)
         self._initialise()
+        self.train()
+
+    def train(self, mode: bool = True) -> UNet:
+        """Sets the network to training or inference; batch norm keeps its statistics in both."""
+        super().train(mode)
+        for norm in self._batch_norms():
+            norm.eval()
+        return self
+
+    def calibrate(self, images: Iterable[Tensor]) -> None:
+        """Sets the statistics of batch norm to their mean over `images`, before any training.
+
+        Args:
+            images: each as of `forward`, at least one.
+        """
+        norms = self._batch_norms()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean
+            norm.train()
+        with torch.no_grad():
+            for image in images if norms else ():
+                self(image)
+        self.train(self.training)
+
+    def _batch_norms(self) -> list[nn.BatchNorm2d]:
+        return [layer for layer in self.modules() if isinstance(layer, nn.BatchNorm2d)]
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -151,7 +184,7 @@ class UNet(nn.Module):
         return cast(Tensor, self.head(x))
 
     def folded(self) -> UNet:
-        """The same function at inference without norm layers: batch norm goes into the weights.
+        """The same function at inference without a norm, which goes into the weights.
 
         Computed in double precision. Faster, and in bfloat16 more exact, since a convolution
         rounds once where convolution and norm round twice.
@@ -176,11 +209,41 @@ def _check(name: str, value: int, low: int, high: int) -> None:
         raise InputError(f"{name}={value} must lie in {low}..{high}; nearest is {near}.")
 
 
+class StandardisedConv2d(nn.Conv2d):
+    """A convolution whose filters have mean 0 and the variance of He initialisation, times a gain.
+
+    Weight standardisation (Qiao et al. 2019), scaled as by Brock et al. (2021, eq. 1): signals
+    keep their size from layer to layer, as with batch norm, but no statistics of images enter, so
+    a training step and a prediction compute the same function.
+
+    Attributes:
+        gain: factor of each filter, learned, 1 at the start.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__(inputs, outputs, kernel)
+        self.gain = nn.Parameter(torch.ones(outputs))
+
+    def standardised(self, weight: Tensor) -> Tensor:
+        """The filters that the convolution applies, computed in the precision of `weight`."""
+        variance, mean = torch.var_mean(weight, (1, 2, 3), correction=0, keepdim=True)
+        size = weight[0].numel() * variance
+        scale = self.gain.to(weight)[:, None, None, None] * (2 / size.clamp(min=1e-4)).sqrt()
+        return (weight - mean) * scale
+
+    def forward(self, image: Tensor) -> Tensor:
+        """As `nn.Conv2d`."""
+        return nn.functional.conv2d(image, self.standardised(self.weight), self.bias)
+
+
 def _pair(inputs: int, outputs: int, norm: Norm) -> nn.Sequential:
     """Two unpadded 3x3 convolutions, each with (norm and) ReLU."""
     layers: list[nn.Module] = []
     for channels in (inputs, outputs):
-        layers.append(nn.Conv2d(channels, outputs, 3, bias=norm == "none"))
+        if norm == "weight":
+            layers.append(StandardisedConv2d(channels, outputs, 3))
+        else:
+            layers.append(nn.Conv2d(channels, outputs, 3, bias=norm == "none"))
         if norm == "batch":
             layers.append(nn.BatchNorm2d(outputs))
         layers.append(nn.ReLU(inplace=True))
@@ -236,6 +299,8 @@ def _folded(layers: Iterable[nn.Module]) -> Iterator[tuple[Tensor, Tensor]]:
         if not isinstance(layer, nn.Conv2d):
             continue
         weight = layer.weight.double()
+        if isinstance(layer, StandardisedConv2d):
+            weight = layer.standardised(weight)
         bias = torch.zeros(layer.out_channels).double() if layer.bias is None else layer.bias
         if isinstance(after, nn.BatchNorm2d):
             mean, variance = cast(Tensor, after.running_mean), cast(Tensor, after.running_var)

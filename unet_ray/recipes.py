@@ -28,7 +28,8 @@ class Recipe:
 
     Attributes:
         recipe: name of the recipe that the rest was filled in from.
-        depth, base_channels, norm, dropout: of the network.
+        depth, base_channels, norm, dropout: of the network. Every norm computes the same function
+            in training and in prediction.
         patch: size of a patch along y and x, in voxels, as the network reads it; (0, 0) stands
             for that of the recipe at this depth.
         batch: patches of a step and worker; with N workers a step sees N times as many.
@@ -56,7 +57,7 @@ class Recipe:
     recipe: Literal["default", "paper"] = "default"
     depth: int = 4
     base_channels: int = 64
-    norm: Norm = "batch"
+    norm: Norm = "weight"
     dropout: float = 0.0
     patch: tuple[int, int] = (0, 0)
     batch: int = 1

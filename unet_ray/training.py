@@ -53,6 +53,7 @@ from unet_ray.versions import versions
 CHECKPOINT_SECONDS = 60.0
 VALIDATIONS = 10
 KEPT_PATCHES = 16
+CALIBRATION_PATCHES = 16
 # Below one, so that Ray finds room for drawing samples beside the trainers.
 CPU_SHARE = 0.9
 # One draws some 150 patches a second, more than any CPU learns from.
@@ -230,7 +231,7 @@ class _Training:
         self._network = recipe.network(data.channels, len(data.class_values))
         self._network.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._optimiser = _optimiser(recipe, self._network)
-        told = self._restore()
+        told = self._restore() or self._begin()
         self._step, self._precision = told.step, told.precision or _precision(recipe, world)
         self._learner = _Learner(
             recipe, self._network, self._optimiser, world, self._precision, told.learning_rate
@@ -325,11 +326,18 @@ class _Training:
         self._run.save(self._step, tensors, {**dataclasses.asdict(self._header()), **where})
         self._saved = time.monotonic()
 
-    def _restore(self) -> _Reached:
-        """Loads the newest checkpoint; says how far it had come."""
+    def _begin(self) -> _Reached:
+        """Calibrates the network, the same on every worker, where its norm needs it."""
+        sampler = Sampler(self._data, self._recipe)
+        images = (sampler[step, 0].image[None] for step in range(CALIBRATION_PATCHES))
+        self._network.calibrate(torch.from_numpy(i).to(self._world.device) for i in images)
+        return _Reached()
+
+    def _restore(self) -> _Reached | None:
+        """Loads the newest checkpoint, if there is one; says how far it had come."""
         newest = self._run.newest()
         if newest is None:
-            return _Reached()
+            return None
         tensors, header = newest.tensors, newest.header
         self._run.refuse_header(header, dataclasses.asdict(self._recipe), self._data.identity)
         self._network.load_state_dict(

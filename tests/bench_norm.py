@@ -1,0 +1,142 @@
+"""What the norm of the default recipe was chosen by: scores of held-out slices while it trains.
+
+python -m tests.bench_norm WAY [STEPS [SEED]]
+
+WAY is a norm of `unet-ray train` (none, weight, batch), or one that was measured and left out:
+running  batch norm that learns with the statistics of each patch and predicts with a running mean
+frozen   the same for two thirds of the steps; then the mean statistics of 150 patches, for good
+renorm   batch renormalisation (Ioffe 2017), with bounds that rise as in its section 4
+
+Reads ISBI 2012 beside the project. Prints a line of JSON after each tenth of the steps. From two
+thirds of the steps on it also has the scores of a moving average of the weights.
+"""
+
+import json
+import os
+import sys
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from unet_ray.annotations import load_training_data
+from unet_ray.memory import keep_freed_memory
+from unet_ray.recipes import Recipe
+from unet_ray.samples import Sampler, ahead, places
+from unet_ray.training import CALIBRATION_PATCHES, _Learner, _optimiser, _World
+from unet_ray.validation import Validator
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+HELD_OUT = "9:12,21:24"  # three slices of each half of the stack: see its slices.json
+FREEZE, FREEZE_PATCHES = 2 / 3, 150
+SHOWN = ("v_rand", "v_info", "pixel_error")
+
+
+class Renorm(nn.BatchNorm2d):
+    """Batch renormalisation: corrected to the running statistics, within bounds."""
+
+    progress = 0.0
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        ramp = min(1.0, max(0.0, (self.progress - 0.04) / 0.26))
+        largest, furthest = 1 + 2 * ramp, 5 * ramp
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        sd, running_sd = (variance + self.eps).sqrt(), (self.running_var + self.eps).sqrt()
+        ratio = (sd.detach() / running_sd).clamp(1 / largest, largest)
+        shift = ((mean.detach() - self.running_mean) / running_sd).clamp(-furthest, furthest)
+        momentum = 0.01 if ramp else 0.1
+        self.running_mean.lerp_(mean.detach(), momentum)
+        self.running_var.lerp_(variance.detach(), momentum)
+        scale = self.weight * ratio / sd
+        offset = self.bias + self.weight * (shift - mean * ratio / sd)
+        return x * scale[:, None, None] + offset[:, None, None]
+
+
+def norms_of(network):
+    return [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+
+def prepared(way, recipe):
+    """A network whose norm learns, or does not, as `way` says."""
+    network = recipe.network(1, 2)
+    if way == "renorm":
+        for pair in (*network.down, *network.join):
+            for index, layer in enumerate(pair):
+                if isinstance(layer, nn.BatchNorm2d):
+                    pair[index] = Renorm(layer.num_features)
+    return network.to(memory_format=torch.channels_last)
+
+
+def average(old, new, count):
+    """Over the last 500 steps, or a ninth of those so far while they are fewer."""
+    return old.lerp(new, max(0.002, 9 / (10 + float(count))))
+
+
+class Bench:
+    """One training, scored as it goes on."""
+
+    def __init__(self, way, steps, seed):
+        norm = way if way in ("none", "weight", "batch") else "batch"
+        chosen = {"base_channels": 16, "precision": "float32", "val": HELD_OUT, "norm": norm}
+        recipe = Recipe.of("default", steps=steps, seed=seed, **chosen)
+        stack = DATA / "isbi2012"
+        files = [[str(stack / f"train-{name}.tif")] for name in ("volume", "labels")]
+        self.way, self.steps = way, steps
+        self.data = load_training_data(*files, recipe)
+        self.sampler = Sampler(self.data, recipe)
+        torch.manual_seed(seed)
+        self.network, self.average = prepared(way, recipe), None
+        world = _World(0, 1, torch.device("cpu"), torch.get_num_threads())
+        optimiser = _optimiser(recipe, self.network)
+        self.learner = _Learner(recipe, self.network, optimiser, world, "float32", 0.0)
+        self.learns = norm == "batch" and way != "batch"
+        if way == "batch":
+            self.calibrate((step, 0) for step in range(CALIBRATION_PATCHES))
+
+    def calibrate(self, wanted):
+        self.network.calibrate(torch.from_numpy(self.sampler[p].image[None]) for p in wanted)
+
+    def train(self):
+        samples = ahead(self.sampler.__getitem__, places(0, 0, 1))
+        validator = Validator(self.data.held_out, 2, None, "float32", "cpu")
+        for step, sample in enumerate(islice(samples, self.steps)):
+            progress = step / self.steps
+            if progress >= FREEZE and self.average is None:
+                if self.way == "frozen":
+                    self.calibrate((step, 1 + number) for number in range(FREEZE_PATCHES))
+                    self.learns = False
+                self.average = AveragedModel(self.network, avg_fn=average)
+            for norm in norms_of(self.network):
+                norm.train(self.learns)
+                norm.progress = progress
+            self.learner.step([sample], step, progress)
+            if self.average:
+                self.average.update_parameters(self.network)
+            if (step + 1) * 10 // self.steps > step * 10 // self.steps:
+                self.tell(validator, step + 1)
+
+    def tell(self, validator, step):
+        told = {"step": step, **shown(validator(self.network))}
+        if self.average:
+            told["average"] = shown(validator(self.average.module))
+        print(json.dumps(told), flush=True)
+
+
+def shown(scores):
+    return {name: round(scores[name], 4) for name in SHOWN}
+
+
+def main(way, steps=1500, seed=1):
+    if not DATA.is_dir():
+        raise SystemExit(f"no real images at {DATA}")
+    keep_freed_memory()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    Bench(way, int(steps), int(seed)).train()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
