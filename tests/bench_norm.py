@@ -107,7 +107,8 @@ class Bench:
             progress = step / self.steps
             if progress >= FREEZE and self.average is None:
                 if self.way == "frozen":
-                    self.calibrate((step, 1 + number) for number in range(FREEZE_PATCHES))
+                    # Patches that no step learns from.
+                    self.calibrate((10**9 + step, number) for number in range(FREEZE_PATCHES))
                     self.learns = False
                 self.average = AveragedModel(self.network, avg_fn=average)
             for norm in norms_of(self.network):
