@@ -8,7 +8,8 @@ frozen   the same for two thirds of the steps; then the mean statistics of 150 p
 renorm   batch renormalisation (Ioffe 2017), with bounds that rise as in its section 4
 
 Reads ISBI 2012 beside the project. Prints a line of JSON after each tenth of the steps. From two
-thirds of the steps on it also has the scores of a moving average of the weights.
+thirds of the steps on it also has the scores of a moving average of the weights, where statistics
+are fixed.
 """
 
 import json
@@ -17,6 +18,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -32,6 +34,7 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 HELD_OUT = "9:12,21:24"  # three slices of each half of the stack: see its slices.json
 FREEZE, FREEZE_PATCHES = 2 / 3, 150
 SHOWN = ("v_rand", "v_info", "pixel_error")
+WAYS = ("none", "weight", "batch", "running", "frozen", "renorm")
 
 
 class Renorm(nn.BatchNorm2d):
@@ -80,7 +83,7 @@ class Bench:
     """One training, scored as it goes on."""
 
     def __init__(self, way, steps, seed):
-        norm = way if way in ("none", "weight", "batch") else "batch"
+        norm = way if way in WAYS[:3] else "batch"
         chosen = {"base_channels": 16, "precision": "float32", "val": HELD_OUT, "norm": norm}
         recipe = Recipe.of("default", steps=steps, seed=seed, **chosen)
         stack = DATA / "isbi2012"
@@ -95,10 +98,19 @@ class Bench:
         self.learner = _Learner(recipe, self.network, optimiser, world, "float32", 0.0)
         self.learns = norm == "batch" and way != "batch"
         if way == "batch":
-            self.calibrate((step, 0) for step in range(CALIBRATION_PATCHES))
+            images = [self.sampler[step, 0].image for step in range(CALIBRATION_PATCHES)]
+            self.network.calibrate(torch.from_numpy(np.stack(images)))
 
-    def calibrate(self, wanted):
-        self.network.calibrate(torch.from_numpy(self.sampler[p].image[None]) for p in wanted)
+    def freeze(self, step):
+        """Sets the statistics to their mean over patches that no step learns from, for good."""
+        for norm in norms_of(self.network):
+            norm.reset_running_stats()
+            norm.momentum = None
+        with torch.no_grad():
+            for number in range(FREEZE_PATCHES):
+                image = torch.from_numpy(self.sampler[10**9 + step, number].image[None])
+                self.network(image.contiguous(memory_format=torch.channels_last))
+        self.learns = False
 
     def train(self):
         samples = ahead(self.sampler.__getitem__, places(0, 0, 1))
@@ -107,10 +119,9 @@ class Bench:
             progress = step / self.steps
             if progress >= FREEZE and self.average is None:
                 if self.way == "frozen":
-                    # Patches that no step learns from.
-                    self.calibrate((10**9 + step, number) for number in range(FREEZE_PATCHES))
-                    self.learns = False
-                self.average = AveragedModel(self.network, avg_fn=average)
+                    self.freeze(step)
+                if not self.learns:
+                    self.average = AveragedModel(self.network, avg_fn=average)
             for norm in norms_of(self.network):
                 norm.train(self.learns)
                 norm.progress = progress
@@ -131,7 +142,9 @@ def shown(scores):
     return {name: round(scores[name], 4) for name in SHOWN}
 
 
-def main(way, steps=1500, seed=1):
+def main(way="", steps=1500, seed=1):
+    if way not in WAYS:
+        raise SystemExit(f"WAY={way!r} is one of {', '.join(WAYS)}.")
     if not DATA.is_dir():
         raise SystemExit(f"no real images at {DATA}")
     keep_freed_memory()

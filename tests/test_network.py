@@ -247,7 +247,7 @@ def test_a_training_step_computes_what_a_prediction_computes(double, norm):
     assert all(torch.equal(before[name], tensor) for name, tensor in network.named_buffers())
 
 
-def test_standardised_filters_are_those_of_the_papers(double):
+def test_filters_are_standardised_as_the_formula_says(double):
     network = lively_norms(small(norm="weight"))
     layer = next(m for m in network.modules() if isinstance(m, StandardisedConv2d))
     for number, weights in enumerate(layer.weight.detach().numpy()):
@@ -262,19 +262,39 @@ def test_grey_levels_are_seen_through_standardised_filters(double):
     assert (network(image + 1) - network(image)).abs().max() > 0.01
 
 
-def test_calibration_takes_the_mean_of_what_each_image_has(double):
+def test_after_calibration_every_channel_has_mean_0_and_variance_1(double):
+    network = small(norm="batch", dropout=0.5).train()
+    images = torch.cat([scale * noise(1, 1, 92, 92, seed=scale) + scale for scale in (0, 1, 3)])
+    network.calibrate(images)
+    seen = []
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            assert not layer.training
+            # ReLU works in place.
+            layer.register_forward_hook(lambda layer, given, out: seen.append(out.clone()))
+    assert network.training
+    network.eval()(images)
+    assert len(seen) == 10
+    for out in seen:
+        channels = out.detach().transpose(0, 1).flatten(1)
+        # Batch norm adds 1e-5 to the variance, and its running one divides by one voxel less.
+        torch.testing.assert_close(channels.mean(1), torch.zeros(len(channels)), rtol=0, atol=1e-2)
+        torch.testing.assert_close(channels.var(1), torch.ones(len(channels)), rtol=0, atol=1e-2)
+
+
+def test_an_image_of_a_wrong_size_leaves_the_norms_fixed():
     network = small(norm="batch").train()
-    images = [scale * noise(1, 1, 52, 60, seed=scale) + scale for scale in (1, 2, 3)]
-    network.calibrate(iter(images))
-    first = network.down[0][0]
-    with torch.no_grad():
-        seen = [first(image)[0].flatten(1) for image in images]
-    means = torch.stack([s.mean(1) for s in seen]).mean(0)
-    variances = torch.stack([s.var(1) for s in seen]).mean(0)
-    norm = network.down[0][1]
-    torch.testing.assert_close(norm.running_mean, means, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(norm.running_var, variances, rtol=1e-9, atol=1e-9)
-    assert network.training and not norm.training
+    with pytest.raises(InputError, match="size=53"):
+        network.calibrate(torch.zeros(1, 1, 52, 53))
+    assert network.training
+    assert not any(m.training for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize("norm", ["none", "weight", "batch"])
+def test_folding_stays_on_the_device_of_the_network(norm):
+    with torch.device("meta"):  # stands for a GPU
+        network = small(norm=norm)
+        network.folded()
 
 
 def test_what_the_network_is_given_stays_as_it_was(double):

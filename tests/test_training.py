@@ -15,9 +15,11 @@ from unet_ray import annotations, cluster, training
 from unet_ray.annotations import load_training_data
 from unet_ray.checkpoints import find_model, read_model, read_tensors, write_model, write_tensors
 from unet_ray.errors import InputError, RunError
+from unet_ray.metrics import iou
 from unet_ray.phantom import make_phantom
 from unet_ray.recipes import Recipe
 from unet_ray.runs import LOCK, PATCHES, WEIGHTS
+from unet_ray.samples import Sampler
 from unet_ray.training import train
 from unet_ray.validation import Validator
 from unet_ray.versions import VERSION
@@ -136,8 +138,8 @@ def test_no_thread_is_left(files, tmp_path):
     assert not any(t.is_alive() for t in left)
 
 
-def accuracy_by_own_statistics(network, held):
-    """Share of right voxels where each image is normalised by its own statistics, not tile by tile.
+def classes_by_own_statistics(network, held):
+    """Classes (z, y, x) where batch norm takes the statistics of each image.
 
     Exact under no tiling: a yardstick for what the network has learned.
     """
@@ -146,28 +148,29 @@ def accuracy_by_own_statistics(network, held):
             layer.train()
     before, after = network.context.before[-1], network.context.after[-1]
     height, width = held.targets.shape[1:]
-    right = []
-    for z, targets in enumerate(held.targets):
+    classes = []
+    for z in range(len(held.targets)):
         plane = held.intensity.normalise(held.image[:, z])
         seen = np.pad(plane, ((0, 0), (before, after), (before, after)), "reflect")
         with torch.inference_mode():
             scores = network(torch.from_numpy(seen)[None])
-        right.append((scores[0].argmax(0).numpy()[:height, :width] == targets).mean())
-    return np.mean(right)
+        classes.append(scores[0].argmax(0).numpy()[:height, :width])
+    return np.stack(classes).astype(np.uint8)
 
 
 def test_a_network_predicts_as_well_as_it_has_learned(tmp_path):
     # Batch norm that learns with the statistics of each patch, and predicts with a running mean of
-    # them, is right in 0.58 of these voxels, of 0.67 that it has learned.
+    # them, reaches an IoU of 0.42 here, where it has learned 0.53.
     phantom = make_phantom((6, 192, 192), seed=3)
     files = {"image": phantom.image, "labels": phantom.classes}
     for name, voxels in files.items():
         tifffile.imwrite(tmp_path / f"{name}.tif", voxels)
     image, labels = (str(tmp_path / f"{name}.tif") for name in files)
     made = recipe(
-        base_channels=4,
+        base_channels=8,
         depth=2,
         patch=(76, 76),
+        w0=1.0,
         steps=300,
         learning_rate=3e-3,
         precision="float32",
@@ -176,12 +179,25 @@ def test_a_network_predicts_as_well_as_it_has_learned(tmp_path):
     train([image], [labels], tmp_path / "run", made)
     network, _ = read_model(max((tmp_path / "run" / "checkpoints").glob("step-*")))
     (held,) = load_training_data([image], [labels], made).held_out
-    validator = Validator([held], 2, None, "float32", "cpu")
-    stored = validator._predict(network, held)[0]
-    used = ((stored > 127) == held.targets).mean()
-    learned = accuracy_by_own_statistics(network, held)
-    assert learned > 0.6
+    used = Validator([held], 2, None, "float32", "cpu")(network)["iou"]
+    learned = iou(classes_by_own_statistics(network, held), held.targets).value
+    assert learned > iou(np.ones_like(held.targets), held.targets).value + 0.05
     assert used > learned - 0.01
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_statistics_of_batch_norm_are_those_of_the_first_patches(files, tmp_path, batch):
+    network, _ = read_model(run(files, tmp_path / "run", norm="batch", batch=batch, steps=5))
+    made = recipe(norm="batch", batch=batch, steps=5)
+    sampler = Sampler(load_training_data([files[0]], [files[1]], made), made)
+    torch.manual_seed(made.seed)
+    fresh = made.network(1, 2)
+    images = [sampler[step, 0].image for step in range(training.CALIBRATION_PATCHES)]
+    fresh.calibrate(torch.from_numpy(np.stack(images)))
+    wanted = dict(fresh.named_buffers())
+    assert wanted
+    for name, found in network.named_buffers():
+        torch.testing.assert_close(found, wanted[name], rtol=1e-5, atol=1e-5)
 
 
 # The same again
@@ -189,8 +205,12 @@ def test_a_network_predicts_as_well_as_it_has_learned(tmp_path):
 
 @pytest.mark.parametrize(
     "chosen",
-    [{"dropout": 0.3, "batch": 2}, {"name": "paper", "learning_rate": 1e-3}],
-    ids=["adamw", "sgd"],
+    [
+        {"dropout": 0.3, "batch": 2},
+        {"name": "paper", "learning_rate": 1e-3},
+        {"norm": "batch"},
+    ],
+    ids=["adamw", "sgd", "batch norm"],
 )
 class TestRepeats:
     def test_same_seed_same_weights(self, files, tmp_path, chosen):

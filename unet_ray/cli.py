@@ -287,7 +287,8 @@ def demo(out: str) -> None:
     click.option(
         "--norm",
         type=click.Choice(["none", "weight", "batch"]),
-        help="Weight standardisation, or batch norm with fixed statistics. [weight; paper: none]",
+        help="None, weight standardisation, or batch norm with statistics measured once. "
+        "[weight; paper: none]",
     ),
     click.option("--dropout", type=float, metavar="P", help="[0; paper: 0.5]"),
     click.option("--patch", metavar="N|Z,Y,X", help="Voxels the network reads. [380; paper: 572]"),

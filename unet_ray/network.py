@@ -31,11 +31,11 @@ class UNet(nn.Module):
         classes: number of classes, at least 2.
         base_channels: channels at full resolution; the paper's 64.
         depth: number of poolings; the paper's 4.
-        norm: ``"weight"`` standardises the weights of the 3x3 convolutions (see
-            `StandardisedConv2d`), all but those that read the image, whose grey level counts.
-            ``"batch"`` adds batch normalisation after each of them, with statistics that
-            `calibrate` measures once. Neither looks at the image at hand, in training or
-            inference, so tiling stays exact.
+        norm: ``"weight"`` standardises the weights of all 3x3 convolutions but the first, which
+            must see grey levels (see `StandardisedConv2d`). ``"batch"`` adds batch normalisation
+            after every 3x3 convolution, with statistics that only `calibrate` changes; until
+            then they are mean 0 and variance 1. No norm uses statistics of the image at hand,
+            in training or inference, so tiling stays exact.
         dropout: probability of dropping a feature at the end of the contracting path (after its
             last two levels, as in the authors' Caffe network). Only while training.
 
@@ -72,7 +72,7 @@ class UNet(nn.Module):
         self.join = nn.ModuleList(_pair(2 * w, w, norm) for w in widths[:-1])
         self.head = nn.Conv2d(base_channels, classes, 1)
         self.drop = nn.Dropout(dropout)
-        if norm == "weight":  # a filter without mean would not see whether the image is bright
+        if norm == "weight":  # a filter of mean 0 does not see whether the image is bright
             cast(nn.Sequential, self.down[0])[0] = nn.Conv2d(in_channels, base_channels, 3)
         self._initialise()
         self.train()
@@ -84,21 +84,25 @@ class UNet(nn.Module):
             norm.eval()
         return self
 
-    def calibrate(self, images: Iterable[Tensor]) -> None:
-        """Sets the statistics of batch norm to their mean over `images`, before any training.
+    def calibrate(self, images: Tensor) -> None:
+        """Sets the statistics of batch norm to those of `images` together.
+
+        All images go through at once: each layer sees what the layers before it will give when
+        their statistics are fixed, and an image that is blank does no harm among others.
 
         Args:
-            images: each as of `forward`, at least one.
+            images: as of `forward`.
         """
-        norms = self._batch_norms()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain mean
+        training = self.training
+        self.eval()  # no dropout
+        for norm in self._batch_norms():
+            norm.momentum = 1.0  # nothing of the statistics so far
             norm.train()
-        with torch.no_grad():
-            for image in images if norms else ():
-                self(image)
-        self.train(self.training)
+        try:
+            with torch.no_grad():
+                self(images)
+        finally:
+            self.train(training)
 
     def _batch_norms(self) -> list[nn.BatchNorm2d]:
         return [layer for layer in self.modules() if isinstance(layer, nn.BatchNorm2d)]
@@ -210,14 +214,15 @@ def _check(name: str, value: int, low: int, high: int) -> None:
 
 
 class StandardisedConv2d(nn.Conv2d):
-    """A convolution whose filters have mean 0 and the variance of He initialisation, times a gain.
+    """A convolution whose filters have mean 0 and standard deviation ``gain * sqrt(2 / N)``.
 
-    Weight standardisation (Qiao et al. 2019), scaled as by Brock et al. (2021, eq. 1): signals
-    keep their size from layer to layer, as with batch norm, but no statistics of images enter, so
-    a training step and a prediction compute the same function.
+    N is the number of weights of a filter. This is weight standardisation (Qiao et al. 2019) with
+    a gain for each filter (Brock et al. 2021), scaled as He initialisation: signals roughly keep
+    their size from layer to layer, as with batch norm. No statistics of images enter, so a
+    training step and a prediction compute the same function.
 
     Attributes:
-        gain: factor of each filter, learned, 1 at the start.
+        gain: float32 ``(filters,)``, learned, 1 at the start.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
@@ -301,7 +306,7 @@ def _folded(layers: Iterable[nn.Module]) -> Iterator[tuple[Tensor, Tensor]]:
         weight = layer.weight.double()
         if isinstance(layer, StandardisedConv2d):
             weight = layer.standardised(weight)
-        bias = torch.zeros(layer.out_channels).double() if layer.bias is None else layer.bias
+        bias = torch.zeros_like(weight[:, 0, 0, 0]) if layer.bias is None else layer.bias
         if isinstance(after, nn.BatchNorm2d):
             mean, variance = cast(Tensor, after.running_mean), cast(Tensor, after.running_var)
             gain = after.weight.double() / (variance.double() + after.eps).sqrt()

@@ -53,7 +53,7 @@ from unet_ray.versions import versions
 CHECKPOINT_SECONDS = 60.0
 VALIDATIONS = 10
 KEPT_PATCHES = 16
-CALIBRATION_PATCHES = 16
+CALIBRATION_PATCHES = 8
 # Below one, so that Ray finds room for drawing samples beside the trainers.
 CPU_SHARE = 0.9
 # One draws some 150 patches a second, more than any CPU learns from.
@@ -327,10 +327,11 @@ class _Training:
         self._saved = time.monotonic()
 
     def _begin(self) -> _Reached:
-        """Calibrates the network, the same on every worker, where its norm needs it."""
-        sampler = Sampler(self._data, self._recipe)
-        images = (sampler[step, 0].image[None] for step in range(CALIBRATION_PATCHES))
-        self._network.calibrate(torch.from_numpy(i).to(self._world.device) for i in images)
+        """Calibrates batch norm, where there is one, on the same patches on every worker."""
+        if self._recipe.norm == "batch":
+            sampler = Sampler(self._data, self._recipe)
+            images = [sampler[step, 0].image for step in range(CALIBRATION_PATCHES)]
+            self._network.calibrate(torch.from_numpy(np.stack(images)).to(self._world.device))
         return _Reached()
 
     def _restore(self) -> _Reached | None:
