@@ -231,7 +231,7 @@ TILING = (
 )
 @click.option("--out", default="demo", show_default=True, help="Folder of the results.")
 def demo(out: str) -> None:
-    """Shows the whole system on a phantom: train, segment on Ray, score, pictures. 5 minutes."""
+    """Shows the whole system on a phantom: train, segment on Ray, score, pictures. 6 minutes."""
     from unet_ray import demo as demonstration
 
     demonstration.run(Path(out), _say)
