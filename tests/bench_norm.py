@@ -1,15 +1,14 @@
-"""What the norm of the default recipe was chosen by: scores of held-out slices while it trains.
+"""Compares norms for the default recipe: scores on held-out slices during training.
 
 python -m tests.bench_norm WAY [STEPS [SEED]]
 
-WAY is a norm of `unet-ray train` (none, weight, batch), or one that was measured and left out:
-running  batch norm that learns with the statistics of each patch and predicts with a running mean
-frozen   the same for two thirds of the steps; then the mean statistics of 150 patches, for good
+WAY is a norm of `unet-ray train` (none, weight, batch) or an alternative that the project rejected:
+running  batch norm that trains with statistics of each patch and predicts with a running mean
+frozen   as running for two thirds of the steps, then fixed mean statistics of 150 patches
 renorm   batch renormalisation (Ioffe 2017), with bounds that rise as in its section 4
 
-Reads ISBI 2012 beside the project. Prints a line of JSON after each tenth of the steps. From two
-thirds of the steps on it also has the scores of a moving average of the weights, where statistics
-are fixed.
+Reads ISBI 2012 from ../shared/data. Prints one line of JSON after each tenth of the steps. In the
+last third, if the statistics are fixed, a line includes the scores of averaged weights.
 """
 
 import json
@@ -64,7 +63,7 @@ def norms_of(network):
 
 
 def prepared(way, recipe):
-    """A network whose norm learns, or does not, as `way` says."""
+    """The network of `recipe`, with batch renormalisation if `way` is ``renorm``."""
     network = recipe.network(1, 2)
     if way == "renorm":
         for pair in (*network.down, *network.join):
@@ -75,12 +74,12 @@ def prepared(way, recipe):
 
 
 def average(old, new, count):
-    """Over the last 500 steps, or a ninth of those so far while they are fewer."""
+    """A moving average over about 500 steps, and over fewer at the start."""
     return old.lerp(new, max(0.002, 9 / (10 + float(count))))
 
 
 class Bench:
-    """One training, scored as it goes on."""
+    """One training run with scores on held-out slices."""
 
     def __init__(self, way, steps, seed):
         norm = way if way in WAYS[:3] else "batch"
@@ -102,7 +101,7 @@ class Bench:
             self.network.calibrate(torch.from_numpy(np.stack(images)))
 
     def freeze(self, step):
-        """Sets the statistics to their mean over patches that no step learns from, for good."""
+        """Fixes the statistics at their mean over patches that no training step uses."""
         for norm in norms_of(self.network):
             norm.reset_running_stats()
             norm.momentum = None
@@ -129,13 +128,13 @@ class Bench:
             if self.average:
                 self.average.update_parameters(self.network)
             if (step + 1) * 10 // self.steps > step * 10 // self.steps:
-                self.tell(validator, step + 1)
+                self.print_scores(validator, step + 1)
 
-    def tell(self, validator, step):
-        told = {"step": step, **shown(validator(self.network))}
+    def print_scores(self, validator, step):
+        row = {"step": step, **shown(validator(self.network))}
         if self.average:
-            told["average"] = shown(validator(self.average.module))
-        print(json.dumps(told), flush=True)
+            row["average"] = shown(validator(self.average.module))
+        print(json.dumps(row), flush=True)
 
 
 def shown(scores):

@@ -38,8 +38,8 @@ from unet_ray.training import train
 
 TRAINING_SHAPE, TEST_SHAPE = (8, 512, 512), (12, 768, 768)
 TRAINING_SEED, TEST_SEED = 1, 2
-# Bounded by steps, so that a busy machine learns as much. The phantom's membranes are thick: with
-# the paper's w0 of 10 so short a training would draw them too thick.
+# A bound in steps gives the same network on a busy machine. The phantom has thick membranes: with
+# the paper's w0 of 10, a short training makes them too thick.
 RECIPE = {"base_channels": 16, "patch": (316, 316), "steps": 1400, "w0": 2.0}
 SHOWN_SLICE, SHOWN_CORNER = 6, 384
 

@@ -34,8 +34,8 @@ class UNet(nn.Module):
         norm: ``"weight"`` standardises the weights of all 3x3 convolutions but the first, which
             must see grey levels (see `StandardisedConv2d`). ``"batch"`` adds batch normalisation
             after every 3x3 convolution, with statistics that only `calibrate` changes; until
-            then they are mean 0 and variance 1. No norm uses statistics of the image at hand,
-            in training or inference, so tiling stays exact.
+            then they are mean 0 and variance 1. No norm uses statistics of the input image, in
+            training or inference, so tiling stays exact.
         dropout: probability of dropping a feature at the end of the contracting path (after its
             last two levels, as in the authors' Caffe network). Only while training.
 
@@ -85,18 +85,21 @@ class UNet(nn.Module):
         return self
 
     def calibrate(self, images: Tensor) -> None:
-        """Sets the statistics of batch norm to those of `images` together.
+        """Sets the statistics of batch norm to those of all `images` together.
 
-        All images go through at once: each layer sees what the layers before it will give when
-        their statistics are fixed, and an image that is blank does no harm among others.
+        One pass over all images gives each layer the input that it gets with fixed statistics.
+        Single blank images do no harm, since the statistics are not taken per image.
 
         Args:
-            images: as of `forward`.
+            images: ``(n, in_channels, y, x)``, floating point, normalised.
+
+        Raises:
+            InputError: if y or x is a size that the network does not take.
         """
         training = self.training
         self.eval()  # no dropout
         for norm in self._batch_norms():
-            norm.momentum = 1.0  # nothing of the statistics so far
+            norm.momentum = 1.0  # replaces the statistics
             norm.train()
         try:
             with torch.no_grad():

@@ -231,19 +231,19 @@ class _Training:
         self._network = recipe.network(data.channels, len(data.class_values))
         self._network.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._optimiser = _optimiser(recipe, self._network)
-        told = self._restore() or self._begin()
-        self._step, self._precision = told.step, told.precision or _precision(recipe, world)
+        reached = self._restore() or self._begin()
+        self._step, self._precision = reached.step, reached.precision or _precision(recipe, world)
         self._learner = _Learner(
-            recipe, self._network, self._optimiser, world, self._precision, told.learning_rate
+            recipe, self._network, self._optimiser, world, self._precision, reached.learning_rate
         )
-        self._clock, self._saved = _Clock(recipe, told.seconds), time.monotonic()
+        self._clock, self._saved = _Clock(recipe, reached.seconds), time.monotonic()
         self._log = self._judge = None
         if world.first and not run.checkpoints():
             self._save()  # so that another recipe or other data are refused from now on
         if world.first:
             patches = world.size * recipe.batch
             self._log = Log(
-                run.path / METRICS, told.step, told.pending_losses, world.size, patches, watch
+                run.path / METRICS, reached.step, reached.pending_losses, world.size, patches, watch
             )
             if data.held_out:
                 self._judge = _Judge(recipe, data, run, self._log, self._precision, world)
