@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
-
 from unet_ray.metrics import isbi_scores
 from unet_ray.pictures import OKABE_ITO, side_by_side, write_png
 

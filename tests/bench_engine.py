@@ -10,13 +10,14 @@ from threading import Thread
 import torch
 
 from tests.test_segmentation import noise, random_model, write_stack
-from unet_ray import engine, pool
-from unet_ray.attempts import Stage
-from unet_ray.ledger import Ledger
-from unet_ray.memory import format_bytes, held
-from unet_ray.planning import Settings
-from unet_ray.preparation import prepare
-from unet_ray.stores import StoreLayout, create_store
+from unet_ray.engine import engines as engine
+from unet_ray.engine import pool
+from unet_ray.engine.attempts import Stage
+from unet_ray.segmentation.choice import Settings
+from unet_ray.segmentation.memory import format_bytes, held
+from unet_ray.segmentation.preparation import prepare
+from unet_ray.storage.ledger import Ledger
+from unet_ray.storage.stores import StoreLayout, create_store
 
 WORKERS = 2
 EMPTY_TILES = 3000

@@ -21,12 +21,13 @@ import tifffile
 from tests.bench_engine import Idle
 from tests.test_memory import actors_of, anonymous
 from tests.test_segmentation import noise, random_model
-from unet_ray import cluster, engine
-from unet_ray.attempts import Stage
-from unet_ray.memory import format_bytes
-from unet_ray.planning import GPU_TILES, Settings, helper_bytes, together, under_way
-from unet_ray.preparation import prepare
-from unet_ray.stores import StoreLayout, create_store
+from unet_ray.engine import cluster
+from unet_ray.engine import engines as engine
+from unet_ray.engine.attempts import Stage
+from unet_ray.segmentation.choice import GPU_TILES, Settings, helper_bytes, together, under_way
+from unet_ray.segmentation.memory import format_bytes
+from unet_ray.segmentation.preparation import prepare
+from unet_ray.storage.stores import StoreLayout, create_store
 
 # All are the first few tiles, again and again, so that they need little room.
 SLAB, TILES, DIFFERENT, SPEEDS = 16, 384, 32, (40, 60, 80)

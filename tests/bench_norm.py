@@ -22,12 +22,12 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from unet_ray.annotations import load_training_data
-from unet_ray.memory import keep_freed_memory
-from unet_ray.recipes import Recipe
-from unet_ray.samples import Sampler, ahead, places
-from unet_ray.training import CALIBRATION_PATCHES, _Learner, _optimiser, _World
-from unet_ray.validation import Validator
+from unet_ray.segmentation.memory import keep_freed_memory
+from unet_ray.training.labels import load_training_data
+from unet_ray.training.patches import Sampler, ahead, places
+from unet_ray.training.recipes import Recipe
+from unet_ray.training.trainer import CALIBRATION_PATCHES, _Learner, _optimiser, _World
+from unet_ray.training.validation import Validator
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 HELD_OUT = "9:12,21:24"  # three slices of each half of the stack: see its slices.json

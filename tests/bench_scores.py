@@ -9,8 +9,8 @@ from skimage.metrics import adapted_rand_error, variation_of_information
 from skimage.segmentation import watershed
 
 from unet_ray import make_phantom
-from unet_ray.scores import ISBI, instance_scores, isbi_scores
-from unet_ray.thinning import thin
+from unet_ray.scores.thinning import thin
+from unet_ray.scores.totals import ISBI, instance_scores, isbi_scores
 
 SHAPE = (30, 512, 512)
 

@@ -11,15 +11,15 @@ import torch
 from scipy import ndimage
 
 from unet_ray import make_phantom
-from unet_ray.annotations import TrainingData, TrainingVolume
-from unet_ray.augment import draw_deformation, warp_image, warp_labels
-from unet_ray.cluster import connect, usable_cores
-from unet_ray.intensity import Intensity
-from unet_ray.memory import keep_freed_memory
-from unet_ray.recipes import Recipe
-from unet_ray.samples import Sampler, ahead, places, streamed
-from unet_ray.training import CPU_SHARE, _Learner, _optimiser, _precision, _World
-from unet_ray.weights import border_term, class_weights, weight_map
+from unet_ray.engine.cluster import connect, usable_cores
+from unet_ray.segmentation.memory import keep_freed_memory
+from unet_ray.training.augment import draw_deformation, warp_image, warp_labels
+from unet_ray.training.labels import TrainingData, TrainingVolume
+from unet_ray.training.patches import Sampler, ahead, places, streamed
+from unet_ray.training.recipes import Recipe
+from unet_ray.training.trainer import CPU_SHARE, _Learner, _optimiser, _precision, _World
+from unet_ray.training.weights import border_term, class_weights, weight_map
+from unet_ray.volumes.intensity import Intensity
 
 
 def least(function, times):

@@ -175,7 +175,7 @@ def serving():
 @pytest.fixture
 def bucket(monkeypatch):
     """An object store at s3://bucket, for this test alone."""
-    from unet_ray import places
+    from unet_ray.storage import places
 
     with serving() as (bucket, environment):
         for name, value in environment.items():

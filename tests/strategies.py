@@ -2,8 +2,8 @@
 
 from hypothesis import strategies as st
 
-from unet_ray.boxes import Box
-from unet_ray.tiles import Context, Level, TilePlan
+from unet_ray.tiling.boxes import Box
+from unet_ray.tiling.tiles import Context, Level, TilePlan
 
 SLICE = Level((1, 3, 3), (1, 2, 2))  # nothing happens along z: a 2-D network on a volume
 CUBE = Level((3, 3, 3), (2, 2, 2))

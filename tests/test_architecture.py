@@ -1,10 +1,11 @@
-"""The ladder of the package: who may import whom, who may know torch and Ray, what is visible."""
+"""The ladder of the nine wings: who may import whom, and who may know torch and Ray."""
 
 import ast
 import re
 import shutil
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,77 +13,119 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "unet_ray"
 
-# A file imports only from the rungs below its own and from the files before it on its own rung.
-RUNGS = (
-    "errors versions places compiled boxes mirror progress",
-    "tiles memory cost tiff volumes masks intensity ledger marks stores shards lease events "
-    "weights augment warping thinning overlaps cuts stacks scores metrics "
-    "phantom pictures charts results",
-    "network checkpoints prediction recipes runs",
-    "annotations samples attempts cluster loop parcels actors pool engine",
-    "evaluation validation training planning preparation pilot execution disk segmentation "
-    "verification report demo",
-    "__init__ cli __main__",
-)
-LADDER = [name for rung in RUNGS for name in rung.split()]
-ROOMS = {*LADDER, *(path.stem for path in PACKAGE.rglob("*.py"))}
-BELOW_TORCH = [name for rung in RUNGS[:2] for name in rung.split()]
-KNOW_RAY = ["cluster", "actors", "pool", "training", "samples"]
+# Each wing imports only from those before it; `ground` is the files of GROUND, without a folder.
+LADDER = [
+    "ground",
+    "tiling",
+    "storage",
+    "volumes",
+    "engine",
+    "network",
+    "scores",
+    "training",
+    "segmentation",
+    "report",
+]
+GROUND = ["errors", "versions", "units", "machine", "compiled"]
+NO_TORCH = ["ground", "tiling", "storage", "volumes", "scores"]
+KNOW_RAY = ["engine", "training"]
 VISIBLE = "unet_ray jobs tests docs cluster.yaml pyproject.toml README.md Makefile LICENSE"
 
-# A file of the ladder that is not written yet has nothing to test.
-written = pytest.mark.parametrize("name", [n for n in LADDER if (PACKAGE / f"{n}.py").exists()])
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+}
+ROOMS = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
+every_room = pytest.mark.parametrize("room", sorted(ROOMS))
 
 
-def tree_of(name):
-    return ast.parse((PACKAGE / f"{name}.py").read_text())
+def wing_of(room):
+    """The wing of a room such as ``tiling.boxes``; ``top`` of the files above all wings."""
+    first, *below = room.split(".")
+    if below or first in LADDER:
+        return first
+    return "ground" if first in GROUND else "top"
 
 
-def imports_of(name):
-    """Dotted names of everything imported anywhere in a file, ``unet_ray.boxes.Box`` included."""
-    for node in ast.walk(tree_of(name)):
+def tree_of(room):
+    return ast.parse(ROOMS[room].read_text())
+
+
+def imports_of(room):
+    """Dotted names of everything that a file imports, such as ``unet_ray.tiling.boxes.Box``."""
+    for node in ast.walk(tree_of(room)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name}.py, line {node.lineno}: a relative import"
+            assert node.level == 0, f"{room}, line {node.lineno}: a relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def rooms_of(name):
-    """The files of the package that a file imports from; ``__init__`` where it names the facade."""
-    for dotted in imports_of(name):
+def rooms_of(room):
+    """The rooms that a file imports from; ``__init__`` where it names the package alone."""
+    for dotted in imports_of(room):
         top, *rest = dotted.split(".")
         if top == "unet_ray":
-            yield rest[0] if rest and rest[0] in ROOMS else "__init__"
+            names = (".".join(rest[:end]) for end in range(len(rest), 0, -1))
+            yield next((name for name in names if name in ROOMS), "__init__")
 
 
-def test_every_file_has_its_place_on_the_ladder():
-    assert set(LADDER) == ROOMS
+def test_every_wing_has_its_rung_and_every_ground_file_is_there():
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders == set(LADDER[1:])
+    assert set(GROUND) <= set(ROOMS)
 
 
-@written
-def test_imports_go_down_the_ladder(name):
-    assert set(rooms_of(name)) <= set(LADDER[: LADDER.index(name)])
+@every_room
+def test_imports_go_down_the_ladder(room):
+    wing = wing_of(room)
+    if wing != "top":
+        assert {wing_of(other) for other in rooms_of(room)} <= set(LADDER[: LADDER.index(wing) + 1])
 
 
-@written
-def test_torch_and_ray_stay_in_their_rooms(name):
-    tops = {dotted.split(".")[0] for dotted in imports_of(name)}
-    assert not (name in BELOW_TORCH and "torch" in tops)
-    assert name in KNOW_RAY or "ray" not in tops
+def test_no_circle_of_imports():
+    TopologicalSorter({room: {*rooms_of(room)} - {room} for room in ROOMS}).prepare()
 
 
-@written
-def test_nothing_that_is_read_can_run_code(name):
-    nodes = [n for n in ast.walk(tree_of(name)) if isinstance(n, ast.Attribute | ast.keyword)]
-    said = {*imports_of(name), *map(ast.unparse, nodes)}
+def test_a_wing_that_imports_a_later_one_is_found(monkeypatch, tmp_path):
+    bad = tmp_path / "boxes.py"
+    bad.write_text("from unet_ray.report.page import write_report")
+    monkeypatch.setitem(ROOMS, "tiling.boxes", bad)
+    with pytest.raises(AssertionError):
+        test_imports_go_down_the_ladder("tiling.boxes")
+    monkeypatch.setitem(ROOMS, "report.page", bad)
+    bad.write_text("from unet_ray.report.figures import figure")
+    other = tmp_path / "figures.py"
+    other.write_text("from unet_ray.report.page import write_report")
+    monkeypatch.setitem(ROOMS, "report.figures", other)
+    with pytest.raises(CycleError):
+        test_no_circle_of_imports()
+
+
+@every_room
+def test_torch_and_ray_stay_in_their_wings(room):
+    wing, tops = wing_of(room), {dotted.split(".")[0] for dotted in imports_of(room)}
+    assert not (wing in NO_TORCH and "torch" in tops)
+    assert wing in KNOW_RAY or "ray" not in tops
+
+
+@every_room
+def test_nothing_that_is_read_can_run_code(room):
+    nodes = [n for n in ast.walk(tree_of(room)) if isinstance(n, ast.Attribute | ast.keyword)]
+    said = {*imports_of(room), *map(ast.unparse, nodes)}
     assert not said & {"torch.load", "allow_pickle=True"}
     assert not {dotted.split(".")[0] for dotted in said} & {"pickle", "cloudpickle"}
 
 
-@written
-def test_every_file_opens_by_saying_what_it_knows(name):
-    assert ast.get_docstring(tree_of(name))
+@every_room
+def test_every_file_opens_by_saying_what_it_knows(room):
+    assert ast.get_docstring(tree_of(room))
+
+
+@pytest.mark.parametrize("wing", LADDER[1:])
+def test_every_wing_says_what_it_does_not_know(wing):
+    said = ast.get_docstring(tree_of(wing))
+    assert "\nKnows " in said and " Does not know " in said.replace("\n", " ")
 
 
 def test_the_package_loads_neither_torch_nor_ray_by_itself():
@@ -105,9 +148,9 @@ def test_the_visible_top_level_is_what_the_design_names():
     assert {name for name in top if not name.startswith(".")} == set(VISIBLE.split())
 
 
-def test_the_readme_tree_names_every_file_of_the_package():
+def test_the_readme_tree_names_every_wing_in_order_and_every_file_beside_them():
     text = (ROOT / "README.md").read_text()
     tree = text[text.index("    unet_ray/\n") : text.index("    jobs/  ")]
-    named = re.findall(r"\b(\w+\.(?:py|html))\s", tree)
-    there = {p.name for p in PACKAGE.iterdir() if p.suffix in (".py", ".html")} - {"__init__.py"}
-    assert sorted(named) == sorted(there)
+    assert re.findall(r"^      (\w+)/ ", tree, re.M) == LADDER[1:]
+    there = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"\b(\w+\.py)\b", tree)) == there

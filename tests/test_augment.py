@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from unet_ray.augment import change_grey, deform, draw_deformation, warp_image, warp_labels
-from unet_ray.boxes import Box
 from unet_ray.errors import InputError
+from unet_ray.tiling.boxes import Box
+from unet_ray.training.augment import change_grey, deform, draw_deformation, warp_image, warp_labels
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 40))
 IDENTITY = np.eye(2)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.strategies import boxes
-from unet_ray.boxes import Box
+from unet_ray.tiling.boxes import Box
 
 small = boxes(axes=2, low=-7, high=7)
 offsets = st.tuples(st.integers(-9, 9), st.integers(-9, 9))

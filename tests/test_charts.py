@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unet_ray import charts
-from unet_ray.charts import (
+from unet_ray.report import charts
+from unet_ray.report.charts import (
     Axis,
     Series,
     binned_series,
@@ -21,7 +21,7 @@ from unet_ray.charts import (
     tile_map,
     tile_maps,
 )
-from unet_ray.pictures import VIRIDIS
+from unet_ray.report.pictures import VIRIDIS
 
 SVG = "{http://www.w3.org/2000/svg}"
 finite = st.floats(-1e12, 1e12).filter(lambda v: v == 0 or abs(v) > 1e-9)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from unet_ray.checkpoints import (
+from unet_ray.errors import InputError
+from unet_ray.network.checkpoints import (
     FORMAT,
     ModelHeader,
     architecture_of,
@@ -22,8 +23,7 @@ from unet_ray.checkpoints import (
     write_model,
     write_tensors,
 )
-from unet_ray.errors import InputError
-from unet_ray.network import UNet
+from unet_ray.network.unet import UNet
 
 ARCHITECTURE = {
     "in_channels": 2,

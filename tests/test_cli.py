@@ -17,10 +17,13 @@ import yaml
 import zarr
 
 from tests.test_segmentation import bytes_of, noise, random_model, state_of, write_stack
-from unet_ray import cli, cluster, report, training
-from unet_ray.checkpoints import read_model
-from unet_ray.ledger import committed
-from unet_ray.stores import LEDGER
+from unet_ray import cli
+from unet_ray.engine import cluster
+from unet_ray.network.checkpoints import read_model
+from unet_ray.report import page as report
+from unet_ray.storage.ledger import committed
+from unet_ray.storage.stores import LEDGER
+from unet_ray.training import trainer as training
 from unet_ray.versions import VERSION
 
 ROOT = Path(__file__).parent.parent
@@ -390,8 +393,8 @@ def test_plan_for_people(unet_ray, files):
 def test_a_plan_for_gpus_of_a_cluster_tells_of_those_that_read_and_write(
     unet_ray, files, monkeypatch
 ):
-    monkeypatch.setattr("unet_ray.cluster.find_device", lambda *of: "cuda")
-    monkeypatch.setattr("unet_ray.cluster.pool_size", lambda *of: 3)
+    monkeypatch.setattr("unet_ray.engine.cluster.find_device", lambda *of: "cuda")
+    monkeypatch.setattr("unet_ray.engine.cluster.pool_size", lambda *of: 3)
     flags = ["--model", files / "model.safetensors", "--engine", "ray", "--precision", "float32"]
     code, out, _ = unet_ray("plan", files / "image.tif", *flags)
     assert code == 0 and "2 tiles in float32 on cuda" in out and "4 tiles under way" in out
@@ -402,7 +405,9 @@ def test_a_plan_for_gpus_of_a_cluster_tells_of_those_that_read_and_write(
 
 def test_a_plan_takes_the_flags_of_segment(unet_ray, files, monkeypatch):
     usage, asked = shutil.disk_usage("."), []
-    monkeypatch.setattr("unet_ray.disk.shutil.disk_usage", lambda path: asked.append(path) or usage)
+    monkeypatch.setattr(
+        "unet_ray.segmentation.disk.shutil.disk_usage", lambda path: asked.append(path) or usage
+    )
     flags = [files / "image.tif", "--model", files / "model.safetensors", "--engine", "local"]
     out = files / "deep" / "out.zarr"
     code, said, err = unet_ray("plan", *flags, "--out", out, "--overwrite", "--takeover")
@@ -430,7 +435,7 @@ def test_a_plan_says_what_segment_would_refuse_and_what_could_not_be_read(
     said = unet_ray("plan", *many)[1]
     assert "  refused by segment: " in said and "100000 workers need" in said
     usage = shutil.disk_usage(".")._replace(free=1)
-    monkeypatch.setattr("unet_ray.disk.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("unet_ray.segmentation.disk.shutil.disk_usage", lambda path: usage)
     assert json.loads(unet_ray("plan", *asked, "--json")[1])["refusal"].endswith("free there.")
     image = tifffile.imread(files / "image.tif").astype(np.float32)
     image[0, 0, 0] = np.nan

@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from unet_ray.cost import (
+from unet_ray.network.arithmetic import (
     core_multiplications,
     halo_overhead,
     pass_multiplications,
     read_amplification,
 )
-from unet_ray.memory import NetworkSize
-from unet_ray.mirror import read_mirrored
-from unet_ray.network import UNet
-from unet_ray.tiles import Context, TilePlan
+from unet_ray.network.unet import UNet
+from unet_ray.segmentation.memory import NetworkSize
+from unet_ray.tiling.mirror import read_mirrored
+from unet_ray.tiling.tiles import Context, TilePlan
 
 PAPER = Context((0, 92, 92), (0, 96, 96), (1, 16, 16))
 

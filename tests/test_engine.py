@@ -20,12 +20,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_segmentation import FLOAT32, bytes_of, noise, random_model, write_stack
-from unet_ray import attempts, cluster, loop, pool
-from unet_ray.attempts import TRIES, Clock, Deadline, Patience, Receipt, Stage, is_out_of_memory
-from unet_ray.engine import run
+from unet_ray.engine import attempts, cluster, pool
+from unet_ray.engine import threads as loop
+from unet_ray.engine.attempts import (
+    TRIES,
+    Clock,
+    Deadline,
+    Patience,
+    Receipt,
+    Stage,
+    is_out_of_memory,
+)
+from unet_ray.engine.engines import run
 from unet_ray.errors import InputError, QuarantinedError, RunError, VoxelError
-from unet_ray.preparation import prepare
-from unet_ray.segmentation import segment
+from unet_ray.segmentation.preparation import prepare
+from unet_ray.segmentation.segment import segment
 
 ENGINES = ["local", pytest.param("ray", marks=pytest.mark.ray)]
 
@@ -377,7 +386,7 @@ def test_the_deadline_is_a_multiple_of_the_median(seconds, limit):
 
 def test_time_in_which_the_process_was_stopped_does_not_count(monkeypatch):
     times = iter([0.0, 1.0, 5000.0, 5001.0])
-    monkeypatch.setattr("unet_ray.attempts.time.monotonic", lambda: next(times))
+    monkeypatch.setattr("unet_ray.engine.attempts.time.monotonic", lambda: next(times))
     clock = Clock()
     assert [clock.now() for _ in range(3)] == [1.0, 3.0, 4.0]
 

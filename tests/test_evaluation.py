@@ -14,12 +14,10 @@ from PIL import Image
 
 from tests.test_scores import random_labels, random_stack
 from tests.test_segmentation import TILED, classes_of, noise, random_model, write_stack
-from unet_ray import stacks
-from unet_ray.boxes import Box
 from unet_ray.errors import InputError, RunError
-from unet_ray.evaluation import MEANINGS, Evaluation, evaluate
-from unet_ray.ledger import Ledger
-from unet_ray.scores import (
+from unet_ray.scores import stacks
+from unet_ray.scores.evaluation import MEANINGS, Evaluation, evaluate
+from unet_ray.scores.totals import (
     INSTANCES,
     ISBI,
     ClassScore,
@@ -29,8 +27,10 @@ from unet_ray.scores import (
     isbi_scores,
     overlap_tables,
 )
-from unet_ray.segmentation import segment
-from unet_ray.stores import LEDGER
+from unet_ray.segmentation.segment import segment
+from unet_ray.storage.ledger import Ledger
+from unet_ray.storage.stores import LEDGER
+from unet_ray.tiling.boxes import Box
 
 
 def stripped(scores):

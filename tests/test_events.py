@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unet_ray.events import EventLog, measured, read_events
+from unet_ray.storage.events import EventLog, measured, read_events
 
 
 @pytest.fixture

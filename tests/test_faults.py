@@ -20,18 +20,19 @@ import tifffile
 import zarr
 
 from tests.test_segmentation import FLOAT32, TILED, bytes_of, noise, shards_of, write_stack
-from unet_ray import disk as disks
-from unet_ray import engine, execution, preparation
-from unet_ray import ledger as ledgers
-from unet_ray.attempts import Deadline, Stage
-from unet_ray.boxes import Box
+from unet_ray.engine import engines as engine
+from unet_ray.engine.attempts import Deadline, Stage
 from unet_ray.errors import InputError, QuarantinedError, RunError
-from unet_ray.events import read_events
-from unet_ray.ledger import committed, quarantined
-from unet_ray.marks import Mark, Marks
-from unet_ray.segmentation import prepare_all, segment
-from unet_ray.stores import ARRAYS, EVENTS, LEDGER, MARKS, Store
-from unet_ray.verification import verify
+from unet_ray.segmentation import disk as disks
+from unet_ray.segmentation import execution, preparation
+from unet_ray.segmentation.segment import prepare_all, segment
+from unet_ray.segmentation.verification import verify
+from unet_ray.storage import ledger as ledgers
+from unet_ray.storage.events import read_events
+from unet_ray.storage.ledger import committed, quarantined
+from unet_ray.storage.marks import Mark, Marks
+from unet_ray.storage.stores import ARRAYS, EVENTS, LEDGER, MARKS, Store
+from unet_ray.tiling.boxes import Box
 
 ROOT = Path(__file__).parent.parent
 TILES = 24
@@ -129,7 +130,7 @@ def test_a_value_that_is_not_finite_is_tried_once(task, tmp_path):
 
 
 def test_a_damaged_chunk_of_the_input_costs_the_tiles_that_read_it(task, tmp_path, monkeypatch):
-    monkeypatch.setattr("unet_ray.volumes._PAUSE", 0)
+    monkeypatch.setattr("unet_ray.volumes.volume._PAUSE", 0)
     _, model, _ = task
     path = tmp_path / "volume.zarr"
     image = noise((3, 61, 75))
@@ -193,7 +194,7 @@ def test_a_tile_that_lacks_memory_is_tried_alone(task, tmp_path, fail, monkeypat
         alone.append(tiles if more[-1] is True else None)
         return run(stage, tiles, *more)
 
-    monkeypatch.setattr("unet_ray.execution.engines.run", listening)
+    monkeypatch.setattr("unet_ray.segmentation.execution.engines.run", listening)
     tried = fail("predict", {5: 1, 17: 99}, MemoryError("out of memory"))
     out = tmp_path / "out.zarr"
     with pytest.raises(QuarantinedError, match=r"1 of 24 .* tile 17 .* give --memory (\d+)MiB and"):

@@ -14,17 +14,18 @@ import tifffile
 from scipy import ndimage
 from skimage.segmentation import watershed
 
-from unet_ray import cuts, scores, thinning, warping
-from unet_ray.cuts import Cut, Slice
-from unet_ray.evaluation import evaluate
-from unet_ray.metrics import seg
-from unet_ray.overlaps import (
+from unet_ray.scores import cuts, thinning, warping
+from unet_ray.scores import totals as scores
+from unet_ray.scores.cuts import Cut, Slice
+from unet_ray.scores.evaluation import evaluate
+from unet_ray.scores.metrics import seg
+from unet_ray.scores.overlaps import (
     Matches,
     foreground_information,
     foreground_pair_counts,
     pair_counts,
 )
-from unet_ray.scores import (
+from unet_ray.scores.totals import (
     THINNED_THRESHOLDS,
     THRESHOLDS,
     instance_scores,

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from unet_ray import intensity, volumes
-from unet_ray.boxes import Box
 from unet_ray.errors import InputError, RunError
-from unet_ray.intensity import Intensity, measure, measured_bytes
-from unet_ray.volumes import Volume, open_volume
+from unet_ray.tiling.boxes import Box
+from unet_ray.volumes import intensity
+from unet_ray.volumes import volume as volumes
+from unet_ray.volumes.intensity import Intensity, measure, measured_bytes
+from unet_ray.volumes.volume import Volume, open_volume
 
 
 class ArrayVolume:

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import zarr
 
-from unet_ray.planning import Settings
-from unet_ray.recipes import Recipe
-from unet_ray.segmentation import segment
-from unet_ray.stores import ARRAYS
-from unet_ray.training import train
+from unet_ray.segmentation.choice import Settings
+from unet_ray.segmentation.segment import segment
+from unet_ray.storage.stores import ARRAYS
+from unet_ray.training.recipes import Recipe
+from unet_ray.training.trainer import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

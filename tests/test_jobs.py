@@ -17,11 +17,11 @@ import pytest
 
 from tests.test_segmentation import classes_of, noise, write_stack
 from tests.test_training import measures, told_by
-from unet_ray import cluster
-from unet_ray.checkpoints import find_model, read_model
+from unet_ray.engine import cluster
 from unet_ray.errors import RunError
-from unet_ray.recipes import Recipe
-from unet_ray.training import train
+from unet_ray.network.checkpoints import find_model, read_model
+from unet_ray.training.recipes import Recipe
+from unet_ray.training.trainer import train
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 240

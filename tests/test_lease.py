@@ -19,9 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unet_ray import lease
 from unet_ray.errors import InputError, RunError
-from unet_ray.lease import Lease, Owner
+from unet_ray.storage import lease
+from unet_ray.storage.lease import Lease, Owner
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 60  # longer than any wait here on a busy machine

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unet_ray import ledger as ledgers
 from unet_ray.errors import LostError, RunError
-from unet_ray.ledger import STATES, Ledger, committed, quarantined
+from unet_ray.storage import ledger as ledgers
+from unet_ray.storage.ledger import STATES, Ledger, committed, quarantined
 
 TILES = 21
 

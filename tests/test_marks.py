@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unet_ray.marks import Mark, Marks, remove_older, tiles_done
-from unet_ray.places import files_below, place_of
+from unet_ray.storage.marks import Mark, Marks, remove_older, tiles_done
+from unet_ray.storage.places import files_below, place_of
 
 EVENTS = st.builds(
     Mark,

@@ -16,19 +16,19 @@ from tests.test_segmentation import (
     stop_after,
     write_stack,
 )
-from unet_ray import masks
-from unet_ray.boxes import Box
 from unet_ray.errors import InputError
-from unet_ray.evaluation import evaluate
-from unet_ray.ledger import committed, skipped
-from unet_ray.masks import open_mask, tiles_under
-from unet_ray.planning import plan
-from unet_ray.preparation import TileWorker
-from unet_ray.report import write_report
-from unet_ray.segmentation import segment
-from unet_ray.stores import LEDGER
-from unet_ray.tiles import Context, TilePlan
-from unet_ray.verification import verify
+from unet_ray.report.page import write_report
+from unet_ray.scores.evaluation import evaluate
+from unet_ray.segmentation.choice import plan
+from unet_ray.segmentation.preparation import TileWorker
+from unet_ray.segmentation.segment import segment
+from unet_ray.segmentation.verification import verify
+from unet_ray.storage.ledger import committed, skipped
+from unet_ray.storage.stores import LEDGER
+from unet_ray.tiling.boxes import Box
+from unet_ray.tiling.tiles import Context, TilePlan
+from unet_ray.volumes import masks
+from unet_ray.volumes.masks import open_mask, tiles_under
 
 NEAR = Context((0, 0, 0), (0, 0, 0), (1, 1, 1))
 

@@ -16,22 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.test_segmentation import random_model
-from unet_ray import memory, planning
-from unet_ray.checkpoints import ModelHeader, architecture_of, write_model
-from unet_ray.cluster import HELPERS
+from unet_ray.engine.cluster import HELPERS
 from unet_ray.errors import InputError
-from unet_ray.memory import (
-    PROCESS_BYTES,
-    TILE_NOTES,
-    NetworkSize,
-    driver_bytes,
-    format_bytes,
-    parse_bytes,
-    pass_bytes,
-    worker_bytes,
-)
-from unet_ray.network import UNet
-from unet_ray.planning import (
+from unet_ray.network.checkpoints import ModelHeader, architecture_of, write_model
+from unet_ray.network.unet import UNet
+from unet_ray.segmentation import choice as planning
+from unet_ray.segmentation import memory
+from unet_ray.segmentation.choice import (
     GPU_TILES,
     TOGETHER_BYTES,
     Settings,
@@ -42,7 +33,17 @@ from unet_ray.planning import (
     together,
     under_way,
 )
-from unet_ray.tiles import Context, TilePlan
+from unet_ray.segmentation.memory import (
+    PROCESS_BYTES,
+    TILE_NOTES,
+    NetworkSize,
+    driver_bytes,
+    format_bytes,
+    parse_bytes,
+    pass_bytes,
+    worker_bytes,
+)
+from unet_ray.tiling.tiles import Context, TilePlan
 
 # Sizes of people.
 

@@ -10,9 +10,9 @@ from scipy import ndimage
 
 from tests.test_scores import random_stack
 from tests.test_warping import image, pairs
-from unet_ray import metrics
 from unet_ray.errors import InputError
-from unet_ray.metrics import (
+from unet_ray.scores import metrics
+from unet_ray.scores.metrics import (
     accuracy,
     adapted_rand_error,
     ap50,
@@ -29,7 +29,7 @@ from unet_ray.metrics import (
     voi_split,
     warping_error,
 )
-from unet_ray.scores import THINNED_THRESHOLDS
+from unet_ray.scores.totals import THINNED_THRESHOLDS
 
 MEMBRANES = (pixel_error, rand_error, rand_error_foreground, warping_error, v_rand, v_info)
 OBJECTS = (seg, ap50, ap_mean, adapted_rand_error, voi_split, voi_merge)

@@ -6,8 +6,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.strategies import boxes, shapes
-from unet_ray.boxes import Box
-from unet_ray.mirror import read_mirrored, reflect
+from unet_ray.tiling.boxes import Box
+from unet_ray.tiling.mirror import read_mirrored, reflect
 
 
 class Source:

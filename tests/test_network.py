@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.functional import conv2d, conv_transpose2d, max_pool2d
 
 from unet_ray.errors import InputError
-from unet_ray.network import StandardisedConv2d, UNet
-from unet_ray.tiles import Context, Level
+from unet_ray.network.unet import StandardisedConv2d, UNet
+from unet_ray.tiling.tiles import Context, Level
 
 
 @pytest.fixture(autouse=True)

@@ -15,19 +15,19 @@ import pytest
 import zarr
 
 from tests.test_segmentation import TILED, bytes_of, noise, write_stack
-from unet_ray import execution, preparation, verification
-from unet_ray.boxes import Box
 from unet_ray.errors import InputError, LostError, QuarantinedError, RunError
-from unet_ray.evaluation import evaluate
-from unet_ray.events import read_events
-from unet_ray.lease import Fence, Lease, refuse_unconditional
-from unet_ray.ledger import committed
-from unet_ray.places import ObjectPath, place_of
-from unet_ray.report import write_report
-from unet_ray.segmentation import segment
-from unet_ray.stores import EVENTS, LEDGER, PRIVATE, Store
-from unet_ray.verification import verify
-from unet_ray.volumes import open_volume
+from unet_ray.report.page import write_report
+from unet_ray.scores.evaluation import evaluate
+from unet_ray.segmentation import execution, preparation, verification
+from unet_ray.segmentation.segment import segment
+from unet_ray.segmentation.verification import verify
+from unet_ray.storage.events import read_events
+from unet_ray.storage.lease import Fence, Lease, refuse_unconditional
+from unet_ray.storage.ledger import committed
+from unet_ray.storage.places import ObjectPath, place_of
+from unet_ray.storage.stores import EVENTS, LEDGER, PRIVATE, Store
+from unet_ray.tiling.boxes import Box
+from unet_ray.volumes.volume import open_volume
 
 ROOT = Path(__file__).parent.parent
 OUT = "s3://bucket/lab/out.zarr"
@@ -117,7 +117,7 @@ def test_a_second_run_is_refused_until_the_first_is_gone(task, bucket):
 
 
 def test_a_run_that_is_forced_out_stops(bucket, monkeypatch):
-    monkeypatch.setattr("unet_ray.lease.CHECK_SECONDS", 0)
+    monkeypatch.setattr("unet_ray.storage.lease.CHECK_SECONDS", 0)
     private = place_of(OUT) / PRIVATE
     told = []
     with Lease(private) as first:

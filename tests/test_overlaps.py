@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
-from unet_ray.overlaps import (
+from unet_ray.scores.overlaps import (
     EXACT_IN_INT64,
     Matches,
     Overlaps,

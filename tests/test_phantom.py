@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from unet_ray.errors import InputError
-from unet_ray.phantom import make_phantom
+from unet_ray.volumes.phantom import make_phantom
 
 PROFILE = np.array([[[0] * 3] * 3, [[0, 1, 0], [1, 1, 1], [0, 1, 0]], [[0] * 3] * 3])
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
-from unet_ray import pictures
 from unet_ray.errors import InputError
-from unet_ray.pictures import (
+from unet_ray.report import pictures
+from unet_ray.report.pictures import (
     colour_cells,
     colour_classes,
     colour_log,

@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 
 from tests.test_memory import resident_peak
 from tests.test_segmentation import TILED, noise, random_model, shards_of, write_stack
-from unet_ray import pilot, planning
-from unet_ray.boxes import Box
 from unet_ray.errors import RunError
-from unet_ray.pilot import try_tiles
-from unet_ray.planning import plan, spread
-from unet_ray.segmentation import segment
-from unet_ray.stores import chunk_of
-from unet_ray.tiles import Context, TilePlan
+from unet_ray.segmentation import choice as planning
+from unet_ray.segmentation import trial as pilot
+from unet_ray.segmentation.choice import plan, spread
+from unet_ray.segmentation.segment import segment
+from unet_ray.segmentation.trial import try_tiles
+from unet_ray.storage.stores import chunk_of
+from unet_ray.tiling.boxes import Box
+from unet_ray.tiling.tiles import Context, TilePlan
 
 
 @pytest.fixture

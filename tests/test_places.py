@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 import pytest
 
 from unet_ray.errors import InputError
-from unet_ray.places import (
+from unet_ray.storage.places import (
     ObjectPath,
     files_below,
     place_of,
@@ -52,7 +52,7 @@ def test_what_a_kill_left_is_removed(tmp_path):
 
 def test_an_object_that_others_write_again_and_again_is_told(monkeypatch):
     place = place_of(f"memory://{uuid.uuid4().hex}/a")
-    monkeypatch.setattr("unet_ray.places.PAUSES", (0.0, 0.0))
+    monkeypatch.setattr("unet_ray.storage.places.PAUSES", (0.0, 0.0))
     others = iter([b"theirs"])
     write_whole(place, b"one", guard=lambda: nullcontext([place.put(each) for each in others]))
     assert place.read_bytes() == b"one"

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from unet_ray import prediction
-from unet_ray.intensity import Intensity
-from unet_ray.network import UNet
-from unet_ray.prediction import Predictor, constant_value
-from unet_ray.tiles import TilePlan
+from unet_ray.network import prediction
+from unet_ray.network.prediction import Predictor, constant_value
+from unet_ray.network.unet import UNet
+from unet_ray.tiling.tiles import TilePlan
+from unet_ray.volumes.intensity import Intensity
 
 OUTPUTS = ("probabilities", "classes")
 

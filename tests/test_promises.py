@@ -15,13 +15,13 @@ from hypothesis.extra.numpy import arrays
 
 from tests.strategies import CUBE, SLICE, cubic_levels, flat_levels, plans, shapes
 from tests.toynet import PRIME, ToyNet
-from unet_ray.boxes import Box
 from unet_ray.errors import InputError
-from unet_ray.intensity import Intensity
-from unet_ray.mirror import read_mirrored
-from unet_ray.network import Norm, UNet
-from unet_ray.prediction import Predictor
-from unet_ray.tiles import TilePlan, round_up
+from unet_ray.network.prediction import Predictor
+from unet_ray.network.unet import Norm, UNet
+from unet_ray.tiling.boxes import Box
+from unet_ray.tiling.mirror import read_mirrored
+from unet_ray.tiling.tiles import TilePlan, round_up
+from unet_ray.volumes.intensity import Intensity
 
 
 @pytest.fixture(autouse=True)

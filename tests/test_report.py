@@ -18,19 +18,21 @@ from PIL import Image
 from tests.test_charts import paths, points
 from tests.test_segmentation import FLOAT32, TILED, bytes_of, noise, random_model, write_stack
 from tests.test_training import recipe
-from unet_ray import cluster, report, results
-from unet_ray.boxes import Box
-from unet_ray.checkpoints import write_tensors
+from unet_ray.engine import cluster
 from unet_ray.errors import InputError, RunError
-from unet_ray.evaluation import MEANINGS, Evaluation, evaluate
-from unet_ray.ledger import Ledger
-from unet_ray.metrics import ClassScore, Score
-from unet_ray.pictures import OKABE_ITO, VIRIDIS, few_greys, overlay, to_grey
-from unet_ray.report import write_report
-from unet_ray.segmentation import segment
-from unet_ray.stores import ARRAYS, LEDGER, Store, StoreLayout, create_store
-from unet_ray.tiles import Context, TilePlan
-from unet_ray.training import train
+from unet_ray.network.checkpoints import write_tensors
+from unet_ray.report import page as report
+from unet_ray.report import results
+from unet_ray.report.page import write_report
+from unet_ray.report.pictures import OKABE_ITO, VIRIDIS, few_greys, overlay, to_grey
+from unet_ray.scores.evaluation import MEANINGS, Evaluation, evaluate
+from unet_ray.scores.metrics import ClassScore, Score
+from unet_ray.segmentation.segment import segment
+from unet_ray.storage.ledger import Ledger
+from unet_ray.storage.stores import ARRAYS, LEDGER, Store, StoreLayout, create_store
+from unet_ray.tiling.boxes import Box
+from unet_ray.tiling.tiles import Context, TilePlan
+from unet_ray.training.trainer import train
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 EVIL = "<script>alert(1)<"

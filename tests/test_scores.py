@@ -15,9 +15,11 @@ from skimage.metrics import adapted_rand_error, variation_of_information
 from tests.test_overlaps import ious, labels
 from tests.test_thinning import slow_thin
 from tests.test_warping import slow_classify, slow_warp
-from unet_ray import cuts, scores, stacks
-from unet_ray.overlaps import Overlaps
-from unet_ray.scores import (
+from unet_ray.scores import cuts, stacks
+from unet_ray.scores import totals as scores
+from unet_ray.scores.overlaps import Overlaps
+from unet_ray.scores.stacks import Stack
+from unet_ray.scores.totals import (
     INSTANCES,
     IOU_PERCENT,
     ISBI,
@@ -28,8 +30,7 @@ from unet_ray.scores import (
     isbi_scores,
     overlap_tables,
 )
-from unet_ray.stacks import Stack
-from unet_ray.volumes import open_volume
+from unet_ray.volumes.volume import open_volume
 
 
 def random_stack(seed, shape=(3, 20, 24), values=40):

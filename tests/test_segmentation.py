@@ -13,19 +13,29 @@ import tifffile
 import torch
 import zarr
 
-from unet_ray import execution, lease, planning, preparation, segmentation
-from unet_ray.boxes import Box
-from unet_ray.checkpoints import ModelHeader, architecture_of, read_model, write_model
-from unet_ray.cost import halo_overhead, read_amplification
 from unet_ray.errors import InputError, LostError, QuarantinedError, RunError
-from unet_ray.lease import Lease
-from unet_ray.ledger import Ledger
-from unet_ray.network import UNet
-from unet_ray.planning import Settings, choose_plan, network_size
-from unet_ray.segmentation import output_paths, segment
-from unet_ray.stores import LEDGER, PRIVATE, Store
-from unet_ray.verification import verify
-from unet_ray.volumes import open_volume
+from unet_ray.network.arithmetic import halo_overhead, read_amplification
+from unet_ray.network.checkpoints import ModelHeader, architecture_of, read_model, write_model
+from unet_ray.network.unet import UNet
+from unet_ray.segmentation import (
+    choice as planning,
+)
+from unet_ray.segmentation import (
+    execution,
+    preparation,
+)
+from unet_ray.segmentation import (
+    segment as segmentation,
+)
+from unet_ray.segmentation.choice import Settings, choose_plan, network_size
+from unet_ray.segmentation.segment import output_paths, segment
+from unet_ray.segmentation.verification import verify
+from unet_ray.storage import lease
+from unet_ray.storage.lease import Lease
+from unet_ray.storage.ledger import Ledger
+from unet_ray.storage.stores import LEDGER, PRIVATE, Store
+from unet_ray.tiling.boxes import Box
+from unet_ray.volumes.volume import open_volume
 
 FLOAT32 = Settings(precision="float32", workers=2)
 TILED = dataclasses.replace(FLOAT32, tile=(1, 32, 20))

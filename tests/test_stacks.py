@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.strategies import shapes
-from unet_ray import stacks
-from unet_ray.boxes import Box
 from unet_ray.errors import InputError
-from unet_ray.stacks import Stack, paired
-from unet_ray.volumes import open_volume
+from unet_ray.scores import stacks
+from unet_ray.scores.stacks import Stack, paired
+from unet_ray.tiling.boxes import Box
+from unet_ray.volumes.volume import open_volume
 
 DTYPES = ["bool", "uint8", "int8", "uint16", "int32", "uint64", "float16", "float32", "float64"]
 

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unet_ray.errors import InputError, RunError
-from unet_ray.ledger import Ledger, begin
-from unet_ray.places import remove_tree
-from unet_ray.stores import (
+from unet_ray.storage.ledger import Ledger, begin
+from unet_ray.storage.places import remove_tree
+from unet_ray.storage.stores import (
     ARRAYS,
     EVENTS,
     LARGEST_CHUNK,
@@ -32,7 +32,7 @@ from unet_ray.stores import (
     refuse_others,
     remove_deleted,
 )
-from unet_ray.tiles import Context, TilePlan
+from unet_ray.tiling.tiles import Context, TilePlan
 
 CONTEXT = Context((0, 8, 8), (0, 12, 12), (1, 2, 2))
 # Twelve tiles; those at the far faces of every axis are cut.

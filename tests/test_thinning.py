@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
-from unet_ray import thinning
-from unet_ray.thinning import thin
+from unet_ray.scores import thinning
+from unet_ray.scores.thinning import thin
 
 LINE, MASK, INQUEUE = 0, "mask", "in queue"
 ORDER = ((-1, 0), (0, -1), (1, 0), (0, 1))  # neighbours as steps along (x, y)

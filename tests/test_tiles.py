@@ -20,9 +20,9 @@ from tests.strategies import (
     plans,
     shapes,
 )
-from unet_ray.boxes import Box
 from unet_ray.errors import InputError
-from unet_ray.tiles import Context, Level, TilePlan, equal_core, output_extent, round_up
+from unet_ray.tiling.boxes import Box
+from unet_ray.tiling.tiles import Context, Level, TilePlan, equal_core, output_extent, round_up
 
 PAPER = Context((0, 92, 92), (0, 96, 96), (1, 16, 16))
 

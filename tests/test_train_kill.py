@@ -20,10 +20,10 @@ import pytest
 import tifffile
 
 from tests.test_training import files_in, measures, recipe
-from unet_ray import cluster
-from unet_ray.checkpoints import read_model, read_tensors
-from unet_ray.runs import BEST, LOCK_SECONDS, METRICS, MODEL
-from unet_ray.training import train
+from unet_ray.engine import cluster
+from unet_ray.network.checkpoints import read_model, read_tensors
+from unet_ray.training.run_folder import BEST, LOCK_SECONDS, METRICS, MODEL
+from unet_ray.training.trainer import train
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/stat").exists(), reason="finds the processes of a run through /proc"

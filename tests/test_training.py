@@ -11,18 +11,26 @@ import pytest
 import tifffile
 import torch
 
-from unet_ray import annotations, cluster, training
-from unet_ray.annotations import load_training_data
-from unet_ray.checkpoints import find_model, read_model, read_tensors, write_model, write_tensors
+from unet_ray.engine import cluster
 from unet_ray.errors import InputError, RunError
-from unet_ray.metrics import iou
-from unet_ray.phantom import make_phantom
-from unet_ray.recipes import Recipe
-from unet_ray.runs import LOCK, PATCHES, WEIGHTS
-from unet_ray.samples import Sampler
-from unet_ray.training import train
-from unet_ray.validation import Validator
+from unet_ray.network.checkpoints import (
+    find_model,
+    read_model,
+    read_tensors,
+    write_model,
+    write_tensors,
+)
+from unet_ray.scores.metrics import iou
+from unet_ray.training import labels as annotations
+from unet_ray.training import trainer as training
+from unet_ray.training.labels import load_training_data
+from unet_ray.training.patches import Sampler
+from unet_ray.training.recipes import Recipe
+from unet_ray.training.run_folder import LOCK, PATCHES, WEIGHTS
+from unet_ray.training.trainer import train
+from unet_ray.training.validation import Validator
 from unet_ray.versions import VERSION
+from unet_ray.volumes.phantom import make_phantom
 
 
 class StoppedError(Exception):

@@ -8,17 +8,19 @@ import tifffile
 import torch
 from scipy import ndimage
 
-from unet_ray import cluster, training, validation
-from unet_ray.annotations import IGNORED, HeldOut, load_training_data
-from unet_ray.checkpoints import read_tensors
+from unet_ray.engine import cluster
 from unet_ray.errors import InputError
-from unet_ray.intensity import Intensity
-from unet_ray.network import UNet
-from unet_ray.planning import Settings
-from unet_ray.recipes import Recipe
-from unet_ray.segmentation import segment
-from unet_ray.training import train
-from unet_ray.validation import Validator, checked_score, score_names
+from unet_ray.network.checkpoints import read_tensors
+from unet_ray.network.unet import UNet
+from unet_ray.segmentation.choice import Settings
+from unet_ray.segmentation.segment import segment
+from unet_ray.training import trainer as training
+from unet_ray.training import validation
+from unet_ray.training.labels import IGNORED, HeldOut, load_training_data
+from unet_ray.training.recipes import Recipe
+from unet_ray.training.trainer import train
+from unet_ray.training.validation import Validator, checked_score, score_names
+from unet_ray.volumes.intensity import Intensity
 
 TINY = {"base_channels": 2, "depth": 1, "patch": (44, 48), "elastic": 2.0, "learning_rate": 0.02}
 
@@ -104,7 +106,7 @@ def test_a_validation_equals_segmenting_and_scoring(files, tmp_path):
     told = header["training"]["validation"]
     tifffile.imwrite(tmp_path / "image.tif", tifffile.imread(files[0])[4:])
     tifffile.imwrite(tmp_path / "labels.tif", tifffile.imread(files[1])[4:])
-    from unet_ray.evaluation import evaluate
+    from unet_ray.scores.evaluation import evaluate
 
     data = load([files[0]], [files[1]], val="4:6")
     network = UNet(**header["architecture"]).eval()

@@ -24,18 +24,27 @@ from tests.test_segmentation import (
     stop_after,
     write_stack,
 )
-from unet_ray import cli, preparation
-from unet_ray.boxes import Box
+from unet_ray import cli
 from unet_ray.errors import InputError, RunError
-from unet_ray.events import EventLog, read_events
-from unet_ray.lease import Lease
-from unet_ray.ledger import Ledger, begin, committed
-from unet_ray.places import write_whole
-from unet_ray.segmentation import segment
-from unet_ray.shards import _told_size
-from unet_ray.stores import ARRAYS, EVENTS, LEDGER, PRIVATE, Store, StoreLayout, create_store
-from unet_ray.tiles import Context, TilePlan
-from unet_ray.verification import verify
+from unet_ray.segmentation import preparation
+from unet_ray.segmentation.segment import segment
+from unet_ray.segmentation.verification import verify
+from unet_ray.storage.events import EventLog, read_events
+from unet_ray.storage.lease import Lease
+from unet_ray.storage.ledger import Ledger, begin, committed
+from unet_ray.storage.places import write_whole
+from unet_ray.storage.shards import _told_size
+from unet_ray.storage.stores import (
+    ARRAYS,
+    EVENTS,
+    LEDGER,
+    PRIVATE,
+    Store,
+    StoreLayout,
+    create_store,
+)
+from unet_ray.tiling.boxes import Box
+from unet_ray.tiling.tiles import Context, TilePlan
 
 TILES = 24
 SHARDS = 2 * TILES
@@ -605,7 +614,7 @@ def test_a_full_disk_ends_a_repair(store, monkeypatch):
             raise OSError(28, "No space left on device")
         write_whole(path, *more)
 
-    monkeypatch.setattr("unet_ray.stores.write_whole", full)
+    monkeypatch.setattr("unet_ray.storage.stores.write_whole", full)
     with pytest.raises(RunError, match="No space left on device; make room"):
         verify(store, tiles=0, repair=True)
 

@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 from numcodecs import Blosc, GZip
 from PIL import Image
 
-from unet_ray import tiff as tiff_module
-from unet_ray import volumes
-from unet_ray.boxes import Box
 from unet_ray.errors import InputError, RunError
-from unet_ray.volumes import open_volume
+from unet_ray.tiling.boxes import Box
+from unet_ray.volumes import tiff as tiff_module
+from unet_ray.volumes import volume as volumes
+from unet_ray.volumes.volume import open_volume
 
 
 def noise(shape, dtype="uint8", seed=0):

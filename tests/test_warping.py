@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
-from unet_ray import warping
-from unet_ray.scores import THRESHOLDS
-from unet_ray.warping import RADIUS, RING, SIMPLE, Mismatches, classify, warp
+from unet_ray.scores import warping
+from unet_ray.scores.totals import THRESHOLDS
+from unet_ray.scores.warping import RADIUS, RING, SIMPLE, Mismatches, classify, warp
 
 FOUR = ((-1, 0), (0, -1), (0, 1), (1, 0))
 EIGHT = tuple(step for step in itertools.product((-1, 0, 1), repeat=2) if step != (0, 0))

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from unet_ray.compiled import compiled
 from unet_ray.errors import InputError
-from unet_ray.weights import border_term, class_weights, separate, weight_map
+from unet_ray.training.weights import border_term, class_weights, separate, weight_map
 
 
 def brute_force(instances, w0=10.0, sigma=5.0):

@@ -6,13 +6,13 @@ whatever a tile sees otherwise than the whole image does shows in its output.
 
 import numpy as np
 
-from unet_ray.tiles import Context
+from unet_ray.tiling.tiles import Context
 
 PRIME = 251
 
 
 class ToyNet:
-    """A network of some `levels` (`unet_ray.tiles.Level`): a function of int64 (z, y, x)."""
+    """A network of some `levels` (`unet_ray.tiling.tiles.Level`): a function of int64 (z, y, x)."""
 
     def __init__(self, levels, seed=0):
         rng = np.random.default_rng(seed)

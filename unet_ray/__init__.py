@@ -12,36 +12,36 @@ from typing import TYPE_CHECKING, Any
 from unet_ray.versions import VERSION
 
 if TYPE_CHECKING:
-    from unet_ray.boxes import Box as Box
-    from unet_ray.checkpoints import read_model as read_model
-    from unet_ray.evaluation import evaluate as evaluate
-    from unet_ray.network import UNet as UNet
-    from unet_ray.phantom import make_phantom as make_phantom
-    from unet_ray.planning import plan as plan
-    from unet_ray.report import write_report as write_report
-    from unet_ray.segmentation import segment as segment
-    from unet_ray.tiles import Context as Context
-    from unet_ray.tiles import TilePlan as TilePlan
-    from unet_ray.training import train as train
-    from unet_ray.verification import verify as verify
-    from unet_ray.volumes import open_volume as open_volume
+    from unet_ray.network.checkpoints import read_model as read_model
+    from unet_ray.network.unet import UNet as UNet
+    from unet_ray.report.page import write_report as write_report
+    from unet_ray.scores.evaluation import evaluate as evaluate
+    from unet_ray.segmentation.choice import plan as plan
+    from unet_ray.segmentation.segment import segment as segment
+    from unet_ray.segmentation.verification import verify as verify
+    from unet_ray.tiling.boxes import Box as Box
+    from unet_ray.tiling.tiles import Context as Context
+    from unet_ray.tiling.tiles import TilePlan as TilePlan
+    from unet_ray.training.trainer import train as train
+    from unet_ray.volumes.phantom import make_phantom as make_phantom
+    from unet_ray.volumes.volume import open_volume as open_volume
 
 
 __version__ = VERSION
 _ROOMS = {
-    "Box": "boxes",
-    "Context": "tiles",
-    "TilePlan": "tiles",
-    "UNet": "network",
-    "evaluate": "evaluation",
-    "make_phantom": "phantom",
-    "open_volume": "volumes",
-    "plan": "planning",
-    "read_model": "checkpoints",
-    "segment": "segmentation",
-    "train": "training",
-    "verify": "verification",
-    "write_report": "report",
+    "Box": "tiling.boxes",
+    "Context": "tiling.tiles",
+    "TilePlan": "tiling.tiles",
+    "UNet": "network.unet",
+    "evaluate": "scores.evaluation",
+    "make_phantom": "volumes.phantom",
+    "open_volume": "volumes.volume",
+    "plan": "segmentation.choice",
+    "read_model": "network.checkpoints",
+    "segment": "segmentation.segment",
+    "train": "training.trainer",
+    "verify": "segmentation.verification",
+    "write_report": "report.page",
 }
 __all__ = sorted(_ROOMS)
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import click
 import yaml
 
-from unet_ray.boxes import Box
 from unet_ray.errors import (
     InputError,
     QuarantinedError,
@@ -25,17 +24,18 @@ from unet_ray.errors import (
     nearest,
     refuse_below_file,
 )
-from unet_ray.memory import format_bytes, keep_freed_memory, parse_bytes
-from unet_ray.places import place_of, write_whole
 from unet_ray.progress import Pace, ProgressLine, format_seconds
+from unet_ray.segmentation.memory import format_bytes, keep_freed_memory, parse_bytes
+from unet_ray.storage.places import place_of, write_whole
+from unet_ray.tiling.boxes import Box
 from unet_ray.versions import VERSION
 
 if TYPE_CHECKING:
-    from unet_ray.execution import Progress
-    from unet_ray.pilot import Pilot
-    from unet_ray.planning import Outlook, Settings
-    from unet_ray.preparation import Segmentation
-    from unet_ray.runs import Measure
+    from unet_ray.segmentation.choice import Outlook, Settings
+    from unet_ray.segmentation.execution import Progress
+    from unet_ray.segmentation.preparation import Segmentation
+    from unet_ray.segmentation.trial import Pilot
+    from unet_ray.training.run_folder import Measure
 
 Function = Callable[..., Any]
 
@@ -321,8 +321,8 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
     if flags.pop("dims") == 3:
         raise InputError("dims=3 is not built yet: choose --dims 2, which takes stacks by slices.")
     patch = _parse_patch(flags.pop("patch"))
-    from unet_ray.recipes import Recipe
-    from unet_ray.training import train
+    from unet_ray.training.recipes import Recipe
+    from unet_ray.training.trainer import train
 
     images, labels, out, engine, workers, recipe = (
         flags.pop(name) for name in ("images", "labels", "out", "engine", "workers", "recipe")
@@ -350,7 +350,7 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
     if finished:
         _say("already trained; nothing to do.")
     if not finished or not (Path(out) / "report.html").exists():
-        from unet_ray.report import write_report
+        from unet_ray.report.page import write_report
 
         _say(f"report: {write_report(Path(out))}")
     click.echo(model)
@@ -392,9 +392,10 @@ def plan(
     if out == "":
         raise InputError("out='' names no store; leave --out out, or name one.")
     settings = _settings(ctx, flags)
-    from unet_ray import pilot, planning
-    from unet_ray.disk import free_bytes
-    from unet_ray.preparation import refuse_overlap
+    from unet_ray.segmentation import choice as planning
+    from unet_ray.segmentation import trial as pilot
+    from unet_ray.segmentation.disk import free_bytes
+    from unet_ray.segmentation.preparation import refuse_overlap
 
     outlook = planning.plan(input, model, settings)
     if out:
@@ -440,8 +441,8 @@ def segment(
     The same command again goes on where it was interrupted; a finished one does nothing.
     """
     settings = _settings(ctx, flags)
-    from unet_ray.execution import execute, wanted_tiles
-    from unet_ray.segmentation import prepare_all
+    from unet_ray.segmentation.execution import execute, wanted_tiles
+    from unet_ray.segmentation.segment import prepare_all
 
     quarantined = None
     for run in prepare_all(inputs, model, out, settings):
@@ -483,7 +484,7 @@ def evaluate(prediction: str, truth: str, kind: Any, per_slice: bool, file: str 
     """
     if file not in (None, "-"):
         _refuse_json(Path(file), (prediction, truth))
-    from unet_ray.evaluation import evaluate as score
+    from unet_ray.scores.evaluation import evaluate as score
 
     line = ProgressLine("evaluate")
 
@@ -520,7 +521,7 @@ def verify(ctx: click.Context, /, out: str, tiles: int, repair: bool) -> None:
 
     Every byte of a shard is under a checksum; that shards were swapped, only new tiles tell.
     """
-    from unet_ray.verification import verify as check
+    from unet_ray.segmentation.verification import verify as check
 
     verdict = check(out, tiles, repair)
     click.echo("\n".join([*verdict.notes, *verdict.damage, f"{out}: {verdict.summary()}"]))
@@ -541,7 +542,7 @@ def report(path: str, truth: str | None) -> None:
 
     It needs no network. Of a run it lies in RUN, of a store beside it: OUT.report.html.
     """
-    from unet_ray.report import write_report
+    from unet_ray.report.page import write_report
 
     click.echo(write_report(path, truth))
 
@@ -599,7 +600,7 @@ def _announce(run: Segmentation, settings: Settings) -> None:
 
 
 def _memory(run: Segmentation, settings: Settings) -> str:
-    from unet_ray.planning import process_bytes
+    from unet_ray.segmentation.choice import process_bytes
 
     whose = "per worker" if settings.engine == "ray" else "for all workers, in this process"
     return f"{format_bytes(process_bytes(run.memory, run.device, settings))} {whose}"
@@ -628,7 +629,7 @@ def _describe(outlook: Outlook, settings: Settings) -> str:
 
 
 def _helpers(outlook: Outlook) -> list[str]:
-    from unet_ray.cluster import HELPERS
+    from unet_ray.engine.cluster import HELPERS
 
     if not outlook.helper_memory:
         return []
@@ -640,8 +641,8 @@ def _refusal(
     outlook: Outlook, trial: Pilot | None, settings: Settings, out: str | None, free: float
 ) -> str | None:
     """Why `segment` would refuse what was planned; None if it fits this machine and its disk."""
-    from unet_ray.disk import is_too_much
-    from unet_ray.preparation import check_room
+    from unet_ray.segmentation.disk import is_too_much
+    from unet_ray.segmentation.preparation import check_room
 
     try:
         check_room(place_of(out or Path.cwd()), outlook.memory, outlook.device, settings)
@@ -705,7 +706,7 @@ def _settings(ctx: click.Context, flags: dict[str, Any]) -> Settings:
     memory = parse_bytes(flags["memory"])
     if flags["mask"] == "":
         raise InputError("mask='' names no volume; leave --mask out to do all tiles.")
-    from unet_ray.planning import Settings
+    from unet_ray.segmentation.choice import Settings
 
     return Settings(
         outputs=tuple(flags["outputs"].split(",")) if flags["outputs"] else None,

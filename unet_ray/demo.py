@@ -15,11 +15,9 @@ import tifffile
 import zarr
 from numpy.typing import NDArray
 
-from unet_ray.evaluation import evaluate
-from unet_ray.execution import Progress
-from unet_ray.metrics import accuracy, iou
-from unet_ray.phantom import Phantom, make_phantom
-from unet_ray.pictures import (
+from unet_ray.progress import ProgressLine, format_seconds
+from unet_ray.report.page import write_report
+from unet_ray.report.pictures import (
     colour_classes,
     colour_map,
     overlay,
@@ -27,14 +25,16 @@ from unet_ray.pictures import (
     to_grey,
     write_png,
 )
-from unet_ray.planning import Settings
-from unet_ray.progress import ProgressLine, format_seconds
-from unet_ray.recipes import Recipe
-from unet_ray.report import write_report
-from unet_ray.runs import Measure
-from unet_ray.segmentation import segment
-from unet_ray.stores import ARRAYS
-from unet_ray.training import train
+from unet_ray.scores.evaluation import evaluate
+from unet_ray.scores.metrics import accuracy, iou
+from unet_ray.segmentation.choice import Settings
+from unet_ray.segmentation.execution import Progress
+from unet_ray.segmentation.segment import segment
+from unet_ray.storage.stores import ARRAYS
+from unet_ray.training.recipes import Recipe
+from unet_ray.training.run_folder import Measure
+from unet_ray.training.trainer import train
+from unet_ray.volumes.phantom import Phantom, make_phantom
 
 TRAINING_SHAPE, TEST_SHAPE = (8, 512, 512), (12, 768, 768)
 TRAINING_SEED, TEST_SEED = 1, 2

@@ -1,0 +1,608 @@
+"""Training of the U-Net: the paper's weighted loss, on one process or on workers of Ray Train.
+
+Knows steps, the optimiser and when to stop. Where patches come from is samples.py's; what is kept
+in the RUN folder is runs.py's; what the network looks like is network.py's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from unet_ray.engine import cluster
+from unet_ray.errors import InputError, RunError, UnetRayError
+from unet_ray.network.checkpoints import (
+    WEIGHT,
+    ModelHeader,
+    architecture_of,
+    read_tensors,
+    write_tensors,
+)
+from unet_ray.network.prediction import Device, Precision, best_precision
+from unet_ray.network.unet import UNet
+from unet_ray.segmentation.memory import keep_freed_memory
+from unet_ray.storage.places import write_whole
+from unet_ray.training.labels import TrainingData, keep_weights, load_training_data
+from unet_ray.training.patches import Place, Sample, Sampler, ahead, places, streamed
+from unet_ray.training.recipes import Recipe
+from unet_ray.training.run_folder import (
+    BEST,
+    METRICS,
+    MODEL,
+    PATCHES,
+    WEIGHTS,
+    Log,
+    RunFolder,
+    Watch,
+    read_measures,
+)
+from unet_ray.training.validation import Validator, checked_score
+from unet_ray.versions import versions
+
+CHECKPOINT_SECONDS = 60.0
+VALIDATIONS = 10
+KEPT_PATCHES = 16
+CALIBRATION_PATCHES = 8
+# Below one, so that Ray finds room for drawing samples beside the trainers.
+CPU_SHARE = 0.9
+# One draws some 150 patches a second, more than any CPU learns from.
+GPU_DRAWERS = 4
+FAILURES = 3
+
+Workers = int | tuple[int, int] | None
+Draw = Callable[[Iterator[Place]], Iterator[Sample]]
+
+
+@dataclass(frozen=True)
+class _World:
+    """Who trains together: this worker's rank, how many there are, and the device of this one."""
+
+    rank: int
+    size: int
+    device: torch.device
+    threads: int
+
+    @property
+    def first(self) -> bool:
+        """Whether this worker is the one that writes."""
+        return self.rank == 0
+
+    def agree(self, loss: float, progress: float) -> tuple[float, float]:
+        """The mean loss of all workers and the progress of the first one."""
+        if self.size == 1:
+            return loss, progress
+        told = [loss / self.size, progress if self.first else 0.0]
+        shared = torch.tensor(told, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(shared)
+        return float(shared[0]), float(shared[1])
+
+    def wait(self) -> None:
+        """Returns when every worker has come here."""
+        self.agree(0.0, 0.0)
+
+
+def train(
+    images: list[str],
+    labels: list[str],
+    out: str | os.PathLike[str],
+    recipe: Recipe,
+    engine: cluster.EngineName = "local",
+    workers: Workers = None,
+    watch: Watch = lambda measure: None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> Path:
+    """Trains a network on labelled volumes; goes on where an interrupted run stopped.
+
+    Args:
+        images: paths of the images.
+        labels: paths of their labels.
+        out: the RUN folder: weight maps, checkpoints, ``metrics.jsonl`` and, at the end, the model.
+        recipe: all settings.
+        engine: ``local`` trains in this process, ``ray`` on workers of Ray Train.
+        workers: how many train together, or the fewest and the most; by default one, or one per
+            GPU.
+        watch: called with each measure.
+        checkpoint_seconds: between two checkpoints; no result depends on it.
+
+    Returns:
+        Path of the model file.
+
+    Raises:
+        InputError: for bad files or settings, or if `out` holds another run.
+        RunError: if training fails.
+    """
+    run = RunFolder(out)
+    if engine == "local" and workers not in (None, 1):
+        asked = ":".join(map(str, workers)) if isinstance(workers, tuple) else workers
+        raise InputError(f"workers={asked} needs --engine ray: the local engine has one.")
+    data = load_training_data(images, labels, recipe, run.path / WEIGHTS)
+    if data.held_out:
+        checked_score(data.held_out, len(data.class_values), recipe.best_by)
+    run.refuse_other(dataclasses.asdict(recipe), data.identity)
+    model = run.path / MODEL
+    if model.exists():
+        return model
+    run.make()
+    with run.alone():
+        if model.exists():  # of whoever had the folder until now
+            run.refuse_other(dataclasses.asdict(recipe), data.identity)
+            return model
+        keep_weights(data, recipe, run.path / WEIGHTS)
+        _keep_patches(run.path / PATCHES, recipe, data)
+        if engine == "local":
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            world = _World(0, 1, device, cluster.usable_cores())
+            draw = partial(ahead, Sampler(data, recipe).__getitem__)
+            _Training(recipe, data, run, world, draw, watch, checkpoint_seconds).go()
+    if engine == "ray":
+        _train_on_ray(recipe, data, run, workers, watch, checkpoint_seconds)
+    return model
+
+
+def _keep_patches(path: Path, recipe: Recipe, data: TrainingData) -> None:
+    """Keeps the first patches of the run, as the network sees them, for people to look at."""
+    about = {"recipe": dataclasses.asdict(recipe), "data": data.identity}
+    header = {"classes": len(data.class_values), **json.loads(json.dumps(about))}
+    if path.exists() and _header_of(path) == header:
+        return
+    sampler = Sampler(data, recipe)
+    tensors = {}
+    for number, place in enumerate(islice(places(0, 0, recipe.batch), KEPT_PATCHES)):
+        sample = sampler[place]
+        tensors[f"image.{number}"] = torch.from_numpy(sample.image).half()
+        tensors[f"targets.{number}"] = torch.from_numpy(sample.targets)
+        tensors[f"weights.{number}"] = torch.from_numpy(sample.weights)
+    write_tensors(path, tensors, header)
+
+
+def _header_of(path: Path) -> dict[str, Any]:
+    """The header of a file of tensors that can be made anew; nothing if it is damaged."""
+    try:
+        return read_tensors(path)[1]
+    except InputError:
+        return {}
+
+
+class _Clock:
+    """How far training is: by steps, by minutes, whichever bound comes first."""
+
+    def __init__(self, recipe: Recipe, elapsed: float) -> None:
+        self._recipe, self._start = recipe, time.monotonic() - elapsed
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    def progress(self, step: int) -> float:
+        """0 to 1."""
+        minutes = self.seconds / 60 / self._recipe.minutes if self._recipe.minutes else 0.0
+        steps = step / self._recipe.steps if self._recipe.steps else 0.0
+        return min(1.0, max(minutes, steps))
+
+
+@dataclass(frozen=True)
+class _Reached:
+    """How far a checkpoint had come.
+
+    Attributes:
+        precision: of its arithmetic.
+        step: steps done.
+        seconds: trained.
+        learning_rate: of the last step.
+        pending_losses: of the steps since the last line of the log.
+    """
+
+    precision: Precision | None = None
+    step: int = 0
+    seconds: float = 0.0
+    learning_rate: float = 0.0
+    pending_losses: Sequence[float] = ()
+
+
+class _Training:
+    """The training of one worker; the first worker writes checkpoints, metrics and the model."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: TrainingData,
+        run: RunFolder,
+        world: _World,
+        draw: Draw,
+        watch: Watch,
+        checkpoint_seconds: float,
+    ) -> None:
+        torch.set_num_threads(world.threads)
+        keep_freed_memory()
+        torch.manual_seed(recipe.seed)
+        self._recipe, self._data, self._run, self._world = recipe, data, run, world
+        self._draw, self._checkpoint_seconds = draw, checkpoint_seconds
+        self._network = recipe.network(data.channels, len(data.class_values))
+        self._network.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._optimiser = _optimiser(recipe, self._network)
+        reached = self._restore() or self._begin()
+        self._step, self._precision = reached.step, reached.precision or _precision(recipe, world)
+        self._learner = _Learner(
+            recipe, self._network, self._optimiser, world, self._precision, reached.learning_rate
+        )
+        self._clock, self._saved = _Clock(recipe, reached.seconds), time.monotonic()
+        self._log = self._judge = None
+        if world.first and not run.checkpoints():
+            self._save()  # so that another recipe or other data are refused from now on
+        if world.first:
+            patches = world.size * recipe.batch
+            self._log = Log(
+                run.path / METRICS, reached.step, reached.pending_losses, world.size, patches, watch
+            )
+            if data.held_out:
+                self._judge = _Judge(recipe, data, run, self._log, self._precision, world)
+                self._judge.forget_after(self._step)
+
+    def go(self) -> None:
+        """Trains to the end."""
+        samples = self._draw(places(self._step, self._world.rank, self._recipe.batch))
+        _, progress = self._world.agree(0.0, self._clock.progress(self._step))
+        while not self._paused_for_good(progress) and progress < 1:
+            batch = list(islice(samples, self._recipe.batch))
+            loss = self._learner.step(batch, self._step, progress)
+            self._step += 1
+            loss, progress = self._world.agree(loss, self._clock.progress(self._step))
+            if not math.isfinite(loss):
+                raise self._diverged(f"the loss is {loss}")
+            if self._log:
+                rate, seconds = self._learner.rate, self._clock.seconds
+                self._log.add(self._step, loss, rate, seconds, progress)
+        if self._log:
+            self._log.flush(self._step, self._learner.rate, self._clock.seconds, 1.0)
+            self._save()
+            self._write_model()
+
+    def _paused_for_good(self, progress: float) -> bool:
+        """Between two steps: validates or saves where it is time; whether patience is at an end."""
+        if self._judge and self._judge.due(progress):
+            self._save()  # so that a kill while validating loses no step
+            header, rate = self._header(), self._learner.rate
+            self._judge.judge(
+                self._network, header, self._step, rate, self._clock.seconds, progress
+            )
+        if self._world.first and time.monotonic() - self._saved > self._checkpoint_seconds:
+            self._save()
+        if self._recipe.patience is None:
+            return False
+        impatient = self._judge is not None and self._judge.impatient()
+        return self._world.agree(0.0, float(impatient))[1] > 0
+
+    def _diverged(self, how: str) -> RunError:
+        trained = [path for path in self._run.checkpoints() if int(path.stem.removeprefix("step-"))]
+        kept = [path for path in [self._run.path / BEST, *trained] if path.exists()]
+        return RunError(
+            f"step {self._step}: {how}; train anew with a lower --learning-rate than "
+            f"{self._recipe.learning_rate:g} and another --out"
+            + (f" (the last good model is {kept[0]})." if kept else ".")
+        )
+
+    def _header(self) -> ModelHeader:
+        return ModelHeader(
+            architecture=architecture_of(self._network),
+            class_values=list(self._data.class_values),
+            normalisation={"method": "mean-std"},
+            voxel_size=list(self._data.voxel_size) if self._data.voxel_size else None,
+            training={
+                "recipe": dataclasses.asdict(self._recipe),
+                "precision": self._precision,
+                "steps": self._step,
+            },
+            data=self._data.identity,
+            versions=versions(),
+        )
+
+    def _save(self) -> None:
+        """Writes a checkpoint: weights, optimiser, and where the training is."""
+        weights = self._network.state_dict()
+        if bad := [name for name, t in weights.items() if not t.isfinite().all()]:
+            raise self._diverged(f"weight {bad[0]!r} is no longer finite")
+        tensors = {WEIGHT + name: t for name, t in weights.items()}
+        for index, state in self._optimiser.state_dict()["state"].items():
+            for name, value in state.items():
+                if value is not None:
+                    tensors[f"optimiser.{index}.{name}"] = torch.as_tensor(value)
+        where = {
+            "step": self._step,
+            "seconds": self._clock.seconds,
+            "learning_rate": self._learner.rate,
+            "pending_losses": self._log.pending if self._log else [],
+        }
+        self._run.save(self._step, tensors, {**dataclasses.asdict(self._header()), **where})
+        self._saved = time.monotonic()
+
+    def _begin(self) -> _Reached:
+        """Calibrates batch norm, where there is one, on the same patches on every worker."""
+        if self._recipe.norm == "batch":
+            sampler = Sampler(self._data, self._recipe)
+            images = [sampler[step, 0].image for step in range(CALIBRATION_PATCHES)]
+            self._network.calibrate(torch.from_numpy(np.stack(images)).to(self._world.device))
+        return _Reached()
+
+    def _restore(self) -> _Reached | None:
+        """Loads the newest checkpoint, if there is one; says how far it had come."""
+        newest = self._run.newest()
+        if newest is None:
+            return None
+        tensors, header = newest.tensors, newest.header
+        self._run.refuse_header(header, dataclasses.asdict(self._recipe), self._data.identity)
+        self._network.load_state_dict(
+            {n.removeprefix(WEIGHT): t for n, t in tensors.items() if n.startswith(WEIGHT)}
+        )
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimiser."):
+                _, index, key = name.split(".")
+                state.setdefault(int(index), {})[key] = tensor
+        groups = self._optimiser.state_dict()["param_groups"]
+        self._optimiser.load_state_dict({"state": state, "param_groups": groups})
+        names = "step", "seconds", "learning_rate", "pending_losses"
+        return _Reached(header["training"]["precision"], **{name: header[name] for name in names})
+
+    def _write_model(self) -> None:
+        """Writes the best model, or that of the last step where nothing was validated."""
+        best, model = self._run.path / BEST, self._run.path / MODEL
+        if self._judge and best.exists():
+            write_whole(model, best.read_bytes())
+        else:
+            told = dataclasses.asdict(self._header())
+            write_tensors(model, self._network.state_dict(), told)
+
+
+class _Judge:
+    """Validates now and then, keeps the best model, and knows when patience is at an end."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: TrainingData,
+        run: RunFolder,
+        log: Log,
+        precision: Precision,
+        world: _World,
+    ) -> None:
+        self._best_file, self._log, self._patience = run.path / BEST, log, recipe.patience
+        device: Device = "cuda" if world.device.type == "cuda" else "cpu"
+        classes = len(data.class_values)
+        self._validator = Validator(data.held_out, classes, recipe.best_by, precision, device)
+        self._best: Mapping[str, float] | None = None
+        self._since, self._judged = 0, 0
+        for measure in log.kept():
+            if measure.validation is not None:
+                self._judged = _tenth(measure.progress)
+                self._note(measure.validation)
+
+    def forget_after(self, step: int) -> None:
+        """Forgets a best model of a step that is yet to come again, or that is not there."""
+        header = _header_of(self._best_file) if self._best_file.exists() else {}
+        if header.get("training", {}).get("steps", math.inf) > step:
+            self._best_file.unlink(missing_ok=True)
+            self._best = None
+
+    def due(self, progress: float) -> bool:
+        """Whether another tenth of the training is done."""
+        return _tenth(progress) > self._judged
+
+    def judge(
+        self,
+        network: UNet,
+        header: ModelHeader,
+        step: int,
+        rate: float,
+        seconds: float,
+        progress: float,
+    ) -> None:
+        """Scores the network, keeps it if it is the best, and writes the scores down."""
+        network.eval()
+        scores = self._validator(network)
+        network.train()
+        self._judged = _tenth(progress)
+        if self._note(scores):
+            told = dataclasses.asdict(header)
+            told["training"] = {**told["training"], "validation": scores}
+            write_tensors(self._best_file, network.state_dict(), told)
+        self._log.flush(step, rate, seconds, progress, scores)
+
+    def _note(self, scores: Mapping[str, float]) -> bool:
+        """Counts a validation; says whether it is the best so far."""
+        if not self._validator.better(scores, self._best):
+            self._since += 1
+            return False
+        self._best, self._since = scores, 0
+        return True
+
+    def impatient(self) -> bool:
+        """Whether too many validations have brought nothing better."""
+        return self._patience is not None and self._since >= self._patience
+
+
+def _tenth(progress: float) -> int:
+    return math.floor(progress * VALIDATIONS + 1e-9)
+
+
+class _Learner:
+    """One step of the optimiser on the paper's energy (eq. 1): weighted cross-entropy."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        network: UNet,
+        optimiser: torch.optim.Optimizer,
+        world: _World,
+        precision: Precision,
+        rate: float,
+    ) -> None:
+        self._recipe, self._world, self._optimiser = recipe, world, optimiser
+        self._network, self._dtype = network.train(), getattr(torch, precision)
+        self._model: nn.Module = DistributedDataParallel(network) if world.size > 1 else network
+        self.rate = rate
+
+    def step(self, samples: list[Sample], number: int, progress: float) -> float:
+        """Learns from a batch; returns its loss. Chance (dropout) depends on the number alone."""
+        chance = np.random.SeedSequence([self._recipe.seed, number, self._world.rank])
+        torch.manual_seed(int(chance.generate_state(1)[0]))
+        self.rate = self._recipe.learning_rate * (1 - progress) ** self._recipe.decay
+        for group in self._optimiser.param_groups:
+            group["lr"] = self.rate
+        image, targets, weights = self._tensors(samples)
+        with torch.autocast(self._world.device.type, self._dtype, self._dtype != torch.float32):
+            scores = self._model(image)
+        losses = nn.functional.cross_entropy(scores.float(), targets, reduction="none")
+        loss = (losses * weights).mean()
+        self._optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self._recipe.clip:
+            nn.utils.clip_grad_norm_(self._network.parameters(), self._recipe.clip)
+        self._optimiser.step()
+        return float(loss.detach())
+
+    def _tensors(self, samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+        def stacked(arrays: list[np.ndarray[Any, Any]]) -> Tensor:
+            tensor = torch.from_numpy(np.stack(arrays))
+            if self._world.device.type == "cuda":
+                tensor = tensor.pin_memory()
+            return tensor.to(self._world.device, non_blocking=True)
+
+        image = stacked([s.image for s in samples]).contiguous(memory_format=torch.channels_last)
+        targets = stacked([s.targets for s in samples]).long()
+        return image, targets, stacked([s.weights for s in samples])
+
+
+def _optimiser(recipe: Recipe, network: UNet) -> torch.optim.Optimizer:
+    parameters, rate = network.parameters(), recipe.learning_rate
+    if recipe.optimiser == "sgd":
+        return torch.optim.SGD(parameters, rate, momentum=recipe.momentum)
+    return torch.optim.AdamW(parameters, rate)
+
+
+def _precision(recipe: Recipe, world: _World) -> Precision:
+    if recipe.precision != "auto":
+        return recipe.precision
+    return best_precision("cuda" if world.device.type == "cuda" else "cpu")
+
+
+def _train_on_ray(
+    recipe: Recipe,
+    data: TrainingData,
+    run: RunFolder,
+    workers: Workers,
+    watch: Watch,
+    checkpoint_seconds: float,
+) -> None:
+    import ray
+    import ray.train as ray_train
+    from ray.train.torch import TorchTrainer
+
+    fewest, most = workers if isinstance(workers, tuple) else (workers, workers)
+    device = cluster.find_device("ray", fewest)
+    gpu = device == "cuda"
+    fewest = cluster.pool_size(device, fewest) if gpu or fewest else 1
+    most = most or fewest
+    # A worker lives on one machine, however many the cluster has.
+    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+    threads = max(1, int(min(cluster.size_of("CPU") // most, largest)))
+    scratch = run.path / "checkpoints" / "ray"
+    worker = partial(_ray_worker, recipe, [ray.put(data)], run.path, threads, checkpoint_seconds)
+    scaling = ray_train.ScalingConfig(
+        num_workers=fewest if fewest == most else (fewest, most),
+        use_gpu=gpu,
+        resources_per_worker={"CPU": CPU_SHARE * (1 if gpu else threads)},
+    )
+    with _following(run.path / METRICS, watch):
+        failures = 0
+        while failures <= FAILURES:
+            before = run.checkpoints()[:1]
+            config = ray_train.RunConfig(
+                # A new name each time: what is resumed is our own newest checkpoint.
+                name=f"attempt-{time.time_ns()}",
+                storage_path=str(scratch),
+            )
+            trainer = TorchTrainer(worker, scaling_config=scaling, run_config=config)
+            try:
+                trainer.fit()
+                break
+            except ray_train.TrainingFailedError as error:
+                # On machines that come and go it may fail any number of times, if it gets on.
+                failures = failures + 1 if run.checkpoints()[:1] == before else 0
+                told, final = _cause(error)
+                if final or failures > FAILURES:
+                    raise RunError(told if final else f"training failed on Ray: {told}") from error
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _ray_worker(
+    recipe: Recipe, reference: list[Any], out: Path, threads: int, checkpoint_seconds: float
+) -> None:
+    """Trains in a worker. Whoever fails ends all: the others may be waiting for it."""
+    import ray
+    import ray.train as ray_train
+    from ray.train.torch import get_device
+
+    context = ray_train.get_context()
+    world = _World(context.get_world_rank(), context.get_world_size(), get_device(), threads)
+    data, run = ray.get(reference[0]), RunFolder(out)
+    drawers = GPU_DRAWERS if world.device.type == "cuda" else 1
+    draw = partial(streamed, reference[0], recipe, data.channels, drawers=drawers)
+    with run.alone() if world.first else nullcontext():
+        world.wait()  # nobody reads a checkpoint before the folder is ours
+        _Training(recipe, data, run, world, draw, lambda m: None, checkpoint_seconds).go()
+
+
+def _cause(error: Any) -> tuple[str, bool]:
+    """The words of the worker that failed, and whether training itself refused to go on.
+
+    Of several workers, all but one may have failed only because they lost their partner.
+    """
+    failures = list((getattr(error, "worker_failures", None) or {0: error}).values())
+    for each in failures:
+        if isinstance(each, UnetRayError):
+            return str(each), True
+    return str(failures[0]).strip().splitlines()[-1], False
+
+
+@contextmanager
+def _following(path: Path, watch: Watch) -> Iterator[None]:
+    """Calls `watch` with the lines that workers add to a log, while the body runs."""
+    ended, seen = threading.Event(), len(read_measures(path))
+
+    def follow() -> None:
+        nonlocal seen
+        while True:
+            last = ended.wait(0.5)
+            measures = read_measures(path)
+            # A restarted worker cuts the log back to its checkpoint first.
+            seen = min(seen, len(measures))
+            for measure in measures[seen:]:
+                watch(measure)
+            seen = len(measures)
+            if last:
+                return
+
+    thread = threading.Thread(target=follow, name="metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
