@@ -12,12 +12,14 @@ import torch
 from tests.test_segmentation import noise, random_model, write_stack
 from unet_ray.engine import engines as engine
 from unet_ray.engine import pool
-from unet_ray.engine.attempts import Stage
-from unet_ray.segmentation.choice import Settings
-from unet_ray.segmentation.memory import format_bytes, held
+from unet_ray.engine.stages import Stage
+from unet_ray.machine import held
 from unet_ray.segmentation.preparation import prepare
+from unet_ray.segmentation.settings import Settings
+from unet_ray.storage.layout import StoreLayout
 from unet_ray.storage.ledger import Ledger
-from unet_ray.storage.stores import StoreLayout, create_store
+from unet_ray.storage.stores import create_store
+from unet_ray.units import format_bytes
 
 WORKERS = 2
 EMPTY_TILES = 3000

@@ -23,11 +23,13 @@ from tests.test_memory import actors_of, anonymous
 from tests.test_segmentation import noise, random_model
 from unet_ray.engine import cluster
 from unet_ray.engine import engines as engine
-from unet_ray.engine.attempts import Stage
-from unet_ray.segmentation.choice import GPU_TILES, Settings, helper_bytes, together, under_way
-from unet_ray.segmentation.memory import format_bytes
+from unet_ray.engine.stages import Stage
+from unet_ray.segmentation.memory import GPU_TILES, helper_bytes, together, under_way
 from unet_ray.segmentation.preparation import prepare
-from unet_ray.storage.stores import StoreLayout, create_store
+from unet_ray.segmentation.settings import Settings
+from unet_ray.storage.layout import StoreLayout
+from unet_ray.storage.stores import create_store
+from unet_ray.units import format_bytes
 
 # All are the first few tiles, again and again, so that they need little room.
 SLAB, TILES, DIFFERENT, SPEEDS = 16, 384, 32, (40, 60, 80)

@@ -19,7 +19,7 @@ import zarr
 
 from tests.test_memory import anonymous, workers_of
 from tests.test_segmentation import random_model
-from unet_ray.segmentation.memory import format_bytes
+from unet_ray.units import format_bytes
 
 CHUNK = (16, 1024, 1024)
 PLANE = (4096, 4096)

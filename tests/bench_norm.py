@@ -22,11 +22,11 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from unet_ray.segmentation.memory import keep_freed_memory
+from unet_ray.machine import keep_freed_memory
 from unet_ray.training.labels import load_training_data
 from unet_ray.training.patches import Sampler, ahead, places
 from unet_ray.training.recipes import Recipe
-from unet_ray.training.trainer import CALIBRATION_PATCHES, _Learner, _optimiser, _World
+from unet_ray.training.trainer import CALIBRATION_PATCHES, Learner, World, optimiser_for
 from unet_ray.training.validation import Validator
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -92,9 +92,9 @@ class Bench:
         self.sampler = Sampler(self.data, recipe)
         torch.manual_seed(seed)
         self.network, self.average = prepared(way, recipe), None
-        world = _World(0, 1, torch.device("cpu"), torch.get_num_threads())
-        optimiser = _optimiser(recipe, self.network)
-        self.learner = _Learner(recipe, self.network, optimiser, world, "float32", 0.0)
+        world = World(0, 1, torch.device("cpu"), torch.get_num_threads())
+        optimiser = optimiser_for(recipe, self.network)
+        self.learner = Learner(recipe, self.network, optimiser, world, "float32", 0.0)
         self.learns = norm == "batch" and way != "batch"
         if way == "batch":
             images = [self.sampler[step, 0].image for step in range(CALIBRATION_PATCHES)]

@@ -12,10 +12,11 @@ import numpy as np
 from tests.test_memory import resident_peak
 from tests.test_pilot import petabyte
 from tests.test_segmentation import noise, random_model, shards_of, write_stack
-from unet_ray.segmentation.choice import Settings, plan
-from unet_ray.segmentation.memory import format_bytes
+from unet_ray.segmentation.outlook import plan
+from unet_ray.segmentation.pilot import try_tiles
 from unet_ray.segmentation.segment import segment
-from unet_ray.segmentation.trial import try_tiles
+from unet_ray.segmentation.settings import Settings
+from unet_ray.units import format_bytes
 
 SHAPE = (160, 1024, 1024)
 TILE = (4, 1024, 1024)

@@ -12,12 +12,14 @@ from scipy import ndimage
 
 from unet_ray import make_phantom
 from unet_ray.engine.cluster import connect, usable_cores
-from unet_ray.segmentation.memory import keep_freed_memory
+from unet_ray.machine import keep_freed_memory
 from unet_ray.training.augment import draw_deformation, warp_image, warp_labels
 from unet_ray.training.labels import TrainingData, TrainingVolume
-from unet_ray.training.patches import Sampler, ahead, places, streamed
+from unet_ray.training.patches import Sampler, ahead, places
 from unet_ray.training.recipes import Recipe
-from unet_ray.training.trainer import CPU_SHARE, _Learner, _optimiser, _precision, _World
+from unet_ray.training.stream import streamed
+from unet_ray.training.train import CPU_SHARE
+from unet_ray.training.trainer import Learner, World, optimiser_for, precision_for
 from unet_ray.training.weights import border_term, class_weights, weight_map
 from unet_ray.volumes.intensity import Intensity
 
@@ -106,10 +108,10 @@ def time_steps(recipe, data, draw, threads, settle, rounds=5, steps=80):
     """
     torch.set_num_threads(threads)
     keep_freed_memory()
-    world = _World(0, 1, torch.device("cpu"), threads)
+    world = World(0, 1, torch.device("cpu"), threads)
     network = recipe.network(1, 2).to(memory_format=torch.channels_last)
-    learner = _Learner(
-        recipe, network, _optimiser(recipe, network), world, _precision(recipe, world), 0.0
+    learner = Learner(
+        recipe, network, optimiser_for(recipe, network), world, precision_for(recipe, world), 0.0
     )
     samples = draw(places(0, 0, 1))
     same = next(samples)

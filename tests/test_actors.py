@@ -18,11 +18,13 @@ from tests.test_engine import Marker, Slow, Watching, marked, stage, written
 from tests.test_segmentation import TILED, bytes_of
 from unet_ray.engine import actors, attempts, parcels, pool
 from unet_ray.engine.actors import GpuActor, Reader, TileActor, Writer
-from unet_ray.engine.attempts import TRIES, Carried, Receipt, Stage
+from unet_ray.engine.attempts import TRIES
 from unet_ray.engine.engines import run
+from unet_ray.engine.stages import Carried, Receipt, Stage
 from unet_ray.segmentation.preparation import prepare
+from unet_ray.storage.layout import StoreLayout
 from unet_ray.storage.marks import Mark
-from unet_ray.storage.stores import StoreLayout, create_store
+from unet_ray.storage.stores import create_store
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", "cuda"])
 

@@ -21,8 +21,8 @@ from unet_ray import cli
 from unet_ray.engine import cluster
 from unet_ray.network.checkpoints import read_model
 from unet_ray.report import page as report
+from unet_ray.storage.layout import LEDGER
 from unet_ray.storage.ledger import committed
-from unet_ray.storage.stores import LEDGER
 from unet_ray.training import trainer as training
 from unet_ray.versions import VERSION
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from unet_ray.network.arithmetic import (
+    NetworkSize,
     core_multiplications,
     halo_overhead,
     pass_multiplications,
     read_amplification,
 )
 from unet_ray.network.unet import UNet
-from unet_ray.segmentation.memory import NetworkSize
 from unet_ray.tiling.mirror import read_mirrored
 from unet_ray.tiling.tiles import Context, TilePlan
 

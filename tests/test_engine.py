@@ -22,16 +22,9 @@ from hypothesis import strategies as st
 from tests.test_segmentation import FLOAT32, bytes_of, noise, random_model, write_stack
 from unet_ray.engine import attempts, cluster, pool
 from unet_ray.engine import threads as loop
-from unet_ray.engine.attempts import (
-    TRIES,
-    Clock,
-    Deadline,
-    Patience,
-    Receipt,
-    Stage,
-    is_out_of_memory,
-)
+from unet_ray.engine.attempts import TRIES, Clock, Patience, is_out_of_memory
 from unet_ray.engine.engines import run
+from unet_ray.engine.stages import Deadline, Receipt, Stage
 from unet_ray.errors import InputError, QuarantinedError, RunError, VoxelError
 from unet_ray.segmentation.preparation import prepare
 from unet_ray.segmentation.segment import segment

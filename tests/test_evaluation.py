@@ -16,10 +16,11 @@ from tests.test_scores import random_labels, random_stack
 from tests.test_segmentation import TILED, classes_of, noise, random_model, write_stack
 from unet_ray.errors import InputError, RunError
 from unet_ray.scores import stacks
-from unet_ray.scores.evaluation import MEANINGS, Evaluation, evaluate
+from unet_ray.scores.evaluation import Evaluation, evaluate
 from unet_ray.scores.totals import (
     INSTANCES,
     ISBI,
+    MEANINGS,
     ClassScore,
     Score,
     class_scores,
@@ -28,8 +29,8 @@ from unet_ray.scores.totals import (
     overlap_tables,
 )
 from unet_ray.segmentation.segment import segment
+from unet_ray.storage.layout import LEDGER
 from unet_ray.storage.ledger import Ledger
-from unet_ray.storage.stores import LEDGER
 from unet_ray.tiling.boxes import Box
 
 

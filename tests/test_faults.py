@@ -21,7 +21,7 @@ import zarr
 
 from tests.test_segmentation import FLOAT32, TILED, bytes_of, noise, shards_of, write_stack
 from unet_ray.engine import engines as engine
-from unet_ray.engine.attempts import Deadline, Stage
+from unet_ray.engine.stages import Deadline, Stage
 from unet_ray.errors import InputError, QuarantinedError, RunError
 from unet_ray.segmentation import disk as disks
 from unet_ray.segmentation import execution, preparation
@@ -29,9 +29,10 @@ from unet_ray.segmentation.segment import prepare_all, segment
 from unet_ray.segmentation.verification import verify
 from unet_ray.storage import ledger as ledgers
 from unet_ray.storage.events import read_events
+from unet_ray.storage.layout import ARRAYS, EVENTS, LEDGER, MARKS
 from unet_ray.storage.ledger import committed, quarantined
 from unet_ray.storage.marks import Mark, Marks
-from unet_ray.storage.stores import ARRAYS, EVENTS, LEDGER, MARKS, Store
+from unet_ray.storage.stores import Store
 from unet_ray.tiling.boxes import Box
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,8 @@ from unet_ray.tiling.boxes import Box
 from unet_ray.volumes import intensity
 from unet_ray.volumes import volume as volumes
 from unet_ray.volumes.intensity import Intensity, measure, measured_bytes
-from unet_ray.volumes.volume import Volume, open_volume
+from unet_ray.volumes.opening import open_volume
+from unet_ray.volumes.volume import Volume
 
 
 class ArrayVolume:

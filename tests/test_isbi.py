@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import zarr
 
-from unet_ray.segmentation.choice import Settings
 from unet_ray.segmentation.segment import segment
-from unet_ray.storage.stores import ARRAYS
+from unet_ray.segmentation.settings import Settings
+from unet_ray.storage.layout import ARRAYS
 from unet_ray.training.recipes import Recipe
-from unet_ray.training.trainer import train
+from unet_ray.training.train import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

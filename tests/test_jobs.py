@@ -21,7 +21,7 @@ from unet_ray.engine import cluster
 from unet_ray.errors import RunError
 from unet_ray.network.checkpoints import find_model, read_model
 from unet_ray.training.recipes import Recipe
-from unet_ray.training.trainer import train
+from unet_ray.training.train import train
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 240

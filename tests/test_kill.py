@@ -13,10 +13,10 @@ import pytest
 
 from tests.test_segmentation import bytes_of, noise, random_model, state_of, write_stack
 from tests.test_train_kill import session, title
-from unet_ray.segmentation.choice import Settings
 from unet_ray.segmentation.segment import segment
+from unet_ray.segmentation.settings import Settings
+from unet_ray.storage.layout import LEDGER
 from unet_ray.storage.ledger import committed
-from unet_ray.storage.stores import LEDGER
 
 ROOT = Path(__file__).parent.parent
 TILES = 128

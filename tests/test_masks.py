@@ -19,12 +19,12 @@ from tests.test_segmentation import (
 from unet_ray.errors import InputError
 from unet_ray.report.page import write_report
 from unet_ray.scores.evaluation import evaluate
-from unet_ray.segmentation.choice import plan
-from unet_ray.segmentation.preparation import TileWorker
+from unet_ray.segmentation.outlook import plan
+from unet_ray.segmentation.run import TileWorker
 from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.verification import verify
+from unet_ray.storage.layout import LEDGER
 from unet_ray.storage.ledger import committed, skipped
-from unet_ray.storage.stores import LEDGER
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import Context, TilePlan
 from unet_ray.volumes import masks

@@ -18,32 +18,28 @@ from PIL import Image
 from tests.test_segmentation import random_model
 from unet_ray.engine.cluster import HELPERS
 from unet_ray.errors import InputError
+from unet_ray.network.arithmetic import NetworkSize, pass_bytes
 from unet_ray.network.checkpoints import ModelHeader, architecture_of, write_model
 from unet_ray.network.unet import UNet
 from unet_ray.segmentation import choice as planning
 from unet_ray.segmentation import memory
-from unet_ray.segmentation.choice import (
+from unet_ray.segmentation.memory import (
     GPU_TILES,
+    PROCESS_BYTES,
+    TILE_NOTES,
     TOGETHER_BYTES,
-    Settings,
+    driver_bytes,
     helper_bytes,
     needed_bytes,
-    plan,
     process_bytes,
     together,
     under_way,
-)
-from unet_ray.segmentation.memory import (
-    PROCESS_BYTES,
-    TILE_NOTES,
-    NetworkSize,
-    driver_bytes,
-    format_bytes,
-    parse_bytes,
-    pass_bytes,
     worker_bytes,
 )
+from unet_ray.segmentation.outlook import plan
+from unet_ray.segmentation.settings import Settings
 from unet_ray.tiling.tiles import Context, TilePlan
+from unet_ray.units import format_bytes, parse_bytes
 
 # Sizes of people.
 

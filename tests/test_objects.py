@@ -22,12 +22,15 @@ from unet_ray.segmentation import execution, preparation, verification
 from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.verification import verify
 from unet_ray.storage.events import read_events
-from unet_ray.storage.lease import Fence, Lease, refuse_unconditional
+from unet_ray.storage.layout import EVENTS, LEDGER, PRIVATE
+from unet_ray.storage.lease import Fence, Lease
 from unet_ray.storage.ledger import committed
-from unet_ray.storage.places import ObjectPath, place_of
-from unet_ray.storage.stores import EVENTS, LEDGER, PRIVATE, Store
+from unet_ray.storage.objects import ObjectPath
+from unet_ray.storage.places import place_of
+from unet_ray.storage.stores import Store
+from unet_ray.storage.swap import refuse_unconditional
 from unet_ray.tiling.boxes import Box
-from unet_ray.volumes.volume import open_volume
+from unet_ray.volumes.opening import open_volume
 
 ROOT = Path(__file__).parent.parent
 OUT = "s3://bucket/lab/out.zarr"

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from unet_ray.engine.attempts import Carried, Receipt
 from unet_ray.engine.parcels import packed, receipts, unpacked
+from unet_ray.engine.stages import Carried, Receipt
 
 DTYPES = st.sampled_from(["u1", "<u2", ">u2", "<i4", "<f4", "<f8", "?"])
 ARRAYS = arrays.arrays(DTYPES, arrays.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))

@@ -18,10 +18,10 @@ from tests.test_segmentation import TILED, noise, random_model, shards_of, write
 from unet_ray.errors import RunError
 from unet_ray.segmentation import choice as planning
 from unet_ray.segmentation import trial as pilot
-from unet_ray.segmentation.choice import plan, spread
+from unet_ray.segmentation.outlook import plan, spread
+from unet_ray.segmentation.pilot import try_tiles
 from unet_ray.segmentation.segment import segment
-from unet_ray.segmentation.trial import try_tiles
-from unet_ray.storage.stores import chunk_of
+from unet_ray.storage.layout import chunk_of
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import Context, TilePlan
 

@@ -12,8 +12,8 @@ from pathlib import Path, PurePath
 import pytest
 
 from unet_ray.errors import InputError
+from unet_ray.storage.objects import ObjectPath
 from unet_ray.storage.places import (
-    ObjectPath,
     files_below,
     place_of,
     remove_partial,

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from unet_ray.progress import Pace, ProgressLine, format_seconds
+from unet_ray.progress import Pace, ProgressLine
+from unet_ray.units import format_seconds
 
 
 def paced(*steps):

@@ -25,14 +25,16 @@ from unet_ray.report import page as report
 from unet_ray.report import results
 from unet_ray.report.page import write_report
 from unet_ray.report.pictures import OKABE_ITO, VIRIDIS, few_greys, overlay, to_grey
-from unet_ray.scores.evaluation import MEANINGS, Evaluation, evaluate
+from unet_ray.scores.evaluation import Evaluation, evaluate
 from unet_ray.scores.metrics import ClassScore, Score
+from unet_ray.scores.totals import MEANINGS
 from unet_ray.segmentation.segment import segment
+from unet_ray.storage.layout import ARRAYS, LEDGER, StoreLayout
 from unet_ray.storage.ledger import Ledger
-from unet_ray.storage.stores import ARRAYS, LEDGER, Store, StoreLayout, create_store
+from unet_ray.storage.stores import Store, create_store
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import Context, TilePlan
-from unet_ray.training.trainer import train
+from unet_ray.training.train import train
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 EVIL = "<script>alert(1)<"

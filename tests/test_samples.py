@@ -14,8 +14,9 @@ from tests.test_train_kill import session, title
 from unet_ray.errors import InputError, UnetRayError
 from unet_ray.training import patches as samples
 from unet_ray.training.labels import TrainingData, TrainingVolume, load_training_data
-from unet_ray.training.patches import Sampler, ahead, places, streamed
+from unet_ray.training.patches import Sampler, ahead, places
 from unet_ray.training.recipes import Recipe
+from unet_ray.training.stream import streamed
 from unet_ray.volumes.intensity import Intensity
 
 

@@ -30,7 +30,7 @@ from unet_ray.scores.totals import (
     isbi_scores,
     overlap_tables,
 )
-from unet_ray.volumes.volume import open_volume
+from unet_ray.volumes.opening import open_volume
 
 
 def random_stack(seed, shape=(3, 20, 24), values=40):

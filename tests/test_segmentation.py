@@ -27,15 +27,18 @@ from unet_ray.segmentation import (
 from unet_ray.segmentation import (
     segment as segmentation,
 )
-from unet_ray.segmentation.choice import Settings, choose_plan, network_size
+from unet_ray.segmentation.memory import network_size
+from unet_ray.segmentation.planning import choose_plan
 from unet_ray.segmentation.segment import output_paths, segment
+from unet_ray.segmentation.settings import Settings
 from unet_ray.segmentation.verification import verify
 from unet_ray.storage import lease
+from unet_ray.storage.layout import LEDGER, PRIVATE
 from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import Ledger
-from unet_ray.storage.stores import LEDGER, PRIVATE, Store
+from unet_ray.storage.stores import Store
 from unet_ray.tiling.boxes import Box
-from unet_ray.volumes.volume import open_volume
+from unet_ray.volumes.opening import open_volume
 
 FLOAT32 = Settings(precision="float32", workers=2)
 TILED = dataclasses.replace(FLOAT32, tile=(1, 32, 20))

@@ -14,7 +14,7 @@ from unet_ray.errors import InputError
 from unet_ray.scores import stacks
 from unet_ray.scores.stacks import Stack, paired
 from unet_ray.tiling.boxes import Box
-from unet_ray.volumes.volume import open_volume
+from unet_ray.volumes.opening import open_volume
 
 DTYPES = ["bool", "uint8", "int8", "uint16", "int32", "uint64", "float16", "float32", "float64"]
 

@@ -15,23 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unet_ray.errors import InputError, RunError
-from unet_ray.storage.ledger import Ledger, begin
-from unet_ray.storage.places import remove_tree
-from unet_ray.storage.stores import (
+from unet_ray.storage.inspection import is_untouched, provenance_of, refuse_others
+from unet_ray.storage.layout import (
     ARRAYS,
     EVENTS,
     LARGEST_CHUNK,
     LEDGER,
     PRIVATE,
-    Store,
     StoreLayout,
     chunk_of,
-    create_store,
-    is_untouched,
-    provenance_of,
-    refuse_others,
-    remove_deleted,
 )
+from unet_ray.storage.ledger import Ledger, begin
+from unet_ray.storage.places import remove_tree
+from unet_ray.storage.stores import Store, create_store, remove_deleted
 from unet_ray.tiling.tiles import Context, TilePlan
 
 CONTEXT = Context((0, 8, 8), (0, 12, 12), (1, 2, 2))

@@ -23,7 +23,7 @@ from tests.test_training import files_in, measures, recipe
 from unet_ray.engine import cluster
 from unet_ray.network.checkpoints import read_model, read_tensors
 from unet_ray.training.run_folder import BEST, LOCK_SECONDS, METRICS, MODEL
-from unet_ray.training.trainer import train
+from unet_ray.training.train import train
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/stat").exists(), reason="finds the processes of a run through /proc"

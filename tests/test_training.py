@@ -27,7 +27,7 @@ from unet_ray.training.labels import load_training_data
 from unet_ray.training.patches import Sampler
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.run_folder import LOCK, PATCHES, WEIGHTS
-from unet_ray.training.trainer import train
+from unet_ray.training.train import train
 from unet_ray.training.validation import Validator
 from unet_ray.versions import VERSION
 from unet_ray.volumes.phantom import make_phantom

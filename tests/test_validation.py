@@ -12,13 +12,13 @@ from unet_ray.engine import cluster
 from unet_ray.errors import InputError
 from unet_ray.network.checkpoints import read_tensors
 from unet_ray.network.unet import UNet
-from unet_ray.segmentation.choice import Settings
 from unet_ray.segmentation.segment import segment
+from unet_ray.segmentation.settings import Settings
 from unet_ray.training import trainer as training
 from unet_ray.training import validation
 from unet_ray.training.labels import IGNORED, HeldOut, load_training_data
 from unet_ray.training.recipes import Recipe
-from unet_ray.training.trainer import train
+from unet_ray.training.train import train
 from unet_ray.training.validation import Validator, checked_score, score_names
 from unet_ray.volumes.intensity import Intensity
 

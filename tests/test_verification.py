@@ -30,19 +30,12 @@ from unet_ray.segmentation import preparation
 from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.verification import verify
 from unet_ray.storage.events import EventLog, read_events
+from unet_ray.storage.layout import ARRAYS, EVENTS, LEDGER, PRIVATE, StoreLayout
 from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import Ledger, begin, committed
 from unet_ray.storage.places import write_whole
-from unet_ray.storage.shards import _told_size
-from unet_ray.storage.stores import (
-    ARRAYS,
-    EVENTS,
-    LEDGER,
-    PRIVATE,
-    Store,
-    StoreLayout,
-    create_store,
-)
+from unet_ray.storage.shards import declared_size
+from unet_ray.storage.stores import Store, create_store
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import Context, TilePlan
 
@@ -384,15 +377,15 @@ def test_an_index_that_points_elsewhere_is_damage(store, spans):
 
 @pytest.mark.parametrize("size", [0, 1, 255, 256, 300, 65791, 65792, 2**20])
 def test_the_size_that_a_frame_tells(size):
-    assert _told_size(bytes(Zstd().encode(np.zeros(size, np.uint8))) or b"") in (size, None)
-    assert size == 0 or _told_size(bytes(Zstd().encode(np.zeros(size, np.uint8)))) == size
+    assert declared_size(bytes(Zstd().encode(np.zeros(size, np.uint8))) or b"") in (size, None)
+    assert size == 0 or declared_size(bytes(Zstd().encode(np.zeros(size, np.uint8)))) == size
 
 
 @pytest.mark.parametrize(
     "frame", [b"", b"\x28\xb5\x2f\xfd", b"\x28\xb5\x2f\xfd\x00", b"PK\3\4" * 9]
 )
 def test_what_is_no_frame_tells_no_size(frame):
-    assert _told_size(frame) is None
+    assert declared_size(frame) is None
 
 
 # Metadata

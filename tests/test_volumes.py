@@ -29,7 +29,7 @@ from unet_ray.errors import InputError, RunError
 from unet_ray.tiling.boxes import Box
 from unet_ray.volumes import tiff as tiff_module
 from unet_ray.volumes import volume as volumes
-from unet_ray.volumes.volume import open_volume
+from unet_ray.volumes.opening import open_volume
 
 
 def noise(shape, dtype="uint8", seed=0):
@@ -847,7 +847,7 @@ def test_no_box_touches_more_units_than_counted(shape, chunk, data):
     starts = [data.draw(st.integers(0, n - 1)) for n in shape]
     stops = [data.draw(st.integers(a + 1, n)) for a, n in zip(starts, shape, strict=True)]
     array = zarr.create_array({}, shape=shape, chunks=chunk, dtype="uint8")
-    volume = object.__new__(volumes._Zarr)
+    volume = object.__new__(volumes.Zarr)
     volume.shape, volume.chunk, volume.unit_bytes = (1, *shape), array.chunks, 1
     volume._together = volume._under_way = 10**9
     touched = math.prod(-(-b // n) - a // n for a, b, n in zip(starts, stops, chunk, strict=True))

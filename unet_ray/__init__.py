@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from unet_ray.network.unet import UNet as UNet
     from unet_ray.report.page import write_report as write_report
     from unet_ray.scores.evaluation import evaluate as evaluate
-    from unet_ray.segmentation.choice import plan as plan
+    from unet_ray.segmentation.outlook import plan as plan
     from unet_ray.segmentation.segment import segment as segment
     from unet_ray.segmentation.verification import verify as verify
     from unet_ray.tiling.boxes import Box as Box
     from unet_ray.tiling.tiles import Context as Context
     from unet_ray.tiling.tiles import TilePlan as TilePlan
-    from unet_ray.training.trainer import train as train
+    from unet_ray.training.train import train as train
+    from unet_ray.volumes.opening import open_volume as open_volume
     from unet_ray.volumes.phantom import make_phantom as make_phantom
-    from unet_ray.volumes.volume import open_volume as open_volume
 
 
 __version__ = VERSION
@@ -35,11 +35,11 @@ _ROOMS = {
     "UNet": "network.unet",
     "evaluate": "scores.evaluation",
     "make_phantom": "volumes.phantom",
-    "open_volume": "volumes.volume",
-    "plan": "segmentation.choice",
+    "open_volume": "volumes.opening",
+    "plan": "segmentation.outlook",
     "read_model": "network.checkpoints",
     "segment": "segmentation.segment",
-    "train": "training.trainer",
+    "train": "training.train",
     "verify": "segmentation.verification",
     "write_report": "report.page",
 }

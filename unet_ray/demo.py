@@ -15,7 +15,7 @@ import tifffile
 import zarr
 from numpy.typing import NDArray
 
-from unet_ray.progress import ProgressLine, format_seconds
+from unet_ray.progress import ProgressLine
 from unet_ray.report.page import write_report
 from unet_ray.report.pictures import (
     colour_classes,
@@ -27,13 +27,14 @@ from unet_ray.report.pictures import (
 )
 from unet_ray.scores.evaluation import evaluate
 from unet_ray.scores.metrics import accuracy, iou
-from unet_ray.segmentation.choice import Settings
 from unet_ray.segmentation.execution import Progress
 from unet_ray.segmentation.segment import segment
-from unet_ray.storage.stores import ARRAYS
+from unet_ray.segmentation.settings import Settings
+from unet_ray.storage.layout import ARRAYS
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.run_folder import Measure
-from unet_ray.training.trainer import train
+from unet_ray.training.train import train
+from unet_ray.units import format_seconds
 from unet_ray.volumes.phantom import Phantom, make_phantom
 
 TRAINING_SHAPE, TEST_SHAPE = (8, 512, 512), (12, 768, 768)

@@ -17,18 +17,6 @@ PACE_SECONDS, PACE_TILES = 60.0, 20
 BAR_WIDTH = 24
 
 
-def format_seconds(seconds: float) -> str:
-    """A duration for people: ``42 s``, ``3 min 05 s``, ``2 h 07 min``."""
-    if math.isinf(seconds):
-        return "unknown time"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
 @dataclass
 class ProgressLine:
     """One line that says how far a run is.

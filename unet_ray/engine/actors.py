@@ -18,20 +18,10 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import torch
 
-from unet_ray.engine.attempts import (
-    MOST_SECONDS,
-    STEPS,
-    Carried,
-    Guarded,
-    Receipt,
-    Stage,
-    Step,
-    carry,
-    failure,
-    is_suspect,
-    made_in_time,
-)
+from unet_ray.engine.attempts import MOST_SECONDS, carry, failure
+from unet_ray.engine.guard import Guarded, is_suspect, made_in_time
 from unet_ray.engine.parcels import packed, receipts, unpacked
+from unet_ray.engine.stages import STEPS, Carried, Receipt, Stage, Step
 from unet_ray.engine.threads import worker_of
 from unet_ray.storage.marks import Marks
 

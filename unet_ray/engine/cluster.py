@@ -14,9 +14,9 @@ from typing import Literal, TypeVar
 
 import torch
 
-from unet_ray.engine.attempts import Deadline
+from unet_ray.engine.stages import Deadline
 from unet_ray.errors import InputError, RunError
-from unet_ray.segmentation.memory import format_bytes
+from unet_ray.units import format_bytes
 
 EngineName = Literal["local", "ray"]
 Answer = TypeVar("Answer")

@@ -12,11 +12,12 @@ from functools import partial
 import torch
 
 from unet_ray.engine import cluster
-from unet_ray.engine.attempts import Stage, attempt
+from unet_ray.engine.attempts import attempt
 from unet_ray.engine.cluster import EngineName
 from unet_ray.engine.pool import run_on_ray
+from unet_ray.engine.stages import Stage
 from unet_ray.engine.threads import Receipts, tried, worker_of
-from unet_ray.segmentation.memory import give_back_freed_memory
+from unet_ray.machine import give_back_freed_memory
 
 
 def run(

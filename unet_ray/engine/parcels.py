@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from unet_ray.engine.attempts import Carried, Receipt
+from unet_ray.engine.stages import Carried, Receipt
 
 RECEIPT = tuple(field.name for field in fields(Receipt))
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.engine.actors import GpuActor, Reader, TileActor, Writer
-from unet_ray.engine.attempts import MOST_SECONDS, SEEN, Clock, Deadline, Patience, Receipt, Stage
+from unet_ray.engine.attempts import MOST_SECONDS, SEEN, Clock, Patience
 from unet_ray.engine.cluster import (
     CPUS_PER_ACTOR,
     CPUS_PER_HELPER,
@@ -30,9 +30,10 @@ from unet_ray.engine.cluster import (
     most_workers,
 )
 from unet_ray.engine.parcels import RECEIPT
+from unet_ray.engine.stages import Deadline, Receipt, Stage
 from unet_ray.engine.threads import Receipts
 from unet_ray.errors import RunError
-from unet_ray.segmentation.memory import kept_memory_environment
+from unet_ray.machine import kept_memory_environment
 from unet_ray.storage.places import Place, remove_below
 
 if TYPE_CHECKING:

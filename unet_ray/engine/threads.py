@@ -15,19 +15,8 @@ from typing import Any
 
 import torch
 
-from unet_ray.engine.attempts import (
-    STEPS,
-    TICK,
-    Clock,
-    Deadline,
-    Helper,
-    Patience,
-    Receipt,
-    Stage,
-    Step,
-    TryOne,
-    failure,
-)
+from unet_ray.engine.attempts import TICK, Clock, Patience, failure
+from unet_ray.engine.stages import STEPS, Deadline, Helper, Receipt, Stage, Step, TryOne
 from unet_ray.errors import RunError
 
 Receipts = Generator[Receipt, None, None]

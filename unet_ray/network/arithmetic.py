@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from unet_ray.segmentation.memory import NetworkSize
 from unet_ray.tiling.tiles import TilePlan, round_up
 
 
@@ -78,3 +78,74 @@ def _walk(net: NetworkSize, y: float, x: float, shrink: int) -> float:
             y, x = y - shrink, x - shrink
             total += 9 * inputs * width * y * x
     return total + net.base_channels * net.classes * y * x
+
+
+# Results of constant passes that are kept: empty background is one value, seldom two.
+CONSTANTS = 2
+
+
+@dataclass(frozen=True)
+class NetworkSize:
+    """The numbers of a network that memory depends on.
+
+    Attributes:
+        in_channels, classes, base_channels, depth: as of the network.
+        weights: number of parameters.
+        itemsize: bytes of one activation: 4 for float32, 2 for bfloat16.
+        tta: passes are averaged over the symmetries of the square.
+    """
+
+    in_channels: int
+    classes: int
+    base_channels: int
+    depth: int
+    weights: int
+    itemsize: int
+    tta: bool = False
+
+
+def pass_bytes(net: NetworkSize, pass_shape: tuple[int, ...]) -> int:
+    """Peak of one forward call at inference, walking down and up the network.
+
+    Args:
+        net: size of the network.
+        pass_shape: (slices in the batch, y, x) that the call is given.
+    """
+    batch, y, x = pass_shape
+
+    def features(channels: int, shrunk: float, level: int) -> float:
+        area = (y / 2**level - shrunk) * (x / 2**level - shrunk)
+        return float(batch * channels * area * net.itemsize)
+
+    widths = [net.base_channels * 2**level for level in range(net.depth + 1)]
+    image = batch * net.in_channels * y * x * (4 + net.itemsize)
+    peak, shrunk = 0.0, 0.0
+    skips: list[float] = []
+    below = features(net.in_channels, 0, 0)
+    for level, width in enumerate(widths):
+        first, second = features(width, shrunk + 2, level), features(width, shrunk + 4, level)
+        peak = max(peak, sum(skips) + below + first, sum(skips) + first + second)
+        shrunk = (shrunk + 4) / 2
+        below = second / 4
+        if level < net.depth:
+            skips.append(features(width, _margin(net.depth, level), level))
+            peak = max(peak, sum(skips) + second + below)
+    for level in reversed(range(net.depth)):
+        skip, held = skips[level], sum(skips[:level])
+        below = features(2 * widths[level], _margin(net.depth, level) + 4, level) / 2
+        # The joined buffer is twice a skip; the skip goes before the up-convolution comes.
+        peak = max(peak, held + 3 * skip + below)
+    scores = batch * net.classes * y * x * (net.itemsize + 4 + 4)
+    if net.tta:  # the turned image, and the sum so far, stay beside every pass
+        image += batch * y * x * (net.in_channels * net.itemsize + net.classes * 4)
+        scores += batch * net.classes * y * x * 4
+    return int(image + max(peak, skips[0] + scores))
+
+
+def _margin(depth: int, level: int) -> float:
+    """Voxels of `level` between the face of the input and what is joined there, both sides."""
+    shrink = 12 * 2**depth - 8
+    margin = float(shrink - 4)
+    for _ in range(level):
+        margin = margin / 2 - 4
+    return margin

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from unet_ray.errors import RunError
+from unet_ray.machine import keep_freed_memory
+from unet_ray.network.arithmetic import CONSTANTS
 from unet_ray.network.unet import UNet
-from unet_ray.segmentation.memory import CONSTANTS, keep_freed_memory
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import Tile, TilePlan
 from unet_ray.volumes.intensity import Intensity

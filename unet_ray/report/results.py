@@ -19,12 +19,15 @@ from numpy.typing import NDArray
 from unet_ray.errors import InputError, RunError
 from unet_ray.report.pictures import Picture, to_grey
 from unet_ray.storage.events import measured, read_events
+from unet_ray.storage.inspection import provenance_of
+from unet_ray.storage.layout import ARRAYS, LEDGER
 from unet_ray.storage.ledger import committed, quarantined, skipped
 from unet_ray.storage.places import Place, Where
-from unet_ray.storage.stores import ARRAYS, LEDGER, Store, provenance_of
+from unet_ray.storage.stores import Store
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import TilePlan
-from unet_ray.volumes.volume import Volume, open_volume
+from unet_ray.volumes.opening import open_volume
+from unet_ray.volumes.volume import Volume
 
 # What bounds the reading, whatever the volume.
 SLICES, WINDOW, CHUNKS = 5, 640, 64

@@ -18,6 +18,7 @@ from unet_ray.errors import InputError
 from unet_ray.scores.overlaps import Overlaps
 from unet_ray.scores.stacks import Stack
 from unet_ray.scores.totals import (
+    MEANINGS,
     ClassScore,
     Score,
     Watch,
@@ -26,43 +27,20 @@ from unet_ray.scores.totals import (
     isbi_scores,
     overlap_tables,
 )
+from unet_ray.storage.inspection import has_private, is_output, provenance_of
+from unet_ray.storage.layout import ARRAYS, LEDGER, PRIVATE
 from unet_ray.storage.ledger import committed, skipped
 from unet_ray.storage.places import Place, Where, place_of
-from unet_ray.storage.stores import (
-    ARRAYS,
-    LEDGER,
-    PRIVATE,
-    Store,
-    has_private,
-    is_output,
-    provenance_of,
-)
+from unet_ray.storage.stores import Store
 from unet_ray.tiling.tiles import TilePlan
-from unet_ray.volumes.volume import Volume, open_volume
+from unet_ray.volumes.opening import open_volume
+from unet_ray.volumes.volume import Volume
 
 Kind = Literal["isbi", "instances", "classes"]
 # What a store holds for each kind of score; probabilities are stored as 255 p.
 STORED: dict[str, str] = {"isbi": "probabilities", "instances": "instances", "classes": "classes"}
 LARGEST_CLASS = 31
 WHITES = (1, 255, 65535)
-# Of each score the best value and what it tells in a few words; metrics.py has the whole story.
-MEANINGS: dict[str, tuple[int, str]] = {
-    "pixel_error": (0, "1 - F1 of cell pixels (not the share of wrong ones)"),
-    "rand_error": (0, "pixel pairs wrongly joined or parted; membrane counts too"),
-    "rand_error_foreground": (0, "the same, within true cells"),
-    "warping_error": (0, "pixels that split or merge cells; shifts are forgiven"),
-    "v_rand": (1, "cells kept whole and apart, membranes thinned"),
-    "v_info": (1, "the same by information: small cells count more"),
-    "seg": (1, "overlap of each true object with its prediction"),
-    "ap50": (1, "objects found, of all true and false ones, at IoU 0.5"),
-    "ap_mean": (1, "the same, mean over IoU 0.5 to 0.95"),
-    "adapted_rand_error": (0, "voxel pairs wrongly joined or parted"),
-    "voi_split": (0, "bits: how torn true objects are"),
-    "voi_merge": (0, "bits: how mixed predicted objects are"),
-    "accuracy": (1, "share of voxels that are right"),
-    "iou": (1, "overlap over union, mean of the classes"),
-    "dice": (1, "twice the overlap over both sizes, mean of the classes"),
-}
 
 
 @dataclass(frozen=True)

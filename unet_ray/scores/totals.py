@@ -350,3 +350,23 @@ INSTANCES: Mapping[str, _Measure] = {
     "voi_split": _Measure(lambda table: _bits(table, 0), _mean_ratio),
     "voi_merge": _Measure(lambda table: _bits(table, 1), _mean_ratio),
 }
+
+
+# Of each score the best value and what it tells in a few words; metrics.py has the whole story.
+MEANINGS: dict[str, tuple[int, str]] = {
+    "pixel_error": (0, "1 - F1 of cell pixels (not the share of wrong ones)"),
+    "rand_error": (0, "pixel pairs wrongly joined or parted; membrane counts too"),
+    "rand_error_foreground": (0, "the same, within true cells"),
+    "warping_error": (0, "pixels that split or merge cells; shifts are forgiven"),
+    "v_rand": (1, "cells kept whole and apart, membranes thinned"),
+    "v_info": (1, "the same by information: small cells count more"),
+    "seg": (1, "overlap of each true object with its prediction"),
+    "ap50": (1, "objects found, of all true and false ones, at IoU 0.5"),
+    "ap_mean": (1, "the same, mean over IoU 0.5 to 0.95"),
+    "adapted_rand_error": (0, "voxel pairs wrongly joined or parted"),
+    "voi_split": (0, "bits: how torn true objects are"),
+    "voi_merge": (0, "bits: how mixed predicted objects are"),
+    "accuracy": (1, "share of voxels that are right"),
+    "iou": (1, "overlap over union, mean of the classes"),
+    "dice": (1, "twice the overlap over both sizes, mean of the classes"),
+}

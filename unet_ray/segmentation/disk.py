@@ -19,12 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.errors import InputError, RunError
-from unet_ray.segmentation.choice import SAMPLE, Settings, most_bytes, plan, spread, stored_values
-from unet_ray.segmentation.execution import tiles_left, wanted_tiles
-from unet_ray.segmentation.memory import format_bytes
-from unet_ray.segmentation.preparation import Segmentation
-from unet_ray.segmentation.trial import try_tiles
+from unet_ray.segmentation.memory import stored_values
+from unet_ray.segmentation.outlook import SAMPLE, most_bytes, plan, spread
+from unet_ray.segmentation.pilot import try_tiles
+from unet_ray.segmentation.preparation import tiles_left, wanted_tiles
+from unet_ray.segmentation.run import Segmentation
+from unet_ray.segmentation.settings import Settings
 from unet_ray.storage.places import Place, files_below
+from unet_ray.units import format_bytes
 
 TRIED = 8  # of several runs
 MARGIN = 1.5  # by which a few tiles may be mistaken about what all of them store

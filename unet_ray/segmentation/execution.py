@@ -14,35 +14,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.engine import cluster, engines
-from unet_ray.engine.attempts import DISK_ERRORS, TRIES, Patience, Receipt, Stage, is_out_of_memory
+from unet_ray.engine.attempts import DISK_ERRORS, TRIES, Patience, is_out_of_memory
+from unet_ray.engine.stages import Receipt, Stage
 from unet_ray.errors import LostError, QuarantinedError, RunError
-from unet_ray.segmentation.choice import (
-    Settings,
+from unet_ray.machine import room
+from unet_ray.segmentation.memory import (
     helper_bytes,
     needed_bytes,
     process_bytes,
     together,
     under_way,
 )
-from unet_ray.segmentation.memory import format_bytes, room
-from unet_ray.segmentation.preparation import Segmentation, refuse_difference, told_by
+from unet_ray.segmentation.preparation import Wanted, pending_tiles, wanted_tiles
+from unet_ray.segmentation.run import Segmentation, refuse_difference
+from unet_ray.segmentation.settings import Settings
 from unet_ray.storage.events import EventLog
+from unet_ray.storage.inspection import told_by
+from unet_ray.storage.layout import EVENTS, LEDGER, MARKS, PRIVATE, StoreLayout
 from unet_ray.storage.lease import Lease
-from unet_ray.storage.ledger import Ledger, begin, committed, newest, skipped
+from unet_ray.storage.ledger import Ledger, begin, committed, newest
 from unet_ray.storage.marks import remove_older, tiles_done
 from unet_ray.storage.places import remove_partial
-from unet_ray.storage.stores import (
-    EVENTS,
-    LEDGER,
-    MARKS,
-    PRIVATE,
-    Store,
-    StoreLayout,
-    create_store,
-    remove_deleted,
-)
-from unet_ray.tiling.boxes import Box
-from unet_ray.volumes.masks import tiles_under
+from unet_ray.storage.stores import Store, create_store, remove_deleted
+from unet_ray.units import format_bytes
 
 PIECE = 1 << 16  # tiles whose numbers are in memory at once
 TOLD = 100  # failures whose sentences are
@@ -94,7 +88,7 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
             next run goes on from it.
     """
     wanted = wanted_tiles(run, settings)
-    if run.resumed and not _left(run, wanted).any():
+    if run.resumed and not pending_tiles(run, wanted).any():
         return 0  # a finished store is not touched at all
     try:
         with Lease(run.out / PRIVATE, settings.takeover, after=newest(run.out / LEDGER)) as lease:
@@ -150,42 +144,6 @@ def _open_store(run: Segmentation, settings: Settings, lease: Lease) -> None:
     else:  # another may have made it since
         refuse_difference(run.out, told, run.provenance)
     Store(run.out, run.outputs).require_plan(run.plan)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What was asked for: the tiles of a region, and of those the ones that a mask shows.
-
-    Attributes:
-        region: of the volume.
-        tiles: bits of the tiles that are to be done, (tiles,).
-        skipped: bits of those in the region that are not, (tiles,).
-    """
-
-    region: Box
-    tiles: NDArray[np.bool_]
-    skipped: NDArray[np.bool_]
-
-
-def wanted_tiles(run: Segmentation, settings: Settings) -> Wanted:
-    """Which tiles of a run were asked for."""
-    region = settings.region or Box.of(run.plan.shape)
-    inside = np.zeros(run.plan.counts, bool)
-    inside[run.plan.part(region).slices] = True
-    shown = tiles_under(run.mask, run.plan) if run.mask else np.ones(1, bool)
-    return Wanted(region, (inside & shown).ravel(), (inside & ~shown).ravel())
-
-
-def tiles_left(run: Segmentation, wanted: Wanted) -> NDArray[np.bool_]:
-    """Bits of the tiles that are still to be done, (tiles,); of a store made anew all."""
-    return _left(run, wanted) & wanted.tiles if run.resumed else wanted.tiles
-
-
-def _left(run: Segmentation, wanted: Wanted) -> NDArray[np.bool_]:
-    """Bits of the tiles that are still to be done, or to be noted as skipped."""
-    done = committed(run.out / LEDGER, len(run.plan))
-    noted = skipped(run.out / LEDGER, len(run.plan)) if wanted.skipped.any() else done
-    return (wanted.tiles & ~done) | (wanted.skipped & ~done & ~noted)
 
 
 def _numbers(bits: NDArray[np.bool_]) -> Iterator[int]:

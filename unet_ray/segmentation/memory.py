@@ -6,19 +6,17 @@ measured peaks by a test.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
-import os
-import re
-import resource
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from unet_ray.errors import InputError
+from unet_ray.engine import cluster
+from unet_ray.network.arithmetic import CONSTANTS, NetworkSize, pass_bytes
+from unet_ray.network.prediction import Device, Precision
+from unet_ray.network.unet import UNet
+from unet_ray.segmentation.settings import Settings
 from unet_ray.tiling.tiles import TilePlan
+from unet_ray.volumes.volume import Volume
 
 # Anonymous memory of a worker process that has loaded torch and zarr, and on Ray also Ray Data,
 # before it holds any weight or voxel. Measured, as the two below; tests/test_memory.py checks.
@@ -32,100 +30,6 @@ SCRATCH_BYTES = 96 << 20
 # whose waves have more blocks, with 16384.
 DRIVER_BYTES = {"cpu": 400 << 20, "cuda": 480 << 20}
 TILE_NOTES = 12
-# Results of constant passes that are kept: empty background is one value, seldom two.
-CONSTANTS = 2
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_UNITS |= {f"{u}i": 1 << 10 * k for k, u in enumerate("kmgt", start=1)}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of a size such as ``8GiB``, ``500 MB`` or ``1048576``.
-
-    Raises:
-        InputError: if it is no size or not above zero.
-    """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    size = float(found[1]) * _UNITS.get(found[2], 0) if found else 0.0
-    if not 1 <= size < 2**63:
-        raise InputError(f"memory={text!r} is not a size: write a number and a unit, as in 4GiB.")
-    return int(size)
-
-
-def format_bytes(count: float) -> str:
-    """A size for people, in powers of 1024: ``900 MiB``, ``1.50 GiB``."""
-    for unit, digits in (("B", 0), ("KiB", 0), ("MiB", 0), ("GiB", 2), ("TiB", 2)):
-        if round(count, digits) < 1024:
-            return f"{count:.{digits}f} {unit}"
-        count /= 1024
-    return f"{count:.2f} PiB"
-
-
-@dataclass(frozen=True)
-class NetworkSize:
-    """The numbers of a network that memory depends on.
-
-    Attributes:
-        in_channels, classes, base_channels, depth: as of the network.
-        weights: number of parameters.
-        itemsize: bytes of one activation: 4 for float32, 2 for bfloat16.
-        tta: passes are averaged over the symmetries of the square.
-    """
-
-    in_channels: int
-    classes: int
-    base_channels: int
-    depth: int
-    weights: int
-    itemsize: int
-    tta: bool = False
-
-
-def pass_bytes(net: NetworkSize, pass_shape: tuple[int, ...]) -> int:
-    """Peak of one forward call at inference, walking down and up the network.
-
-    Args:
-        net: size of the network.
-        pass_shape: (slices in the batch, y, x) that the call is given.
-    """
-    batch, y, x = pass_shape
-
-    def features(channels: int, shrunk: float, level: int) -> float:
-        area = (y / 2**level - shrunk) * (x / 2**level - shrunk)
-        return float(batch * channels * area * net.itemsize)
-
-    widths = [net.base_channels * 2**level for level in range(net.depth + 1)]
-    image = batch * net.in_channels * y * x * (4 + net.itemsize)
-    peak, shrunk = 0.0, 0.0
-    skips: list[float] = []
-    below = features(net.in_channels, 0, 0)
-    for level, width in enumerate(widths):
-        first, second = features(width, shrunk + 2, level), features(width, shrunk + 4, level)
-        peak = max(peak, sum(skips) + below + first, sum(skips) + first + second)
-        shrunk = (shrunk + 4) / 2
-        below = second / 4
-        if level < net.depth:
-            skips.append(features(width, _margin(net.depth, level), level))
-            peak = max(peak, sum(skips) + second + below)
-    for level in reversed(range(net.depth)):
-        skip, held = skips[level], sum(skips[:level])
-        below = features(2 * widths[level], _margin(net.depth, level) + 4, level) / 2
-        # The joined buffer is twice a skip; the skip goes before the up-convolution comes.
-        peak = max(peak, held + 3 * skip + below)
-    scores = batch * net.classes * y * x * (net.itemsize + 4 + 4)
-    if net.tta:  # the turned image, and the sum so far, stay beside every pass
-        image += batch * y * x * (net.in_channels * net.itemsize + net.classes * 4)
-        scores += batch * net.classes * y * x * 4
-    return int(image + max(peak, skips[0] + scores))
-
-
-def _margin(depth: int, level: int) -> float:
-    """Voxels of `level` between the face of the input and what is joined there, both sides."""
-    shrink = 12 * 2**depth - 8
-    margin = float(shrink - 4)
-    for _ in range(level):
-        margin = margin / 2 - 4
-    return margin
 
 
 @dataclass(frozen=True)
@@ -225,104 +129,68 @@ def driver_bytes(
     return TILE_NOTES * tiles + max(running, PROCESS_BYTES[engine] + index + measuring)
 
 
-def room() -> int:
-    """Bytes that this process could hold if nothing else changed; 0 where the system tells none.
+# Tiles that a GPU has under way at most, so that others come and go while it predicts one.
+GPU_TILES = 4
+# Of the tiles that cross Ray's object store together; with twice that a GPU was seen to wait.
+TOGETHER_BYTES = 64 << 20
 
-    What it holds, and what is free on the machine or, if that is less, in its container or by a
-    limit of its own (``ulimit``).
-    """
-    status = Path("/proc/self/status")
-    try:
-        free = _told(Path("/proc/meminfo"), "MemAvailable")
-        for limit, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
-            most, _ = resource.getrlimit(limit)
-            if most != resource.RLIM_INFINITY:
-                free = min(free, max(0, most - _told(status, name)))
-    except OSError:
+
+def needed_memory(size: NetworkSize, tiles: TilePlan, volume: Volume, outputs: int) -> WorkerMemory:
+    """What a worker needs for `tiles` of `volume`, with `outputs` bytes stored per voxel."""
+    voxel = volume.shape[0] * volume.dtype.itemsize
+    held = volume.held(tiles.read_shape)
+    return worker_bytes(size, tiles, voxel, outputs, held, volume.index)
+
+
+def under_way(memory: WorkerMemory, device: Device, settings: Settings) -> int:
+    """Tiles that one worker has under way; on a GPU as many as ``--memory`` allows."""
+    most = GPU_TILES if device == "cuda" else 1
+    return next((n for n in range(most, 1, -1) if memory.shared_by(n, 1) <= settings.memory), 1)
+
+
+def together(memory: WorkerMemory, device: Device, settings: Settings) -> int:
+    """Tiles that go to a GPU of a Ray cluster, and from it, together."""
+    if device == "cpu" or settings.engine == "local":
+        return 1
+    ahead, most = under_way(memory, device, settings), max(1, TOGETHER_BYTES // memory.tile)
+    fits = (n for n in range(most, 1, -1) if memory.shared_by(n * ahead, 1) <= settings.memory)
+    return next(fits, 1)
+
+
+def process_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> int:
+    """Bytes of one process with workers: with one of them on Ray or a GPU, else with all."""
+    if device == "cpu" and settings.engine == "local":
+        return memory.shared_by(cluster.side_by_side(device, "local", settings.workers))
+    tiles = under_way(memory, device, settings) * together(memory, device, settings)
+    return memory.shared_by(tiles, passes=1)
+
+
+def helper_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> int:
+    """Bytes of a process that reads or writes for a GPU of a Ray cluster; 0 if there is none."""
+    if device == "cpu" or settings.engine == "local":
         return 0
-    return held() + min([free, *_left_in_containers()])
+    return memory.helper(together(memory, device, settings))
 
 
-def _left_in_containers() -> Iterator[int]:
-    """Bytes left in each control group of this process that limits them, from the outermost in."""
-    for kind, (most, used, cache) in _CGROUP.items():
-        folder = CGROUPS / kind
-        for name in ("", *_cgroup_names(kind)):
-            folder = folder / name
-            with suppress(OSError, ValueError):  # no such group, or no limit ("max")
-                left = int((folder / most).read_text()) - int((folder / used).read_text())
-                # Pages of files count as used, though they are given up when others need room.
-                stat = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
-                files = sum(int(stat.get(f"{cache}{each}_file", 0)) for each in _LISTS)
-                yield max(0, left + files)
+def needed_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> int:
+    """Bytes that a cluster is to have for each worker, with those that help it."""
+    helpers = 2 * cluster.HELPERS * helper_bytes(memory, device, settings)
+    return process_bytes(memory, device, settings) + helpers
 
 
-def _cgroup_names(kind: str) -> list[str]:
-    """The names, from the outermost in, of the groups that hold this process."""
-    with suppress(OSError):
-        for line in PROC_CGROUP.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if kind in controllers.split(","):
-                return path.strip("/").split("/")
-    return []
+def stored_values(classes: int, outputs: Sequence[str]) -> int:
+    """Bytes stored per voxel."""
+    return (classes - 1) * ("probabilities" in outputs) + ("classes" in outputs)
 
 
-def held() -> int:
-    """Anonymous bytes that this process holds; 0 where the system does not tell."""
-    try:
-        return _told(Path("/proc/self/status"), "RssAnon")
-    except OSError:
-        return 0
-
-
-CGROUPS, PROC_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-# Version 2, whose controller has no name, and 1: files of limit and use, and what comes before the
-# names of sums over a group and those in it.
-_CGROUP = {
-    "": ("memory.max", "memory.current", ""),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-}
-_LISTS = ("active", "inactive")
-
-
-def _told(file: Path, name: str) -> int:
-    """Bytes that a line ``NAME:  123 kB`` of a file tells."""
-    found = re.search(rf"^{name}:\s+(\d+) kB$", file.read_text(), re.M)
-    return int(found[1]) * 1024 if found else 0
-
-
-def keep_freed_memory() -> None:
-    """Tells the C library to keep what is freed for the next pass, for this whole process.
-
-    Every pass asks for the same large buffers again. Handing them back to the system and getting
-    them anew, page by page, takes up to a third of the time of a pass; keeping them costs memory
-    that lies idle between passes, and makes the peak of a worker one number that does not drift.
-    Does nothing where there is no glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        for option, (_, value) in _MALLOC.items():
-            mallopt(option, value)
-
-
-def give_back_freed_memory() -> None:
-    """Gives what is kept for the next pass back to the system, where there is glibc."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
-
-
-def kept_memory_environment() -> dict[str, str]:
-    """The same as environment variables, for a process that is yet to start."""
-    return {name: str(value) for name, value in _MALLOC.values()}
-
-
-# Options of glibc's malloc.h and the variables that set them: no mapping of its own for a large
-# buffer, nothing given back, growth by 16 MiB, one arena for all threads.
-_MALLOC = {
-    -4: ("MALLOC_MMAP_MAX_", 0),
-    -1: ("MALLOC_TRIM_THRESHOLD_", 2**31 - 1),
-    -2: ("MALLOC_TOP_PAD_", 16 << 20),
-    -8: ("MALLOC_ARENA_MAX", 1),
-}
+def network_size(network: UNet, precision: Precision, tta: bool = False) -> NetworkSize:
+    """The numbers of a network that memory depends on."""
+    return NetworkSize(
+        network.in_channels,
+        network.classes,
+        network.base_channels,
+        network.depth,
+        sum(p.numel() for p in network.parameters()),
+        {"float32": 4, "bfloat16": 2}[precision],
+        tta,
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
@@ -18,151 +18,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.engine import cluster
-from unet_ray.errors import InputError, RunError, VoxelError, refuse_below_file
-from unet_ray.network.checkpoints import ModelHeader, find_model, read_model, sha256_of
-from unet_ray.network.prediction import Device, Precision, Predictor, instructions
-from unet_ray.segmentation.choice import (
-    Settings,
-    checked_outputs,
-    choose_plan,
-    device_of,
+from unet_ray.errors import InputError, refuse_below_file
+from unet_ray.machine import room
+from unet_ray.network.checkpoints import ModelHeader, find_model, sha256_of
+from unet_ray.network.prediction import Device
+from unet_ray.segmentation.memory import (
+    WorkerMemory,
     needed_bytes,
     needed_memory,
     network_size,
-    open_inputs,
-    precision_of,
     process_bytes,
     stored_values,
 )
-from unet_ray.segmentation.memory import WorkerMemory, format_bytes, room
-from unet_ray.storage.lease import Fence
-from unet_ray.storage.places import Place, Where, place_of, unusable
-from unet_ray.storage.stores import FORMAT, Store, is_untouched, provenance_of, refuse_others
-from unet_ray.tiling.mirror import read_mirrored, reflect
-from unet_ray.tiling.tiles import Tile, TilePlan
-from unet_ray.versions import versions
+from unet_ray.segmentation.planning import choose_plan
+from unet_ray.segmentation.run import KIND, Segmentation, kind_of_machine, refuse_difference
+from unet_ray.segmentation.settings import (
+    Settings,
+    checked_outputs,
+    device_of,
+    open_inputs,
+    precision_of,
+)
+from unet_ray.storage.inspection import told_by
+from unet_ray.storage.layout import FORMAT, LEDGER
+from unet_ray.storage.ledger import committed, skipped
+from unet_ray.storage.places import Place, Where, place_of
+from unet_ray.tiling.boxes import Box
+from unet_ray.tiling.tiles import TilePlan
+from unet_ray.units import format_bytes
 from unet_ray.volumes.intensity import Intensity, measure
-from unet_ray.volumes.masks import open_mask
-from unet_ray.volumes.volume import Volume
-
-# What of the machine and its software fixes the bytes.
-KIND = ("instructions", "versions")
-# Told in the store, but another version of these gives the same bytes.
-UNCOMPARED = ("versions.numpy", "versions.zarr")
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """A run that is ready to start: everything that fixes its bytes.
-
-    Attributes:
-        volume: the input.
-        model: the model file.
-        out: the output store.
-        plan: the tiles.
-        intensity: grey values of the volume.
-        precision, device: of the network.
-        tta: average over the 8 symmetries of the square.
-        nan: ``zero`` if voxels that are not finite count as 0.
-        outputs: what is stored.
-        class_values: label value of each class.
-        memory: what one worker needs.
-        provenance: all of this as JSON, kept in the store and compared when a run goes on.
-        resumed: the store was there already and is continued.
-        mask: shows which tiles are asked for; None for all.
-        fence: keeps workers from writing once the run has lost its output; None for no such run.
-    """
-
-    volume: Volume
-    model: Path
-    out: Place
-    plan: TilePlan
-    intensity: Intensity
-    precision: Precision
-    device: Device
-    tta: bool
-    nan: str
-    outputs: tuple[str, ...]
-    class_values: tuple[int, ...]
-    memory: WorkerMemory
-    provenance: Mapping[str, Any]
-    resumed: bool
-    mask: Volume | None = None
-    fence: Fence | None = None
-
-    def make_worker(self) -> TileWorker:
-        """The worker of the segment stage, for the process that runs it."""
-        return TileWorker(self)
-
-    def make_helper(self) -> TileHelper:
-        """A worker that only reads or writes, where another predicts."""
-        return TileHelper(self)
-
-
-class TileHelper:
-    """Reads and writes tiles of one run; may be shared by threads."""
-
-    def __init__(self, run: Segmentation) -> None:
-        self._run = run
-        _refuse_other_kind(run)
-        self._store = Store(run.out, run.outputs, run.fence.look if run.fence else None)
-
-    def read(self, tile: int) -> NDArray[Any]:
-        """The voxels that a tile reads, ``(c, z, y, x)``, mirrored beyond the volume's faces.
-
-        Raises:
-            VoxelError: if one of them is not a finite number; names the tile and the voxel.
-        """
-        return read_tile(self._run.volume, self._run.plan[tile], self._run.nan)
-
-    def write(self, tile: int, result: dict[str, NDArray[np.uint8]]) -> None:
-        """Writes the shards of a tile and waits until they are on disk."""
-        self._store.write(self._run.plan[tile], result)
-
-
-class TileWorker(TileHelper):
-    """Reads, predicts and writes tiles of one run; may be shared by threads."""
-
-    def __init__(self, run: Segmentation) -> None:
-        super().__init__(run)
-        network, _ = read_model(run.model)
-        self._predictor = Predictor(
-            network, run.plan, run.intensity, run.precision, run.device, run.tta
-        )
-
-    def predict(self, tile: int, voxels: NDArray[Any]) -> dict[str, NDArray[np.uint8]]:
-        """The outputs on the core of a tile."""
-        return self._predictor(self._run.plan[tile], voxels, self._run.outputs)
-
-
-def read_tile(volume: Volume, tile: Tile, nan: str) -> NDArray[Any]:
-    """The voxels that `tile` reads, ``(c, z, y, x)``, mirrored beyond the volume's faces.
-
-    Args:
-        volume: the input.
-        tile: of any plan of it.
-        nan: ``zero`` if voxels that are not finite count as 0.
-
-    Raises:
-        VoxelError: if one of them is not a finite number; names the tile and the voxel.
-    """
-    voxels = read_mirrored(volume.read, volume.shape[1:], tile.read)
-    if voxels.dtype.kind != "f" or np.isfinite(voxels).all():
-        return voxels
-    if nan == "zero":
-        return np.where(np.isfinite(voxels), voxels, voxels.dtype.type(0))
-    raise VoxelError(_not_finite(volume, tile, voxels))
-
-
-def _not_finite(volume: Volume, tile: Tile, voxels: NDArray[Any]) -> str:
-    channel, *offset = np.argwhere(~np.isfinite(voxels))[0].tolist()
-    seen = zip(tile.read.start, offset, volume.shape[1:], strict=True)
-    place = tuple(int(reflect(np.array(a + n), extent)) for a, n, extent in seen)
-    return (
-        f"{volume.path}: voxel (z, y, x) = {place} of channel {channel} is "
-        f"{voxels[(channel, *offset)]}, read by tile {tile.index} ({tile.write}); replace "
-        f"values that are not finite, or give --nan zero and another --out."
-    )
+from unet_ray.volumes.masks import open_mask, tiles_under
 
 
 def prepare(
@@ -232,26 +117,6 @@ def prepare(
     return run
 
 
-def told_by(path: Place, anew: bool) -> dict[str, Any] | None:
-    """How the store at `path` was made that is to be continued; None if there is none to be.
-
-    Args:
-        path: the store.
-        anew: whether it is to be made anew in any case.
-
-    Raises:
-        InputError: if what is there is not ours, or cannot be read.
-    """
-    try:
-        if not anew:
-            told = provenance_of(path)
-            return None if is_untouched(path) else told
-        refuse_others(path)
-        return None
-    except OSError as error:
-        raise InputError(unusable(path, error)) from error
-
-
 def refuse_overlap(path: Place, read: Place) -> None:
     """Makes sure that a store at `path` would neither lie in what is read nor hold it.
 
@@ -295,28 +160,8 @@ def check_room(path: Place, memory: WorkerMemory, device: Device, settings: Sett
         )
 
 
-def _refuse_other_kind(run: Segmentation) -> None:
-    """Makes sure that this machine gives the bytes that the store is said to have.
-
-    Raises:
-        RunError: if it is of another kind than the one that the run was prepared for.
-    """
-    told, here = dict(_flat(run.provenance)), _kind_of_machine(run.device)
-    for field, value in _flat(here):
-        if field not in UNCOMPARED and told.get(field, value) != value:
-            raise RunError(
-                f"{run.out}: its {field} is {told[field]}, but {value} on {os.uname().nodename}, "
-                "so its tiles could have other bytes; run it on machines of one kind."
-            )
-
-
-def _kind_of_machine(device: Device) -> dict[str, Any]:
-    """What of this machine and its software fixes the bytes."""
-    return dict(zip(KIND, (instructions(device), versions()), strict=True))
-
-
 def _asked_kind(device: Device, settings: Settings) -> dict[str, Any]:
-    return cluster.ask(partial(_kind_of_machine, device), device, settings.engine)
+    return cluster.ask(partial(kind_of_machine, device), device, settings.engine)
 
 
 def _provenance(
@@ -352,32 +197,37 @@ def _provenance(
     return cast(dict[str, Any], json.loads(json.dumps(told)))  # tuples become lists, as when read
 
 
-def refuse_difference(path: Place, told: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Makes sure that a store was made as a run would make it.
+@dataclass(frozen=True)
+class Wanted:
+    """What was asked for: the tiles of a region, and of those the ones that a mask shows.
 
-    Args:
-        path: the store.
-        told: how it was made.
-        now: how the run would make it.
-
-    Raises:
-        InputError: naming the first difference.
+    Attributes:
+        region: of the volume.
+        tiles: bits of the tiles that are to be done, (tiles,).
+        skipped: bits of those in the region that are not, (tiles,).
     """
-    there, here = dict(_flat(told)), dict(_flat(now))
-    for field in UNCOMPARED:
-        there.pop(field, None)
-        here.pop(field, None)
-    for field in [*here, *there]:
-        if there.get(field) != here.get(field):
-            raise InputError(
-                f"{path}: was made with another {field} ({there.get(field)}, now "
-                f"{here.get(field)}); choose another --out, or delete it with --overwrite."
-            )
+
+    region: Box
+    tiles: NDArray[np.bool_]
+    skipped: NDArray[np.bool_]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+def wanted_tiles(run: Segmentation, settings: Settings) -> Wanted:
+    """Which tiles of a run were asked for."""
+    region = settings.region or Box.of(run.plan.shape)
+    inside = np.zeros(run.plan.counts, bool)
+    inside[run.plan.part(region).slices] = True
+    shown = tiles_under(run.mask, run.plan) if run.mask else np.ones(1, bool)
+    return Wanted(region, (inside & shown).ravel(), (inside & ~shown).ravel())
+
+
+def tiles_left(run: Segmentation, wanted: Wanted) -> NDArray[np.bool_]:
+    """Bits of the tiles that are still to be done, (tiles,); of a store made anew all."""
+    return pending_tiles(run, wanted) & wanted.tiles if run.resumed else wanted.tiles
+
+
+def pending_tiles(run: Segmentation, wanted: Wanted) -> NDArray[np.bool_]:
+    """Bits of the tiles that are still to be done, or to be noted as skipped."""
+    done = committed(run.out / LEDGER, len(run.plan))
+    noted = skipped(run.out / LEDGER, len(run.plan)) if wanted.skipped.any() else done
+    return (wanted.tiles & ~done) | (wanted.skipped & ~done & ~noted)

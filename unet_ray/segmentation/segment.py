@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from unet_ray.errors import InputError
-from unet_ray.segmentation.choice import Settings
 from unet_ray.segmentation.disk import check_disks
 from unet_ray.segmentation.execution import Progress, execute
-from unet_ray.segmentation.preparation import Segmentation, prepare, refuse_overlap
+from unet_ray.segmentation.preparation import prepare, refuse_overlap
+from unet_ray.segmentation.run import Segmentation
+from unet_ray.segmentation.settings import Settings
+from unet_ray.storage.layout import ROOT
 from unet_ray.storage.places import Place, Where, place_of
-from unet_ray.storage.stores import ROOT
 
 
 def segment(

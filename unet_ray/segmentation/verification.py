@@ -11,54 +11,41 @@ A shard that is sound but of another tile, or of another model, only recomputing
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import random
-import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.engine import engines
-from unet_ray.engine.attempts import Receipt, Stage
+from unet_ray.engine.stages import Receipt, Stage
 from unet_ray.engine.threads import Receipts
 from unet_ray.errors import DamageError, InputError, LostError, RunError
-from unet_ray.segmentation.choice import Settings
-from unet_ray.segmentation.preparation import Segmentation, prepare
+from unet_ray.segmentation.preparation import prepare
+from unet_ray.segmentation.run import Segmentation
+from unet_ray.segmentation.settings import Settings
 from unet_ray.storage.events import read_events
-from unet_ray.storage.lease import Lease
-from unet_ray.storage.ledger import committed, damaged, has_begun, newest, skipped
-from unet_ray.storage.places import (
-    Guard,
-    ObjectPath,
-    Place,
-    Where,
-    files_below,
-    place_of,
-    stat_of,
-    write_whole,
-)
-from unet_ray.storage.shards import Shards
-from unet_ray.storage.stores import (
-    ARRAYS,
-    EVENTS,
-    LEDGER,
-    PRIVATE,
-    Store,
-    StoreLayout,
-    create_store,
-    has_private,
+from unet_ray.storage.inspection import (
+    committed_tiles,
+    compare_json,
+    damaged_provenance,
     is_output,
-    provenance_of,
+    read_file,
+    refuse_link,
+    sound_provenance,
+    stored_voxel_size,
 )
-from unet_ray.tiling.tiles import TilePlan
+from unet_ray.storage.layout import ARRAYS, EVENTS, LEDGER, PRIVATE, StoreLayout
+from unet_ray.storage.lease import Lease
+from unet_ray.storage.ledger import damaged, newest, skipped
+from unet_ray.storage.places import Guard, Place, Where, files_below, place_of, write_whole
+from unet_ray.storage.shards import Shards
+from unet_ray.storage.stores import Store, create_store
 
 VOUCHERS = 64  # tiles that are made again at most before one is repaired, if none differs
 
@@ -124,7 +111,7 @@ def verify(out: Where, tiles: int = 3, repair: bool = False) -> Verdict:
         raise InputError(f"{path}: {what}; name an OUT.zarr that `unet-ray segment` has made.")
     with tempfile.TemporaryDirectory(prefix="unet-ray-") as folder:
         try:
-            _provenance(path)  # before a lease is made where there was none
+            sound_provenance(path)  # before a lease is made where there was none
             with _lease(path) if repair else nullcontext() as lease:
                 return _Check(path, Path(folder), lease).run(tiles)
         except DamageError as error:
@@ -142,10 +129,10 @@ class _Check:
     def __init__(self, path: Place, scratch: Path, lease: Lease | None) -> None:
         self._path, self._scratch = path, scratch
         self._lease = lease  # to repair what is damaged; None only to tell
-        self._told, self._plan = _provenance(path)
+        self._told, self._plan = sound_provenance(path)
         self._outputs: list[str] = self._told["outputs"]
-        self._done = _committed(path, self._plan)
-        self._expect(_stored_voxel_size(path))
+        self._done = committed_tiles(path, self._plan)
+        self._expect(stored_voxel_size(path))
         self._bad: dict[int, dict[str, str]] = {}  # what is wrong, by tile and output
         self._metadata: dict[Place, str] = {}  # what is wrong, by file
         self._failed: list[str] = []  # what could not be made again
@@ -167,7 +154,7 @@ class _Check:
         except OSError as error:
             raise RunError(f"{self._empty}: {error.strerror}; make room there.") from error
         except Exception as error:  # of zarr: what cannot be a store is no provenance of one
-            raise _damaged_provenance(self._path, error) from error
+            raise damaged_provenance(self._path, error) from error
         self._arrays = {
             name: Shards(self._store.read(name), self._store.metadata(name))
             for name in self._outputs
@@ -290,7 +277,7 @@ class _Check:
             DamageError: if its shard is not there, or has a byte that no checksum vouches for.
         """
         place, shards = self._plan[tile], self._arrays[name]
-        data = _read(self._path, self._shard(name, tile), shards.most)
+        data = read_file(self._path, self._shard(name, tile), shards.most)
         return shards.decode(data, place, self._store.key(name, place))
 
     def _check_metadata(self) -> dict[Place, str]:
@@ -299,7 +286,7 @@ class _Check:
         for expected in sorted(self._empty.rglob("zarr.json")):
             path = self._path / expected.relative_to(self._empty)
             try:
-                _compare_json(_read(self._path, path), expected.read_bytes())
+                compare_json(read_file(self._path, path), expected.read_bytes())
             except DamageError as error:
                 found[path] = f"{path}: {error}."
         return found
@@ -434,7 +421,7 @@ class _Check:
 
         def write(tile: int, result: Mapping[str, NDArray[np.uint8]]) -> None:
             for name in outputs[tile]:
-                _refuse_link(self._path, self._shard(name, tile).parent)
+                refuse_link(self._path, self._shard(name, tile).parent)
             # Of the store's outputs those that are sound are left alone.
             store = Store(self._path, outputs[tile], lease.fence.hold)
             store.write(self._plan[tile], result)
@@ -457,7 +444,7 @@ class _Check:
 
     def _write_metadata(self, path: Place, guard: Guard) -> None:
         try:
-            _refuse_link(self._path, path.parent)
+            refuse_link(self._path, path.parent)
             expected = self._empty / str(path)[len(str(self._path)) + 1 :]
             write_whole(path, expected.read_bytes(), self._path / PRIVATE, guard)
         except LostError:
@@ -492,105 +479,6 @@ class _Again:
         self.read, self.predict, self.write = worker.read, worker.predict, use
 
 
-def _read(store: Place, path: Place, most: int = 1 << 26) -> bytes:
-    """The bytes of a file of a store.
-
-    Raises:
-        DamageError: if it is none, cannot be read or has more bytes than it can have.
-    """
-    try:
-        if isinstance(path, Path):
-            _refuse_link(store, path)
-            if not stat.S_ISREG(path.lstat().st_mode):
-                what = "folder" if path.is_dir() else "special file"
-                raise DamageError(f"is a {what}, not a file")
-        if (size := stat_of(path).size) > most:
-            raise DamageError(f"is damaged: it has {size} bytes, {most} at most are due")
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise DamageError("is missing") from error
-    except OSError as error:
-        raise DamageError(f"cannot be read ({error.strerror})") from error
-
-
-def _refuse_link(store: Place, path: Place) -> None:
-    """Refuses what lies behind a symbolic link inside a store: it may lead anywhere."""
-    if isinstance(path, ObjectPath) or isinstance(store, ObjectPath):
-        return
-    if Path(os.path.realpath(path)) != Path(os.path.realpath(store), path.relative_to(store)):
-        raise DamageError("lies behind a symbolic link")
-
-
-def _compare_json(there: bytes, expected: bytes) -> None:
-    right = json.loads(expected)
-    try:
-        told = json.loads(there)
-        keys = [key for key in {**right, **told} if told.get(key) != right.get(key)]
-    except (ValueError, RecursionError, TypeError, AttributeError) as error:
-        raise DamageError("is not the JSON of an array or group") from error
-    if keys:
-        raise DamageError(f"differs in {', '.join(map(repr, keys))} from what its store implies")
-
-
-def _provenance(path: Place) -> tuple[dict[str, Any], TilePlan]:
-    """What a store says of itself, as far as it is needed here.
-
-    Raises:
-        DamageError: if that is damaged.
-    """
-    if not has_private(path):
-        raise DamageError(
-            f"{path}: its folder {PRIVATE} is missing, so nothing says which tiles are done; copy "
-            "the store with hidden files."
-        )
-    if not has_begun(path / LEDGER):
-        raise DamageError(
-            f"{path / LEDGER}: is missing, so nothing says which tiles are done; copy the store "
-            "again, with hidden files."
-        )
-    try:
-        _read(path, path / "zarr.json")
-    except DamageError as error:
-        raise DamageError(f"{path / 'zarr.json'}: {error}.") from error
-    try:
-        told = provenance_of(path) or {}
-        plan = TilePlan.from_json(told["plan"])
-        if len(plan.shape) != 3 or not all(type(n) is int and n > 0 for n in plan.shape):
-            raise ValueError(f"a plan of shape {plan.shape}")
-        if not told["outputs"] or not {*told["outputs"]} <= {*ARRAYS}:
-            raise ValueError(f"outputs {told['outputs']}")
-        return {**told, "model": dict(told["model"]), "input": dict(told["input"])}, plan
-    except Exception as error:  # any JSON may stand there
-        raise _damaged_provenance(path, error) from error
-
-
-def _damaged_provenance(path: Place, error: Exception) -> DamageError:
-    what = "not readable" if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-    return DamageError(f"{path / 'zarr.json'}: its provenance is damaged ({what}).")
-
-
-def _committed(path: Place, plan: TilePlan) -> NDArray[np.bool_]:
-    try:
-        return committed(path / LEDGER, len(plan))
-    except Exception as error:  # a segment may hold anything
-        raise DamageError(f"{path / LEDGER}: cannot be read ({error}).") from error
-
-
 def _numbers(done: NDArray[np.bool_]) -> Iterator[int]:
     """Where `done` is true, in ascending order, without a list of them all."""
     return (tile for tile in range(done.size) if done[tile])
-
-
-def _stored_voxel_size(path: Place) -> tuple[float, ...] | None:
-    """The voxel size that the store's images tell, which its provenance does not; None if none."""
-    for group in (path, path / "labels/classes"):
-        try:
-            told = json.loads((group / "zarr.json").read_text())["attributes"]["ome"]
-            image = told["multiscales"][0]
-            scale = image["datasets"][0]["coordinateTransformations"][0]["scale"][-3:]
-            if any("unit" in axis for axis in image["axes"]):
-                return tuple(map(float, scale))
-            return None
-        except (OSError, ValueError, RecursionError, LookupError, TypeError):
-            continue
-    return None

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from unet_ray.storage.places import ObjectPath, Place
+from unet_ray.storage.objects import ObjectPath
+from unet_ray.storage.places import Place
 
 LATEST = 4e9  # seconds since 1970: the year 2096
 PART_SECONDS = 10.0

@@ -15,9 +15,6 @@ hosts that share an output should agree to half a minute, as any time service se
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
-import hashlib
 import json
 import os
 import sys
@@ -25,21 +22,20 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from unet_ray.errors import InputError, LostError, RunError
-from unet_ray.storage.places import Held, ObjectPath, Place, try_lock, unusable, write_whole
+from unet_ray.storage.objects import Held, ObjectPath
+from unet_ray.storage.places import Place
+from unet_ray.storage.swap import LEASE, LOCK, LOCK_SECONDS, locked, refuse_unconditional, swap_in
 
 HEARTBEAT_SECONDS = 15.0
 SILENT_SECONDS = 90.0
 CHECK_SECONDS = 1.0
-LOCK_SECONDS = 10.0  # the lock is held for one small write
-LEASE, LOCK = "lease.json", ".lease.lock"
-BYTES = 2**16  # more than any lease
 LATEST = 4e9  # seconds since 1970: the year 2096
 PROC = Path("/proc")
 _UNRELEASED: set[Place] = set()  # folders of the leases that this process could not release
@@ -111,7 +107,7 @@ class Fence:
             LostError: if it may not.
             OSError: if the lease cannot be read.
         """
-        if fate := _fate(_swap(self.folder).read(), self.owner):
+        if fate := _fate(swap_in(self.folder).read(), self.owner):
             raise LostError(f"{self.folder.parent}: {fate}, so this run stops.")
 
     @contextmanager
@@ -134,7 +130,7 @@ class Fence:
         Raises:
             LostError, OSError: as `check`.
         """
-        with nullcontext() if isinstance(self.folder, ObjectPath) else _locked(self.folder / LOCK):
+        with nullcontext() if isinstance(self.folder, ObjectPath) else locked(self.folder / LOCK):
             self.check()
             yield
 
@@ -170,7 +166,7 @@ class Lease:
         self.epoch, self._after = 0, after
         self._folder, self._output = folder, folder.parent
         self._takeover, self._tell = takeover, tell or _tell_stderr
-        self._file = _swap(folder)
+        self._file = swap_in(folder)
         self._me = _this_process()
         self._beaten = self._checked = time.monotonic()
         self._error: OSError | None = None
@@ -327,126 +323,6 @@ def _fate(held: Held | None, me: Owner) -> str:
     if owner and owner.name != me.name:
         return f"{owner} has taken it over"
     return f"its {LEASE} was removed or damaged"
-
-
-class _Swap(Protocol):
-    """A small file that is replaced only by who has seen its last content: compare and swap."""
-
-    def read(self) -> Held | None:
-        """The content; None if there is no file."""
-
-    def replace(self, data: bytes, tag: str | None) -> bool:
-        """Writes `data` if the tag is still `tag` (None: no file); tells whether it did."""
-
-
-def _swap(folder: Place) -> _Swap:
-    if isinstance(folder, ObjectPath):
-        return _SwapObject(folder / LEASE)
-    return _SwapFile(folder / LEASE, folder / LOCK)
-
-
-class _SwapObject:
-    """On an object store: by conditional puts."""
-
-    def __init__(self, path: ObjectPath) -> None:
-        self._path = path
-
-    def read(self) -> Held | None:
-        try:
-            return self._path.held()
-        except FileNotFoundError:
-            return None
-
-    def replace(self, data: bytes, tag: str | None) -> bool:
-        return self._path.put_if(data, tag) is not None
-
-
-def refuse_unconditional(folder: ObjectPath) -> None:
-    """Refuses a store that lets everybody write whatever the condition.
-
-    Raises:
-        InputError: if it does so, knows no conditions, or cannot be used at all.
-    """
-    probe = folder / f"probe-{uuid.uuid4().hex}"
-    try:
-        deaf = _is_deaf(probe)
-    except OSError as error:
-        raise InputError(unusable(folder.parent, error)) from error
-    if deaf:
-        raise InputError(
-            f"{folder.parent}: this object store does not honour conditional puts (If-None-Match "
-            "and If-Match), so two runs could not be kept apart; use one that does, or a disk."
-        )
-
-
-def _is_deaf(probe: ObjectPath) -> bool:
-    """Whether an object store writes whatever the condition."""
-    try:
-        tag = _put(probe, b"1", None)
-        if not tag or probe.put_if(b"2", None):
-            return True
-        newer = _put(probe, b"3", probe.tag())
-        return not newer or newer == tag or bool(probe.put_if(b"4", tag))
-    except OSError as error:
-        if error.errno != errno.ENOTSUP:
-            raise
-        return True
-    finally:
-        probe.unlink()
-
-
-def _put(probe: ObjectPath, data: bytes, tag: str | None) -> str | None:
-    """Puts what nobody else does; a put whose answer was lost looks as if somebody had."""
-    newer = probe.put_if(data, tag)
-    if newer is None:
-        with suppress(FileNotFoundError):
-            held = probe.held()
-            return held.tag if held.data == data else None
-    return newer
-
-
-class _SwapFile:
-    """On a disk: by a lock, and a hash for a tag."""
-
-    def __init__(self, path: Path, lock: Path) -> None:
-        self._path, self._lock = path, lock
-
-    def read(self) -> Held | None:
-        try:
-            with open(self._path, "rb") as file:
-                data, modified = file.read(BYTES), os.fstat(file.fileno()).st_mtime
-        except FileNotFoundError:
-            return None
-        return Held(data, hashlib.sha256(data).hexdigest(), modified)
-
-    def replace(self, data: bytes, tag: str | None) -> bool:
-        with _locked(self._lock):
-            held = self.read()
-            if (held.tag if held else None) != tag:
-                return False
-            write_whole(self._path, data)
-            return True
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock of a file; not for ever: who has it may have been stopped."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what can be written
-    end = time.monotonic() + LOCK_SECONDS
-    try:
-        while not try_lock(file):
-            if time.monotonic() > end:
-                raise TimeoutError(
-                    f"{path} has been locked for {LOCK_SECONDS:.0f} s; if a run there was stopped, "
-                    "continue or end it, if its machine was lost, remove that file"
-                )
-            time.sleep(0.01)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # a forked child may have the file open too
-    finally:
-        os.close(file)
 
 
 def _decode(data: bytes) -> Owner | None:

@@ -22,7 +22,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast
 
-from unet_ray.storage.places import ObjectPath, Place, files_below, remove_objects, remove_tree
+from unet_ray.storage.objects import ObjectPath, remove_objects
+from unet_ray.storage.places import Place, files_below, remove_tree
 
 Event = Literal["begun", "late", "ended", "done"]
 

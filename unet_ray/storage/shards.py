@@ -60,7 +60,7 @@ class Shards:
             DamageError: if a byte is not as it was written.
         """
         for frame in self._frames(data, tile):
-            told = _told_size(frame)
+            told = declared_size(frame)
             if told != self._chunk_bytes:
                 raise DamageError(
                     f"is damaged: an inner chunk says that it holds {told} bytes, not "
@@ -96,7 +96,7 @@ class Shards:
         return (data[start : start + length] for start, length in spans)
 
 
-def _told_size(frame: bytes) -> int | None:
+def declared_size(frame: bytes) -> int | None:
     """Bytes that a Zstandard frame says it holds (RFC 8878, 3.1.1.1); None if it does not say.
 
     A decoder takes as much memory as this number asks for.

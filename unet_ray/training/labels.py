@@ -24,7 +24,8 @@ from unet_ray.tiling.boxes import Box
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.weights import class_weights, separate, weight_map
 from unet_ray.volumes.intensity import Intensity, measure
-from unet_ray.volumes.volume import Volume, open_volume
+from unet_ray.volumes.opening import open_volume
+from unet_ray.volumes.volume import Volume
 
 # More distinct values than this are object numbers, not classes.
 MOST_CLASSES = 32

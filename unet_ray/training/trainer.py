@@ -7,16 +7,10 @@ in the RUN folder is runs.py's; what the network looks like is network.py's.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from unet_ray.engine import cluster
-from unet_ray.errors import InputError, RunError, UnetRayError
+from unet_ray.errors import InputError, RunError
+from unet_ray.machine import keep_freed_memory
 from unet_ray.network.checkpoints import (
     WEIGHT,
     ModelHeader,
@@ -37,41 +31,28 @@ from unet_ray.network.checkpoints import (
 )
 from unet_ray.network.prediction import Device, Precision, best_precision
 from unet_ray.network.unet import UNet
-from unet_ray.segmentation.memory import keep_freed_memory
 from unet_ray.storage.places import write_whole
-from unet_ray.training.labels import TrainingData, keep_weights, load_training_data
-from unet_ray.training.patches import Place, Sample, Sampler, ahead, places, streamed
+from unet_ray.training.labels import TrainingData
+from unet_ray.training.patches import Place, Sample, Sampler, places
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.run_folder import (
     BEST,
     METRICS,
     MODEL,
-    PATCHES,
-    WEIGHTS,
     Log,
     RunFolder,
     Watch,
-    read_measures,
 )
-from unet_ray.training.validation import Validator, checked_score
+from unet_ray.training.validation import Validator
 from unet_ray.versions import versions
 
-CHECKPOINT_SECONDS = 60.0
 VALIDATIONS = 10
-KEPT_PATCHES = 16
 CALIBRATION_PATCHES = 8
-# Below one, so that Ray finds room for drawing samples beside the trainers.
-CPU_SHARE = 0.9
-# One draws some 150 patches a second, more than any CPU learns from.
-GPU_DRAWERS = 4
-FAILURES = 3
-
-Workers = int | tuple[int, int] | None
 Draw = Callable[[Iterator[Place]], Iterator[Sample]]
 
 
 @dataclass(frozen=True)
-class _World:
+class World:
     """Who trains together: this worker's rank, how many there are, and the device of this one."""
 
     rank: int
@@ -98,81 +79,7 @@ class _World:
         self.agree(0.0, 0.0)
 
 
-def train(
-    images: list[str],
-    labels: list[str],
-    out: str | os.PathLike[str],
-    recipe: Recipe,
-    engine: cluster.EngineName = "local",
-    workers: Workers = None,
-    watch: Watch = lambda measure: None,
-    checkpoint_seconds: float = CHECKPOINT_SECONDS,
-) -> Path:
-    """Trains a network on labelled volumes; goes on where an interrupted run stopped.
-
-    Args:
-        images: paths of the images.
-        labels: paths of their labels.
-        out: the RUN folder: weight maps, checkpoints, ``metrics.jsonl`` and, at the end, the model.
-        recipe: all settings.
-        engine: ``local`` trains in this process, ``ray`` on workers of Ray Train.
-        workers: how many train together, or the fewest and the most; by default one, or one per
-            GPU.
-        watch: called with each measure.
-        checkpoint_seconds: between two checkpoints; no result depends on it.
-
-    Returns:
-        Path of the model file.
-
-    Raises:
-        InputError: for bad files or settings, or if `out` holds another run.
-        RunError: if training fails.
-    """
-    run = RunFolder(out)
-    if engine == "local" and workers not in (None, 1):
-        asked = ":".join(map(str, workers)) if isinstance(workers, tuple) else workers
-        raise InputError(f"workers={asked} needs --engine ray: the local engine has one.")
-    data = load_training_data(images, labels, recipe, run.path / WEIGHTS)
-    if data.held_out:
-        checked_score(data.held_out, len(data.class_values), recipe.best_by)
-    run.refuse_other(dataclasses.asdict(recipe), data.identity)
-    model = run.path / MODEL
-    if model.exists():
-        return model
-    run.make()
-    with run.alone():
-        if model.exists():  # of whoever had the folder until now
-            run.refuse_other(dataclasses.asdict(recipe), data.identity)
-            return model
-        keep_weights(data, recipe, run.path / WEIGHTS)
-        _keep_patches(run.path / PATCHES, recipe, data)
-        if engine == "local":
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            world = _World(0, 1, device, cluster.usable_cores())
-            draw = partial(ahead, Sampler(data, recipe).__getitem__)
-            _Training(recipe, data, run, world, draw, watch, checkpoint_seconds).go()
-    if engine == "ray":
-        _train_on_ray(recipe, data, run, workers, watch, checkpoint_seconds)
-    return model
-
-
-def _keep_patches(path: Path, recipe: Recipe, data: TrainingData) -> None:
-    """Keeps the first patches of the run, as the network sees them, for people to look at."""
-    about = {"recipe": dataclasses.asdict(recipe), "data": data.identity}
-    header = {"classes": len(data.class_values), **json.loads(json.dumps(about))}
-    if path.exists() and _header_of(path) == header:
-        return
-    sampler = Sampler(data, recipe)
-    tensors = {}
-    for number, place in enumerate(islice(places(0, 0, recipe.batch), KEPT_PATCHES)):
-        sample = sampler[place]
-        tensors[f"image.{number}"] = torch.from_numpy(sample.image).half()
-        tensors[f"targets.{number}"] = torch.from_numpy(sample.targets)
-        tensors[f"weights.{number}"] = torch.from_numpy(sample.weights)
-    write_tensors(path, tensors, header)
-
-
-def _header_of(path: Path) -> dict[str, Any]:
+def header_of(path: Path) -> dict[str, Any]:
     """The header of a file of tensors that can be made anew; nothing if it is damaged."""
     try:
         return read_tensors(path)[1]
@@ -216,7 +123,7 @@ class _Reached:
     pending_losses: Sequence[float] = ()
 
 
-class _Training:
+class Training:
     """The training of one worker; the first worker writes checkpoints, metrics and the model."""
 
     def __init__(
@@ -224,7 +131,7 @@ class _Training:
         recipe: Recipe,
         data: TrainingData,
         run: RunFolder,
-        world: _World,
+        world: World,
         draw: Draw,
         watch: Watch,
         checkpoint_seconds: float,
@@ -236,11 +143,19 @@ class _Training:
         self._draw, self._checkpoint_seconds = draw, checkpoint_seconds
         self._network = recipe.network(data.channels, len(data.class_values))
         self._network.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._optimiser = _optimiser(recipe, self._network)
+        self.optimiser_for = optimiser_for(recipe, self._network)
         reached = self._restore() or self._begin()
-        self._step, self._precision = reached.step, reached.precision or _precision(recipe, world)
-        self._learner = _Learner(
-            recipe, self._network, self._optimiser, world, self._precision, reached.learning_rate
+        self._step, self.precision_for = (
+            reached.step,
+            reached.precision or precision_for(recipe, world),
+        )
+        self._learner = Learner(
+            recipe,
+            self._network,
+            self.optimiser_for,
+            world,
+            self.precision_for,
+            reached.learning_rate,
         )
         self._clock, self._saved = _Clock(recipe, reached.seconds), time.monotonic()
         self._log = self._judge = None
@@ -252,7 +167,7 @@ class _Training:
                 run.path / METRICS, reached.step, reached.pending_losses, world.size, patches, watch
             )
             if data.held_out:
-                self._judge = _Judge(recipe, data, run, self._log, self._precision, world)
+                self._judge = _Judge(recipe, data, run, self._log, self.precision_for, world)
                 self._judge.forget_after(self._step)
 
     def go(self) -> None:
@@ -306,7 +221,7 @@ class _Training:
             voxel_size=list(self._data.voxel_size) if self._data.voxel_size else None,
             training={
                 "recipe": dataclasses.asdict(self._recipe),
-                "precision": self._precision,
+                "precision": self.precision_for,
                 "steps": self._step,
             },
             data=self._data.identity,
@@ -319,7 +234,7 @@ class _Training:
         if bad := [name for name, t in weights.items() if not t.isfinite().all()]:
             raise self._diverged(f"weight {bad[0]!r} is no longer finite")
         tensors = {WEIGHT + name: t for name, t in weights.items()}
-        for index, state in self._optimiser.state_dict()["state"].items():
+        for index, state in self.optimiser_for.state_dict()["state"].items():
             for name, value in state.items():
                 if value is not None:
                     tensors[f"optimiser.{index}.{name}"] = torch.as_tensor(value)
@@ -355,8 +270,8 @@ class _Training:
             if name.startswith("optimiser."):
                 _, index, key = name.split(".")
                 state.setdefault(int(index), {})[key] = tensor
-        groups = self._optimiser.state_dict()["param_groups"]
-        self._optimiser.load_state_dict({"state": state, "param_groups": groups})
+        groups = self.optimiser_for.state_dict()["param_groups"]
+        self.optimiser_for.load_state_dict({"state": state, "param_groups": groups})
         names = "step", "seconds", "learning_rate", "pending_losses"
         return _Reached(header["training"]["precision"], **{name: header[name] for name in names})
 
@@ -380,7 +295,7 @@ class _Judge:
         run: RunFolder,
         log: Log,
         precision: Precision,
-        world: _World,
+        world: World,
     ) -> None:
         self._best_file, self._log, self._patience = run.path / BEST, log, recipe.patience
         device: Device = "cuda" if world.device.type == "cuda" else "cpu"
@@ -395,7 +310,7 @@ class _Judge:
 
     def forget_after(self, step: int) -> None:
         """Forgets a best model of a step that is yet to come again, or that is not there."""
-        header = _header_of(self._best_file) if self._best_file.exists() else {}
+        header = header_of(self._best_file) if self._best_file.exists() else {}
         if header.get("training", {}).get("steps", math.inf) > step:
             self._best_file.unlink(missing_ok=True)
             self._best = None
@@ -441,7 +356,7 @@ def _tenth(progress: float) -> int:
     return math.floor(progress * VALIDATIONS + 1e-9)
 
 
-class _Learner:
+class Learner:
     """One step of the optimiser on the paper's energy (eq. 1): weighted cross-entropy."""
 
     def __init__(
@@ -449,11 +364,11 @@ class _Learner:
         recipe: Recipe,
         network: UNet,
         optimiser: torch.optim.Optimizer,
-        world: _World,
+        world: World,
         precision: Precision,
         rate: float,
     ) -> None:
-        self._recipe, self._world, self._optimiser = recipe, world, optimiser
+        self._recipe, self._world, self.optimiser_for = recipe, world, optimiser
         self._network, self._dtype = network.train(), getattr(torch, precision)
         self._model: nn.Module = DistributedDataParallel(network) if world.size > 1 else network
         self.rate = rate
@@ -463,18 +378,18 @@ class _Learner:
         chance = np.random.SeedSequence([self._recipe.seed, number, self._world.rank])
         torch.manual_seed(int(chance.generate_state(1)[0]))
         self.rate = self._recipe.learning_rate * (1 - progress) ** self._recipe.decay
-        for group in self._optimiser.param_groups:
+        for group in self.optimiser_for.param_groups:
             group["lr"] = self.rate
         image, targets, weights = self._tensors(samples)
         with torch.autocast(self._world.device.type, self._dtype, self._dtype != torch.float32):
             scores = self._model(image)
         losses = nn.functional.cross_entropy(scores.float(), targets, reduction="none")
         loss = (losses * weights).mean()
-        self._optimiser.zero_grad(set_to_none=True)
+        self.optimiser_for.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if self._recipe.clip:
             nn.utils.clip_grad_norm_(self._network.parameters(), self._recipe.clip)
-        self._optimiser.step()
+        self.optimiser_for.step()
         return float(loss.detach())
 
     def _tensors(self, samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
@@ -489,120 +404,16 @@ class _Learner:
         return image, targets, stacked([s.weights for s in samples])
 
 
-def _optimiser(recipe: Recipe, network: UNet) -> torch.optim.Optimizer:
+def optimiser_for(recipe: Recipe, network: UNet) -> torch.optim.Optimizer:
+    """The optimiser of a recipe, for the parameters of `network`."""
     parameters, rate = network.parameters(), recipe.learning_rate
     if recipe.optimiser == "sgd":
         return torch.optim.SGD(parameters, rate, momentum=recipe.momentum)
     return torch.optim.AdamW(parameters, rate)
 
 
-def _precision(recipe: Recipe, world: _World) -> Precision:
+def precision_for(recipe: Recipe, world: World) -> Precision:
+    """The number format of a recipe, by default the best of the device."""
     if recipe.precision != "auto":
         return recipe.precision
     return best_precision("cuda" if world.device.type == "cuda" else "cpu")
-
-
-def _train_on_ray(
-    recipe: Recipe,
-    data: TrainingData,
-    run: RunFolder,
-    workers: Workers,
-    watch: Watch,
-    checkpoint_seconds: float,
-) -> None:
-    import ray
-    import ray.train as ray_train
-    from ray.train.torch import TorchTrainer
-
-    fewest, most = workers if isinstance(workers, tuple) else (workers, workers)
-    device = cluster.find_device("ray", fewest)
-    gpu = device == "cuda"
-    fewest = cluster.pool_size(device, fewest) if gpu or fewest else 1
-    most = most or fewest
-    # A worker lives on one machine, however many the cluster has.
-    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-    threads = max(1, int(min(cluster.size_of("CPU") // most, largest)))
-    scratch = run.path / "checkpoints" / "ray"
-    worker = partial(_ray_worker, recipe, [ray.put(data)], run.path, threads, checkpoint_seconds)
-    scaling = ray_train.ScalingConfig(
-        num_workers=fewest if fewest == most else (fewest, most),
-        use_gpu=gpu,
-        resources_per_worker={"CPU": CPU_SHARE * (1 if gpu else threads)},
-    )
-    with _following(run.path / METRICS, watch):
-        failures = 0
-        while failures <= FAILURES:
-            before = run.checkpoints()[:1]
-            config = ray_train.RunConfig(
-                # A new name each time: what is resumed is our own newest checkpoint.
-                name=f"attempt-{time.time_ns()}",
-                storage_path=str(scratch),
-            )
-            trainer = TorchTrainer(worker, scaling_config=scaling, run_config=config)
-            try:
-                trainer.fit()
-                break
-            except ray_train.TrainingFailedError as error:
-                # On machines that come and go it may fail any number of times, if it gets on.
-                failures = failures + 1 if run.checkpoints()[:1] == before else 0
-                told, final = _cause(error)
-                if final or failures > FAILURES:
-                    raise RunError(told if final else f"training failed on Ray: {told}") from error
-    shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _ray_worker(
-    recipe: Recipe, reference: list[Any], out: Path, threads: int, checkpoint_seconds: float
-) -> None:
-    """Trains in a worker. Whoever fails ends all: the others may be waiting for it."""
-    import ray
-    import ray.train as ray_train
-    from ray.train.torch import get_device
-
-    context = ray_train.get_context()
-    world = _World(context.get_world_rank(), context.get_world_size(), get_device(), threads)
-    data, run = ray.get(reference[0]), RunFolder(out)
-    drawers = GPU_DRAWERS if world.device.type == "cuda" else 1
-    draw = partial(streamed, reference[0], recipe, data.channels, drawers=drawers)
-    with run.alone() if world.first else nullcontext():
-        world.wait()  # nobody reads a checkpoint before the folder is ours
-        _Training(recipe, data, run, world, draw, lambda m: None, checkpoint_seconds).go()
-
-
-def _cause(error: Any) -> tuple[str, bool]:
-    """The words of the worker that failed, and whether training itself refused to go on.
-
-    Of several workers, all but one may have failed only because they lost their partner.
-    """
-    failures = list((getattr(error, "worker_failures", None) or {0: error}).values())
-    for each in failures:
-        if isinstance(each, UnetRayError):
-            return str(each), True
-    return str(failures[0]).strip().splitlines()[-1], False
-
-
-@contextmanager
-def _following(path: Path, watch: Watch) -> Iterator[None]:
-    """Calls `watch` with the lines that workers add to a log, while the body runs."""
-    ended, seen = threading.Event(), len(read_measures(path))
-
-    def follow() -> None:
-        nonlocal seen
-        while True:
-            last = ended.wait(0.5)
-            measures = read_measures(path)
-            # A restarted worker cuts the log back to its checkpoint first.
-            seen = min(seen, len(measures))
-            for measure in measures[seen:]:
-                watch(measure)
-            seen = len(measures)
-            if last:
-                return
-
-    thread = threading.Thread(target=follow, name="metrics", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()

@@ -18,9 +18,8 @@ from scipy import ndimage
 from unet_ray.errors import InputError
 from unet_ray.network.prediction import Device, Precision, Predictor
 from unet_ray.network.unet import UNet
-from unet_ray.scores.evaluation import MEANINGS
 from unet_ray.scores.overlaps import Overlaps
-from unet_ray.scores.totals import class_scores, instance_scores, isbi_scores
+from unet_ray.scores.totals import MEANINGS, class_scores, instance_scores, isbi_scores
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.mirror import read_mirrored
 from unet_ray.tiling.tiles import TilePlan, equal_core

@@ -16,7 +16,8 @@ from unet_ray.errors import InputError
 from unet_ray.storage.places import Where
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import TilePlan
-from unet_ray.volumes.volume import Volume, open_volume
+from unet_ray.volumes.opening import open_volume
+from unet_ray.volumes.volume import Volume
 
 READ_BYTES = 32 << 20  # of a mask that are read at once, or one tile's part
 

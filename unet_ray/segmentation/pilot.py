@@ -26,13 +26,15 @@ import torch
 from numpy.typing import NDArray
 
 from unet_ray.engine import cluster, engines
-from unet_ray.engine.attempts import Stage
+from unet_ray.engine.stages import Stage
 from unet_ray.errors import RunError
+from unet_ray.machine import room
 from unet_ray.network.prediction import Predictor, constant_value
-from unet_ray.segmentation.choice import Outlook, numbered, stored_values
-from unet_ray.segmentation.memory import room
-from unet_ray.segmentation.preparation import read_tile
-from unet_ray.storage.stores import Store, StoreLayout, chunk_of, create_store
+from unet_ray.segmentation.memory import stored_values
+from unet_ray.segmentation.outlook import Outlook, numbered
+from unet_ray.segmentation.run import read_tile
+from unet_ray.storage.layout import StoreLayout, chunk_of
+from unet_ray.storage.stores import Store, create_store
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import Tile, TilePlan
 from unet_ray.volumes.intensity import summarise

@@ -1,0 +1,193 @@
+"""The page about an output store: slices, histograms, times and scores.
+
+Knows what stands for a whole store. Does not know training runs, or how a page is laid out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from unet_ray.errors import InputError
+from unet_ray.report import charts
+from unet_ray.report.figures import OVERLAY_GREYS, Facts, colours_of, digits_of, figure
+from unet_ray.report.pictures import (
+    Picture,
+    colour_cells,
+    colour_classes,
+    colour_map,
+    few_greys,
+    overlay,
+    strike_out,
+)
+from unet_ray.report.results import (
+    CHUNKS,
+    Result,
+    image_windows,
+    open_result,
+    open_truth,
+    read_log,
+    sampled_chunks,
+    windows,
+)
+from unet_ray.scores.evaluation import Evaluation, Kind, evaluate
+from unet_ray.scores.totals import MEANINGS
+from unet_ray.storage.layout import EVENTS
+from unet_ray.storage.places import Place, Where, place_of
+from unet_ray.tiling.boxes import Box
+from unet_ray.volumes.volume import Volume
+
+CHANNELS = 6  # histograms, of as many classes
+# Maps of slabs of tiles, and cells along each side of a map.
+LARGEST_MAP = (4, 64)
+
+
+# A segmentation
+
+
+def about_store(path: Place, truth: Where | None) -> Facts:
+    """What the page says about the store at `path`, scored against `truth` if it is given."""
+    result = open_result(path)
+    right = open_truth(truth, result) if truth is not None else None
+    log = read_log(path / EVENTS, result.plan)
+    boxes = windows(result)
+    images, no_image = image_windows(result, log, boxes)
+    plan, counts = result.plan, result.plan.counts
+    maps, bar, grouped = charts.tile_maps(
+        log.seconds.reshape(counts), result.done.reshape(counts), plan.shape, plan.core, LARGEST_MAP
+    )
+    return {
+        "kind": "store",
+        "told": result.told,
+        "values": result.class_values,
+        "class_colours": colours_of(len(result.class_values)),
+        "tiles": len(plan),
+        "done": int(result.done.sum()),
+        "given_up": result.given_up,
+        "masked": result.masked,
+        "log": log,
+        "no_image": no_image,
+        "slices": [
+            _slice(result, box, image, right) for box, image in zip(boxes, images, strict=True)
+        ],
+        "probability_bar": Markup(charts.colour_bar("Probability", (0.0, 1.0), "")),
+        "truth": place_of(right.path) if right else None,
+        **_histograms(result),
+        "tile_maps": [(title, Markup(svg)) for title, svg in maps],
+        "tile_bar": Markup(bar),
+        "grouped": grouped,
+        "evaluations": _evaluations(result, right) if right else [],
+    }
+
+
+def _slice(result: Result, box: Box, image: Picture | None, truth: Volume | None) -> Facts:
+    """The panels of one slice; what is not computed in it is struck out."""
+    known, classes = result.known(box)[0], result.classes(box)[0]
+    grey = np.zeros(classes.shape, np.uint8) if image is None else few_greys(image, OVERLAY_GREYS)
+    border = None if truth is None else _objects_of(truth.read(box)[0, 0], result.class_values)
+    drawn = {"found": overlay(grey, classes != 0, border)}
+    if "probabilities" in result.told["outputs"]:
+        drawn["probability"] = colour_map(_shown_probability(result, box))
+    drawn |= _parts(result, box, classes, image)
+    if not known.all():
+        drawn = {name: strike_out(picture, ~known) for name, picture in drawn.items()}
+    if image is not None:
+        drawn = {"image": image, **drawn}
+    whole = classes.shape == result.plan.shape[1:]
+    return {
+        "z": box.start[0],
+        "window": "" if whole else str(box),
+        "panels": [figure(picture, name) for name, picture in drawn.items()],
+    }
+
+
+def _objects_of(labels: NDArray[Any], class_values: Sequence[int]) -> NDArray[Any]:
+    """Truth with 0 where it is of the first class, whether it holds label values or other ids."""
+    if set(np.unique(labels).tolist()) <= set(class_values):
+        return np.where(labels == class_values[0], 0, labels)
+    return labels
+
+
+def _shown_probability(result: Result, box: Box) -> NDArray[np.uint8]:
+    """Of class 1 where there are two; of whichever is largest where there are more."""
+    every = result.probabilities(box)[:, 0]
+    shown: NDArray[np.uint8] = every[1] if len(every) == 2 else every.max(0)
+    return shown
+
+
+def _parts(
+    result: Result, box: Box, classes: NDArray[Any], image: Picture | None
+) -> dict[str, Picture]:
+    if "instances" in result.told["outputs"]:
+        return {"instances": colour_cells(result.read("instances", box)[0], image)}
+    if len(result.class_values) == 2:
+        return {"parts": colour_cells(ndimage.label(classes == 1)[0], image)}
+    return {"classes": colour_classes(classes)}
+
+
+def _histograms(result: Result) -> Facts:
+    """How often each probability is stored, in some storage chunks drawn by chance."""
+    if "probabilities" not in result.told["outputs"] or not result.done.any():
+        return {"histograms": []}
+    counts = np.zeros((len(result.class_values) - 1, 256), np.int64)
+    boxes, every = sampled_chunks(result)
+    for box in boxes:
+        for channel, voxels in enumerate(result.read("probabilities", box)):
+            counts[channel] += np.bincount(voxels.ravel(), minlength=256)
+    shares = 100 * counts.reshape(len(counts), 32, 8).sum(2) / counts[0].sum()
+    edges = np.linspace(0, 1, 33)
+    drawn = [
+        charts.histogram(f"class {k}", edges, share, "probability", "% of the voxels")
+        for k, share in enumerate(shares[:CHANNELS], start=1)
+    ]
+    return {
+        "histograms": [Markup(svg) for svg in drawn],
+        "sampled": len(boxes),
+        "chunks": every,
+        "all_chunks": every <= CHUNKS,
+    }
+
+
+def _evaluations(result: Result, truth: Volume) -> list[Facts]:
+    """The scores of each kind that fits the store, or a sentence on why there are none."""
+    outputs = result.told["outputs"]
+    kinds: list[Kind] = []
+    if "probabilities" in outputs and len(result.class_values) == 2:
+        kinds.append("isbi")
+    kinds += [kind for kind in ("instances", "classes") if kind in outputs]
+    found = []
+    for kind in kinds:
+        try:
+            found.append(_scored(evaluate(result.path, truth.path, kind)))
+        except InputError as error:
+            found.append({"kind": kind, "refused": str(error)})
+    return found
+
+
+def _scored(evaluation: Evaluation) -> Facts:
+    rows = []
+    for name, score in evaluation.scores.items():
+        across = "IoU threshold" if name == "ap_mean" else "threshold"
+        x, y = np.array(score.curve).reshape(-1, 2).T
+        mark = None
+        if score.threshold is not None:
+            told = f"best {digits_of(score.value)} at {score.threshold:.1f}"
+            mark = score.threshold, score.value, told
+        label = name.replace("_", " ")
+        curve = charts.line_chart(label, [charts.Series(label, x, y)], across, label, mark=mark)
+        rows.append(
+            {
+                "name": name,
+                "score": score,
+                "rises": MEANINGS[name][0] == 1,
+                "meaning": MEANINGS[name][1],
+                "curve": Markup(curve) if len(x) > 1 else None,
+                "classes": getattr(score, "classes", ()),
+            }
+        )
+    return {"kind": evaluation.kind, "rows": rows, "note": evaluation.note}

@@ -1,0 +1,237 @@
+"""The page about a training run: losses, scores, patches and weight maps.
+
+Knows the files of a RUN folder. Does not know stores, or how a page is laid out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from unet_ray.errors import InputError
+from unet_ray.network.checkpoints import read_tensors
+from unet_ray.report import charts
+from unet_ray.report.figures import OVERLAY_GREYS, Facts, by, colours_of, figure
+from unet_ray.report.pictures import colour_classes, colour_log, few_greys, frame, to_grey
+from unet_ray.report.results import WINDOW
+from unet_ray.storage.events import measured, read_events
+from unet_ray.training.run_folder import METRICS, MODEL, PATCHES, WEIGHTS
+
+LARGEST_LOSS = 1e39  # beyond float32
+# Pixels along a side of the square that all kept images fit in, however many there are.
+SHEET = 1152
+
+
+# A training run
+
+
+def about_run(run: Path) -> Facts:
+    """What the page says about a RUN folder."""
+    lines = list(read_events(run / METRICS))
+    measures = [line for line in lines if _is_measure(line)]
+    header = _header(run)
+    patches = _unless_damaged(_patches, run / PATCHES)
+    weight_map = _unless_damaged(_weight_map, run / WEIGHTS)
+    if not (measures or header or patches or weight_map):
+        raise InputError(f"{run}: nothing has been trained here yet; come back when it has.")
+    return {
+        "kind": "run",
+        "measures": measures,
+        "left_out": len(lines) - len(measures),
+        "finished": (run / MODEL).exists(),
+        "loss": _loss_chart(measures) if measures else None,
+        "validation": _validation_charts(measures),
+        "header": header,
+        "patches": patches,
+        "weight_map": weight_map,
+    }
+
+
+def _is_measure(line: Facts) -> bool:
+    """Whether a line of the log can be drawn."""
+    known = (measured(line.get(name)) for name in ("step", "seconds", "progress"))
+    return _finite(line.get("loss")) is not None and None not in known
+
+
+def _finite(value: object) -> float | None:
+    return measured(value, -LARGEST_LOSS, LARGEST_LOSS)
+
+
+def _header(run: Path) -> Facts:
+    """What the model, or else the newest checkpoint, says of itself; nothing if there is none."""
+    checkpoints = sorted((run / "checkpoints").glob("step-*.safetensors"), reverse=True)
+    newest = next((path for path in [run / MODEL, *checkpoints] if path.exists()), None)
+    return read_tensors(newest)[1] if newest else {}
+
+
+def _loss_chart(measures: Sequence[Facts]) -> Markup:
+    steps, losses = [m["step"] for m in measures], [m["loss"] for m in measures]
+    line = charts.binned_series("loss", steps, losses)
+    return Markup(charts.line_chart("Training loss", [line], "step", "loss", log=True))
+
+
+def _validation_charts(measures: Sequence[Facts]) -> list[Markup]:
+    """Scores from 0 to 1 share charts, six a chart; any other number has a chart of its own."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for measure in measures:
+        scores = measure.get("validation")
+        for name, score in scores.items() if isinstance(scores, dict) else ():
+            if (value := _finite(score)) is not None:
+                lines.setdefault(name, []).append((measure["step"], value))
+    shares: list[charts.Series] = []
+    others: list[charts.Series] = []
+    for name, points in lines.items():
+        series = charts.binned_series(name, *np.array(points, np.float64).T)
+        within = ((series.y >= 0) & (series.y <= 1)).all()
+        (shares if within else others).append(series)
+    groups = [shares[i : i + 6] for i in range(0, len(shares), 6)] + [[s] for s in others]
+    return [
+        Markup(charts.line_chart("Validation", group, "step", "score", names=True))
+        for group in groups
+    ]
+
+
+def _unless_damaged(draw: Callable[[Path], Facts], path: Path) -> Facts:
+    """What is drawn of a file, or a sentence on why it is not; nothing if there is no file."""
+    if not path.exists():
+        return {}
+    try:
+        return draw(path)
+    except InputError as error:
+        return {"refused": str(error)}
+
+
+def _patches(path: Path) -> Facts:
+    """The kept patches as pictures, each an image, its classes and its weights."""
+    kept = _kept(path)
+    images, targets, weights = zip(*kept, strict=True)
+    longest = max(max(image.shape[1:]) for image in images)
+    step = math.ceil(longest * math.sqrt(len(kept)) / SHEET)
+    ends, scale = _weight_scale(np.concatenate([each.ravel() for each in weights]))
+    return {
+        "sheet": [_patch(*each, ends, step) for each in kept],
+        "thinned": step,
+        "colours": colours_of(1 + max(int(each.max()) for each in targets)),
+        **scale,
+    }
+
+
+def _kept(path: Path) -> list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+    """Image, classes and weights of each kept patch.
+
+    Raises:
+        InputError: if the file is damaged, or of another kind.
+    """
+    tensors = read_tensors(path)[0]
+    numbers = [name[6:] for name in tensors if name.startswith("image.")]
+    try:
+        kept = [
+            (
+                tensors[f"image.{n}"].numpy(),
+                tensors[f"targets.{n}"].numpy(),
+                tensors[f"weights.{n}"].numpy(),
+            )
+            for n in _in_order(numbers)
+        ]
+    except (KeyError, TypeError):  # a tensor is missing, or of a type that NumPy lacks
+        kept = []
+    if not kept or not all(_is_patch(*each) for each in kept):
+        raise InputError(f"{path}: does not hold patches as train keeps them.")
+    return kept
+
+
+def _in_order(numbers: Iterable[str]) -> list[str]:
+    """Numbers as they are written in names, 2 before 10."""
+    return sorted(numbers, key=lambda number: (len(number), number))
+
+
+def _is_patch(image: NDArray[Any], targets: NDArray[Any], weights: NDArray[Any]) -> bool:
+    """Whether (c, y, x) pixels, (y, x) classes and weights can be drawn."""
+    kinds = image.dtype.kind, targets.dtype.kind, weights.dtype.kind
+    axes = image.ndim, targets.ndim, weights.ndim
+    if kinds not in {("f", "u", "f"), ("f", "i", "f")} or axes != (3, 2, 2):
+        return False
+    fits = targets.shape == weights.shape and image.size > 0 and weights.size > 0
+    fits &= all(a >= b for a, b in zip(image.shape[1:], weights.shape, strict=True))
+    return bool(fits and targets.min() >= 0 and targets.max() < 256 and np.isfinite(weights).all())
+
+
+def _patch(
+    image: NDArray[Any],
+    targets: NDArray[Any],
+    weights: NDArray[Any],
+    ends: tuple[float, float],
+    step: int,
+) -> list[Facts]:
+    grey, thin = to_grey(image[0]), slice(None, None, step)
+    top, left = ((a - b) // 2 // step for a, b in zip(grey.shape, weights.shape, strict=True))
+    classes = colour_classes(targets[thin, thin])
+    greys = few_greys(grey[thin, thin], OVERLAY_GREYS)
+    return [
+        figure(
+            frame(greys, top, left, *classes.shape[:2]),
+            f"Image, {by(grey.shape)} pixels; framed: what the network returns.",
+        ),
+        figure(classes, "Classes of the framed part."),
+        figure(colour_log(_greatest(weights, step), *ends), "Weights of the framed part."),
+    ]
+
+
+def _greatest(weights: NDArray[Any], step: int) -> NDArray[Any]:
+    """One number for `step` x `step` pixels (y, x): the greatest, so that thin lines remain."""
+    rows = np.maximum.reduceat(weights, range(0, len(weights), step), axis=0)
+    most: NDArray[Any] = np.maximum.reduceat(rows, range(0, rows.shape[1], step), axis=1)
+    return most
+
+
+def _weight_scale(weights: NDArray[Any]) -> tuple[tuple[float, float], Facts]:
+    """The least weight above 0 and the greatest, and the colour bar from one to the other."""
+    counted = weights[weights > 0] if (weights > 0).any() else np.ones(1)
+    ends = float(counted.min()), float(counted.max())
+    bar = Markup(charts.colour_bar("Weight of a pixel", ends, "", log=True))
+    return ends, {"bar": bar, "weightless": bool((weights <= 0).any())}
+
+
+def _weight_map(path: Path) -> Facts:
+    """The slice with the largest mean weight, of all volumes that were trained on."""
+    maps = _weight_maps(path)
+    means = {number: each.mean((1, 2), np.float64) for number, each in maps.items()}
+    volume = max(means, key=lambda number: float(means[number].max()))
+    z = int(means[volume].argmax())
+    weights = maps[volume][z]
+    step = -(-max(weights.shape) // WINDOW)
+    ends, scale = _weight_scale(weights)
+    told = f"Volume {volume}, slice {z} of those trained on, {by(weights.shape)} pixels"
+    if step > 1:
+        told += f"; each pixel shows the greatest weight of {step} x {step}"
+    picture = colour_log(_greatest(weights, step), *ends)
+    return {"figure": figure(picture, f"{told}."), **scale}
+
+
+def _weight_maps(path: Path) -> dict[str, NDArray[Any]]:
+    """The weights (z, y, x) of each volume, by its number.
+
+    Raises:
+        InputError: if the file is damaged, or of another kind.
+    """
+    tensors = read_tensors(path)[0]
+    try:
+        maps = {n: tensors[f"weights.{n}"].numpy() for n in _in_order(t[8:] for t in tensors)}
+    except (KeyError, TypeError):  # a tensor has another name, or a type that NumPy lacks
+        maps = {}
+    if not maps or not all(_is_weight_map(each) for each in maps.values()):
+        raise InputError(f"{path}: does not hold weight maps as train keeps them.")
+    return maps
+
+
+def _is_weight_map(weights: NDArray[Any]) -> bool:
+    """Whether these are finite float32 numbers (z, y, x) of 0 and more."""
+    if weights.dtype != np.float32 or weights.ndim != 3 or weights.size == 0:
+        return False
+    return bool(np.isfinite(weights).all() and weights.min() >= 0)

@@ -1,0 +1,230 @@
+"""`train`: a run of training in this process, or by Ray Train on many workers.
+
+Knows workers and their ranks. Does not know a step of the optimiser.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unet_ray.engine import cluster
+from unet_ray.errors import InputError, RunError, UnetRayError
+from unet_ray.network.checkpoints import write_tensors
+from unet_ray.training.labels import TrainingData, keep_weights, load_training_data
+from unet_ray.training.patches import Sampler, ahead, places
+from unet_ray.training.recipes import Recipe
+from unet_ray.training.run_folder import (
+    METRICS,
+    MODEL,
+    PATCHES,
+    WEIGHTS,
+    RunFolder,
+    Watch,
+    read_measures,
+)
+from unet_ray.training.stream import streamed
+from unet_ray.training.trainer import Training, World, header_of
+from unet_ray.training.validation import checked_score
+
+CHECKPOINT_SECONDS = 60.0
+KEPT_PATCHES = 16
+# Below one, so that Ray finds room for drawing samples beside the trainers.
+CPU_SHARE = 0.9
+# One draws some 150 patches a second, more than any CPU learns from.
+GPU_DRAWERS = 4
+FAILURES = 3
+
+Workers = int | tuple[int, int] | None
+
+
+def train(
+    images: list[str],
+    labels: list[str],
+    out: str | os.PathLike[str],
+    recipe: Recipe,
+    engine: cluster.EngineName = "local",
+    workers: Workers = None,
+    watch: Watch = lambda measure: None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> Path:
+    """Trains a network on labelled volumes; goes on where an interrupted run stopped.
+
+    Args:
+        images: paths of the images.
+        labels: paths of their labels.
+        out: the RUN folder: weight maps, checkpoints, ``metrics.jsonl`` and, at the end, the model.
+        recipe: all settings.
+        engine: ``local`` trains in this process, ``ray`` on workers of Ray Train.
+        workers: how many train together, or the fewest and the most; by default one, or one per
+            GPU.
+        watch: called with each measure.
+        checkpoint_seconds: between two checkpoints; no result depends on it.
+
+    Returns:
+        Path of the model file.
+
+    Raises:
+        InputError: for bad files or settings, or if `out` holds another run.
+        RunError: if training fails.
+    """
+    run = RunFolder(out)
+    if engine == "local" and workers not in (None, 1):
+        asked = ":".join(map(str, workers)) if isinstance(workers, tuple) else workers
+        raise InputError(f"workers={asked} needs --engine ray: the local engine has one.")
+    data = load_training_data(images, labels, recipe, run.path / WEIGHTS)
+    if data.held_out:
+        checked_score(data.held_out, len(data.class_values), recipe.best_by)
+    run.refuse_other(dataclasses.asdict(recipe), data.identity)
+    model = run.path / MODEL
+    if model.exists():
+        return model
+    run.make()
+    with run.alone():
+        if model.exists():  # of whoever had the folder until now
+            run.refuse_other(dataclasses.asdict(recipe), data.identity)
+            return model
+        keep_weights(data, recipe, run.path / WEIGHTS)
+        _keep_patches(run.path / PATCHES, recipe, data)
+        if engine == "local":
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            world = World(0, 1, device, cluster.usable_cores())
+            draw = partial(ahead, Sampler(data, recipe).__getitem__)
+            Training(recipe, data, run, world, draw, watch, checkpoint_seconds).go()
+    if engine == "ray":
+        _train_on_ray(recipe, data, run, workers, watch, checkpoint_seconds)
+    return model
+
+
+def _keep_patches(path: Path, recipe: Recipe, data: TrainingData) -> None:
+    """Keeps the first patches of the run, as the network sees them, for people to look at."""
+    about = {"recipe": dataclasses.asdict(recipe), "data": data.identity}
+    header = {"classes": len(data.class_values), **json.loads(json.dumps(about))}
+    if path.exists() and header_of(path) == header:
+        return
+    sampler = Sampler(data, recipe)
+    tensors = {}
+    for number, place in enumerate(islice(places(0, 0, recipe.batch), KEPT_PATCHES)):
+        sample = sampler[place]
+        tensors[f"image.{number}"] = torch.from_numpy(sample.image).half()
+        tensors[f"targets.{number}"] = torch.from_numpy(sample.targets)
+        tensors[f"weights.{number}"] = torch.from_numpy(sample.weights)
+    write_tensors(path, tensors, header)
+
+
+def _train_on_ray(
+    recipe: Recipe,
+    data: TrainingData,
+    run: RunFolder,
+    workers: Workers,
+    watch: Watch,
+    checkpoint_seconds: float,
+) -> None:
+    import ray
+    import ray.train as ray_train
+    from ray.train.torch import TorchTrainer
+
+    fewest, most = workers if isinstance(workers, tuple) else (workers, workers)
+    device = cluster.find_device("ray", fewest)
+    gpu = device == "cuda"
+    fewest = cluster.pool_size(device, fewest) if gpu or fewest else 1
+    most = most or fewest
+    # A worker lives on one machine, however many the cluster has.
+    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+    threads = max(1, int(min(cluster.size_of("CPU") // most, largest)))
+    scratch = run.path / "checkpoints" / "ray"
+    worker = partial(_ray_worker, recipe, [ray.put(data)], run.path, threads, checkpoint_seconds)
+    scaling = ray_train.ScalingConfig(
+        num_workers=fewest if fewest == most else (fewest, most),
+        use_gpu=gpu,
+        resources_per_worker={"CPU": CPU_SHARE * (1 if gpu else threads)},
+    )
+    with _following(run.path / METRICS, watch):
+        failures = 0
+        while failures <= FAILURES:
+            before = run.checkpoints()[:1]
+            config = ray_train.RunConfig(
+                # A new name each time: what is resumed is our own newest checkpoint.
+                name=f"attempt-{time.time_ns()}",
+                storage_path=str(scratch),
+            )
+            trainer = TorchTrainer(worker, scaling_config=scaling, run_config=config)
+            try:
+                trainer.fit()
+                break
+            except ray_train.TrainingFailedError as error:
+                # On machines that come and go it may fail any number of times, if it gets on.
+                failures = failures + 1 if run.checkpoints()[:1] == before else 0
+                told, final = _cause(error)
+                if final or failures > FAILURES:
+                    raise RunError(told if final else f"training failed on Ray: {told}") from error
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _ray_worker(
+    recipe: Recipe, reference: list[Any], out: Path, threads: int, checkpoint_seconds: float
+) -> None:
+    """Trains in a worker. Whoever fails ends all: the others may be waiting for it."""
+    import ray
+    import ray.train as ray_train
+    from ray.train.torch import get_device
+
+    context = ray_train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size(), get_device(), threads)
+    data, run = ray.get(reference[0]), RunFolder(out)
+    drawers = GPU_DRAWERS if world.device.type == "cuda" else 1
+    draw = partial(streamed, reference[0], recipe, data.channels, drawers=drawers)
+    with run.alone() if world.first else nullcontext():
+        world.wait()  # nobody reads a checkpoint before the folder is ours
+        Training(recipe, data, run, world, draw, lambda m: None, checkpoint_seconds).go()
+
+
+def _cause(error: Any) -> tuple[str, bool]:
+    """The words of the worker that failed, and whether training itself refused to go on.
+
+    Of several workers, all but one may have failed only because they lost their partner.
+    """
+    failures = list((getattr(error, "worker_failures", None) or {0: error}).values())
+    for each in failures:
+        if isinstance(each, UnetRayError):
+            return str(each), True
+    return str(failures[0]).strip().splitlines()[-1], False
+
+
+@contextmanager
+def _following(path: Path, watch: Watch) -> Iterator[None]:
+    """Calls `watch` with the lines that workers add to a log, while the body runs."""
+    ended, seen = threading.Event(), len(read_measures(path))
+
+    def follow() -> None:
+        nonlocal seen
+        while True:
+            last = ended.wait(0.5)
+            measures = read_measures(path)
+            # A restarted worker cuts the log back to its checkpoint first.
+            seen = min(seen, len(measures))
+            for measure in measures[seen:]:
+                watch(measure)
+            seen = len(measures)
+            if last:
+                return
+
+    thread = threading.Thread(target=follow, name="metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

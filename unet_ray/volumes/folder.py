@@ -1,0 +1,98 @@
+"""A folder of slices as one volume.
+
+Knows the natural order of file names. Does not know how a file is read.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unet_ray.errors import InputError, RunError
+from unet_ray.tiling.boxes import Box
+from unet_ray.volumes.image_files import open_file
+from unet_ray.volumes.tiff import reason
+from unet_ray.volumes.volume import Volume, opened_again
+
+
+class Folder(Volume):
+    """A folder of TIFF or PNG slices, one plane each, in natural order."""
+
+    kind = "folder"
+
+    def _open(self) -> list[str]:
+        names = self._slices()
+        first = open_file(names[0], self._choice)
+        c, z, y, x = first.shape
+        if z != 1:
+            raise InputError(f"{names[0]} holds {z} planes: files of a folder hold one slice each.")
+        self._largest = first
+        for name in names[1:]:
+            other = open_file(name, replace(self._choice, quiet=True))
+            if (other.shape, other.dtype) != (first.shape, first.dtype):
+                raise InputError(
+                    f"{self.path} mixes slices: {os.path.basename(names[0])} is {first.shape} "
+                    f"{first.dtype}, {os.path.basename(name)} is {other.shape} {other.dtype} "
+                    "(c, z, y, x)."
+                )
+            if other.held((1, y, x)) > self._largest.held((1, y, x)):
+                self._largest = other
+        sizes = (None, *first.voxel_size[1:]) if first.voxel_size else (None, None, None)
+        self._describe((c, len(names), y, x), first.dtype, first.chunk, sizes)
+        self.channel_names = first.channel_names
+        self.index = self._largest.index
+        return names
+
+    def held(self, shape: Sequence[int]) -> int:
+        """As of any volume; the slices are read one after the other."""
+        one = 1, *shape[1:]
+        return self._largest.held(one) + self.shape[0] * math.prod(one) * self.dtype.itemsize
+
+    def slice_files(self) -> list[str]:
+        """Name of the file of each slice."""
+        return [os.path.basename(name) for name in self._source]
+
+    def _slices(self) -> list[str]:
+        """Paths of the slices, so sorted that t2 comes before t10."""
+        try:
+            names = [name for name in os.listdir(self.path) if not name.startswith(".")]
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read: {reason(error)}.") from error
+        names = [name for name in names if name.lower().endswith((".tif", ".tiff", ".png"))]
+        if not names:
+            raise InputError(f"{self.path} holds neither TIFF or PNG slices nor Zarr metadata.")
+        return [os.path.join(self.path, name) for name in sorted(names, key=_natural)]
+
+    def _read(self, box: Box) -> NDArray[Any]:
+        c, _, y, x = self.shape
+        voxels = np.empty((c, *box.shape), self.dtype)
+        flat = Box((0, *box.start[1:]), (1, *box.stop[1:]))
+        for z, name in enumerate(self._source[box.slices[0]]):
+            slice_ = opened_again(open_file, name, self._choice, (c, 1, y, x), self.dtype)
+            voxels[:, z] = slice_.read(flat)[:, 0]
+        return voxels
+
+    def _open_again(self) -> list[str]:
+        """The list alone: every slice is checked where it is read."""
+        try:
+            names = self._slices()
+        except InputError as error:
+            raise RunError(str(error)) from error
+        if len(names) != self.shape[1]:
+            raise RunError(f"{self.path} now has {len(names)} slices: it had {self.shape[1]}.")
+        return names
+
+    def _files(self) -> list[str]:
+        return list(self._source)
+
+
+def _natural(name: str) -> tuple[list[int | str], str]:
+    parts = re.split(r"([0-9]+)", name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name

@@ -1,0 +1,156 @@
+"""Image files: TIFF and PNG, one file a volume.
+
+Knows how planes of a file become (c, z, y, x). Does not know folders or Zarr.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.PngImagePlugin import PngImageFile
+
+from unet_ray.errors import InputError, RunError, nearest
+from unet_ray.tiling.boxes import Box
+from unet_ray.volumes.tiff import TiffImage, open_tiff, reason
+from unet_ray.volumes.volume import Choice, Volume, name_axes
+
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+PNG_MAGIC = b"\x89PNG"
+_ROWS = 64  # of a PNG image, taken out at a time
+
+
+class Tiff(Volume):
+    """One TIFF file."""
+
+    kind = "tiff"
+
+    def _open(self) -> tuple[TiffImage, NDArray[np.int64]]:
+        image = open_tiff(self.path, quiet=self._choice.quiet)
+        axes = name_axes(self.path, re.sub("[iq]", "?", image.axes.lower()), image.shape)
+        planes = _plane_numbers(axes, image.shape)
+        time, channels = self._choice.select(self.path, planes.shape[0], planes.shape[1])
+        extents = [image.shape[axes.index(axis)] for axis in "yx"]
+        planes = planes[time, channels]
+        self._describe((*planes.shape, *extents), image.dtype, image.segment, image.sizes)
+        self._name_channels(image.channel_names, channels)
+        self._held, self.index = image.held, image.index
+        return image, planes
+
+    def held(self, shape: Sequence[int]) -> int:
+        """As of any volume; plain strips that follow each other are mapped, and hold nothing."""
+        return self._held
+
+    def _read(self, box: Box) -> NDArray[Any]:
+        image, planes = self._source
+        z, y, x = box.slices
+        voxels: NDArray[Any] = image.read(planes[:, z], y, x)
+        return voxels
+
+
+def _plane_numbers(axes: str, shape: Sequence[int]) -> NDArray[np.int64]:
+    """Numbers of the planes of a TIFF image, as an array over (t, c, z).
+
+    Samples of a pixel (s) are channels too, and vary faster than c.
+    """
+    rest = {axis: n for axis, n in zip(axes, shape, strict=True) if axis not in "yx-"}
+    numbers = np.arange(math.prod(rest.values()), dtype=np.int64).reshape(tuple(rest.values()))
+    numbers = numbers.transpose([list(rest).index(axis) for axis in "tcsz" if axis in rest])
+    t, c, s, z = (rest.get(axis, 1) for axis in "tcsz")
+    return numbers.reshape(t, c * s, z)
+
+
+class Png(Volume):
+    """One PNG image; of a palette image the numbers of the colours, not the colours."""
+
+    kind = "png"
+
+    def _open(self) -> None:
+        try:
+            with PngImageFile(self.path) as image, open(self.path, "rb") as file:
+                (width, height), bands = image.size, len(image.getbands())
+                bits, colours = file.read(26)[24:]
+                file.seek(max(0, os.path.getsize(self.path) - 4096))
+                ends = b"IEND" in file.read()
+        except Exception as error:  # a parser of arbitrary bytes may fail in any way
+            raise InputError(
+                f"{self.path} cannot be read as a PNG image: {reason(error)}."
+            ) from error
+        if not ends:
+            raise InputError(f"{self.path} is truncated: no PNG end mark; copy or export it again.")
+        if bits == 16 and colours:
+            raise InputError(f"{self.path} has 16 bits per colour, which only TIFF is read with.")
+        _, channels = self._choice.select(self.path, 1, bands)
+        dtype = np.dtype(np.uint16 if bits == 16 else np.uint8)
+        shape = (channels.stop - channels.start, 1, height, width)
+        self._describe(shape, dtype, shape[1:], (None, None, None))
+        self._name_channels((), channels)
+        self._bands = bands
+
+    def held(self, shape: Sequence[int]) -> int:
+        """As of any volume: the image as Pillow has it, and some rows in copies."""
+        pixel = 4 if self._bands > 1 else self.dtype.itemsize
+        rows = self.shape[2] + 3 * min(_ROWS, self.shape[2])
+        return pixel * rows * self.shape[3]
+
+    def _read(self, box: Box) -> NDArray[Any]:
+        _, y, x = box.slices
+        voxels = np.empty((self.shape[0], *box.shape), self.dtype)
+        _, channels = self._choice.select(self.path, 1, self._bands)
+        try:
+            with PngImageFile(self.path) as image:
+                if (*image.size, len(image.getbands())) != (*self.shape[:1:-1], self._bands):
+                    raise ValueError("it has become another image since it was opened")
+                for row in range(y.start, y.stop, _ROWS):
+                    end = min(row + _ROWS, y.stop)
+                    part = np.asarray(image.crop((x.start, row, x.stop, end)))
+                    there = slice(row - y.start, end - y.start)
+                    voxels[:, 0, there] = np.moveaxis(np.atleast_3d(part), -1, 0)[channels]
+        except Exception as error:  # as above
+            raise RunError(f"{self.path} cannot be decoded: {reason(error)}.") from error
+        return voxels
+
+
+_FOREIGN = {
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUM": "a NumPy file",
+    b"PK\x03\x04": "a zip archive",
+    b"\x1f\x8b": "a gzip file",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"BM": "a BMP image",
+    b"GIF8": "a GIF image",
+    b"%PDF": "a PDF document",
+    b"NRRD": "an NRRD file",
+}
+
+
+def open_file(path: str, choice: Choice) -> Volume:
+    """Opens a TIFF or PNG file.
+
+    Raises:
+        InputError: if it is neither, or cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+    except FileNotFoundError as error:
+        folder, name = os.path.split(path)
+        beside = os.listdir(folder) if os.access(folder, os.R_OK) else []
+        raise InputError(f"{path} does not exist{nearest(name, beside)}.") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {reason(error)}.") from error
+    if head.startswith(TIFF_MAGIC):
+        return Tiff(path, choice)
+    if head.startswith(PNG_MAGIC):
+        return Png(path, choice)
+    if not head:
+        raise InputError(f"{path} is empty.")
+    known = [f": {what}" for magic, what in _FOREIGN.items() if head.startswith(magic)]
+    raise InputError(
+        f"{path} is neither TIFF, PNG nor Zarr: it starts with {head[:4]!r}{''.join(known)}."
+    )

@@ -1,0 +1,210 @@
+"""Zarr arrays, and the images of OME-Zarr groups.
+
+Knows the metadata of OME-Zarr 0.1 to 0.5. Does not know stores that this package writes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unet_ray.errors import InputError, RunError
+from unet_ray.storage.objects import ObjectPath
+from unet_ray.storage.places import open_array, place_of
+from unet_ray.tiling.boxes import Box
+from unet_ray.volumes.tiff import MICROMETRES, Sizes, reason
+from unet_ray.volumes.volume import Volume, name_axes
+
+METADATA_FILES = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
+# Chunks of Zarr are read together up to so many bytes, or one by one; of these so many are under
+# way at a time (its setting async.concurrency).
+READ_BYTES, ZARR_UNITS = 32 << 20, 10
+
+
+class Zarr(Volume):
+    """A Zarr array, or one level of the first image of an OME-Zarr group."""
+
+    kind = "zarr"
+
+    def _open(self) -> tuple[Any, str, int, slice]:
+        try:
+            image = _zarr_image(self.path, self._choice.level)
+        except InputError:
+            raise
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{self.path} has metadata that are not OME-Zarr: {error!r}."
+            ) from error
+        self._folder = image.folder
+        try:
+            array = open_array(place_of(image.folder))
+        except Exception as error:  # zarr fails in many ways on damaged metadata
+            raise InputError(
+                f"{image.folder} cannot be opened as Zarr: {reason(error)}."
+            ) from error
+        axes = name_axes(image.folder, image.axes or "?" * array.ndim, array.shape)
+        extents = dict(zip(axes, array.shape, strict=True))
+        chunks = dict(zip(axes, array.chunks, strict=True))
+        time, channels = self._choice.select(self.path, extents.get("t", 1), extents.get("c", 1))
+        shape = channels.stop - channels.start, *(extents.get(axis, 1) for axis in "zyx")
+        dtype = np.dtype(np.uint8) if array.dtype.kind == "b" else array.dtype.newbyteorder("=")
+        self._describe(shape, dtype, [chunks.get(axis, 1) for axis in "zyx"], image.sizes)
+        self._name_channels(image.channel_names, channels)
+        deep = chunks.get("c", 1)
+        together = math.prod(array.chunks) * (-(-channels.stop // deep) - channels.start // deep)
+        self.unit_bytes = int(together * array.dtype.itemsize)
+        self._together = max(1, READ_BYTES // self.unit_bytes)
+        # Of a sharded array all inner chunks of a part may be held, else those under way.
+        self._under_way = self._together if array.shards else min(self._together, ZARR_UNITS)
+        return array, axes, time, channels
+
+    def held(self, shape: Sequence[int]) -> int:
+        """As of any volume; of several units, and of the part that they are put together to."""
+        touched = math.prod(
+            min((extent - 2) // n + 2, -(-whole // n))
+            for extent, whole, n in zip(shape, self.shape[1:], self.chunk, strict=True)
+        )
+        part = self._together if touched > self._together else 0
+        return (2 * min(self._under_way, touched) + part) * self.unit_bytes
+
+    def _read(self, box: Box) -> NDArray[Any]:
+        parts = [*box.split_by_chunks(self.chunk, self._together)]
+        if len(parts) == 1:
+            return self._read_part(box)
+        voxels = np.empty((self.shape[0], *box.shape), self.dtype)
+        for part in parts:
+            place = part.relative_to(box.start)
+            voxels[(slice(None), *place.slices)] = self._read_part(part)
+        return voxels
+
+    def _read_part(self, box: Box) -> NDArray[Any]:
+        array, axes, time, channels = self._source
+        where = {"t": slice(time, time + 1), "-": slice(0, 1), "c": channels}
+        where |= dict(zip("zyx", box.slices, strict=True))
+        window = tuple(where[axis] for axis in axes)
+        try:
+            _refuse_cut_chunks(array, self._folder, window)
+            voxels = np.asarray(array[window])
+        except Exception as error:  # every codec and every store has errors of its own
+            raise RunError(f"{self._folder} cannot be read at {box}: {reason(error)}.") from error
+        order = [*(i for i, axis in enumerate(axes) if axis in "t-")]
+        order += [axes.index(axis) for axis in "czyx" if axis in axes]
+        voxels = voxels.transpose(order).reshape(self.shape[0], *box.shape)
+        return voxels.astype(self.dtype, copy=False)
+
+    def _files(self) -> list[str]:
+        folders = dict.fromkeys((self.path, self._folder))
+        names = [os.path.join(folder, name) for folder in folders for name in METADATA_FILES]
+        return [name for name in names if place_of(name).is_file()]
+
+
+def _refuse_cut_chunks(array: Any, folder: str, window: Sequence[slice]) -> None:
+    """Refuses chunk files that zarr would misread without an error.
+
+    An empty shard is read as a blank one, and Blosc reads past the end of a truncated chunk. In an
+    object store, which puts objects whole, it would take a request per chunk, and is left out.
+    """
+    if isinstance(place_of(folder), ObjectPath):
+        return
+    last = type(array.compressors[-1]).__name__ if array.compressors and not array.shards else ""
+    extents = array.shards or array.chunks
+    ranges = [range(s.start // n, -(-s.stop // n)) for s, n in zip(window, extents, strict=True)]
+    for place in itertools.product(*ranges):
+        name = array.metadata.encode_chunk_key(place)
+        try:
+            with open(os.path.join(folder, *name.split("/")), "rb") as file:
+                head, size = file.read(16), os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            continue  # never written: the fill value
+        declared = int.from_bytes(head[12:], "little") if "Blosc" in last else size
+        if not size or declared != size:
+            raise ValueError(f"chunk {name} is truncated: it has {size} bytes")
+
+
+@dataclass(frozen=True)
+class _ZarrImage:
+    """Where an array lies and what the metadata around it say of it."""
+
+    folder: str
+    axes: str
+    sizes: Sizes = (None, None, None)
+    channel_names: tuple[str, ...] = ()
+
+
+def _zarr_image(path: str, level: int) -> _ZarrImage:
+    """Finds the array to read in a Zarr array or OME-Zarr group (versions 0.1 to 0.5)."""
+    node = _json(path, "zarr.json") or {"node_type": "group", **_zarr_v2(path)}
+    if node.get("node_type") == "array":
+        if level:
+            raise InputError(f"{path} is one Zarr array: --level {level} needs an OME-Zarr image.")
+        names = node.get("dimension_names") or ()
+        return _ZarrImage(path, "".join(_letter(name or "?") for name in names))
+    attributes = node.get("attributes", {})
+    attributes = attributes.get("ome", attributes)
+    if "multiscales" not in attributes:
+        inside = (
+            ""
+            if "://" in path
+            else f" of {sorted(e.name for e in os.scandir(path) if e.is_dir())[:5]}"
+        )
+        raise InputError(f"{path} is a Zarr group without an image: open one{inside} in it.")
+    return _multiscale(path, attributes, level)
+
+
+def _zarr_v2(path: str) -> dict[str, Any]:
+    """The metadata of a Zarr v2 array or group, in the words of v3."""
+    attributes = _json(path, ".zattrs")
+    found: dict[str, Any] = {"attributes": attributes}
+    if place_of(os.path.join(path, ".zarray")).is_file():
+        found["node_type"] = "array"
+        found["dimension_names"] = attributes.get("_ARRAY_DIMENSIONS")
+    return found
+
+
+def _json(folder: str, name: str) -> dict[str, Any]:
+    """An object in a metadata file; empty where there is no such file."""
+    path = os.path.join(folder, name)
+    try:
+        found = json.loads(place_of(path).read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {reason(error)}.") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no JSON object.")
+    return found
+
+
+def _multiscale(path: str, attributes: dict[str, Any], level: int) -> _ZarrImage:
+    """One level of the first multiscale image that the attributes of a group describe."""
+    image = attributes["multiscales"][0]
+    levels = image["datasets"]
+    if not 0 <= level < len(levels):
+        raise InputError(f"{path} has no --level {level}: it goes from 0 to {len(levels) - 1}.")
+    axes = [axis if isinstance(axis, dict) else {"name": axis} for axis in image.get("axes", ())]
+    letters = "".join(_letter(axis["name"], axis.get("type")) for axis in axes)
+    units = [MICROMETRES.get(str(axis.get("unit", "")).lower()) for axis in axes]
+    scales = np.ones(len(axes))
+    for part in (levels[level], image):
+        for step in part.get("coordinateTransformations", ()):
+            scales = scales * (step["scale"] if step["type"] == "scale" else 1)
+    size = {a: float(n) * unit for a, n, unit in zip(letters, scales, units, strict=True) if unit}
+    channels = (attributes.get("omero") or {}).get("channels", ())
+    names = tuple(str(channel.get("label", "")) for channel in channels)
+    folder = os.path.join(path, *levels[level]["path"].split("/"))
+    return _ZarrImage(folder, letters, (size.get("z"), size.get("y"), size.get("x")), names)
+
+
+def _letter(name: str, kind: str | None = None) -> str:
+    """The letter of an axis of this name and OME type, "?" where it is none of t, c, z, y, x."""
+    word = kind if kind in ("time", "channel") else name.lower()
+    letter = {"time": "t", "channel": "c"}.get(word, word)
+    return letter if letter in ("t", "c", "z", "y", "x") else "?"
