@@ -9,7 +9,7 @@ from threading import Thread
 
 import torch
 
-from tests.test_segmentation import noise, random_model, write_stack
+from tests.helper import Idle, noise, random_model, write_stack
 from unet_ray.engine import engines as engine
 from unet_ray.engine import pool
 from unet_ray.engine.stages import Stage
@@ -25,19 +25,6 @@ WORKERS = 2
 EMPTY_TILES = 3000
 MANY_TILES = 1_000_000
 TILES_EACH = 40
-
-
-class Idle:
-    """A worker with nothing to do."""
-
-    def read(self, tile):
-        """Nothing."""
-
-    def predict(self, tile, voxels):
-        """Nothing."""
-
-    def write(self, tile, result):
-        """Nothing."""
 
 
 IDLE = Stage("idle", Idle, "cpu")

@@ -18,9 +18,7 @@ import numpy as np
 import ray
 import tifffile
 
-from tests.bench_engine import Idle
-from tests.test_memory import actors_of, anonymous
-from tests.test_segmentation import noise, random_model
+from tests.helper import Idle, actors_of, anonymous, noise, random_model
 from unet_ray.engine import cluster
 from unet_ray.engine import engines as engine
 from unet_ray.engine.stages import Stage

@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from tests.test_memory import anonymous, workers_of
-from tests.test_segmentation import random_model
+from tests.helper import anonymous, random_model, workers_of
 from unet_ray.units import format_bytes
 
 CHUNK = (16, 1024, 1024)

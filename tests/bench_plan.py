@@ -9,9 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.test_memory import resident_peak
-from tests.test_pilot import petabyte
-from tests.test_segmentation import noise, random_model, shards_of, write_stack
+from tests.helper import noise, petabyte, random_model, resident_peak, shards_of, write_stack
 from unet_ray.segmentation.outlook import plan
 from unet_ray.segmentation.pilot import try_tiles
 from unet_ray.segmentation.segment import segment

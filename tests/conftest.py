@@ -54,7 +54,8 @@ def local_ray():
 @pytest.fixture(scope="session")
 def task(tmp_path_factory):
     """A volume, a model, and the store of an undisturbed run of 24 tiles: not to be changed."""
-    from tests.test_segmentation import TILED, noise, random_model, segment, write_stack
+    from tests.helper import TILED, noise, random_model, write_stack
+    from tests.segmentation.test_segmentation import segment
 
     folder = tmp_path_factory.mktemp("task")
     volume = write_stack(folder / "volume.tif", noise((3, 61, 75)))

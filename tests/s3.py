@@ -175,12 +175,12 @@ def serving():
 @pytest.fixture
 def bucket(monkeypatch):
     """An object store at s3://bucket, for this test alone."""
-    from unet_ray.storage import places
+    from unet_ray.storage import objects
 
     with serving() as (bucket, environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        places._store.cache_clear()
+        objects.client_of.cache_clear()
         bucket.environment = environment
         yield bucket
-        places._store.cache_clear()
+        objects.client_of.cache_clear()

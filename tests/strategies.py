@@ -1,6 +1,9 @@
 """What hypothesis draws: shapes, boxes, contexts and plans, small enough to check each voxel."""
 
+import numpy as np
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import ndimage
 
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import Context, Level, TilePlan
@@ -52,3 +55,27 @@ def plans(draw, most=(20, 70, 70), context=None):
         passes.append(step * steps)
         core.append(step * steps * parts)
     return TilePlan(draw(shapes(most)), tuple(core), chosen, tuple(passes))
+
+
+def labels(most=3, width=(1, 12)):
+    """Two label images (y, x) of one shape, of few numbers on few pixels."""
+
+    def images(shape):
+        image = arrays(np.int32, shape, elements=st.integers(0, most))
+        return st.tuples(image, image)
+
+    return st.tuples(st.integers(1, 3), st.integers(*width)).flatmap(images)
+
+
+@st.composite
+def pairs(draw, most=12):
+    """A truth and a proposal: blobs and noise, ties included; proposals like the truth and not."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    shape = rng.integers(draw(st.sampled_from([1, 8])), most + 1, 2)
+    smooth = ndimage.gaussian_filter(rng.standard_normal(shape), draw(st.sampled_from([0, 0.7, 1])))
+    truth = smooth > draw(st.sampled_from([-0.4, 0, 0.4])) * smooth.std()
+    noise = rng.random(shape)
+    similar = draw(st.sampled_from([0, 0.3, 0.6, 0.9]))
+    proposal = np.clip(similar * truth + (1 - similar) * noise, 0, 1)
+    levels = draw(st.sampled_from([1, 2, 10, 255, None]))
+    return truth, proposal if levels is None else np.rint(proposal * levels) / levels

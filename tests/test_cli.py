@@ -16,14 +16,13 @@ import tifffile
 import yaml
 import zarr
 
-from tests.test_segmentation import bytes_of, noise, random_model, state_of, write_stack
+from tests.helper import bytes_of, noise, random_model, state_of, write_stack
 from unet_ray import cli
 from unet_ray.engine import cluster
 from unet_ray.network.checkpoints import read_model
 from unet_ray.report import page as report
 from unet_ray.storage.layout import LEDGER
 from unet_ray.storage.ledger import committed
-from unet_ray.training import trainer as training
 from unet_ray.versions import VERSION
 
 ROOT = Path(__file__).parent.parent
@@ -218,7 +217,7 @@ def trained(monkeypatch):
         calls.append((images, labels, out, recipe, engine, workers))
         return Path(out) / "model.safetensors"
 
-    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr("unet_ray.training.train.train", train)
     monkeypatch.setattr(report, "write_report", lambda path: path / "report.html")
     return calls
 

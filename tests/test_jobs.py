@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_segmentation import classes_of, noise, write_stack
-from tests.test_training import measures, told_by
+from tests.helper import classes_of, measures, model_content, noise, write_stack
 from unet_ray.engine import cluster
 from unet_ray.errors import RunError
 from unet_ray.network.checkpoints import find_model, read_model
@@ -57,7 +56,7 @@ def test_one_worker_of_ray_trains_what_the_local_engine_trains(files, tmp_path, 
     assert kept == [".lock", *steps]  # and nothing of Ray's own
     monkeypatch.setattr(cluster, "usable_cores", lambda: 2)  # as many as that Ray has
     local = train([files[0]], [files[1]], tmp_path / "local", recipe())
-    assert told_by(model) == told_by(local)
+    assert model_content(model) == model_content(local)
 
 
 @pytest.mark.ray

@@ -224,6 +224,8 @@ def opened_again(
     Raises:
         RunError: if it cannot be opened any more, or is another image now.
     """
+    if "://" not in path and not os.path.exists(path):
+        raise RunError(f"{path} does not exist any more.")
     try:
         volume = opener(path, replace(choice, quiet=True))
     except InputError as error:

@@ -1,0 +1,350 @@
+"""What an actor does with a block of tiles; all steps by one of them, or with GPUs by three."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tests.helper import TILED, Marker, Slow, Watching, bytes_of, marked, stage, written
+from unet_ray.engine import actors, attempts, parcels, pool
+from unet_ray.engine.actors import GpuActor, Reader, TileActor, Writer
+from unet_ray.engine.attempts import TRIES
+from unet_ray.engine.engines import run
+from unet_ray.engine.stages import Carried, Receipt, Stage
+from unet_ray.segmentation.preparation import prepare
+from unet_ray.storage.layout import StoreLayout
+from unet_ray.storage.marks import Mark
+from unet_ray.storage.stores import create_store
+
+DEVICES = pytest.mark.parametrize("device", ["cpu", "cuda"])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "tiles").mkdir()
+    return tmp_path / "tiles"
+
+
+def done_by_actors(stage, tiles):
+    """What becomes of a block, by the actors that a run on such a device has."""
+    table = pa.table({"tiles": [tiles]})
+    for kind in [Reader, GpuActor, Writer] if stage.device == "cuda" else [TileActor]:
+        actor = kind(stage)
+        table = pa.concat_tables(actor(table.slice(row, 1)) for row in range(len(table)))
+    return status_bytes(table)
+
+
+def status_bytes(table):
+    """The receipts of a table."""
+    return [Receipt(**row) for row in table.select(parcels.RECEIPT).to_pylist()]
+
+
+@DEVICES
+def test_marks_that_cannot_be_made_are_failures(folder, device):
+    lost = dataclasses.replace(stage(folder, device), marks=folder / "none" / "such")
+    told = done_by_actors(lost, "1,2")
+    assert [(r.tile, r.verdict) for r in told] == [(1, "again"), (2, "again")]
+    assert all("No such file" in r.error for r in told)
+    assert not written(folder)
+
+
+@DEVICES
+def test_a_tile_that_fails_goes_no_further_and_the_others_do(folder, device):
+    bad = {("read", 2): OSError("a"), ("predict", 3): OSError("b"), ("write", 4): OSError("c")}
+    told = done_by_actors(dataclasses.replace(marked(folder, bad=bad), device=device), "1,2,3,4,5")
+    assert [r.error for r in told] == ["", "OSError: a", "OSError: b", "OSError: c", ""]
+    assert [bool(r.trace) for r in told] == [False, True, True, True, False]
+    assert written(folder) == {1: 1, 5: 1}
+    again = done_by_actors(dataclasses.replace(marked(folder), device=device), "1,2,3,4,5")
+    assert not any(r.error for r in again)
+    assert written(folder) == dict.fromkeys(range(1, 6), 1)
+
+
+@DEVICES
+def test_a_worker_that_is_handed_a_block_again_does_only_what_is_missing(folder, device):
+    """Its first workers did tiles 1, 2 and 4, failed with 3, and one ended within 5."""
+    first = {("read", 3): OSError("no"), ("write", 5): SystemExit()}
+    broken = dataclasses.replace(marked(folder, bad=first), device=device)
+    with pytest.raises(SystemExit):
+        done_by_actors(broken, "1,2,3,4,5")
+    with open(folder / "marks" / {"cpu": "1", "cuda": "4"}[device], "ab") as file:
+        file.write(b'[4, "do')
+    whole = dataclasses.replace(marked(folder), device=device)
+    told = done_by_actors(whole, "1,2,3,4,5")
+    assert [r.tile for r in told] == [1, 2, 3, 4, 5] and not any(r.error for r in told)
+    assert written(folder) == dict.fromkeys(range(1, 6), 1)
+    assert done_by_actors(whole, "1,2,3,4,5") == told
+    assert written(folder).total() == 5
+
+
+BLOCKS = {
+    Reader: pa.table({"tiles": ["7"]}),
+    GpuActor: parcels.packed([Carried(Receipt(7, 0.5, held=9), np.full(3, 7))]),
+    Writer: parcels.packed([Carried(Receipt(7, 0.5, held=9), np.array([21]))]),
+}
+
+
+@pytest.mark.parametrize("kind", [Reader, GpuActor, Writer])
+def test_a_step_that_ends_its_process_each_time_is_given_up(folder, kind):
+    """And one that only ever went on to the next step is not, however often it did."""
+    for _ in range(TRIES + 1):
+        (told,) = status_bytes(kind(marked(folder))(BLOCKS[kind]))
+        assert (told.tile, told.error) == (7, "")
+        assert kind is Reader or (told.seconds >= 0.5 and told.held >= 9)
+    assert written(folder).total() == (kind is Writer)
+    for mark in (folder / "marks").iterdir():
+        mark.unlink()
+    for _ in range(TRIES):
+        with pytest.raises(SystemExit):
+            kind(marked(folder, bad={(kind.steps[0], 7): SystemExit()}))(BLOCKS[kind])
+    (told,) = status_bytes(kind(marked(folder))(BLOCKS[kind]))
+    assert told.verdict == "never" and "was begun 3 times and never ended" in told.error
+
+
+@pytest.mark.parametrize("kind", [Reader, GpuActor])
+@pytest.mark.parametrize(
+    ("error", "verdict"), [(SystemExit(), "never"), (MemoryError(), "alone"), (OSError(), "again")]
+)
+def test_packing_is_a_part_of_the_step(folder, monkeypatch, kind, error, verdict):
+    """Its copies take memory, so that is where a process may be killed."""
+
+    def fails(tiles):
+        if not tiles[0].receipt.error:
+            raise error
+        return packed(tiles)
+
+    packed = actors.packed
+    monkeypatch.setattr(actors, "packed", fails)
+    for _ in range(TRIES * isinstance(error, SystemExit)):
+        with pytest.raises(SystemExit):
+            kind(marked(folder))(BLOCKS[kind])
+    (told,) = status_bytes(kind(marked(folder))(BLOCKS[kind]))
+    assert told.verdict == verdict and told.error
+
+
+def test_a_tile_that_ends_its_reader_takes_no_other_of_its_block_along(folder):
+    block = pa.table({"tiles": ["1,2,3"]})
+    for _ in range(TRIES):
+        with pytest.raises(SystemExit):
+            Reader(marked(folder, bad={("read", 2): SystemExit()}))(block)
+    told = status_bytes(Reader(marked(folder, bad={("read", 2): SystemExit()}))(block))
+    assert [r.verdict for r in told] == ["again", "never", "again"]
+    assert [bool(r.error) for r in told] == [False, True, False]
+
+
+def test_an_error_that_is_no_text_is_told(folder):
+    bad = {("read", 1): OSError("no file \udcff")}
+    (told,) = done_by_actors(stage(folder, bad=bad), "1")
+    assert told.error == "OSError: no file ?"
+
+
+def test_a_worker_that_was_made_may_end_as_often_as_it_likes(folder):
+    for _ in range(2 * TRIES):
+        TileActor(marked(folder))
+    [told] = (folder / "marks").iterdir()
+    kinds = [json.loads(line)[1] for line in told.read_text().splitlines()]
+    assert kinds == ["begun", "ended"] * 2 * TRIES
+
+
+def test_a_block_ends_early_where_its_tiles_take_longer_than_those_before(folder, monkeypatch):
+    monkeypatch.setattr(actors, "MOST_SECONDS", 0.25)
+    slow = Slow(lambda tile: 0.1 * (tile > 2))
+    told = done_by_actors(Stage("slow", lambda: slow, "cpu"), ",".join(map(str, range(20))))
+    assert 3 < len(told) < 9 and [r.tile for r in told] == slow.ended
+    monkeypatch.setattr(actors, "MOST_SECONDS", 0.0)
+    (told,) = done_by_actors(Stage("slow", lambda: slow, "cpu"), "7,8")
+    assert told.tile == 7
+
+
+# An actor that has a GPU
+
+
+def predicted(actor, tiles):
+    """Has an actor predict tiles on as many threads, as Ray does."""
+    blocks = [parcels.packed([Carried(Receipt(tile, 0.0))]) for tile in tiles]
+    threads = [threading.Thread(target=actor, args=(block,)) for block in blocks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+class Busy(Watching):
+    """A worker that notes, for each tile, how many are begun while it is predicted."""
+
+    def __init__(self, marks):
+        super().__init__()
+        self.marks, self.begun = marks, {}
+
+    def predict(self, tile, voxels):
+        super().predict(tile, voxels)
+        told = "".join(path.read_text() for path in self.marks.glob("predict-*"))
+        events = [json.loads(line)[1] for line in told.splitlines()]
+        self.begun[tile] = events.count("begun") - events.count("ended")
+
+
+def test_a_gpu_predicts_one_tile_and_the_next_ones_wait_for_it(folder):
+    there = marked(folder)
+    worker = Busy(there.marks)
+    actor = GpuActor(
+        dataclasses.replace(there, make_worker=lambda: worker, device="cuda", under_way=3)
+    )
+    predicted(actor, range(12))
+    assert worker.most["predict"] == 1 and len(worker.begun) == 12
+    assert 2 <= max(worker.begun.values()) <= 3
+
+
+def test_a_tile_that_may_have_ended_its_gpu_is_tried_with_nothing_beside_it(folder):
+    there = marked(folder)
+    suspects = [2, 5, 6]
+    for tile in suspects:
+        attempts.Marks(there.marks / f"predict-{tile}").add(Mark(tile, "begun"))
+    worker = Busy(there.marks)
+    actor = GpuActor(
+        dataclasses.replace(there, make_worker=lambda: worker, device="cuda", under_way=4)
+    )
+    predicted(actor, range(10))
+    others = [begun for tile, begun in worker.begun.items() if tile not in suspects]
+    # Those whose first try was never marked as ended count as begun.
+    assert len(others) == 7 and {worker.begun[tile] for tile in suspects} == {4}, worker.begun
+
+
+# On Ray, in processes of their own with a Ray that is told of a GPU where there is none.
+
+
+def in_ray_with_a_gpu(name, *arguments):
+    """Has a function below called in such a process, and gives the list that it prints."""
+    program = f"""
+import sys, ray
+from tests.engine import test_actors
+ray.init(
+    address="local",
+    num_cpus=2,
+    num_gpus=1,
+    include_dashboard=False,
+    log_to_driver=False,
+    object_store_memory=300 << 20,
+)
+test_actors.{name}(*sys.argv[1:])
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    # Ray may tell something, too.
+    (told,) = [line for line in ran.stdout.splitlines() if line.startswith("[")]
+    return json.loads(told)
+
+
+class Dying(Marker):
+    """A worker whose process ends in each step, with a tile of its own, so many times."""
+
+    tiles = {"read": 10, "predict": 12, "write": 14}  # noqa: RUF012
+
+    def step(self, name, tile):
+        super().step(name, tile)
+        if tile == self.tiles[name]:
+            with open(Path(self.folder, f"killed-{name}"), "ab") as mark:
+                if mark.tell() < self.deaths:
+                    mark.write(b".")
+                    mark.flush()
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_each_step(folder, deaths):
+    """24 tiles in three waves, of which three fail, and three end those who take their steps."""
+    pool.FIRST_WAVE, pool.GPU_WAVE, pool.BLOCKS_EACH = 8, 4, 1
+    bad = {("read", 0): OSError("a"), ("predict", 1): OSError("b"), ("write", 20): OSError("c")}
+    dying = dataclasses.replace(
+        marked(Path(folder)),
+        make_worker=partial(Dying, folder, bad=bad, deaths=int(deaths)),
+        device="cuda",
+        under_way=4,
+        together=3,
+    )
+    receipts = [dataclasses.asdict(receipt) for receipt in run(dying, range(24), "ray")]
+    print(json.dumps(receipts))
+
+
+def segment_on_gpus(volume, model, out):
+    """Segments by actors of three kinds, as if the CPU were a GPU."""
+    task = prepare(volume, model, Path(out), TILED)
+    create_store(
+        task.out, StoreLayout(task.plan, task.class_values, task.outputs, None), task.provenance
+    )
+    marks = Path(out, ".unet_ray", "marks")
+    marks.mkdir(parents=True)
+    stage = Stage("x", task.make_worker, "cuda", marks, under_way=4, make_helper=task.make_helper)
+    print(json.dumps([receipt.error for receipt in run(stage, range(len(task.plan)), "ray")]))
+
+
+@pytest.mark.ray
+def test_readers_and_writers_for_gpus_give_the_bytes_of_the_local_engine(task, tmp_path):
+    volume, model, store = task
+    told = in_ray_with_a_gpu("segment_on_gpus", volume, model, tmp_path / "out.zarr")
+    assert told == [""] * 24
+    assert bytes_of(tmp_path / "out.zarr") == bytes_of(store)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("deaths", [1, 99])
+def test_whoever_of_them_is_killed_every_tile_is_told_of_and_written_once(folder, deaths):
+    told = in_ray_with_a_gpu("kill_each_step", folder, deaths)
+    assert sorted(receipt["tile"] for receipt in told) == [*range(24)]
+    failed = {receipt["tile"]: receipt["error"] for receipt in told if receipt["error"]}
+    given_up = {10, 12, 14} if deaths > TRIES else set()
+    assert failed.keys() == {0, 1, 20} | given_up
+    assert all("was begun 3 times and never ended" in failed[tile] for tile in given_up)
+    assert [failed[tile] for tile in (0, 1, 20)] == ["OSError: a", "OSError: b", "OSError: c"]
+    assert written(folder) == dict.fromkeys({*range(24)} - failed.keys(), 1)
+    for step in attempts.STEPS:
+        assert (folder / f"killed-{step}").stat().st_size == min(deaths, TRIES)
+    assert not [*(folder / "marks").iterdir()]
+
+
+class Large(Marker):
+    """A worker whose voxels and results are large beside the object store."""
+
+    def read(self, tile):
+        return np.full(8 << 20, tile, np.uint8)
+
+    def predict(self, tile, voxels):
+        return {"a": voxels, "b": voxels}
+
+    def write(self, tile, result):
+        super().write(tile, np.full(1, 3 * int(result["b"][-1])))
+
+
+def run_beside_others(folder):
+    """Runs where nearly all CPUs are taken."""
+    import ray
+    from ray.util import placement_group
+
+    ray.get(placement_group([{"CPU": 1.9}]).ready())
+    large = dataclasses.replace(
+        marked(Path(folder)), make_worker=partial(Large, folder), device="cuda", under_way=4
+    )
+    alone = run(large, range(58, 60), "ray", alone=True)
+    receipts = [*run(large, range(58), "ray"), *alone]
+    print(json.dumps([receipt.error for receipt in receipts]))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_they_need_no_cpu_that_others_have_and_no_more_than_the_object_store(folder):
+    assert in_ray_with_a_gpu("run_beside_others", folder) == [""] * 60
+    assert written(folder) == dict.fromkeys(range(60), 1)

@@ -1,0 +1,489 @@
+"""Tiles that fail: tried again, then quarantined; all others are done, and nothing is silent."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from subprocess import run
+from threading import Event
+
+import numpy as np
+import pytest
+import tifffile
+import zarr
+
+from tests.helper import FLOAT32, TILED, bytes_of, noise, shards_of, write_stack
+from unet_ray.engine import engines as engine
+from unet_ray.engine.stages import Deadline, Stage
+from unet_ray.errors import InputError, QuarantinedError, RunError
+from unet_ray.segmentation import disk as disks
+from unet_ray.segmentation import execution, preparation
+from unet_ray.segmentation import run as run_module
+from unet_ray.segmentation.segment import prepare_all, segment
+from unet_ray.segmentation.verification import verify
+from unet_ray.storage import ledger as ledgers
+from unet_ray.storage.events import read_events
+from unet_ray.storage.layout import ARRAYS, EVENTS, LEDGER, MARKS
+from unet_ray.storage.ledger import committed, quarantined
+from unet_ray.storage.marks import Mark, Marks
+from unet_ray.storage.stores import Store
+from unet_ray.tiling.boxes import Box
+
+ROOT = Path(__file__).parents[2]
+TILES = 24
+
+
+@pytest.fixture
+def fail(monkeypatch):
+    """Lets a step of given tiles fail, a number of times each; gives how often each was tried."""
+    tried = Counter()
+
+    def install(step, failures, error):
+        whole = getattr(run_module.TileWorker, step)
+
+        def failing(worker, tile, *more):
+            tried[tile] += 1
+            if tried[tile] <= failures.get(tile, 0):
+                if not isinstance(error, Exception):
+                    error()
+                raise error
+            return whole(worker, tile, *more)
+
+        monkeypatch.setattr(run_module.TileWorker, step, failing)
+        return tried
+
+    return install
+
+
+def done(store):
+    return set(np.flatnonzero(committed(store / LEDGER, TILES)).tolist())
+
+
+def given_up(store):
+    return set(np.flatnonzero(quarantined(store / LEDGER, TILES)).tolist())
+
+
+def events(store, name):
+    return [event for event in read_events(store / EVENTS) if event["event"] == name]
+
+
+@pytest.mark.parametrize("step", ["read", "predict", "write"])
+def test_a_tile_that_fails_twice_is_done_at_the_third_try(task, tmp_path, fail, step):
+    volume, model, whole = task
+    tried = fail(step, {5: 2, 17: 1}, ValueError("flaky"))
+    seen = []
+    store = segment(volume, model, tmp_path / "out.zarr", TILED, seen.append)
+    assert tried == {**dict.fromkeys(range(TILES), 1), 5: 3, 17: 2}
+    assert bytes_of(store) == bytes_of(whole)
+    assert [p.done for p in seen] == list(range(1, TILES + 1))
+    assert [event["tile"] for event in events(store, "failed")] == [5, 17, 5]
+
+
+def test_a_poison_tile_is_quarantined_and_the_rest_finishes(task, tmp_path, fail):
+    volume, model, whole = task
+    tried = fail("predict", {5: 99}, ValueError("poison"))
+    out, seen = tmp_path / "out.zarr", []
+    with pytest.raises(
+        QuarantinedError, match=r"quarantined 1 of 24 tiles.* tile 5 .*ValueError: poison"
+    ):
+        segment(volume, model, out, TILED, seen.append)
+    assert tried[5] == 3 and tried.total() == TILES + 2
+    assert done(out) == set(range(TILES)) - {5} and given_up(out) == {5}
+    assert (seen[-1].done, seen[-1].quarantined, seen[-1].total) == (23, 1, 24)
+    box = str(preparation.prepare(volume, model, out, TILED).plan[5].write)
+    first, *_ = events(out, "failed")
+    assert first["box"] == box and "in failing" in first["trace"] and "poison" in first["trace"]
+    assert [event["tile"] for event in events(out, "quarantined")] == [5]
+    # No silent hole: nothing of it is there.
+    missing = set(bytes_of(whole)) - set(bytes_of(out))
+    assert missing == {f"{ARRAYS[name]}/c/{'0/' * (name != 'classes')}0/1/1" for name in ARRAYS}
+
+
+def test_a_rerun_tries_only_what_is_quarantined(task, tmp_path, fail):
+    volume, model, whole = task
+    tried = fail("predict", {5: 4, 9: 3}, ValueError("poison"))
+    out = tmp_path / "out.zarr"
+    with pytest.raises(QuarantinedError, match="2 of 24 tiles"):
+        segment(volume, model, out, TILED)
+    before = Counter(tried)
+    assert segment(volume, model, out, TILED) == out
+    assert tried - before == {5: 2, 9: 1}
+    assert bytes_of(out) == bytes_of(whole)
+    assert given_up(out) == set()
+
+
+def test_a_value_that_is_not_finite_is_tried_once(task, tmp_path):
+    _, model, _ = task
+    image = noise((3, 61, 75), "float32")
+    image[2, 3, 4] = np.nan
+    volume, out = write_stack(tmp_path / "nan.tif", image), tmp_path / "out.zarr"
+    with pytest.raises(QuarantinedError, match=r"voxel \(z, y, x\) = \(2, 3, 4\) .* --nan zero"):
+        segment(volume, model, out, TILED)
+    assert given_up(out) and done(out) == set(range(TILES)) - given_up(out)
+    assert {event["tile"] for event in events(out, "failed")} == given_up(out)
+    assert len(events(out, "failed")) == len(given_up(out))
+
+
+def test_a_damaged_chunk_of_the_input_costs_the_tiles_that_read_it(task, tmp_path, monkeypatch):
+    monkeypatch.setattr("unet_ray.volumes.volume._PAUSE", 0)
+    _, model, _ = task
+    path = tmp_path / "volume.zarr"
+    image = noise((3, 61, 75))
+    zarr.create_array(path, data=image, chunks=(1, 61, 75))
+    chunk = path / "c/1/0/0"
+    chunk.write_bytes(chunk.read_bytes()[:-9])
+    out = tmp_path / "out.zarr"
+    with pytest.raises(QuarantinedError, match=r"8 of 24 tiles.* cannot be read at"):
+        segment(path, model, out, TILED)
+    run = preparation.prepare(path, model, out, TILED)
+    assert given_up(out) == {n for n in range(TILES) if run.plan[n].write.start[0] == 1}
+    assert done(out) == set(range(TILES)) - given_up(out)
+    assert run.provenance["normalisation"]["unread"] == ["1:2,0:61,0:75"]
+    np.testing.assert_allclose(run.intensity.mean, image[::2].mean())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_zero_takes_what_is_not_finite_as_zero(task, tmp_path, value):
+    _, model, _ = task
+    image = noise((3, 61, 75), "float32")
+    image[2, 3, 4] = value
+    settings = replace(TILED, nan="zero")
+    volume = write_stack(tmp_path / "volume.tif", image)
+    store = segment(volume, model, tmp_path / "out.zarr", settings)
+    told = json.loads((store / "zarr.json").read_text())["attributes"]["unet_ray"]
+    assert told["nan"] == "zero"
+    # The same mean and deviation, so only the voxel itself can differ.
+    run = preparation.prepare(volume, model, store, settings)
+    image[2, 3, 4] = 0
+    zero = write_stack(tmp_path / "zero.tif", image)
+    other = preparation.prepare(zero, model, tmp_path / "zero.zarr", settings)
+    execution.execute(replace(other, intensity=run.intensity), settings, print)
+    for name in ARRAYS.values():
+        one, two = (zarr.open_array(path / name, mode="r")[:] for path in (store, other.out))
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_slow_tile_is_tried_again_and_gives_the_same_bytes(task, tmp_path, fail, monkeypatch):
+    volume, model, whole = task
+    soon = partial(Stage, deadline=Deadline(first=60, multiple=10, least=1))
+    monkeypatch.setattr(execution, "Stage", soon)
+    tried = fail("predict", {5: 1, 17: 9}, Event().wait)
+    out = tmp_path / "out.zarr"
+    words = r"1 of 24 .* tile 17 .* did not end within (\d+) s"
+    with pytest.raises(QuarantinedError, match=words) as told:
+        segment(volume, model, out, replace(TILED, workers=9))
+    # Ten times what a tile takes here, but a second at least; no more the minute of the start.
+    assert 1 <= int(re.search(words, str(told.value))[1]) < 60
+    assert (tried[5], tried[17]) == (2, 3) and given_up(out) == {17}
+    tried[17] = 99
+    segment(volume, model, out, TILED)
+    assert bytes_of(out) == bytes_of(whole)
+
+
+def test_a_tile_that_lacks_memory_is_tried_alone(task, tmp_path, fail, monkeypatch):
+    volume, model, whole = task
+    run, alone = engine.run, []
+
+    def listening(stage, tiles, *more):
+        tiles = list(tiles)
+        alone.append(tiles if more[-1] is True else None)
+        return run(stage, tiles, *more)
+
+    monkeypatch.setattr("unet_ray.segmentation.execution.engines.run", listening)
+    tried = fail("predict", {5: 1, 17: 99}, MemoryError("out of memory"))
+    out = tmp_path / "out.zarr"
+    with pytest.raises(QuarantinedError, match=r"1 of 24 .* tile 17 .* give --memory (\d+)MiB and"):
+        segment(volume, model, out, TILED)
+    assert (tried[5], tried[17]) == (2, 2) and given_up(out) == {17}
+    assert sorted(alone[1]) == [5, 17] and alone[0] is None and len(alone) == 2
+    tried[17] = 99
+    segment(volume, model, out, TILED)
+    assert bytes_of(out) == bytes_of(whole)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_disk_that_takes_nothing_more_ends_the_run_at_once(task, tmp_path, fail, number):
+    volume, model, whole = task
+    tried = fail("write", {12: 1}, OSError(number, "the disk says no"))
+    out = tmp_path / "out.zarr"
+    one_by_one = replace(TILED, workers=1)
+    with pytest.raises(RunError, match=r"the disk says no; 12 of 24 tiles are done and stay"):
+        segment(volume, model, out, one_by_one)
+    assert done(out) == set(range(12)) and given_up(out) == set()
+    assert tried.total() < TILES
+    segment(volume, model, out, one_by_one)
+    assert bytes_of(out) == bytes_of(whole)
+
+
+def test_what_workers_had_done_but_no_driver_noted_is_not_done_again(task, tmp_path, fail):
+    """As after a kill of a driver on Ray in the middle of long blocks."""
+    volume, model, whole = task
+    out = segment(volume, model, tmp_path / "out.zarr", TILED)
+    for segment_of_notes in (out / LEDGER).glob("*.committed"):
+        segment_of_notes.unlink()
+    (out / MARKS / "1").mkdir(parents=True, exist_ok=True)
+    for tile in range(20):
+        Marks(out / MARKS / "1" / "0").add(Mark(tile, "done"))
+    tried, seen = fail("read", {}, ValueError()), []
+    segment(volume, model, out, TILED, seen.append)
+    assert set(tried) == {20, 21, 22, 23} and [p.done for p in seen] == [21, 22, 23, 24]
+    assert bytes_of(out) == bytes_of(whole)
+    assert verify(out, tiles=0).sound
+    again = replace(TILED, overwrite=True)  # what was noted of the store before says nothing
+    (out / MARKS / "1").mkdir(parents=True, exist_ok=True)
+    Marks(out / MARKS / "1" / "0").add(Mark(3, "done"))
+    tried.clear()
+    segment(volume, model, out, again)
+    assert set(tried) == set(range(24)) and bytes_of(out) == bytes_of(whole)
+
+
+@pytest.mark.parametrize(
+    ("told", "here"), [("AVX2", "AVX512, bfloat16"), ("AVX512, bfloat16", "DEFAULT, float32")]
+)
+def test_a_worker_on_a_machine_of_another_kind_writes_nothing(
+    task, tmp_path, monkeypatch, told, here
+):
+    volume, model, _ = task
+    out = tmp_path / "out.zarr"
+    monkeypatch.setattr(run_module, "instructions", lambda device: told)
+    run = preparation.prepare(volume, model, out, TILED)
+    monkeypatch.setattr(run_module, "instructions", lambda device: here)
+    with pytest.raises(RunError, match=rf"its instructions is {told}, but {here} on .*one kind"):
+        run.make_worker()
+    with pytest.raises(RunError, match="machines of one kind"):
+        execution.execute(run, TILED, lambda progress: None)
+    assert not any("/c/" in name for name in bytes_of(out))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 160 kB, and a function that gives it 16 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder, lambda: run(["mount", "-o", "remount,size=16m", folder], check=True)
+    finally:
+        run(["umount", folder], check=True)
+
+
+def test_a_file_system_that_fills_up_is_told_and_loses_nothing(task, small_disk, monkeypatch):
+    monkeypatch.setattr(ledgers, "SECONDS", 0)  # all that was written was noted, too
+    volume, model, whole = task
+    folder, enlarge = small_disk
+    out = folder / "out.zarr"
+    with pytest.raises((RunError, InputError), match="No space left on device"):
+        segment(volume, model, out, TILED)
+    with pytest.raises(InputError, match="are free there; make room"):
+        segment(volume, model, out, TILED)
+    assert 0 < len(done(out)) < TILES and given_up(out) == set()
+    assert not list(out.rglob("*.partial"))
+    kept = {tile: state_of_tile(volume, model, out, tile) for tile in done(out)}
+    enlarge()
+    segment(volume, model, out, TILED)
+    assert bytes_of(out) == bytes_of(whole)
+    assert kept == {tile: state_of_tile(volume, model, out, tile) for tile in kept}
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """What is told of the disk of an output; given as a function."""
+    usage = disks.shutil.disk_usage
+
+    def has(**facts):
+        monkeypatch.setattr(
+            disks.shutil, "disk_usage", lambda place: usage(place)._replace(**facts)
+        )
+
+    return has
+
+
+def bytes_stored(store):
+    return sum((store / name).stat().st_size for name in shards_of(store))
+
+
+def test_what_a_disk_cannot_hold_is_refused_at_once(task, tmp_path, disk):
+    volume, model, whole = task
+    out, stored = tmp_path / "out.zarr", bytes_stored(whole)
+    disk(free=stored // 4)
+    words = r"its 24 tiles would take about \d+ KiB \(\d+ KiB at most\), \d+ KiB are free there;"
+    with pytest.raises(InputError, match=words):
+        segment(volume, model, out, TILED)
+    assert not out.exists()
+    disk(free=stored)  # less than if nothing could be compressed
+    segment(volume, model, out, TILED)
+    assert bytes_of(out) == bytes_of(whole)
+    disk(free=0)
+    segment(volume, model, out, replace(TILED, overwrite=True))  # in its own place
+    segment(volume, model, out, TILED)
+    assert bytes_of(out) == bytes_of(whole)
+
+
+def test_stores_of_which_one_disk_holds_each_but_not_all_are_refused_at_once(task, tmp_path, disk):
+    volume, model, whole = task
+    copy, out = shutil.copy(volume, tmp_path / "copy.tif"), tmp_path / "many"
+    inputs = [str(volume), str(copy)]
+    disk(free=bytes_stored(whole))
+    words = r"many: the 48 tiles of 2 stores would take about \d+ KiB .* do fewer inputs at a time"
+    with pytest.raises(InputError, match=words):
+        prepare_all(inputs, model, str(out), TILED)
+    assert not out.exists()
+    segment(volume, model, out / "volume.zarr", TILED)
+    with pytest.raises(InputError, match=r"volume\.zarr: is a store; several inputs need a folder"):
+        prepare_all(inputs, model, str(out / "volume.zarr"), TILED)
+    runs = prepare_all(inputs, model, str(out), TILED)  # only what is left has to fit
+    assert [run.resumed for run in runs] == [True, False]
+    disk(free=0)
+    with pytest.raises(InputError, match=r"copy\.zarr: its 24 tiles .* choose another --out"):
+        prepare_all(inputs, model, str(out), TILED)
+
+
+@pytest.mark.parametrize("most_tried", [8, 2])
+def test_that_some_inputs_are_dense_tells_nothing_of_the_others(
+    task, tmp_path, disk, monkeypatch, most_tried
+):
+    volume, model, whole = task
+    blank = np.full_like(tifffile.imread(volume), 7)
+    inputs = [str(write_stack(tmp_path / f"{n}.tif", blank)) for n in range(3)] + [str(volume)]
+    monkeypatch.setattr(disks, "TRIED", most_tried)
+    disk(free=bytes_stored(whole))  # and a bit, by the margin
+    assert len(prepare_all(inputs, model, str(tmp_path / "many"), TILED)) == 4
+
+
+def test_stores_on_two_disks_have_to_fit_on_their_own(task, tmp_path, small_disk, disk):
+    volume, model, whole = task
+    there, here = small_disk[0] / "out.zarr", tmp_path / "out.zarr"
+    runs = [preparation.prepare(volume, model, out, TILED) for out in (there, here)]
+    disk(free=bytes_stored(whole))
+    disks.check_disks(runs, TILED)
+    with pytest.raises(InputError, match="the 48 tiles of 2 stores"):
+        disks.check_disks([runs[1], runs[1]], TILED)
+
+
+def test_what_a_disk_cannot_hold_is_refused_with_nan_as_well(task, tmp_path, disk):
+    _, model, whole = task
+    image = noise((16, 61, 75)).astype(np.float32)
+    image[:, :3, :3] = np.nan
+    volume = write_stack(tmp_path / "nan.tif", image)
+    disk(free=bytes_stored(whole) // 4)
+    with pytest.raises(InputError, match="would take about"):
+        segment(volume, model, tmp_path / "out.zarr", replace(TILED, nan="zero"))
+
+
+def test_a_disk_that_tells_nothing_takes_what_comes(task, tmp_path, disk):
+    volume, model, whole = task
+    disk(free=0, total=0)
+    assert bytes_of(segment(volume, model, tmp_path / "out.zarr", TILED)) == bytes_of(whole)
+
+
+def test_only_what_is_left_has_to_fit(task, tmp_path, disk):
+    _, model, _ = task
+    image = noise((16, 61, 75))
+    image[8:] = 7
+    volume, out = write_stack(tmp_path / "half.tif", image), tmp_path / "out.zarr"
+    settings = replace(FLOAT32, tile=(1, 64, 80), workers=1)
+    segment(volume, model, out, replace(settings, region=Box((0,) * 3, (8, 61, 75))))
+    done = bytes_stored(out)
+    disk(free=done // 4)  # of the dense half, less than what it took
+    segment(volume, model, out, settings)
+    assert 0 < bytes_stored(out) - done < done // 4
+
+
+@pytest.mark.parametrize("error", [RunError("no chunk"), OSError(errno.ENOSPC, "another disk")])
+def test_a_trial_that_fails_is_no_hindrance(task, tmp_path, disk, monkeypatch, error):
+    volume, model, whole = task
+    tried = []
+
+    def fails(*args, **kwargs):
+        tried.append(args)
+        raise error
+
+    monkeypatch.setattr(disks, "try_tiles", fails)
+    disk(free=bytes_stored(whole) // 4)
+    assert bytes_of(segment(volume, model, tmp_path / "out.zarr", TILED)) == bytes_of(whole)
+    assert tried
+
+
+def state_of_tile(volume, model, out, tile):
+    """Inode and time of the shards of a tile."""
+    store = Store(out, ("probabilities", "classes"))
+    place = preparation.prepare(volume, model, out, TILED).plan[tile]
+    stats = [store.shard(name, place).stat() for name in ARRAYS]
+    return [(stat.st_ino, stat.st_mtime_ns) for stat in stats]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_value_that_is_not_finite_is_quarantined_on_ray_too(task, tmp_path):
+    _, model, _ = task
+    image = noise((3, 61, 75), "float32")
+    image[2, 3, 4] = np.inf
+    volume, out = write_stack(tmp_path / "volume.tif", image), tmp_path / "out.zarr"
+    settings = replace(FLOAT32, tile=(1, 64, 80), engine="ray", workers=1)
+    with pytest.raises(QuarantinedError, match="1 of 3 tiles"):
+        segment(volume, model, out, settings)
+    assert np.flatnonzero(committed(out / LEDGER, 3)).tolist() == [0, 1]
+
+
+def test_a_tile_that_lacks_memory_at_its_last_try_among_others_is_tried_alone(
+    task, tmp_path, fail, monkeypatch
+):
+    volume, model, whole = task
+    errors = iter([ValueError("flaky"), ValueError("flaky"), MemoryError("none left")])
+
+    def error():
+        raise next(errors)
+
+    tried = fail("predict", {5: 3}, error)
+    store = segment(volume, model, tmp_path / "out.zarr", TILED)
+    assert tried[5] == 4 and bytes_of(store) == bytes_of(whole)
+
+
+CONVOLVING = """
+import sys, time, torch
+from unet_ray.segmentation import run as run_module
+from unet_ray.__main__ import run
+
+read, predict = run_module.TileWorker.read, run_module.TileWorker.predict
+
+def reads(self, tile):
+    if tile == 0:
+        time.sleep(1)  # until others are at work
+        raise OSError(28, "No space left on device")
+    return read(self, tile)
+
+def predicts(self, tile, voxels):
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        torch.nn.functional.conv2d(torch.ones(1, 64, 400, 400), torch.ones(64, 64, 3, 3))
+    return predict(self, tile, voxels)
+
+run_module.TileWorker.read, run_module.TileWorker.predict = reads, predicts
+run()
+"""
+
+
+def test_an_error_ends_the_process_in_order_though_tiles_are_still_at_work(task, tmp_path):
+    volume, model, _ = task
+    ended = subprocess.run(
+        [
+            *[sys.executable, "-c", CONVOLVING, "segment", volume, "--model", model],
+            *["--out", tmp_path / "out", "--tile", "1,32,20", "--workers", "2"],
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    *_, last = ended.stderr.splitlines()
+    assert re.fullmatch(r"unet-ray: .*No space left on device; 0 of 24 tiles .*", last)

@@ -1,0 +1,412 @@
+"""Sizes as people write them, and sums that grow with what they are sums of."""
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tifffile
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.helper import anonymous, random_model, workers_of
+from unet_ray import machine
+from unet_ray.engine.cluster import HELPERS
+from unet_ray.errors import InputError
+from unet_ray.network.arithmetic import NetworkSize, pass_bytes
+from unet_ray.network.checkpoints import ModelHeader, architecture_of, write_model
+from unet_ray.network.unet import UNet
+from unet_ray.segmentation import outlook as planning
+from unet_ray.segmentation.memory import (
+    GPU_TILES,
+    PROCESS_BYTES,
+    TILE_NOTES,
+    TOGETHER_BYTES,
+    driver_bytes,
+    helper_bytes,
+    needed_bytes,
+    process_bytes,
+    together,
+    under_way,
+    worker_bytes,
+)
+from unet_ray.segmentation.outlook import plan
+from unet_ray.segmentation.settings import Settings
+from unet_ray.tiling.tiles import Context, TilePlan
+from unet_ray.units import format_bytes, parse_bytes
+
+# Sizes of people.
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("1048576", 1 << 20),
+        ("8GiB", 8 << 30),
+        ("8 gib", 8 << 30),
+        ("8Gi", 8 << 30),
+        ("1.5GiB", 3 << 29),
+        ("500 MB", 500 * 10**6),
+        ("500m", 500 * 10**6),
+        (" 2KiB ", 2048),
+        ("2 kB", 2000),
+        ("3TiB", 3 << 40),
+        ("7b", 7),
+    ],
+)
+def test_sizes_that_people_write(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "GiB", "lots", "-4GiB", "4 GiB RAM", "4PiB", "4iB", "1e9", "0", "0GiB", "nan", "inf",
+     "4,5GiB", "0.5", "0.9B", "9" * 400],
+)  # fmt: skip
+def test_what_is_no_size_above_zero_is_refused(text):
+    with pytest.raises(InputError) as refused:
+        parse_bytes(text)
+    assert repr(text) in str(refused.value) and "4GiB" in str(refused.value)
+
+
+@given(st.integers(1, 1 << 49))
+def test_a_size_that_was_written_can_be_read(count):
+    text = format_bytes(count)
+    unit = parse_bytes("1" + text.split()[1])
+    assert unit <= count * 1.001  # 1023.7 MiB is written 1.00 GiB
+    assert abs(parse_bytes(text) - count) <= unit * (0.006 if "." in text else 0.5)
+
+
+@pytest.mark.parametrize("count", [(1 << 20) - 1, (1 << 30) - 1, (1 << 40) - 1])
+def test_1024_of_a_unit_are_one_of_the_next(count):
+    assert not format_bytes(count).startswith("1024")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (2048, "2 KiB"), (300 << 20, "300 MiB"), (3 << 29, "1.50 GiB")],
+)
+def test_sizes_for_people(count, text):
+    assert format_bytes(count) == text
+
+
+# Bytes of a pass and of a worker; their truth against measured peaks is tested elsewhere.
+
+NET = NetworkSize(in_channels=1, classes=2, base_channels=16, depth=4, weights=10**6, itemsize=4)
+PAPER = Context((0, 92, 92), (0, 96, 96), (1, 16, 16))
+extents = st.integers(1, 60).map(lambda k: 188 + 16 * k)
+
+
+@given(st.integers(1, 8), extents, extents)
+def test_a_larger_pass_needs_more(batch, y, x):
+    needs = pass_bytes(NET, (batch, y, x))
+    assert needs < pass_bytes(NET, (batch + 1, y, x))
+    assert needs < pass_bytes(NET, (batch, y + 16, x))
+    assert needs < pass_bytes(NET, (batch, y, x + 16))
+    assert pass_bytes(NET, (batch, x, y)) == pytest.approx(needs, abs=1)
+
+
+@given(st.integers(1, 4), extents, st.data())
+def test_a_larger_network_needs_more(batch, extent, data):
+    field = data.draw(st.sampled_from(["in_channels", "base_channels", "itemsize"]))
+    larger = replace(NET, **{field: 2 * getattr(NET, field)})
+    shape = (batch, extent, extent)
+    assert pass_bytes(NET, shape) < pass_bytes(larger, shape)
+    # The scores are not always there when the peak is.
+    assert pass_bytes(NET, shape) <= pass_bytes(replace(NET, classes=3), shape)
+    assert pass_bytes(NET, shape) < pass_bytes(replace(NET, classes=200), shape)
+
+
+@given(st.integers(1, 200).map(lambda k: 188 + 16 * k))
+def test_a_pass_needs_at_least_what_stands_side_by_side(extent):
+    # Where the last two levels are joined: the buffer of both, and what comes up into it.
+    joined = 3 * NET.base_channels * (extent - 180) ** 2 * NET.itemsize
+    assert pass_bytes(NET, (1, extent, extent)) > joined
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_every_process_holds_the_index_of_the_input(engine):
+    without, index = worker_bytes(NET, planned((1, 384, 384)), 1, 2).on(engine), 10 << 20
+    memory = worker_bytes(NET, planned((1, 384, 384)), 1, 2, index=index).on(engine)
+    assert memory.total == without.total + index
+    assert memory.shared_by(3) == without.shared_by(3) + index  # they share the process
+    for measuring in (0, 4 << 30):
+        drivers = [
+            driver_bytes(m.total, engine, "cpu", 8, measuring, m.index) for m in (without, memory)
+        ]
+        assert drivers[1] == drivers[0] + index
+
+
+def planned(core, passes=None):
+    return TilePlan((32, 2000, 2000), core, PAPER, passes or core)
+
+
+def test_a_worker_needs_at_least_the_sum_of_its_parts():
+    plan = planned((4, 384, 384), (2, 384, 384))
+    memory = worker_bytes(NET, plan, voxel_bytes=2, outputs=3)
+    assert memory.process == PROCESS_BYTES["ray"]
+    assert memory.on("local").process == PROCESS_BYTES["local"]
+    assert memory.weights >= NET.weights * NET.itemsize
+    assert memory.tile >= 4 * 572 * 572 * 2 + 4 * 384 * 384 * 3
+    assert memory.forward >= pass_bytes(NET, (2, 572, 572))
+    assert memory.total >= memory.process + memory.weights + memory.tile + memory.forward
+
+
+def test_workers_in_one_process_share_the_process_and_the_weights():
+    memory = worker_bytes(NET, planned((1, 384, 384)), 1, 2)
+    one, two, three = (memory.shared_by(n) for n in (1, 2, 3))
+    assert one == memory.total
+    assert two - one >= memory.tile + memory.forward
+    assert three - two == pytest.approx(two - one, abs=2)
+    assert two <= 2 * one - memory.process - memory.weights
+
+
+def test_tiles_that_wait_for_a_pass_need_their_voxels_and_a_copy_only():
+    memory = worker_bytes(NET, planned((1, 384, 384)), 1, 2)
+    assert memory.shared_by(1, 1) == memory.total and memory.shared_by(3, 3) == memory.shared_by(3)
+    assert memory.tile + memory.copy < memory.shared_by(2, 1) - memory.total
+    assert memory.shared_by(4, 1) < memory.shared_by(2)
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_the_driver_needs_the_more_of_measuring_and_running(engine):
+    running = driver_bytes(500 << 20, engine, "cpu", 8, 0)
+    assert driver_bytes(500 << 20, engine, "cpu", 8, 100 << 20) == running
+    there = PROCESS_BYTES[engine] + 8 * TILE_NOTES
+    assert driver_bytes(500 << 20, engine, "cpu", 8, 1 << 30) == there + (1 << 30)
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_large_chunks_are_planned_for_where_they_are_measured(tmp_path, engine, monkeypatch):
+    monkeypatch.setattr(planning, "device_of", lambda settings: "cpu")
+    monkeypatch.setattr(planning.cluster, "side_by_side", lambda *_: 1)
+    chunk = 128, 1024, 1024
+    zarr.create_array(tmp_path / "a.zarr", shape=(256, 1024, 1024), chunks=chunk, dtype="uint16")
+    model = random_model(tmp_path / "model.safetensors", depth=1, base=2)
+    outlook = plan(tmp_path / "a.zarr", model, Settings(engine=engine))
+    # Stored, decoded, and what is read.
+    assert outlook.driver_memory > PROCESS_BYTES[engine] + 3 * (256 << 20)
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_worker_on_a_gpu_has_tiles_under_way_as_far_as_its_memory_goes(engine):
+    memory = worker_bytes(NET, planned((64, 384, 384), (1, 384, 384)), 1, 2).on(engine)
+    needs = [memory.shared_by(n, 1) for n in range(1, GPU_TILES + 1)]
+    for tiles, allowed in enumerate(needs, start=1):
+        settings = Settings(engine=engine, memory=allowed)
+        assert under_way(memory, "cuda", settings) == tiles
+        assert process_bytes(memory, "cuda", settings) == allowed
+        assert under_way(memory, "cuda", replace(settings, memory=allowed - 1)) == max(1, tiles - 1)
+        assert under_way(memory, "cpu", settings) == 1
+    assert under_way(memory, "cuda", Settings(engine=engine)) == GPU_TILES
+    on_cpu = process_bytes(memory, "cpu", Settings(engine=engine, workers=3))
+    assert on_cpu == memory.shared_by(3 if engine == "local" else 1)
+
+
+def test_small_tiles_cross_to_a_gpu_together_as_far_as_its_memory_goes():
+    memory = worker_bytes(NET, planned((1, 384, 384)), 1, 2).on("ray")
+    most = TOGETHER_BYTES // memory.tile
+    assert most > 9
+    enough = Settings(engine="ray", memory=memory.shared_by(GPU_TILES * most, 1))
+    assert together(memory, "cuda", enough) == most
+    assert process_bytes(memory, "cuda", enough) == enough.memory
+    less = replace(enough, memory=enough.memory - 1)
+    assert together(memory, "cuda", less) == most - 1
+    assert process_bytes(memory, "cuda", less) < less.memory
+    # Those that read and write hold the same tiles, without a network.
+    assert memory.process < helper_bytes(memory, "cuda", enough)
+    assert helper_bytes(memory, "cuda", less) < helper_bytes(memory, "cuda", enough)
+    helpers = 2 * HELPERS * helper_bytes(memory, "cuda", enough)
+    assert needed_bytes(memory, "cuda", enough) == enough.memory + helpers
+    for device, engine in [("cpu", "ray"), ("cuda", "local")]:
+        other = replace(enough, engine=engine)
+        assert together(memory, device, other) == 1
+        assert helper_bytes(memory, device, other) == 0
+        assert needed_bytes(memory, device, other) == process_bytes(memory, device, other)
+    large = worker_bytes(NET, planned((999, 384, 384), (1, 384, 384)), 1, 2).on("ray")
+    assert together(large, "cuda", Settings(engine="ray", memory=1 << 40)) == 1
+
+
+@given(st.integers(1, 16), st.integers(1, 30), st.integers(1, 30))
+def test_a_larger_tile_needs_more_and_smaller_passes_less(z, y, x):
+    core = (z, 16 * y, 16 * x)
+    needs = worker_bytes(NET, planned(core), 1, 2).total
+    for axis, step in enumerate(PAPER.step):
+        more = tuple(n + step * (a == axis) for a, n in enumerate(core))
+        assert needs < worker_bytes(NET, planned(more), 1, 2).total
+    assert worker_bytes(NET, planned(core, (1, *core[1:])), 1, 2).total <= needs
+
+
+def measured_peak(arguments, engine):
+    """Largest anonymous memory of any worker while `segment` runs, in bytes."""
+    command = [sys.executable, "-m", "unet_ray", "segment", *map(str, arguments)]
+    command += ["--engine", engine, "--workers", "1" if engine == "local" else "2"]
+    peak = 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as running:
+        while running.poll() is None:
+            peak = max([peak, *(anonymous(pid) for pid in workers_of(running.pid, engine))])
+            time.sleep(0.05)
+    assert running.returncode == 0
+    return peak
+
+
+READ = r"""
+import re, sys, threading
+from pathlib import Path
+from unet_ray.tiling.boxes import Box
+from unet_ray.volumes.opening import open_volume
+
+path, channel, *box = sys.argv[1:]
+volume = open_volume(path, channel=int(channel) if channel else None)
+box = Box((0, 0, 0), (1, 300, 300)) if box else Box.of(volume.shape[1:])
+
+def anonymous():
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) * 1024
+
+peak = first = anonymous()
+done = threading.Event()
+
+def look():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, anonymous())
+
+looking = threading.Thread(target=look)
+looking.start()
+for _ in range(5):
+    given = volume.read(box).nbytes
+done.set()
+looking.join()
+print(peak - first - given, volume.held(box.shape))
+"""
+
+
+def write_images(folder, voxels):
+    """The same RGB image (y, x, 3) in files whose units hold much, and a plane of it."""
+    strip = {"compression": "zlib", "compressionargs": {"level": 0}}
+    tile = {**strip, "tile": (1024, 1024)}
+    tifffile.imwrite(
+        folder / "rgb.tif", voxels, photometric="rgb", rowsperstrip=len(voxels), **strip
+    )
+    tifffile.imwrite(folder / "small.tif", voxels[:900, :900], photometric="rgb", **tile)
+    tifffile.imwrite(folder / "plane.tif", voxels[..., 0].astype("u2"), byteorder=">", **tile)
+    (folder / "slices").mkdir()
+    for name in ("rgb.png", "slices/1.png", "slices/2.png"):
+        Image.fromarray(voxels).save(folder / name, compress_level=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_read_holds_no_more_than_told(tmp_path):
+    write_images(tmp_path, np.random.default_rng(0).integers(0, 255, (2600, 2600, 3), np.uint8))
+    cases = [(name, "0", "part") for name in ("rgb.tif", "small.tif", "rgb.png", "slices")]
+    for name, *rest in [*cases, ("plane.tif", ""), ("rgb.png", ""), ("slices", "")]:
+        command = [sys.executable, "-c", READ, tmp_path / name, *rest]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        peak, held = map(int, found.stdout.split())
+        assert peak < 1.15 * held + (2 << 20), (name, rest, peak >> 20, held >> 20)
+
+
+def make_case(folder, shape, channels):
+    """A volume of noise written slab by slab, and a random model."""
+    volume = zarr.create_array(
+        folder / "volume.zarr", shape=shape, chunks=(16, 256, 256), dtype="uint8"
+    )
+    noise = np.random.default_rng(0).integers(0, 255, (16, *shape[1:]), dtype=np.uint8)
+    for z in range(0, shape[0], 16):
+        volume[z : z + 16] = noise[: shape[0] - z]
+    network = UNet(1, 2, channels)
+    header = ModelHeader(architecture_of(network), [0, 255], {"method": "mean-std"})
+    write_model(folder / "model.safetensors", network, header)
+    return folder / "volume.zarr", folder / "model.safetensors"
+
+
+def check_peak(folder, shape, channels, engine):
+    volume, model = make_case(folder, shape, channels)
+    planned = plan(volume, model, Settings(engine=engine)).memory.total
+    peak = measured_peak([volume, "--model", model, "--out", folder / "out.zarr"], engine)
+    print(f"{engine}, {channels} channels, {shape}: {peak / planned:.2f} of {planned >> 20} MiB")
+    assert 0.7 <= peak / planned <= 1.0
+    return peak
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_stays_under_the_plan(tmp_path):
+    check_peak(tmp_path, (32, 1024, 1024), 4, "local")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("channels", [4, 16])
+def test_peak_memory_does_not_grow_with_the_volume(tmp_path, engine, channels):
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.mkdir()
+    large.mkdir()
+    first = check_peak(small, (48, 2048, 2048), channels, engine)
+    # 2 GB with few channels; with more, 800 MB, or it would take a quarter of an hour.
+    slices = 480 if channels == 4 else 192
+    second = check_peak(large, (slices, 2048, 2048), channels, engine)
+    assert second <= 1.05 * first
+
+
+@pytest.mark.parametrize(("chunk", "said"), [((1, 40, 44), False), ((64, 4096, 4096), True)])
+def test_chunks_are_named_as_what_takes_the_memory_only_where_they_do(tmp_path, chunk, said):
+    zarr.create_array(tmp_path / "v.zarr", shape=(64, 4096, 4096), chunks=chunk, dtype="u1")
+    model = random_model(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="too little for this model") as told:
+        plan(tmp_path / "v.zarr", model, Settings(memory=(900 if said else 100) << 20))
+    assert ("stored in chunks of" in str(told.value)) == said
+
+
+GROUPS = [
+    (
+        "0::/pod/box",
+        "",
+        {"memory.max": "limit", "memory.current": "used"},
+        "active_file 100\ninactive_file 20\nanon 5\n",
+    ),
+    (
+        "9:cpu,memory:/pod/box",
+        "memory",
+        {"memory.limit_in_bytes": "limit", "memory.usage_in_bytes": "used"},
+        "active_file 7\ntotal_active_file 100\ntotal_inactive_file 20\n",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "kind", "names", "stat"), GROUPS, ids=["v2", "v1"])
+@pytest.mark.parametrize("tight", ["", "pod", "pod/box", None])
+def test_room_is_what_the_tightest_container_leaves_without_cached_files(
+    tmp_path, monkeypatch, line, kind, names, stat, tight
+):
+    (tmp_path / "cgroup").write_text(f"12:pids:/other\n{line}\n")
+    monkeypatch.setattr(machine, "PROC_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    for group in ("", "pod", "pod/box"):
+        folder = tmp_path / kind / group
+        folder.mkdir(parents=True, exist_ok=True)
+        told = {"limit": "9000" if group == tight else str(2**62), "used": "8000"}
+        for name, what in names.items():
+            (folder / name).write_text(told[what] + "\n")
+        (folder / "memory.stat").write_text(stat)
+    left = min(machine._left_in_containers())
+    assert left == 1120 if tight is not None else left > 2**61
+
+
+def test_a_container_whose_name_is_not_seen_from_within_counts_by_its_root(tmp_path, monkeypatch):
+    (tmp_path / "cgroup").write_text("0::/machine/of/another\n")
+    monkeypatch.setattr(machine, "PROC_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    assert not [*machine._left_in_containers()]
+    (tmp_path / "memory.max").write_text("5000")
+    (tmp_path / "memory.current").write_text("1000")
+    (tmp_path / "memory.stat").write_text("inactive_file 500\n")
+    assert [*machine._left_in_containers()] == [4500]
+    (tmp_path / "memory.max").write_text("max")
+    assert not [*machine._left_in_containers()]

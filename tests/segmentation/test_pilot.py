@@ -1,0 +1,323 @@
+"""Tiles that are tried before a run: what is measured is what a run does, and nothing is left."""
+
+import dataclasses
+import math
+import sys
+import tempfile
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.helper import TILED, noise, petabyte, random_model, resident_peak, shards_of, write_stack
+from unet_ray.errors import RunError
+from unet_ray.segmentation import outlook as planning
+from unet_ray.segmentation import pilot
+from unet_ray.segmentation.outlook import plan, spread
+from unet_ray.segmentation.pilot import try_tiles
+from unet_ray.segmentation.segment import segment
+from unet_ray.segmentation.settings import Settings
+from unet_ray.storage.layout import chunk_of
+from unet_ray.tiling.boxes import Box
+from unet_ray.tiling.tiles import Context, TilePlan
+
+
+@pytest.fixture
+def files(tmp_path):
+    volume = write_stack(tmp_path / "volume.tif", noise((3, 61, 75)))
+    return volume, random_model(tmp_path / "model.safetensors")
+
+
+def test_the_bytes_of_a_tile_are_those_that_a_run_stores(files, tmp_path):
+    outlook = plan(*files, TILED)
+    store = segment(*files, tmp_path / "out", TILED)
+    stored = sum((store / name).stat().st_size for name in shards_of(store))
+    trial = try_tiles(outlook, 1)
+    assert abs(trial.stored * outlook.tiles / stored - 1) < 0.3
+    assert stored <= outlook.disk_bytes
+
+
+@pytest.mark.parametrize("tile", [(1, 4, 4), (1, 2, 76), (1, 64, 76), (3, 64, 76)])
+@pytest.mark.parametrize("outputs", [None, ("classes",)])
+def test_a_store_takes_no_more_of_a_disk_than_was_told(files, tmp_path, tile, outputs):
+    asked = dataclasses.replace(TILED, tile=tile, outputs=outputs)
+    store = segment(*files, tmp_path / "out", asked)
+    taken = [path.lstat().st_blocks * 512 for path in (store, *store.rglob("*"))]
+    assert sum(taken) <= plan(*files, asked).disk_bytes
+
+
+def test_of_a_large_tile_one_slab_tells_as_much(files, monkeypatch):
+    outlook = plan(*files, dataclasses.replace(TILED, tile=(3, 64, 76)))
+    whole = try_tiles(outlook, 1)
+    held = []
+    write = pilot.Store.write
+    monkeypatch.setattr(pilot, "SLAB_BYTES", 1)
+    monkeypatch.setattr(
+        pilot.Store, "write", lambda *told: held.append(told[2]["classes"].shape) or write(*told)
+    )
+    slab = try_tiles(dataclasses.replace(outlook, plan=one_slice_a_pass(outlook.plan)), 1)
+    assert {*held} == {(1, 64, 76)}
+    assert abs(slab.stored / whole.stored - 1) < 0.3
+
+
+def one_slice_a_pass(tiles):
+    return dataclasses.replace(tiles, passes=(1, *tiles.passes[1:]))
+
+
+def test_what_was_measured_of_a_slab_is_told_of_the_tile(files, monkeypatch):
+    outlook = plan(*files, dataclasses.replace(TILED, tile=(3, 64, 76)))
+    clock = [0.0]
+
+    def taking(seconds, step):
+        def taken(*told):
+            clock[0] += seconds
+            return step(*told)
+
+        return taken
+
+    monkeypatch.setattr(pilot, "SLAB_BYTES", 1)
+    monkeypatch.setattr(pilot, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(pilot, "read_tile", taking(1.0, pilot.read_tile))
+    monkeypatch.setattr(pilot.Store, "write", taking(5.0, pilot.Store.write))
+    trial = try_tiles(dataclasses.replace(outlook, plan=one_slice_a_pass(outlook.plan)), 1)
+    # A slab is one slice of three, and so are the chunks of the input.
+    assert (trial.read, trial.write, trial.tiles) == (3.0, 15.0, 1)
+
+
+@given(st.integers(1, 40), st.integers(1, 3), st.integers(1, 60), st.integers(1, 9))
+def test_a_slab_is_as_deep_as_memory_allows(z, step, most, voxel):
+    context = Context((0, 92, 92), (0, 96, 96), (1, 16, 16))
+    tiles = TilePlan((100, 900, 900), (z * step, 160, 96), context, (step, 160, 96))
+    layer = voxel * math.prod(tiles.read_shape[1:]) + 2 * 160 * 96
+    with patch.object(pilot, "SLAB_BYTES", most * layer):
+        slab = pilot.slab_of(tiles, voxel, 2)
+    depth = slab.core[0]
+    assert slab.core[1:] == tiles.core[1:] and slab.passes == tiles.passes
+    assert depth <= max(step, min(most, z * step))
+    chunk = chunk_of(tiles.core)[0]
+    if most >= z * step:
+        assert slab == tiles
+    elif most >= math.lcm(chunk, step):
+        assert depth % chunk == 0
+
+
+def test_a_machine_without_the_memory_tries_fewer_side_by_side_or_none(files, monkeypatch):
+    outlook = plan(*files, TILED)
+    monkeypatch.setattr(pilot.cluster, "usable_cores", lambda: 3)
+    for fits in (3, 2, 1):
+        monkeypatch.setattr(pilot, "room", lambda n=fits: outlook.memory.shared_by(n))
+        assert try_tiles(outlook).threads == fits
+    monkeypatch.setattr(pilot, "room", lambda: outlook.memory.total - 1)
+    assert try_tiles(outlook) is None
+    monkeypatch.setattr(pilot, "room", lambda: 0)  # the system does not tell
+    assert try_tiles(outlook).threads == 3
+
+
+def test_more_workers_than_cores_are_no_faster(files, monkeypatch):
+    monkeypatch.setattr(pilot.cluster, "usable_cores", lambda: 2)
+    trial = dataclasses.replace(try_tiles(plan(*files, TILED)), first=0.0)
+    for workers, rounds in ((1, 24), (2, 12), (8, 12)):
+        outlook = plan(*files, dataclasses.replace(TILED, workers=workers))
+        assert trial.run_seconds(outlook) == pytest.approx(rounds * trial.seconds)
+    elsewhere = dataclasses.replace(outlook, engine="ray")
+    assert trial.run_seconds(elsewhere) == pytest.approx(3 * trial.seconds)
+
+
+def test_what_constant_passes_store_is_told_as_chunks_hold_them(files, tmp_path):
+    zarr.create_array(tmp_path / "blank.zarr", shape=(32, 61, 75), chunks=(32, 61, 75), dtype="u1")
+    asked = dataclasses.replace(TILED, tile=(32, 64, 76))
+    outlook = plan(tmp_path / "blank.zarr", files[1], asked)
+    outlook = dataclasses.replace(outlook, plan=one_slice_a_pass(outlook.plan))
+    store = segment(tmp_path / "blank.zarr", files[1], tmp_path / "out.zarr", asked)
+    stored = sum((store / shard).stat().st_size for shard in shards_of(store))
+    assert abs(try_tiles(outlook).stored / stored - 1) < 0.5
+
+
+def test_seconds_are_those_of_a_whole_tile(files, monkeypatch):
+    predictor = pilot.Predictor.__call__
+    passes = []
+
+    def counted(*arguments):
+        passes.append(1)
+        return predictor(*arguments)
+
+    monkeypatch.setattr(pilot.Predictor, "__call__", counted)
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(pilot, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr(pilot, "SECONDS", 10**6)
+    monkeypatch.setattr(pilot, "LOOK_SECONDS", 10**6)
+    settings = dataclasses.replace(TILED, tile=(3, 32, 40))
+    outlook = plan(*files, settings)
+    deep = dataclasses.replace(outlook, plan=dataclasses.replace(outlook.plan, passes=(1, 32, 40)))
+    trial = try_tiles(deep, 1)
+    # Each step takes one tick here, and a tile has three passes; before the first the thread warms
+    # up.
+    assert len(passes) - 1 == trial.passes == trial.looks == 12 and trial.tiles == 4
+    assert trial.predict >= 3 * trial.read > 0
+
+
+def test_a_worker_on_a_gpu_reads_and_writes_while_it_predicts():
+    on_cpu = pilot.Pilot(8, 8, 2, 1, read=1, predict=4, write=2, stored=1)
+    assert on_cpu.seconds == 7
+    assert dataclasses.replace(on_cpu, under_way=2).seconds == 4
+    assert dataclasses.replace(on_cpu, under_way=2, read=5).seconds == 5.5
+    helped = dataclasses.replace(on_cpu, under_way=4, helpers=2)
+    assert helped.seconds == 4
+    assert dataclasses.replace(helped, write=9).seconds == 4.5
+
+
+def test_slices_that_cannot_be_read_are_passed_over(files, monkeypatch):
+    outlook = plan(*files, dataclasses.replace(TILED, tile=(1, 64, 76)))
+    read = outlook.volume.read
+
+    def damaged(box):
+        if box.start[0] <= 1 < box.stop[0]:
+            raise RunError("a chunk is damaged")
+        return read(box)
+
+    monkeypatch.setattr(outlook.volume, "read", damaged)
+    assert try_tiles(outlook, 1).tiles == 2
+
+
+def test_constant_background_costs_next_to_nothing(tmp_path, files):
+    empty = write_stack(tmp_path / "empty.tif", np.full((3, 61, 75), 7, np.uint8))
+    settings = dataclasses.replace(TILED, tile=(3, 64, 76))
+    empty, full = (try_tiles(plan(path, files[1], settings), 1) for path in (empty, files[0]))
+    assert empty.predict == 0 < full.predict
+    assert (empty.passes, full.first) == (0, 0) and empty.first > 0  # it is computed once
+
+
+def test_of_a_tile_any_pass_may_be_tried(tmp_path, files):
+    image = noise((16, 61, 75))
+    image[:2] = 0
+    volume = write_stack(tmp_path / "blank.tif", image)
+    asked = dataclasses.replace(TILED, tile=(16, 64, 76))
+    outlook = plan(volume, files[1], asked)
+    outlook = dataclasses.replace(outlook, plan=one_slice_a_pass(outlook.plan))
+    store = segment(volume, files[1], tmp_path / "out", asked)
+    trial, stored = try_tiles(outlook, 1), sum(map(len, shard_bytes(store)))
+    assert (trial.tiles, trial.looks, trial.constant) == (1, 16, 2)
+    assert abs(trial.stored / stored - 1) < 0.3
+    assert trial.predict == pytest.approx(14 * trial.first)  # of one pass
+
+
+@pytest.mark.parametrize("empty", [slice(0, 20), slice(20, 40), slice(1, 40, 2), slice(0, 39)])
+def test_constant_passes_are_counted_however_long_the_others_take(
+    tmp_path, files, empty, monkeypatch
+):
+    image = noise((40, 32, 32))
+    image[empty] = 7
+    volume = write_stack(tmp_path / "some.tif", image)
+    outlook = plan(volume, files[1], dataclasses.replace(TILED, tile=(1, 32, 32), workers=1))
+    monkeypatch.setattr(pilot, "SECONDS", 0)
+    trial, full = try_tiles(outlook, 1), 40 - len(range(40)[empty])
+    assert (trial.looks, trial.constant, trial.passes, trial.tiles) == (40, 40 - full, 1, 2)
+    assert trial.predict == pytest.approx(trial.first * full / 40)
+    rest = 40 * (trial.read + trial.write)
+    assert trial.run_seconds(outlook) == pytest.approx(trial.first * (full + 1) + rest)
+
+
+def test_passes_are_looked_at_all_over_tiles_and_within_them(files):
+    outlook = plan(*files, dataclasses.replace(TILED, tile=(3, 64, 76)))
+    tiles = dataclasses.replace(one_slice_a_pass(outlook.plan), shape=(9000, 120, 140))
+    tiles = dataclasses.replace(tiles, core=(30, 64, 76))
+    passes = pilot._plan_of_passes(tiles)
+    sample = spread(range(len(tiles)), planning.SAMPLE)
+    found = pilot._some_passes(dataclasses.replace(outlook, plan=tiles, sample=sample), passes)
+    assert len(found) == len({*found}) == pilot.LOOKS
+    owners = [pilot._owner(tiles, passes[number]).index for number in found]
+    assert {*owners} == {*sample}
+    depths = [passes[number].write.start[0] % 30 for number in found]
+    assert len({*depths}) > 15 and min(depths) < 5 and max(depths) >= 25
+
+
+def test_looking_ends_in_time(files, monkeypatch):
+    monkeypatch.setattr(pilot, "LOOK_SECONDS", 0)
+    assert try_tiles(plan(*files, TILED), 1).looks == pilot.KINDS
+
+
+def test_nothing_is_left_and_nothing_to_try_is_no_failure(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    outlook = plan(*files, TILED)
+    assert try_tiles(outlook).tiles > 0
+    assert not list((tmp_path / "scratch").iterdir())
+    nothing = try_tiles(dataclasses.replace(outlook, sample=()))
+    assert (nothing.tiles, nothing.seconds, nothing.stored) == (0, 0, 0)
+    if not pilot.torch.cuda.is_available():
+        assert try_tiles(dataclasses.replace(outlook, device="cuda")) is None
+
+
+def test_an_input_that_cannot_be_read_is_told(files, monkeypatch):
+    outlook = plan(*files, TILED)
+
+    def fail(*arguments):
+        raise RunError("volume.tif cannot be read.")
+
+    monkeypatch.setattr(outlook.volume, "read", fail)
+    with pytest.raises(RunError, match="cannot be read"):
+        try_tiles(outlook)
+
+
+def test_voxels_that_are_no_numbers_are_zero_or_their_tiles_are_passed_over(tmp_path, files):
+    voxels = noise((3, 61, 75)).astype(np.float32)
+    voxels[:, :3, :3] = np.nan
+    volume = write_stack(tmp_path / "nan.tif", voxels)
+    asked = dataclasses.replace(TILED, tile=(1, 64, 76))
+    zero = dataclasses.replace(asked, nan="zero")
+    store = segment(volume, files[1], tmp_path / "out", zero)
+    outlook = plan(volume, files[1], zero)
+    trial, stored = try_tiles(outlook, 1), sum(map(len, shard_bytes(store)))
+    assert trial.tiles == 3 and abs(trial.stored * outlook.tiles / stored - 1) < 0.3
+    with pytest.raises(RunError, match=r"no tile could be tried: .*nan, read by tile .*--nan zero"):
+        try_tiles(plan(volume, files[1], asked), 1)
+    voxels[1:, :3, :3] = 7
+    some = plan(write_stack(tmp_path / "some.tif", voxels), files[1], asked)
+    assert try_tiles(some, 1).tiles == 2
+
+
+def shard_bytes(store):
+    return [(store / name).read_bytes() for name in shards_of(store)]
+
+
+@pytest.mark.parametrize("region", [None, Box((1, 30, 20), (2, 61, 40))])
+def test_only_tiles_that_are_asked_for_are_tried(files, region, monkeypatch):
+    outlook = plan(*files, dataclasses.replace(TILED, region=region))
+    tiles = outlook.plan
+    asked = {*tiles.within(region or Box.of(tiles.shape))}
+    assert {*outlook.sample} <= asked and len(outlook.sample) == len(asked) == outlook.tiles
+
+
+def test_only_tiles_under_a_mask_are_tried(files, tmp_path):
+    shown = np.zeros((3, 61, 75), np.uint8)
+    shown[2, 40:, 50:] = 1
+    mask = write_stack(tmp_path / "mask.tif", shown)
+    outlook = plan(*files, dataclasses.replace(TILED, mask=mask))
+    boxes = [outlook.plan[tile].write for tile in outlook.sample]
+    assert len(boxes) == outlook.tiles == 2
+    assert all(shown[box.slices].any() for box in boxes)
+
+
+@pytest.mark.parametrize(("count", "most"), [(0, 5), (3, 5), (5, 5), (100, 7), (10**12, 64)])
+def test_a_sample_is_spread_evenly(count, most):
+    found = spread(range(count), most)
+    assert len(found) == min(count, most) == len({*found})
+    assert all(0 <= n < count for n in found)
+    if len(found) > 1:
+        gaps = np.diff(found)
+        assert gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_petabyte_is_planned_within_a_gigabyte(files, tmp_path):
+    assert resident_peak(["plan", petabyte(tmp_path), "--model", files[1]]) < 10**9
+
+
+def test_a_petabyte_is_planned_from_its_metadata(files, tmp_path):
+    outlook = planning.plan(petabyte(tmp_path), files[1], Settings())
+    assert outlook.tiles > 8e6 and len(outlook.sample) == planning.SAMPLE
+    assert outlook.to_json()["driver_memory_bytes"] < 4 << 30

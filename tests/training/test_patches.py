@@ -1,0 +1,464 @@
+"""Training patches: what a sample depends on, where its labels lie, and which data are refused."""
+
+import itertools
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import tifffile
+
+from tests.helper import session, title
+from unet_ray.errors import InputError, UnetRayError
+from unet_ray.training import patches as samples
+from unet_ray.training import stream
+from unet_ray.training.labels import TrainingData, TrainingVolume, load_training_data
+from unet_ray.training.patches import Sampler, ahead, places
+from unet_ray.training.recipes import Recipe
+from unet_ray.training.stream import streamed
+from unet_ray.volumes.intensity import Intensity
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes an array as a TIFF stack; gives its path."""
+
+    def write(name, array):
+        path = tmp_path / f"{name}.tif"
+        tifffile.imwrite(path, array, photometric="minisblack")
+        return str(path)
+
+    return write
+
+
+def blobs(shape=(2, 96, 80), seed=0):
+    """Labels 0 and 255 in patches of a few voxels, uint8."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 2, (shape[0], -(-shape[1] // 7), -(-shape[2] // 7)), np.uint8)
+    return 255 * coarse.repeat(7, 1).repeat(7, 2)[:, : shape[1], : shape[2]]
+
+
+def load(images, labels, **chosen):
+    return load_training_data(images, labels, Recipe(**chosen))
+
+
+def sampler_of(data, patch, seed, elastic):
+    """Of a network of depth 2, which returns 40 voxels less than it reads."""
+    return Sampler(data, Recipe(depth=2, patch=patch, seed=seed, elastic=elastic))
+
+
+@pytest.fixture
+def data(write):
+    labels = blobs()
+    return load([write("image", labels)], [write("labels", labels)])
+
+
+def in_memory(image, targets):
+    """Training data without files: grey values stay as they are."""
+    channels = len(image)
+    volume = TrainingVolume(
+        image,
+        targets,
+        np.ones(targets.shape, np.float32),
+        Intensity((0.0,) * channels, (1.0,) * channels),
+    )
+    return TrainingData((volume,), (0, 1), None, {})
+
+
+def same(a, b):
+    return all(
+        np.array_equal(getattr(a, n), getattr(b, n)) for n in ("image", "targets", "weights")
+    )
+
+
+# What a sample depends on
+
+
+def test_a_sample_is_a_function_of_seed_and_number(data):
+    one, other = (sampler_of(data, (60, 60), seed=5, elastic=3) for _ in range(2))
+    forth = [one[n, 0] for n in range(6)]
+    back = [other[n, 0] for n in reversed(range(6))][::-1]
+    assert all(map(same, forth, back))
+    assert not any(same(a, b) for a, b in itertools.combinations(forth, 2))
+    assert not same(sampler_of(data, (60, 60), seed=6, elastic=3)[0, 0], forth[0])
+    assert not any(same(one[0, slot], each) for slot in (1, 2) for each in forth)
+
+
+def test_shapes_and_dtypes_are_those_of_the_network(data):
+    sample = sampler_of(data, (60, 76), seed=0, elastic=3)[0, 0]
+    assert (sample.image.shape, sample.image.dtype) == ((1, 60, 76), np.float32)
+    assert (sample.targets.shape, sample.targets.dtype) == ((20, 36), np.uint8)
+    assert (sample.weights.shape, sample.weights.dtype) == ((20, 36), np.float32)
+
+
+def test_a_larger_volume_is_drawn_more_often(write):
+    many, few = np.full((3, 40, 40), 200, np.uint8), np.full((1, 40, 40), 20, np.uint8)
+    labels = [blobs(many.shape), blobs(few.shape)]
+    paths = [
+        [write(f"{n}{i}", a) for i, a in enumerate(x)]
+        for n, x in zip("il", [(many, few), labels], strict=True)
+    ]
+    data = load(*paths)
+    first, second = data.volumes
+    assert (first.intensity.mean, second.intensity.mean) == ((200.0,), (20.0,))
+    data = TrainingData(
+        tuple(
+            TrainingVolume(v.image, np.full_like(v.targets, n), v.weights, v.intensity)
+            for n, v in enumerate(data.volumes)
+        ),
+        (0, 1),
+        None,
+        {},
+    )
+    sampler = sampler_of(data, (44, 44), seed=0, elastic=0)
+    share = np.mean([sampler[n, 0].targets[0, 0] for n in range(400)])
+    assert share == pytest.approx(0.25, abs=0.06)
+
+
+# Where the labels of a patch lie
+
+
+@pytest.mark.parametrize("patch, output", [((60, 60), (20, 20)), ((60, 76), (20, 36))])
+def test_labels_are_those_of_the_middle_of_the_image(data, patch, output):
+    sampler = sampler_of(data, patch, seed=1, elastic=0)
+    middle = tuple(slice((p - o) // 2, (p + o) // 2) for p, o in zip(patch, output, strict=True))
+    decided = 0
+    for number in range(30):
+        sample = sampler[number, 0]
+        low, high = sample.image.min(), sample.image.max()
+        grey = (sample.image[0][middle] - low) / (high - low)
+        sure = (grey < 1e-3) | (grey > 1 - 1e-3)  # all voxels around have one label
+        np.testing.assert_array_equal(sample.targets[sure], grey[sure] > 0.5)
+        decided += sure.mean() / 30
+    assert decided > 0.5
+
+
+@pytest.mark.parametrize("elastic", [0, 4])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_labels_and_image_are_taken_from_the_same_place(monkeypatch, elastic, axis):
+    # A ramp is exact under linear interpolation, and the label is its nearest whole number.
+    monkeypatch.setattr(samples, "change_grey", lambda image, rng: image)
+    ramp = np.indices((240, 240))[axis][None].astype(np.uint8)
+    data = in_memory(ramp[None].astype(np.float32), ramp)
+    sampler = sampler_of(data, (60, 76), seed=3, elastic=elastic)
+    compared = 0
+    for number in range(40):
+        sample = sampler[number, 0]
+        if not 0 < sample.image.min() <= sample.image.max() < 239:
+            continue  # mirrored at a face, where the ramp has a fold
+        middle = sample.image[0, 20:40, 20:56]
+        assert np.abs(middle - sample.targets).max() <= 0.5 + 1e-3
+        compared += 1
+    assert compared >= 10
+
+
+def test_weights_are_those_of_the_labels(write):
+    labels = blobs()
+    data = load([write("image", labels)], [write("labels", labels)], w0=0)
+    share = np.mean(labels == 0)
+    expected = np.array([0.5 / share, 0.5 / (1 - share)], np.float32)
+    sample = sampler_of(data, (60, 60), seed=0, elastic=5)[0, 0]
+    assert set(np.unique(sample.targets)) == {0, 1}
+    np.testing.assert_allclose(sample.weights, expected[sample.targets], rtol=1e-6)
+
+
+def test_corners_of_the_volume_are_drawn():
+    targets = np.zeros((1, 60, 60), np.uint8)
+    corners = list(itertools.product([slice(0, 3), slice(-3, None)], repeat=2))
+    for number, (y, x) in enumerate(corners, start=1):
+        targets[0, y, x] = number
+    sampler = sampler_of(in_memory(targets[None], targets), (60, 60), seed=0, elastic=2)
+    drawn = [np.unique(sampler[n, 0].targets) for n in range(600)]
+    counts = [sum(number in found for found in drawn) for number in range(1, 5)]
+    # Starts that are drawn evenly over 41 x 41 places would show each corner about once.
+    assert min(counts) >= 6, counts
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 5), (3, 1, 9), (2, 1, 1), (1, 61, 2), (1, 20, 20)])
+def test_volumes_smaller_than_the_patch_are_mirrored(shape):
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(2, *shape)).astype(np.float32)
+    targets = rng.integers(0, 3, shape).astype(np.uint8)
+    sampler = sampler_of(in_memory(image, targets), (60, 60), seed=0, elastic=3)
+    for number in range(5):
+        sample = sampler[number, 0]
+        assert sample.image.shape == (2, 60, 60) and np.isfinite(sample.image).all()
+        assert sample.targets.shape == sample.weights.shape == (20, 20)
+        assert set(np.unique(sample.targets)) <= set(np.unique(targets))
+
+
+# What is read, and what is refused
+
+
+@pytest.mark.parametrize(
+    "values", [(0, 255), (3, 7), (-1, 4), (1, 2, 300), tuple(range(5, 37))], ids=str
+)
+def test_classes_are_the_label_values_in_ascending_order(write, values):
+    labels = np.random.default_rng(0).choice(values, (2, 40, 40)).astype(np.int16)
+    data = load([write("image", labels)], [write("labels", labels)])
+    assert data.class_values == values
+    np.testing.assert_array_equal(np.array(values)[data.volumes[0].targets], labels)
+    assert data.volumes[0].targets.dtype == np.uint8
+
+
+def test_classes_are_those_of_all_volumes_together(write):
+    labels = [np.full((1, 8, 8), n, np.uint8) for n in (9, 4)]
+    paths = [write(f"labels{n}", array) for n, array in enumerate(labels)]
+    data = load(paths, paths)
+    assert data.class_values == (4, 9)
+    assert [v.targets.max() for v in data.volumes] == [1, 0]
+    np.testing.assert_allclose([v.weights.mean() for v in data.volumes], 1, rtol=1e-6)
+
+
+def test_a_fingerprint_names_every_file(data, write):
+    assert [d["name"] for d in data.identity["images"] + data.identity["labels"]] == [
+        "image.tif",
+        "labels.tif",
+    ]
+    changed = blobs(seed=1)
+    again = load([write("image", changed)], [write("labels", changed)])
+    assert again.identity != data.identity
+
+
+def test_every_image_has_its_own_grey_values(write):
+    labels = blobs((1, 40, 40))
+    images = [write("dark", labels // 8), write("bright", labels.astype(np.uint16) * 9)]
+    data = load(images, [write("labels", labels)] * 2)
+    dark, bright = (v.intensity.normalise(v.image) for v in data.volumes)
+    np.testing.assert_allclose(dark, bright, atol=1e-5)
+
+
+GOOD = blobs((2, 40, 40))
+BAD_LABELS = {
+    "another shape": (GOOD[:, :39], ["image.tif", "labels.tif", "2 x 40 x 40", "2 x 39 x 40"]),
+    "fewer slices": (GOOD[:1], ["image.tif", "labels.tif", "2 x 40 x 40", "1 x 40 x 40"]),
+    "one class": (np.full_like(GOOD, 255), ["labels.tif", "255", "two"]),
+    "33 values": (np.arange(GOOD.size).reshape(GOOD.shape).astype(np.uint16) % 33, ["33", "32"]),
+    "floats": (GOOD / np.float32(255), ["labels.tif", "float32"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LABELS)
+def test_labels_that_do_not_fit_are_refused(write, case):
+    labels, said = BAD_LABELS[case]
+    paths = write("image", GOOD), write("labels", labels)
+    with pytest.raises(InputError) as refused:
+        load([paths[0]], [paths[1]])
+    assert [word for word in said if word not in str(refused.value)] == []
+
+
+def test_32_label_values_are_classes(write):
+    labels = np.arange(GOOD.size).reshape(GOOD.shape).astype(np.uint16) % 32
+    data = load([write("image", labels)], [write("labels", labels)])
+    assert len(data.class_values) == 32
+
+
+def test_labels_in_colour_are_refused(write, tmp_path):
+    tifffile.imwrite(tmp_path / "rgb.tif", np.zeros((40, 40, 3), np.uint8), photometric="rgb")
+    with pytest.raises(InputError, match=r"rgb\.tif: labels must be integers of one channel"):
+        load([write("image", GOOD[0])], [str(tmp_path / "rgb.tif")])
+
+
+def test_images_of_different_channels_are_refused(write, tmp_path):
+    tifffile.imwrite(tmp_path / "rgb.tif", np.zeros((40, 40, 3), np.uint8), photometric="rgb")
+    labels = write("labels", GOOD[0])
+    with pytest.raises(InputError, match=r"rgb\.tif: has 3 channels, .*image\.tif has 1"):
+        load([write("image", GOOD[0]), str(tmp_path / "rgb.tif")], [labels] * 2)
+
+
+def test_counts_that_differ_are_refused(write):
+    path = write("labels", GOOD)
+    with pytest.raises(InputError, match="--images names 2 files and --labels 1"):
+        load([path, path], [path])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_image_with_values_that_are_not_finite_is_refused(write, value):
+    image = GOOD.astype(np.float32)
+    image[1, 3, 4] = value
+    with pytest.raises(InputError, match=r"image\.tif: has voxels that are not finite"):
+        load([write("image", image)], [write("labels", GOOD)])
+
+
+def test_a_label_that_is_ignored_weighs_nothing_and_is_no_class(write):
+    labels = GOOD.copy()
+    labels[0, :9] = 7
+    paths = [write("image", GOOD)], [write("labels", labels)]
+    data = load(*paths, ignore_label=7)
+    assert data.class_values == (0, 255)
+    weights = data.volumes[0].weights
+    assert (weights[0, :9] == 0).all() and (np.delete(weights, np.s_[:9], 1) > 0).all()
+    assert data.volumes[0].targets.max() == 1
+    with pytest.raises(InputError, match=r"no voxel has the label 9 of --ignore-label"):
+        load(*paths, ignore_label=9)
+
+
+def test_cells_that_touch_are_parted_and_the_border_weighs_most(write):
+    cells = np.zeros((1, 60, 60), np.uint16)
+    cells[:, 20:40, 10:30], cells[:, 20:40, 30:50] = 300, 70
+    paths = [write("image", cells)], [write("labels", cells)]
+    data = load(*paths, labels_are="instances")
+    targets, weights = data.volumes[0].targets[0], data.volumes[0].weights[0]
+    assert data.class_values == (0, 1)
+    assert (targets[20:40, 29:31] == 0).all()
+    assert targets.sum() == 800 - 40
+    border = weights[30, 29]
+    assert border == weights.max() and border > 8 * weights[5, 5]
+
+
+def test_cells_of_which_nothing_is_left_or_that_have_negative_numbers_are_refused(write):
+    thin = np.tile(np.arange(1, 41, dtype=np.int16), (1, 40, 1))
+    image = write("image", thin)
+    with pytest.raises(InputError, match="no cell that is left once those that touch"):
+        load([image], [write("thin", thin)], labels_are="instances")
+    with pytest.raises(InputError, match=r"below\.tif: holds -39; numbers of cells are 0 or more"):
+        load([image], [write("below", thin - 40)], labels_are="instances")
+
+
+def test_labels_beyond_what_can_be_counted_are_refused(write):
+    labels = np.where(GOOD > 0, np.uint64(2**63), np.uint64(2**63 + 5))
+    with pytest.raises(InputError, match="labels must be below 2"):
+        load([write("image", GOOD)], [write("labels", labels)])
+
+
+def test_slices_that_show_one_class_are_refused(write):
+    labels = GOOD.copy()
+    labels[0] = 255
+    paths = [write("image", GOOD)], [write("labels", labels)]
+    with pytest.raises(InputError, match="not held out show 1 of 2 classes only"):
+        load(*paths, val="1:2")
+
+
+# Samples drawn ahead
+
+
+def test_steps_and_slots_of_workers_are_those_of_one_with_a_larger_batch():
+    def first(rank, batch):
+        return list(itertools.islice(places(7, rank, batch), 2 * batch))
+
+    alone, pair = first(0, 4), [first(rank, 2) for rank in (0, 1)]
+    assert alone == [(step, slot) for step in (7, 8) for slot in range(4)]
+    assert alone == pair[0][:2] + pair[1][:2] + pair[0][2:] + pair[1][2:]
+
+
+def wave_of(patches, monkeypatch):
+    """Lets a task draw so many patches of 60 x 60 at a time, and no more before they are taken."""
+    monkeypatch.setattr(stream, "WAVE_BYTES", patches * (4 * 3600 + 5 * 400))
+    monkeypatch.setattr(stream, "WAVES_AHEAD", 1)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("drawers", [1, 2])
+def test_ray_data_draws_the_same_samples_in_order(drawers, data, local_ray, monkeypatch):
+    recipe = Recipe(depth=2, patch=(60, 60), seed=5)
+    wave_of(5, monkeypatch)
+    stream = streamed(local_ray.put(data), recipe, 1, places(3, 1, 2), drawers)
+    sampler = Sampler(data, recipe)
+    for place in itertools.islice(places(3, 1, 2), 32):
+        assert same(next(stream), sampler[place])
+    stream.close()
+    assert drawers_end()
+
+
+@pytest.mark.ray
+def test_ray_data_ends_where_nothing_more_is_wanted(data, local_ray, monkeypatch):
+    recipe = Recipe(depth=2, patch=(60, 60), seed=5)
+    wave_of(2, monkeypatch)
+    wanted = list(itertools.islice(places(0, 0, 1), 5))  # the last wave is half a one
+    stream = streamed(local_ray.put(data), recipe, 1, iter(wanted), drawers=2)
+    sampler = Sampler(data, recipe)
+    assert all(same(a, sampler[b]) for a, b in zip(stream, wanted, strict=True))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("drawers", [1, 2])
+def test_a_lost_drawer_is_told_instead_of_waited_for(drawers, data, local_ray, monkeypatch):
+    recipe = Recipe(depth=2, patch=(60, 60), seed=5)
+    wave_of(2, monkeypatch)
+    stream = streamed(local_ray.put(data), recipe, 1, places(0, 0, 1), drawers)
+    next(stream)
+    os.kill(drawing()[0], signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="a task that drew training patches was lost") as told:
+        for _ in range(20):
+            next(stream)
+    # Training is tried again after it, which it is not after errors of our own.
+    assert not isinstance(told.value, UnetRayError)
+
+
+def test_what_ray_says_of_a_drawer_lost_between_two_answers_is_told_as_well(monkeypatch):
+    class Lost:
+        def map_batches(self, *args, **kwargs):
+            return self
+
+        def iter_batches(self, **kwargs):
+            raise AssertionError("Above ray.get should raise an exception.")
+
+    monkeypatch.setattr("ray.data.from_items", lambda *args, **kwargs: Lost())
+    monkeypatch.setattr(stream, "_here", dict)
+    with pytest.raises(RuntimeError, match="a task that drew training patches was lost"):
+        next(stream._blocks(None, Recipe(), None, 1, 1 << 20))
+
+
+DRAWER = "ray::MapBatches(_draw)"
+
+
+def drawing():
+    """The processes that draw, of all that this test session started."""
+    return [pid for pid in session(os.getsid(0)) if title(pid).startswith(DRAWER)]
+
+
+def drawers_end():
+    end = time.monotonic() + 30
+    while drawing() and time.monotonic() < end:
+        time.sleep(0.1)
+    return not drawing()
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "samples"]
+
+
+def ended():
+    """Waits for the threads that draw; whether they have ended."""
+    for thread in threads():
+        thread.join(timeout=5)
+    return not threads()
+
+
+def test_ahead_yields_in_order_and_ends():
+    assert list(ahead(lambda n: n * n, iter(range(20)))) == [n * n for n in range(20)]
+    assert ended()
+
+
+def test_ahead_draws_no_more_than_its_depth_in_advance():
+    drawn = []
+    stream = ahead(lambda n: drawn.append(n) or n, itertools.count(), depth=3)
+    assert next(stream) == 0
+    time.sleep(0.3)  # all that it would draw by itself
+    assert 4 <= len(drawn) <= 5  # three that wait, and one in the hand
+    stream.close()
+    assert ended()
+
+
+def test_ahead_passes_on_an_error_after_the_samples_before_it():
+    def draw(number):
+        if number == 3:
+            raise ValueError("sample 3 is bad")
+        return number
+
+    seen = []
+    with pytest.raises(ValueError, match="sample 3 is bad"):
+        for sample in ahead(draw, itertools.count()):
+            seen.append(sample)
+    assert seen == [0, 1, 2]
+    assert ended()
+
+
+def test_ahead_stops_its_thread_when_the_caller_stops():
+    stream = ahead(lambda n: n, itertools.count(), depth=2)
+    assert [next(stream) for _ in range(3)] == [0, 1, 2]
+    assert len(threads()) == 1
+    del stream
+    assert ended()

@@ -1,0 +1,372 @@
+"""Kills in the middle of training: the same command again ends where an undisturbed run ends.
+
+Every kill is a SIGKILL of a real process, at a step that is drawn with a fixed seed and then seen
+in the log of the run, or that has a checkpoint of its own; never after a time.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+from tests.helper import files_in, measures, recipe, session, title
+from unet_ray.engine import cluster
+from unet_ray.network.checkpoints import read_model, read_tensors
+from unet_ray.training.run_folder import BEST, LOCK_SECONDS, METRICS, MODEL
+from unet_ray.training.train import train
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="finds the processes of a run through /proc"
+)
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 240  # the longest wait for anything
+CHECKPOINT_SECONDS = 0.2
+LOSS_BOUND = 1e-6  # relative, of two workers to one with twice the batch; measured: 6e-8
+WORKER = "ray::RayTrainWorker"  # title of a process of Ray Train that trains
+
+SCRIPT = """
+import json, sys
+from unet_ray.engine import cluster
+from unet_ray.training import run_folder as runs
+from unet_ray.training.recipes import Recipe
+from unet_ray.training.train import train
+
+
+def main():
+    asked = json.loads(sys.argv[1])
+    cluster.usable_cores = lambda: asked["cores"]
+    runs.LOCK_SECONDS = asked["lock_seconds"]
+    made = Recipe(**{**asked["recipe"], "patch": tuple(asked["recipe"]["patch"])})
+    train(**asked["run"], recipe=made)
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def lines_of(log):
+    """The whole lines of a log that may be in the making."""
+    return log.read_text().split("\n")[:-1] if log.exists() else []
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Paths of an image that equals its labels but for noise, and of the labels: four slices."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    labels = 255 * rng.integers(0, 2, (4, 10, 10), np.uint8).repeat(7, 1).repeat(7, 2)
+    image = (labels // 4 + rng.integers(60, 90, labels.shape)).astype(np.uint8)
+    return write_pair(folder, image, labels)
+
+
+def write_pair(folder, image, labels):
+    for name, array in {"image": image, "labels": labels}.items():
+        tifffile.imwrite(folder / f"{name}.tif", array, photometric="minisblack")
+    return str(folder / "image.tif"), str(folder / "labels.tif")
+
+
+class Training:
+    """A training in a process of its own; it and all that it starts are one session."""
+
+    def __init__(
+        self,
+        files,
+        out,
+        made,
+        engine="local",
+        workers=1,
+        checkpoint_seconds=CHECKPOINT_SECONDS,
+        lock_seconds=LOCK_SECONDS,
+    ):
+        run = {"images": [files[0]], "labels": [files[1]], "out": str(out)}
+        run |= {"engine": engine, "workers": workers, "checkpoint_seconds": checkpoint_seconds}
+        asked = {"run": run, "recipe": dataclasses.asdict(made)}
+        # One thread per worker: threads that wait for each other are slow on a busy machine.
+        asked |= {"cores": workers, "lock_seconds": lock_seconds}
+        self.out, self._log = out, out.parent / f"{out.name}.log"
+        with open(self._log, "a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, json.dumps(asked)],
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    @property
+    def said(self):
+        """The end of what this training, and those of the same folder before it, printed."""
+        return self._log.read_text()[-4000:]
+
+    def wait_until(self, ready, what):
+        """Returns when `ready()` holds while the process runs."""
+        end = time.monotonic() + SECONDS
+        while not ready():
+            assert self.process.poll() is None, f"ended before {what}:\n{self.said}"
+            assert time.monotonic() < end, f"{SECONDS} s without {what}:\n{self.said}"
+            time.sleep(0.002)
+
+    def wait_for(self, step):
+        """Returns when a line of this step or a later one is there, and a checkpoint is new."""
+        old = newest_step(self.out)
+        self.wait_until(
+            lambda: last_step(self.out) >= step and newest_step(self.out) > old,
+            f"step {step} and a checkpoint after {old}",
+        )
+
+    def kill(self):
+        """Kills the process, not what it started; gives the lines up to the newest checkpoint."""
+        os.kill(self.process.pid, signal.SIGKILL)
+        assert self.process.wait(SECONDS) == -signal.SIGKILL
+        assert not (self.out / MODEL).exists(), "too late for a kill in the middle"
+        return kept_lines(self.out)
+
+    def kill_at(self, step):
+        self.wait_for(step)
+        return self.kill()
+
+    def finish(self):
+        assert self.process.wait(SECONDS) == 0, self.said
+        assert (self.out / MODEL).exists()
+
+    def workers(self):
+        """Process ids of the workers of Ray Train."""
+        return [pid for pid in session(self.process.pid) if title(pid).startswith(WORKER)]
+
+    def end(self):
+        """Kills all that is left of the session."""
+        limit = time.monotonic() + 30
+        while left := session(self.process.pid):
+            assert time.monotonic() < limit, f"processes {left} do not die"
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.poll()  # or it would stay as a zombie
+            time.sleep(0.05)
+        self.process.wait(30)
+
+
+@pytest.fixture
+def start():
+    """Starts a `Training`; at the end of the test nothing of it is left."""
+    begun = []
+
+    def start(*args, **more):
+        begun.append(Training(*args, **more))
+        return begun[-1]
+
+    yield start
+    for each in begun:
+        each.end()
+
+
+def last_step(out):
+    lines = lines_of(out / METRICS)
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def checkpoint_files(out):
+    return sorted((out / "checkpoints").glob("step-*.safetensors"))
+
+
+def newest_step(out):
+    """Step of the newest checkpoint; 0 without one."""
+    return max((int(path.stem.removeprefix("step-")) for path in checkpoint_files(out)), default=0)
+
+
+def kept_lines(out):
+    """The lines of the log that the newest checkpoint vouches for."""
+    newest = newest_step(out)
+    assert newest > 0
+    kept = [line for line in lines_of(out / METRICS) if json.loads(line)["step"] <= newest]
+    assert kept
+    return kept
+
+
+def assert_goes_on(out, kept):
+    """The lines before the checkpoint were not written again, which would take other seconds."""
+    assert lines_of(out / METRICS)[: len(kept)] == kept
+
+
+def assert_same_run(out, other):
+    """Model and log of two runs are equal, but for the seconds."""
+    assert (out / MODEL).read_bytes() == (other / MODEL).read_bytes()
+    assert timeless(out) == timeless(other)
+    seconds = [m["seconds"] for m in measures(out)]
+    assert seconds == sorted(seconds)
+
+
+def timeless(out):
+    return [{k: v for k, v in m.items() if k != "seconds"} for m in measures(out)]
+
+
+def undisturbed(files, out, made, monkeypatch):
+    """The folder of a run in this process that nobody kills."""
+    monkeypatch.setattr(cluster, "usable_cores", lambda: 1)
+    train([files[0]], [files[1]], out, made)
+    return out
+
+
+def tiny(name="default", **chosen):
+    return recipe(name, **{"precision": "float32", **chosen})
+
+
+def test_a_killed_training_ends_in_the_bytes_of_an_undisturbed_one(
+    files, tmp_path, start, monkeypatch
+):
+    made, rng = tiny(steps=600), random.Random(1)
+    whole = undisturbed(files, tmp_path / "whole", made, monkeypatch)
+    out, kept = tmp_path / "run", []
+    for first in (50, 200, 350):
+        before = kept
+        kept = start(files, out, made).kill_at(rng.randrange(first, first + 100))
+        assert_goes_on(out, before)
+    start(files, out, made).finish()
+    assert_goes_on(out, kept)
+    assert_same_run(out, whole)
+
+
+@pytest.mark.slow
+def test_the_best_model_from_before_a_kill_is_kept(files, tmp_path, start, monkeypatch):
+    # What hardly learns never gets better than it was first.
+    made = tiny(steps=400, val="1:2", best_by="iou", norm="none", learning_rate=1e-9)
+    whole = undisturbed(files, tmp_path / "whole", made, monkeypatch)
+    assert read_model(whole / BEST)[1].training["steps"] == 40
+    out = tmp_path / "run"
+    kept = start(files, out, made).kill_at(random.Random(2).randrange(100, 250))
+    start(files, out, made).finish()
+    assert_goes_on(out, kept)
+    assert_same_run(out, whole)
+    assert (out / BEST).read_bytes() == (whole / BEST).read_bytes()
+    assert len([m for m in measures(out) if "validation" in m]) == 10
+
+
+@pytest.fixture(scope="module")
+def large_files(tmp_path_factory):
+    """As `files`, of slices that take long to score."""
+    rng = np.random.default_rng(0)
+    labels = 255 * rng.integers(0, 2, (3, 50, 50), np.uint8).repeat(7, 1).repeat(7, 2)
+    image = (labels // 4 + rng.integers(60, 90, labels.shape)).astype(np.uint8)
+    return write_pair(tmp_path_factory.mktemp("large"), image, labels)
+
+
+@pytest.mark.slow
+def test_a_training_killed_while_it_validates_validates_again(
+    large_files, tmp_path, start, monkeypatch
+):
+    made = tiny(steps=40, val="1:3", best_by="iou")
+    whole = undisturbed(large_files, tmp_path / "whole", made, monkeypatch)
+    out, step = tmp_path / "run", random.Random(3).randrange(8, 40, 4)
+    # A tenth of the training is four steps, and a checkpoint comes only before a validation.
+    begun = start(large_files, out, made, checkpoint_seconds=SECONDS)
+    begun.wait_until(lambda: newest_step(out) == step, f"a checkpoint of step {step}")
+    kept = begun.kill()
+    done = [m["step"] for m in measures(out) if "validation" in m]
+    assert max(done) == step - 4, "too late for a kill in a validation"
+    start(large_files, out, made, checkpoint_seconds=SECONDS).finish()
+    assert_goes_on(out, kept)
+    assert_same_run(out, whole)
+    assert (out / BEST).read_bytes() == (whole / BEST).read_bytes()
+
+
+@pytest.mark.slow
+def test_minutes_before_a_kill_count(files, tmp_path, start):
+    made, out = tiny(steps=None, minutes=0.15), tmp_path / "run"
+    kept = start(files, out, made).kill_at(random.Random(4).randrange(200, 300))
+    header = read_tensors(checkpoint_files(out)[-1])[1]
+    start(files, out, made).finish()
+    assert_goes_on(out, kept)
+    told = measures(out)
+    steps, seconds = ([m[name] for m in told] for name in ("step", "seconds"))
+    assert steps == sorted(set(steps))
+    assert seconds == sorted(seconds)
+    assert told[len(kept)]["seconds"] >= header["seconds"] > 0
+    # The last step may begin just before the end.
+    assert 9 <= seconds[-1] < 11
+    assert read_model(out / MODEL)[1].training["steps"] == steps[-1]
+
+
+@pytest.mark.slow
+def test_two_trainings_of_one_run_wait_for_each_other(files, tmp_path, start, monkeypatch):
+    made, out = tiny(steps=200), tmp_path / "run"
+    whole = undisturbed(files, tmp_path / "whole", made, monkeypatch)
+    first = start(files, out, made)
+    first.wait_for(random.Random(5).randrange(50, 100))
+    os.kill(first.process.pid, signal.SIGSTOP)  # lives on, and writes nothing
+    before = files_in(out)
+    second = start(files, out, made, lock_seconds=0.5)
+    assert second.process.wait(SECONDS) == 1
+    assert f"another training (process {first.process.pid} on " in second.said
+    assert files_in(out) == before
+    third = start(files, out, made, lock_seconds=SECONDS)
+    lock = out / "checkpoints" / ".lock"
+    third.wait_until(lambda: has_open(third.process.pid, lock), "a wait for the lock")
+    assert files_in(out) == before
+    kept = first.kill()
+    third.finish()
+    assert_goes_on(out, kept)
+    assert_same_run(out, whole)
+
+
+def has_open(pid, path):
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed in the meantime
+            if os.readlink(link) == str(path.resolve()):
+                return True
+    return False
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_training_on_ray_survives_its_driver_and_its_worker(files, tmp_path, start, monkeypatch):
+    made, rng = tiny(steps=1500), random.Random(6)
+    whole = undisturbed(files, tmp_path / "whole", made, monkeypatch)
+    out = tmp_path / "run"
+    kept = start(files, out, made, "ray").kill_at(rng.randrange(100, 300))
+    # Nobody waits for the orphans of the first one: the lock does.
+    second = start(files, out, made, "ray")
+    second.wait_for(rng.randrange(900, 1200))
+    assert_goes_on(out, kept)
+    (worker,) = second.workers()
+    os.kill(worker, signal.SIGKILL)
+    kept = kept_lines(out)
+    second.finish()
+    assert_goes_on(out, kept)
+    assert_same_run(out, whole)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("norm", ["none", "weight", "batch"])
+def test_two_workers_survive_a_kill_of_one(files, tmp_path, start, monkeypatch, norm):
+    chosen = {"name": "paper", "dropout": 0.0, "steps": 300, "learning_rate": 1e-4, "norm": norm}
+    made, rng = tiny(**chosen), random.Random(7)
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    start(files, whole, made, "ray", workers=2).finish()
+    begun = start(files, out, made, "ray", workers=2)
+    begun.wait_for(rng.randrange(50, 150))
+    os.kill(rng.choice(begun.workers()), signal.SIGKILL)
+    kept = kept_lines(out)
+    begun.finish()
+    assert_goes_on(out, kept)
+    assert_same_run(out, whole)
+    alone = undisturbed(files, tmp_path / "alone", tiny(**chosen, batch=2), monkeypatch)
+    (one, _), (other, _) = read_model(alone / MODEL), read_model(out / MODEL)
+    for name, weights in one.state_dict().items():
+        np.testing.assert_allclose(other.state_dict()[name], weights, rtol=1e-3, atol=1e-5)
+    losses = [[m["loss"] for m in measures(folder)] for folder in (alone, out)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=LOSS_BOUND)
