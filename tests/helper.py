@@ -28,10 +28,10 @@ import zarr
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from unet_ray.engine.rounds import Progress
 from unet_ray.engine.stages import Stage
 from unet_ray.network.checkpoints import ModelHeader, architecture_of, read_tensors, write_model
 from unet_ray.network.unet import UNet
-from unet_ray.segmentation.execution import Progress
 from unet_ray.segmentation.settings import Settings
 from unet_ray.training.recipes import Recipe
 

@@ -28,7 +28,7 @@ from unet_ray.units import commas, format_bytes, format_seconds, parse_bytes
 from unet_ray.versions import VERSION
 
 if TYPE_CHECKING:
-    from unet_ray.segmentation.execution import Progress
+    from unet_ray.engine.rounds import Progress
     from unet_ray.segmentation.run import Segmentation
     from unet_ray.segmentation.settings import Settings
     from unet_ray.training.run_folder import Measure

@@ -15,6 +15,7 @@ import tifffile
 import zarr
 from numpy.typing import NDArray
 
+from unet_ray.engine.rounds import Progress
 from unet_ray.progress import ProgressLine
 from unet_ray.report.page import write_report
 from unet_ray.report.pictures import (
@@ -27,7 +28,6 @@ from unet_ray.report.pictures import (
 )
 from unet_ray.scores.evaluation import evaluate
 from unet_ray.scores.metrics import accuracy, iou
-from unet_ray.segmentation.execution import Progress
 from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.settings import Settings
 from unet_ray.storage.layout import ARRAYS

@@ -30,7 +30,7 @@ from unet_ray.segmentation.segment import prepare_all, segment
 from unet_ray.segmentation.verification import verify
 from unet_ray.storage import ledger as ledgers
 from unet_ray.storage.events import read_events
-from unet_ray.storage.layout import ARRAYS, EVENTS, LEDGER, MARKS
+from unet_ray.storage.layout import ARRAYS, EVENTS, LEDGER, marks_of
 from unet_ray.storage.ledger import committed, quarantined
 from unet_ray.storage.marks import Mark, Marks
 from unet_ray.storage.stores import Store
@@ -196,7 +196,7 @@ def test_a_tile_that_lacks_memory_is_tried_alone(task, tmp_path, fail, monkeypat
         alone.append(tiles if more[-1] is True else None)
         return run(stage, tiles, *more)
 
-    monkeypatch.setattr("unet_ray.segmentation.execution.engines.run", listening)
+    monkeypatch.setattr("unet_ray.engine.rounds.engines.run", listening)
     tried = fail("predict", {5: 1, 17: 99}, MemoryError("out of memory"))
     out = tmp_path / "out.zarr"
     with pytest.raises(QuarantinedError, match=r"1 of 24 .* tile 17 .* give --memory (\d+)MiB and"):
@@ -228,17 +228,17 @@ def test_what_workers_had_done_but_no_driver_noted_is_not_done_again(task, tmp_p
     out = segment(volume, model, tmp_path / "out.zarr", TILED)
     for segment_of_notes in (out / LEDGER).glob("*.committed"):
         segment_of_notes.unlink()
-    (out / MARKS / "1").mkdir(parents=True, exist_ok=True)
+    (out / marks_of("segment") / "1").mkdir(parents=True, exist_ok=True)
     for tile in range(20):
-        Marks(out / MARKS / "1" / "0").add(Mark(tile, "done"))
+        Marks(out / marks_of("segment") / "1" / "0").add(Mark(tile, "done"))
     tried, seen = fail("read", {}, ValueError()), []
     segment(volume, model, out, TILED, seen.append)
     assert set(tried) == {20, 21, 22, 23} and [p.done for p in seen] == [21, 22, 23, 24]
     assert bytes_of(out) == bytes_of(whole)
     assert verify(out, tiles=0).sound
     again = replace(TILED, overwrite=True)  # what was noted of the store before says nothing
-    (out / MARKS / "1").mkdir(parents=True, exist_ok=True)
-    Marks(out / MARKS / "1" / "0").add(Mark(3, "done"))
+    (out / marks_of("segment") / "1").mkdir(parents=True, exist_ok=True)
+    Marks(out / marks_of("segment") / "1" / "0").add(Mark(3, "done"))
     tried.clear()
     segment(volume, model, out, again)
     assert set(tried) == set(range(24)) and bytes_of(out) == bytes_of(whole)

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from unet_ray.engine import cluster, engines
+from unet_ray.engine import cluster
+from unet_ray.engine.rounds import tries
 from unet_ray.engine.stages import Stage
 from unet_ray.errors import RunError
 from unet_ray.machine import room
@@ -123,8 +124,8 @@ def try_tiles(outlook: Outlook, workers: int | None = None) -> Pilot | None:
         worker = _Trial(outlook, seen, Path(folder, "store"))
         stage = Stage("pilot", lambda: worker, outlook.device, under_way=threads)
         passes = _until(time.monotonic() + SECONDS, seen.mixed(ROUNDS * threads))
-        with closing(engines.run(stage, passes, "local", threads)) as receipts:
-            failures = [receipt.error for receipt in receipts if receipt.error]
+        with closing(tries(stage, passes, "local", threads, most=1)) as tried:
+            failures = [receipt.error for receipt, _ in tried if receipt.error]
     if not (worker.varied if seen.varied else worker.constant):
         raise RunError(f"{outlook.volume.path}: no tile could be tried: {failures[0]}")
     return _summed(outlook, seen, worker, threads)

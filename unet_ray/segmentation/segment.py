@@ -10,9 +10,10 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from unet_ray.engine.rounds import Progress
 from unet_ray.errors import InputError
 from unet_ray.segmentation.disk import check_disks
-from unet_ray.segmentation.execution import Progress, execute
+from unet_ray.segmentation.execution import execute
 from unet_ray.segmentation.preparation import prepare, refuse_overlap
 from unet_ray.segmentation.run import Segmentation
 from unet_ray.segmentation.settings import Settings

@@ -16,8 +16,7 @@ from zarr.storage import MemoryStore
 from unet_ray.tiling.tiles import TilePlan
 
 PRIVATE, ROOT = ".unet_ray", "zarr.json"
-LEDGER, EVENTS = f"{PRIVATE}/ledger/segment", f"{PRIVATE}/events.jsonl"
-MARKS = f"{PRIVATE}/marks"
+EVENTS, MARKS = f"{PRIVATE}/events.jsonl", f"{PRIVATE}/marks"
 FORMAT = 1
 ARRAYS = {"probabilities": "0", "classes": "labels/classes/0"}
 # Of a whole store, without its root.
@@ -29,6 +28,19 @@ METADATA = (
 )
 SHARDS = (r"0/c/0/[0-9]+/[0-9]+/[0-9]+", r"labels/classes/0/c/[0-9]+/[0-9]+/[0-9]+")
 LARGEST_CHUNK = (32, 256, 256)
+
+
+def ledger_of(stage: str) -> str:
+    """Where the ledger of a stage lies in an output."""
+    return f"{PRIVATE}/ledger/{stage}"
+
+
+def marks_of(stage: str) -> str:
+    """Where the marks of a stage lie in an output."""
+    return f"{MARKS}/{stage}"
+
+
+LEDGER = ledger_of("segment")
 
 
 @dataclass(frozen=True)
