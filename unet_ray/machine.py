@@ -8,11 +8,17 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import platform
 import re
 import resource
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+
+def machine_name() -> str:
+    """The network name of this machine."""
+    return platform.node()
 
 
 def room() -> int:

@@ -15,14 +15,14 @@ import pyarrow as pa
 import pytest
 
 from tests.helper import TILED, Marker, Slow, Watching, bytes_of, marked, stage, written
-from unet_ray.engine import actors, attempts, parcels, pool
+from unet_ray.engine import actors, parcels, pool
 from unet_ray.engine.actors import GpuActor, Reader, TileActor, Writer
 from unet_ray.engine.attempts import TRIES
 from unet_ray.engine.engines import run
-from unet_ray.engine.stages import Carried, Receipt, Stage
+from unet_ray.engine.stages import STEPS, Carried, Receipt, Stage
 from unet_ray.segmentation.preparation import prepare
 from unet_ray.storage.layout import StoreLayout
-from unet_ray.storage.marks import Mark
+from unet_ray.storage.marks import Mark, Marks
 from unet_ray.storage.stores import create_store
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -207,7 +207,7 @@ def test_a_tile_that_may_have_ended_its_gpu_is_tried_with_nothing_beside_it(fold
     there = marked(folder)
     suspects = [2, 5, 6]
     for tile in suspects:
-        attempts.Marks(there.marks / f"predict-{tile}").add(Mark(tile, "begun"))
+        Marks(there.marks / f"predict-{tile}").add(Mark(tile, "begun"))
     worker = Busy(there.marks)
     actor = GpuActor(
         dataclasses.replace(there, make_worker=lambda: worker, device="cuda", under_way=4)
@@ -311,7 +311,7 @@ def test_whoever_of_them_is_killed_every_tile_is_told_of_and_written_once(folder
     assert all("was begun 3 times and never ended" in failed[tile] for tile in given_up)
     assert [failed[tile] for tile in (0, 1, 20)] == ["OSError: a", "OSError: b", "OSError: c"]
     assert written(folder) == dict.fromkeys({*range(24)} - failed.keys(), 1)
-    for step in attempts.STEPS:
+    for step in STEPS:
         assert (folder / f"killed-{step}").stat().st_size == min(deaths, TRIES)
     assert not [*(folder / "marks").iterdir()]
 

@@ -25,8 +25,6 @@ from unet_ray.tiling.tiles import Context, Level, TilePlan
 ROOT = Path(__file__).parents[2]
 LEVELS = (Level((1, 3, 3), (1, 2, 2)),) * 2
 PLAN = TilePlan((1, 64, 64), (1, 8, 8), Context.of_levels(LEVELS), (1, 8, 8))
-    (1, 64, 64), (1, 8, 8), Context.of_levels((Level((1, 3, 3), (1, 2, 2)),) * 2), (1, 8, 8)
-)
 TILES = len(PLAN)
 
 

@@ -40,6 +40,7 @@ from unet_ray.scores.totals import MEANINGS
 from unet_ray.segmentation.segment import segment
 from unet_ray.storage.layout import ARRAYS, LEDGER, StoreLayout
 from unet_ray.storage.ledger import Ledger
+from unet_ray.storage.provenance import Provenance
 from unet_ray.storage.stores import Store, create_store
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import Context, TilePlan
@@ -367,7 +368,7 @@ def test_the_slice_that_weighs_most_is_shown(run):
 
 
 def test_a_thin_line_is_still_there_in_a_large_slice(run, monkeypatch):
-    monkeypatch.setattr(results, "WINDOW", 20)
+    monkeypatch.setattr(training_page, "WINDOW", 20)
     slices = np.ones((1, 95, 75), np.float32)
     slices[0, :, 33] = 8
     keep_weights(run, weights_0=slices)
@@ -676,7 +677,7 @@ def test_a_window_lies_where_tiles_are_done(segmented, tmp_path, monkeypatch):
 def test_a_store_without_a_tile_says_that_there_is_nothing(segmented, tmp_path):
     told = json.loads((segmented / "out.zarr" / "zarr.json").read_text())["attributes"]["unet_ray"]
     layout = StoreLayout(TilePlan.from_json(told["plan"]), (0, 255), told["outputs"], None)
-    create_store(tmp_path / "new.zarr", layout, told)
+    create_store(tmp_path / "new.zarr", layout, Provenance(told))
     page = Page(write_report(tmp_path / "new.zarr"))
     assert "No tile is done yet" in page.text
     assert page.all("img") == []
@@ -843,7 +844,7 @@ def large(tmp_path, monkeypatch):
         "versions": {},
     }
     path = tmp_path / "large.zarr"
-    create_store(path, StoreLayout(plan, (0, 255), told["outputs"], None), told)
+    create_store(path, StoreLayout(plan, (0, 255), told["outputs"], None), Provenance(told))
     monkeypatch.setattr("os.fsync", lambda file: None)
     with Ledger(path / LEDGER, len(plan)) as ledger:
         for tile in range(0, len(plan), 3):

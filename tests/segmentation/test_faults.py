@@ -145,7 +145,7 @@ def test_a_damaged_chunk_of_the_input_costs_the_tiles_that_read_it(task, tmp_pat
     run = preparation.prepare(path, model, out, TILED)
     assert given_up(out) == {n for n in range(TILES) if run.plan[n].write.start[0] == 1}
     assert done(out) == set(range(TILES)) - given_up(out)
-    assert run.provenance["normalisation"]["unread"] == ["1:2,0:61,0:75"]
+    assert run.provenance.normalisation["unread"] == ["1:2,0:61,0:75"]
     np.testing.assert_allclose(run.intensity.mean, image[::2].mean())
 
 

@@ -50,6 +50,7 @@ from unet_ray.storage import lease
 from unet_ray.storage.layout import LEDGER, PRIVATE
 from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import Ledger
+from unet_ray.storage.provenance import flat_fields
 from unet_ray.storage.stores import Store
 from unet_ray.tiling.boxes import Box
 from unet_ray.volumes.opening import open_volume
@@ -362,7 +363,7 @@ def test_provenance_does_not_know_who_ran_it_where_and_when(tmp_path, model, vol
     told = json.loads((one / "zarr.json").read_text())["attributes"]["unet_ray"]
     text = json.dumps(told)
     assert str(tmp_path) not in text
-    words = {key for key, _ in preparation._flat(told)}
+    words = {key for key, _ in flat_fields(told)}
     assert not {w for w in words if re.search("engine|workers|memory|region|path|seconds|host", w)}
 
 

@@ -35,6 +35,7 @@ from unet_ray.storage.layout import ARRAYS, EVENTS, LEDGER, PRIVATE, StoreLayout
 from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import Ledger, begin, committed
 from unet_ray.storage.places import write_whole
+from unet_ray.storage.provenance import Provenance
 from unet_ray.storage.shards import declared_size
 from unet_ray.storage.stores import Store, create_store
 from unet_ray.tiling.boxes import Box
@@ -154,7 +155,7 @@ def wide(tmp_path):
     told = {"format": 1, "model": {"class_values": [0, 7, 255]}, "input": {}}
     told |= {"outputs": [*ARRAYS], "plan": dataclasses.asdict(plan)}
     path, rng = tmp_path / "wide.zarr", np.random.default_rng(0)
-    create_store(path, StoreLayout(plan, [0, 7, 255], [*ARRAYS], None), told)
+    create_store(path, StoreLayout(plan, [0, 7, 255], [*ARRAYS], None), Provenance(told))
     with Ledger(path / LEDGER, len(plan)) as ledger:
         for tile in range(len(plan)):
             maps = rng.integers(0, 3, (2, 1, 512, 512), np.uint8)

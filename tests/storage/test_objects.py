@@ -18,7 +18,7 @@ from tests.helper import TILED, bytes_of, noise, write_stack
 from unet_ray.errors import InputError, LostError, QuarantinedError, RunError
 from unet_ray.report.page import write_report
 from unet_ray.scores.evaluation import evaluate
-from unet_ray.segmentation import execution, preparation, verification
+from unet_ray.segmentation import execution, preparation, repair
 from unet_ray.segmentation import run as run_module
 from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.verification import verify
@@ -466,7 +466,7 @@ def test_a_root_beside_which_nothing_was_done_is_no_hindrance_to_another_run(
     volume, model, _ = task
     monkeypatch.chdir(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execution._Execution, "go", lambda self: 1 / 0)
+        patch.setattr(execution.Rounds, "run", lambda self, *args, **facts: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             segment(volume, model, out, TILED)
     assert (place_of(out) / "zarr.json").is_file()
@@ -502,6 +502,6 @@ def test_a_repair_keeps_others_from_writing_while_it_checks(task, bucket, monkey
             segment(volume, model, OUT, dataclasses.replace(TILED, overwrite=True))
         seen.append(run)
 
-    overtaken(monkeypatch, verification, "prepare", 1, lambda: overwrite("one"))
+    overtaken(monkeypatch, repair, "prepare", 1, lambda: overwrite("one"))
     assert verify(OUT, repair=True).sound and seen
     assert stored(bucket) == bytes_of(whole)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unet_ray.errors import InputError, RunError
-from unet_ray.storage.inspection import is_untouched, provenance_of, refuse_others
+from unet_ray.storage.inspection import inspect, refuse_others
 from unet_ray.storage.layout import (
     ARRAYS,
     EVENTS,
@@ -27,13 +27,15 @@ from unet_ray.storage.layout import (
 )
 from unet_ray.storage.ledger import Ledger, begin
 from unet_ray.storage.places import remove_tree
+from unet_ray.storage.provenance import Provenance
 from unet_ray.storage.stores import Store, create_store, remove_deleted
 from unet_ray.tiling.tiles import Context, TilePlan
 
 CONTEXT = Context((0, 8, 8), (0, 12, 12), (1, 2, 2))
 # Twelve tiles; those at the far faces of every axis are cut.
 PLAN = TilePlan((5, 70, 100), (2, 64, 64), CONTEXT, (1, 64, 64))
-PROVENANCE = {"format": 1, "model": {"sha256": "ab"}, "mean": [0.1, 1e-12], "who": "Müller"}
+JSON = {"format": 1, "model": {"sha256": "ab"}, "mean": [0.1, 1e-12], "who": "Müller"}
+PROVENANCE = Provenance(JSON)
 BOTH = ("probabilities", "classes")
 
 
@@ -118,7 +120,7 @@ def test_the_metadata_of_the_image(path):
 
 
 def test_a_voxel_size_that_nobody_knows_has_no_unit(tmp_path):
-    create_store(tmp_path / "out.zarr", layout(voxel_size=None), {})
+    create_store(tmp_path / "out.zarr", layout(voxel_size=None), Provenance({}))
     (image,) = zarr.open_group(tmp_path / "out.zarr", mode="r").attrs["ome"]["multiscales"]
     assert image["datasets"][0]["coordinateTransformations"][0]["scale"] == [1, 1, 1, 1]
     assert not any("unit" in axis for axis in image["axes"])
@@ -201,7 +203,7 @@ def test_a_tile_of_background_is_written(path):
 
 def test_only_the_outputs_that_are_asked_for_are_written(tmp_path):
     path = tmp_path / "out.zarr"
-    create_store(path, layout(("classes",)), {})
+    create_store(path, layout(("classes",)), Provenance({}))
     write_all(path, predicted(), outputs=("classes",))
     assert not (path / "0").exists() and (path / "labels/classes/0/c/2/1/1").is_file()
 
@@ -334,7 +336,7 @@ def test_a_creation_that_dies_anywhere_leaves_no_store_and_is_done_again(tmp_pat
             break
         except KilledError:
             pass
-        assert number == 0 or provenance_of(path) is None
+        assert number == 0 or inspect(path).continued() is None
         create_store(path, layout(("classes",)), PROVENANCE)  # of what was left nothing stays
         assert files(path) == files(fresh)
         remove_deleted(path)
@@ -348,9 +350,9 @@ def test_what_arrives_late_is_no_hindrance_to_a_store_that_was_begun(tmp_path):
     write_all(path, predicted(), [3])  # by a run that has lost its store in the meantime
     (path / "zarr.json").unlink()
     with pytest.raises(InputError, match="not an output of unet-ray"):
-        provenance_of(path)
+        inspect(path).continued()
     begin(path / LEDGER, 2)
-    assert provenance_of(path) is None
+    assert inspect(path).continued() is None
     create_store(path, layout(), PROVENANCE)
     assert not [*path.rglob("c")]
 
@@ -362,10 +364,10 @@ def test_a_copy_that_is_not_whole_is_no_new_store(path):
         ledger.commit(3)
     (path / "zarr.json").unlink()
     with pytest.raises(InputError, match=r"has no zarr\.json, as a copy that is not whole; .*copy"):
-        provenance_of(path)
+        inspect(path).continued()
     remove_tree(path / "0")
     remove_tree(path / "labels")  # as `rm -r OUT.zarr/*` does, which leaves hidden files
-    assert provenance_of(path) is None
+    assert inspect(path).continued() is None
 
 
 OTHERS = {
@@ -385,7 +387,7 @@ def test_what_others_have_put_into_a_store_is_not_deleted(path, kind):
     other.parent.mkdir(parents=True, exist_ok=True)
     other.write_text("years of work")
     before = files(path)
-    for act in (lambda: refuse_others(path), lambda: create_store(path, layout(), {})):
+    for act in (lambda: refuse_others(path), lambda: create_store(path, layout(), Provenance({}))):
         with pytest.raises(InputError, match=rf"{other}: is not of unet-ray, and would be deleted"):
             act()
     assert files(path) == before
@@ -429,15 +431,15 @@ def test_a_store_whose_root_is_damaged_can_be_made_anew(path):
 
 
 def test_a_store_is_untouched_until_something_is_written_or_noted(path):
-    assert not is_untouched(path)  # nothing tells that nothing was done
+    assert not inspect(path).is_untouched()  # nothing tells that nothing was done
     begin(path / LEDGER, 1)
-    assert is_untouched(path)
+    assert inspect(path).is_untouched()
     write_all(path, predicted(), [3])
-    assert not is_untouched(path)
+    assert not inspect(path).is_untouched()
     create_store(path, layout(), PROVENANCE)
     with Ledger(path / LEDGER, len(PLAN)) as ledger:
         ledger.quarantine(3)
-    assert not is_untouched(path)
+    assert not inspect(path).is_untouched()
 
 
 @pytest.mark.parametrize("name", ["0", "labels", "0/zarr.json", "zarr.json", ".unet_ray/ledger"])
@@ -456,7 +458,7 @@ def test_links_are_followed_nowhere(tmp_path, name):
 def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path, name):
     (tmp_path / "out.zarr" / name).mkdir(parents=True)
     with pytest.raises(InputError, match="not an output of unet-ray"):
-        provenance_of(tmp_path / "out.zarr")
+        inspect(tmp_path / "out.zarr").continued()
 
 
 @pytest.mark.parametrize("damage", ["missing", "another plan", "no JSON"])
@@ -473,8 +475,8 @@ def test_metadata_that_does_not_fit_is_named(path, damage):
 
 
 def test_how_a_store_was_made_can_be_read(path):
-    assert provenance_of(path) == PROVENANCE
-    assert provenance_of(path.with_name("none.zarr")) is None
+    assert inspect(path).provenance == PROVENANCE
+    assert inspect(path.with_name("none.zarr")).continued() is None
 
 
 FOREIGN = {
@@ -496,7 +498,7 @@ def test_a_foreign_folder_is_refused(tmp_path, kind):
     for name, content in FOREIGN[kind].items():
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=r"thesis: exists and is not an output of unet-ray; .*\.$"):
-        provenance_of(folder)
+        inspect(folder).continued()
 
 
 def test_a_root_that_cannot_be_read_now_is_no_foreign_one(path, monkeypatch):
@@ -504,12 +506,13 @@ def test_a_root_that_cannot_be_read_now_is_no_foreign_one(path, monkeypatch):
         raise OSError(errno.EIO, "a bad moment")
 
     monkeypatch.setattr(Path, "read_text", fails)
-    for ask in (provenance_of, refuse_others):
-        with pytest.raises(OSError, match="a bad moment"):
-            ask(path)
+    with pytest.raises(OSError, match="a bad moment"):
+        refuse_others(path)
+    with pytest.raises(InputError, match="a bad moment"):
+        inspect(path)
 
 
 def test_a_foreign_file_is_refused(tmp_path):
     (tmp_path / "thesis.doc").write_bytes(b"words")
     with pytest.raises(InputError, match="not an output of unet-ray"):
-        provenance_of(tmp_path / "thesis.doc")
+        inspect(tmp_path / "thesis.doc").continued()

@@ -550,8 +550,8 @@ def test_weights_that_are_no_longer_finite_are_not_saved(files, tmp_path, monkey
                 next(self._network.parameters()).fill_(float("nan"))
         return loss
 
-    real = training._Learner.step
-    monkeypatch.setattr(training._Learner, "step", spoil)
+    real = training.Learner.step
+    monkeypatch.setattr(training.Learner, "step", spoil)
     with pytest.raises(RunError, match=r"step 2: weight .* is no longer finite.*000000001") as told:
         run(files, tmp_path / "run", steps=9, checkpoint_seconds=0)
     assert str(good) in str(told.value)

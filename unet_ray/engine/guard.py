@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from unet_ray.engine.attempts import TICK, TRIES, Clock, Patience, failure
 from unet_ray.engine.stages import Carried, Deadline, Receipt, Step
 from unet_ray.errors import RunError
-from unet_ray.machine import room
+from unet_ray.machine import machine_name, room
 from unet_ray.storage.marks import Mark, Marks
 from unet_ray.storage.places import Place
 
@@ -121,7 +121,7 @@ def made_in_time(folder: Place, name: str) -> Iterator[None]:
         marks.add(Mark(0, "begun"))
     if begun >= TRIES:
         raise RunError(
-            f"a worker on {os.uname().nodename} ended {begun} times while it was made: killed, as "
+            f"a worker on {machine_name()} ended {begun} times while it was made: killed, as "
             "by a lack of memory, or by its libraries, such as those of a GPU; give fewer "
             "--workers, or use machines that can run it; the same command goes on."
         )

@@ -73,6 +73,23 @@ class Worker(Helper, Protocol):
         """The tile's result, from what was read."""
 
 
+class Whole:
+    """A worker whose work on a tile is one function of its number."""
+
+    def __init__(self, function: Callable[[int], None]) -> None:
+        self._function = function
+
+    def read(self, tile: int) -> None:
+        """Nothing."""
+
+    def predict(self, tile: int, voxels: None) -> None:
+        """Nothing."""
+
+    def write(self, tile: int, result: None) -> None:
+        """Calls the function."""
+        self._function(tile)
+
+
 @dataclass(frozen=True)
 class Deadline:
     """How long a try may take, so that nothing waits for ever.

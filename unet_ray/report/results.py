@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from unet_ray.errors import InputError, RunError
 from unet_ray.report.pictures import Picture, to_grey
 from unet_ray.storage.events import measured, read_events
-from unet_ray.storage.inspection import provenance_of
+from unet_ray.storage.inspection import inspect
 from unet_ray.storage.layout import ARRAYS, LEDGER
 from unet_ray.storage.ledger import committed, quarantined, skipped
 from unet_ray.storage.places import Place, Where
+from unet_ray.storage.provenance import Provenance
 from unet_ray.storage.stores import Store
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import TilePlan
@@ -44,7 +45,7 @@ class Result:
 
     Attributes:
         path: the store.
-        told: its provenance.
+        provenance: how it was made.
         plan: its tiles.
         done: which of them are committed.
         given_up: numbers of those that are quarantined.
@@ -53,7 +54,7 @@ class Result:
     """
 
     path: Place
-    told: Mapping[str, Any]
+    provenance: Provenance
     plan: TilePlan
     done: NDArray[np.bool_]
     given_up: Sequence[int]
@@ -63,7 +64,7 @@ class Result:
     @property
     def class_values(self) -> list[int]:
         """Label value of each class in training."""
-        return list(self.told["model"]["class_values"])
+        return self.provenance.class_values
 
     def read(self, output: str, box: Box) -> NDArray[Any]:
         """The voxels of an output, (..., z, y, x)."""
@@ -96,7 +97,7 @@ class Result:
 
     def classes(self, box: Box) -> NDArray[Any]:
         """Class numbers, (z, y, x)."""
-        if "classes" in self.told["outputs"]:
+        if "classes" in self.provenance.outputs:
             return self.read("classes", box)
         classes: NDArray[np.int64] = self.probabilities(box).argmax(0)
         return classes
@@ -116,18 +117,18 @@ def open_result(path: Place) -> Result:
     Raises:
         InputError: if there is no store of ours at `path`.
     """
-    try:
-        told = provenance_of(path)
-    except InputError as error:
-        raise InputError(f"{path}: is neither a training run nor an output of segment.") from error
-    if told is None:
+    found = inspect(path)
+    if found.what in ("foreign", "damaged"):
+        raise InputError(f"{path}: is neither a training run nor an output of segment.")
+    if not found.provenance:
         what = "is neither a training run nor an output" if path.exists() else "does not exist"
         raise InputError(f"{path}: {what}; name a folder of train or segment.")
-    plan = TilePlan.from_json(told["plan"])
+    provenance = found.provenance
+    plan, outputs = provenance.plan, provenance.outputs
     done = committed(path / LEDGER, len(plan))
     given_up = np.flatnonzero(quarantined(path / LEDGER, len(plan))).tolist()
     masked = int(skipped(path / LEDGER, len(plan)).sum())
-    return Result(path, told, plan, done, given_up, masked, Store(path, told["outputs"]))
+    return Result(path, provenance, plan, done, given_up, masked, Store(path, outputs))
 
 
 def open_truth(truth: Where, result: Result) -> Volume:
@@ -186,6 +187,8 @@ def read_log(path: Place, plan: TilePlan) -> RunLog:
     for event in read_events(path):
         now, what, tile = measured(event.get("time")), event.get("event"), event.get("tile")
         if now is None:
+            continue
+        if event.get("stage", "segment") != "segment":
             continue
         log.began, log.ended = log.began or _date(now), _date(now)
         if what == "start":
@@ -256,16 +259,15 @@ def image_windows(
 ) -> tuple[list[Picture | None], str]:
     """The windows of the image that was segmented; or none, and a sentence that says why."""
     nothing: list[Picture | None] = [None] * len(boxes)
-    source = result.told["input"]
+    source = result.provenance
     place = (log.start or {}).get("input")
     if not (isinstance(place, str) and _can_name(place)):
         return nothing, "The event log of this store does not say where its image lies."
-    choice = {name: source[name] for name in ("channel", "time", "level")}
     try:
-        volume = open_volume(place, **choice)
-        if list(volume.shape) != source["shape"]:
+        volume = open_volume(place, channel=source.channel, time=source.time, level=source.level)
+        if volume.shape != source.shape:
             return nothing, f"{volume.path} has another shape now, {volume.shape} (c, z, y, x)."
-        if volume.identity()["sampled_sha256"] != source["sampled_sha256"]:
+        if volume.identity()["sampled_sha256"] != source.sampled_sha256:
             return nothing, f"{volume.path} holds other voxels now than when it was segmented."
         return [to_grey(volume.read(box)[0, 0]) for box in boxes], ""
     except (InputError, RunError) as error:

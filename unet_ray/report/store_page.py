@@ -63,7 +63,7 @@ def about_store(path: Place, truth: Where | None) -> Facts:
     )
     return {
         "kind": "store",
-        "told": result.told,
+        "told": result.provenance.json,
         "values": result.class_values,
         "class_colours": colours_of(len(result.class_values)),
         "tiles": len(plan),
@@ -91,7 +91,7 @@ def _slice(result: Result, box: Box, image: Picture | None, truth: Volume | None
     grey = np.zeros(classes.shape, np.uint8) if image is None else few_greys(image, OVERLAY_GREYS)
     border = None if truth is None else _objects_of(truth.read(box)[0, 0], result.class_values)
     drawn = {"found": overlay(grey, classes != 0, border)}
-    if "probabilities" in result.told["outputs"]:
+    if "probabilities" in result.provenance.outputs:
         drawn["probability"] = colour_map(_shown_probability(result, box))
     drawn |= _parts(result, box, classes, image)
     if not known.all():
@@ -123,7 +123,7 @@ def _shown_probability(result: Result, box: Box) -> NDArray[np.uint8]:
 def _parts(
     result: Result, box: Box, classes: NDArray[Any], image: Picture | None
 ) -> dict[str, Picture]:
-    if "instances" in result.told["outputs"]:
+    if "instances" in result.provenance.outputs:
         return {"instances": colour_cells(result.read("instances", box)[0], image)}
     if len(result.class_values) == 2:
         return {"parts": colour_cells(ndimage.label(classes == 1)[0], image)}
@@ -132,7 +132,7 @@ def _parts(
 
 def _histograms(result: Result) -> Facts:
     """How often each probability is stored, in some storage chunks drawn by chance."""
-    if "probabilities" not in result.told["outputs"] or not result.done.any():
+    if "probabilities" not in result.provenance.outputs or not result.done.any():
         return {"histograms": []}
     counts = np.zeros((len(result.class_values) - 1, 256), np.int64)
     boxes, every = sampled_chunks(result)
@@ -155,7 +155,7 @@ def _histograms(result: Result) -> Facts:
 
 def _evaluations(result: Result, truth: Volume) -> list[Facts]:
     """The scores of each kind that fits the store, or a sentence on why there are none."""
-    outputs = result.told["outputs"]
+    outputs = result.provenance.outputs
     kinds: list[Kind] = []
     if "probabilities" in outputs and len(result.class_values) == 2:
         kinds.append("isbi")

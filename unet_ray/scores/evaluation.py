@@ -27,12 +27,12 @@ from unet_ray.scores.totals import (
     isbi_scores,
     overlap_tables,
 )
-from unet_ray.storage.inspection import has_private, is_output, provenance_of
+from unet_ray.storage.inspection import Found, inspect
 from unet_ray.storage.layout import ARRAYS, LEDGER, PRIVATE
 from unet_ray.storage.ledger import committed, skipped
 from unet_ray.storage.places import Place, Where, place_of
+from unet_ray.storage.provenance import Provenance
 from unet_ray.storage.stores import Store
-from unet_ray.tiling.tiles import TilePlan
 from unet_ray.volumes.opening import open_volume
 from unet_ray.volumes.volume import Volume
 
@@ -166,11 +166,12 @@ class _Opened:
         self.class_values: list[int] | None = None
         self.note = ""
         self._scale: float | None = None
-        if is_output(path):
-            told = _provenance(path)
-            path, self.note = _stored(path, told, kind)
+        found = inspect(path)
+        if found.is_output:
+            provenance = _provenance(found)
+            path, self.note = _stored(path, provenance, kind)
             self._scale = 255.0 if kind == "isbi" else None
-            self.class_values = told["model"]["class_values"]
+            self.class_values = provenance.class_values
         self.volume: Volume = open_volume(path)
 
     def stack(self, planes: list[int] | None = None) -> Stack:
@@ -178,30 +179,36 @@ class _Opened:
         return Stack(self.volume, str(self.path), self._scale, planes)
 
 
-def _provenance(path: Place) -> dict[str, Any]:
-    """What a store says of itself."""
-    if not has_private(path):
+def _provenance(found: Found) -> Provenance:
+    """How a store was made.
+
+    Raises:
+        InputError: if it does not say so.
+    """
+    path = found.path
+    if not found.private:
         raise InputError(
             f"{path}: its folder {PRIVATE} is missing, so nothing says whether it is whole; copy "
             "it with hidden files, or name one of its arrays."
         )
     try:
-        told = provenance_of(path) or {}
-        TilePlan.from_json(told["plan"])
-        return {"outputs": told["outputs"], "plan": told["plan"], "model": dict(told["model"])}
-    except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
+        if not found.provenance:
+            raise ValueError("its root has no provenance")
+        _ = found.provenance.plan, found.provenance.outputs, found.provenance.class_values
+        return found.provenance
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: is an output of unet-ray with damaged metadata.") from error
 
 
-def _stored(path: Place, told: Mapping[str, Any], kind: Kind) -> tuple[Place, str]:
+def _stored(path: Place, provenance: Provenance, kind: Kind) -> tuple[Place, str]:
     """The array of a store that holds what `kind` needs, all of it; and what a mask left out."""
     what = STORED[kind]
-    if what not in told["outputs"]:
+    if what not in provenance.outputs:
         raise InputError(
-            f"{path}: holds {' and '.join(told['outputs'])}, no {what}, which --as {kind} needs; "
-            f"give another --as or another store."
+            f"{path}: holds {' and '.join(provenance.outputs)}, no {what}, which --as {kind} "
+            "needs; give another --as or another store."
         )
-    plan = TilePlan.from_json(told["plan"])
+    plan = provenance.plan
     done = committed(path / LEDGER, len(plan))
     masked = skipped(path / LEDGER, len(plan))
     missing, left_out = int((~done & ~masked).sum()), int(masked.sum())

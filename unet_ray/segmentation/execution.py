@@ -21,10 +21,14 @@ from unet_ray.segmentation.memory import (
     together,
     under_way,
 )
-from unet_ray.segmentation.preparation import Wanted, pending_tiles, wanted_tiles
+from unet_ray.segmentation.preparation import (
+    Wanted,
+    pending_tiles,
+    stored_at,
+    wanted_tiles,
+)
 from unet_ray.segmentation.run import Segmentation, refuse_difference
 from unet_ray.segmentation.settings import Settings
-from unet_ray.storage.inspection import told_by
 from unet_ray.storage.layout import LEDGER, PRIVATE, StoreLayout
 from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import begin, newest
@@ -131,12 +135,12 @@ def _remedy(run: Segmentation, receipt: Receipt) -> str:
 
 def _open_store(run: Segmentation, settings: Settings, lease: Lease) -> None:
     """Opens the store, or makes it; makes sure that what lies there is of this run."""
-    told = None if settings.overwrite else told_by(run.out, anew=False)
-    if told is None:
+    stored = None if settings.overwrite else stored_at(run.out, overwrite=False)
+    if stored is None:
         with lease.fence.hold():
             begin(run.out / LEDGER, lease.epoch)  # from here on nothing counts as done
         layout = StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)
         create_store(run.out, layout, run.provenance, lease.fence.hold)
     else:  # another may have made it since
-        refuse_difference(run.out, told, run.provenance)
+        refuse_difference(run.out, stored, run.provenance)
     Store(run.out, run.outputs).require_plan(run.plan)

@@ -35,6 +35,7 @@ from unet_ray.segmentation.memory import stored_values
 from unet_ray.segmentation.outlook import Outlook, numbered
 from unet_ray.segmentation.run import read_tile
 from unet_ray.storage.layout import StoreLayout, chunk_of
+from unet_ray.storage.provenance import Provenance
 from unet_ray.storage.stores import Store, create_store
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import Tile, TilePlan
@@ -378,5 +379,5 @@ class _Trial:
 
 
 def _store(path: Path, layout: StoreLayout) -> Store:
-    create_store(path, layout, {})
+    create_store(path, layout, Provenance({}))
     return Store(path, layout.outputs)

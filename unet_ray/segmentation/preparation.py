@@ -6,13 +6,12 @@ does not know which tiles are done, or who runs them. Writes nothing before a wo
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +30,7 @@ from unet_ray.segmentation.memory import (
     stored_values,
 )
 from unet_ray.segmentation.planning import choose_plan
-from unet_ray.segmentation.run import KIND, Segmentation, kind_of_machine, refuse_difference
+from unet_ray.segmentation.run import Segmentation, kind_of_machine, refuse_difference
 from unet_ray.segmentation.settings import (
     Settings,
     checked_outputs,
@@ -39,12 +38,12 @@ from unet_ray.segmentation.settings import (
     open_inputs,
     precision_of,
 )
-from unet_ray.storage.inspection import told_by
-from unet_ray.storage.layout import FORMAT, LEDGER
+from unet_ray.storage.inspection import inspect, refuse_others
+from unet_ray.storage.layout import LEDGER
 from unet_ray.storage.ledger import committed, skipped
-from unet_ray.storage.places import Place, Where, place_of
+from unet_ray.storage.places import Place, Where, place_of, unusable
+from unet_ray.storage.provenance import Provenance
 from unet_ray.tiling.boxes import Box
-from unet_ray.tiling.tiles import TilePlan
 from unet_ray.units import format_bytes
 from unet_ray.volumes.intensity import Intensity, measure
 from unet_ray.volumes.masks import open_mask, tiles_under
@@ -70,26 +69,26 @@ def prepare(
         refuse_below_file(path)
     for read in (volume.path, find_model(model), *([settings.mask] if settings.mask else [])):
         refuse_overlap(path, place_of(read))
-    told = told_by(path, settings.overwrite)
-    device: Device = told["device"] if told else device_of(settings)
-    if told and device == "cuda" and device_of(settings) != "cuda":
+    stored = stored_at(path, settings.overwrite)
+    device: Device = stored.device if stored else device_of(settings)
+    if stored and device == "cuda" and device_of(settings) != "cuda":
         raise InputError(f"{path}: was begun on a GPU, and there is none here; run it on one.")
     precision = settings.precision or (
-        told["precision"] if told else precision_of(device, settings)
+        stored.precision if stored else precision_of(device, settings)
     )
-    outputs = checked_outputs(settings.outputs or (tuple(told["outputs"]) if told else None))
+    outputs = checked_outputs(settings.outputs or (stored.outputs if stored else None))
     size, values = (
         network_size(network, precision, settings.tta),
         stored_values(network.classes, outputs),
     )
-    if told and not settings.tile:
-        tiles = TilePlan.from_json(told["plan"])
+    if stored and not settings.tile:
+        tiles = stored.plan
         memory = needed_memory(size, tiles, volume, values)
         memory = memory.on(settings.engine)
         _check_memory(memory, settings, path)
     else:
         tiles, memory = choose_plan(volume, network, size, settings, values)
-    if not (told and settings.engine == "ray"):  # a finished store needs no cluster to say so
+    if not (stored and settings.engine == "ray"):  # a finished store needs no cluster to say so
         check_room(path, memory, device, settings)
     mask = open_mask(settings.mask, volume.shape[1:]) if settings.mask else None
     run = Segmentation(
@@ -97,7 +96,7 @@ def prepare(
         model=find_model(model),
         out=path,
         plan=tiles,
-        intensity=Intensity.from_json(told["normalisation"]) if told else measure(volume),
+        intensity=Intensity.from_json(stored.normalisation) if stored else measure(volume),
         precision=precision,
         device=device,
         tta=settings.tta,
@@ -105,15 +104,15 @@ def prepare(
         outputs=outputs,
         class_values=tuple(header.class_values),
         memory=memory,
-        provenance={},
-        resumed=told is not None,
+        provenance=Provenance({}),
+        resumed=stored is not None,
         mask=mask,
     )
-    # On a cluster a worker compares its machine with what the store tells, when it is made.
-    kind = told if told and settings.engine == "ray" else _asked_kind(device, settings)
+    # On a cluster a worker compares its machine with the provenance, when it is made.
+    kind = stored.kind if stored and settings.engine == "ray" else _asked_kind(device, settings)
     run = replace(run, provenance=_provenance(run, header, settings, kind))
-    if told:
-        refuse_difference(path, told, run.provenance)
+    if stored:
+        refuse_difference(path, stored, run.provenance)
     return run
 
 
@@ -166,35 +165,47 @@ def _asked_kind(device: Device, settings: Settings) -> dict[str, Any]:
 
 def _provenance(
     run: Segmentation, header: ModelHeader, settings: Settings, kind: Mapping[str, Any]
-) -> dict[str, Any]:
+) -> Provenance:
     """Everything that fixes the bytes of a store, and nothing that does not."""
     channels = run.volume.shape[0]
-    told = {
-        "format": FORMAT,
-        "model": {
+    return Provenance.of(
+        model={
             "sha256": sha256_of(run.model),
             "architecture": header.architecture,
             "training": header.training,
             "class_values": header.class_values,
         },
-        "input": {
+        source={
             **run.volume.identity(),
             # Not naming the only channel or time point is naming it.
             "channel": 0 if settings.channel is None and channels == 1 else settings.channel,
             "time": settings.time or 0,
             "level": settings.level,
         },
-        "outputs": list(run.outputs),
-        "plan": asdict(run.plan),
-        "precision": run.precision,
-        "normalisation": run.intensity.to_json(),
-        "device": run.device,
-        "tta": run.tta,
-        "nan": run.nan,
-        "threads_per_pass": 1,
-        **{name: kind.get(name) for name in KIND},
-    }
-    return cast(dict[str, Any], json.loads(json.dumps(told)))  # tuples become lists, as when read
+        outputs=run.outputs,
+        plan=run.plan,
+        precision=run.precision,
+        normalisation=run.intensity.to_json(),
+        device=run.device,
+        tta=run.tta,
+        nan=run.nan,
+        kind=kind,
+    )
+
+
+def stored_at(path: Place, overwrite: bool) -> Provenance | None:
+    """How the store was made that a run continues; None if the run begins a new one.
+
+    Raises:
+        InputError: if what is there is not ours, or cannot be read.
+    """
+    try:
+        if not overwrite:
+            return inspect(path).continued()
+        refuse_others(path)
+        return None
+    except OSError as error:
+        raise InputError(unusable(path, error)) from error
 
 
 @dataclass(frozen=True)

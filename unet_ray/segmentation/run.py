@@ -5,8 +5,6 @@ Knows read, predict and write of one tile. Does not know which tiles are done, o
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,22 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.errors import InputError, RunError, VoxelError
+from unet_ray.machine import machine_name
 from unet_ray.network.checkpoints import read_model
 from unet_ray.network.prediction import Device, Precision, Predictor, instructions
 from unet_ray.segmentation.memory import WorkerMemory
 from unet_ray.storage.lease import Fence
 from unet_ray.storage.places import Place
+from unet_ray.storage.provenance import KIND, Provenance
 from unet_ray.storage.stores import Store
 from unet_ray.tiling.mirror import read_mirrored, reflect
 from unet_ray.tiling.tiles import Tile, TilePlan
 from unet_ray.versions import versions
 from unet_ray.volumes.intensity import Intensity
 from unet_ray.volumes.volume import Volume
-
-# What of the machine and its software fixes the bytes.
-KIND = ("instructions", "versions")
-# Told in the store, but another version of these gives the same bytes.
-UNCOMPARED = ("versions.numpy", "versions.zarr")
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ class Segmentation:
         outputs: what is stored.
         class_values: label value of each class.
         memory: what one worker needs.
-        provenance: all of this as JSON, kept in the store and compared when a run goes on.
+        provenance: all of this, kept in the store and compared when a run goes on.
         resumed: the store was there already and is continued.
         mask: shows which tiles are asked for; None for all.
         fence: keeps workers from writing once the run has lost its output; None for no such run.
@@ -67,7 +62,7 @@ class Segmentation:
     outputs: tuple[str, ...]
     class_values: tuple[int, ...]
     memory: WorkerMemory
-    provenance: Mapping[str, Any]
+    provenance: Provenance
     resumed: bool
     mask: Volume | None = None
     fence: Fence | None = None
@@ -153,13 +148,12 @@ def _refuse_other_kind(run: Segmentation) -> None:
     Raises:
         RunError: if it is of another kind than the one that the run was prepared for.
     """
-    told, here = dict(_flat(run.provenance)), kind_of_machine(run.device)
-    for field, value in _flat(here):
-        if field not in UNCOMPARED and told.get(field, value) != value:
-            raise RunError(
-                f"{run.out}: its {field} is {told[field]}, but {value} on {os.uname().nodename}, "
-                "so its tiles could have other bytes; run it on machines of one kind."
-            )
+    if found := run.provenance.other_kind(kind_of_machine(run.device)):
+        field, stored, here = found
+        raise RunError(
+            f"{run.out}: its {field} is {stored}, but {here} on {machine_name()}, so its tiles "
+            "could have other bytes; run it on machines of one kind."
+        )
 
 
 def kind_of_machine(device: Device) -> dict[str, Any]:
@@ -167,32 +161,19 @@ def kind_of_machine(device: Device) -> dict[str, Any]:
     return dict(zip(KIND, (instructions(device), versions()), strict=True))
 
 
-def refuse_difference(path: Place, told: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_difference(path: Place, stored: Provenance, now: Provenance) -> None:
     """Makes sure that a store was made as a run would make it.
 
     Args:
         path: the store.
-        told: how it was made.
+        stored: how it was made.
         now: how the run would make it.
 
     Raises:
         InputError: naming the first difference.
     """
-    there, here = dict(_flat(told)), dict(_flat(now))
-    for field in UNCOMPARED:
-        there.pop(field, None)
-        here.pop(field, None)
-    for field in [*here, *there]:
-        if there.get(field) != here.get(field):
-            raise InputError(
-                f"{path}: was made with another {field} ({there.get(field)}, now "
-                f"{here.get(field)}); choose another --out, or delete it with --overwrite."
-            )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+    for field, there, here in stored.differences(now):
+        raise InputError(
+            f"{path}: was made with another {field} ({there}, now {here}); choose another --out, "
+            "or delete it with --overwrite."
+        )

@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import Self
 
 from unet_ray.errors import InputError, LostError, RunError
+from unet_ray.machine import machine_name
 from unet_ray.storage.objects import Held, ObjectPath
 from unet_ray.storage.places import Place
 from unet_ray.storage.swap import LEASE, LOCK, LOCK_SECONDS, locked, refuse_unconditional, swap_in
@@ -401,7 +402,7 @@ def _this_process() -> Owner:
         boot_id = namespace = ""
     pid = os.getpid()
     return Owner(
-        host=os.uname().nodename,
+        host=machine_name(),
         boot_id=boot_id,
         pid=pid,
         epoch=0,

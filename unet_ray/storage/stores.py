@@ -43,6 +43,7 @@ from unet_ray.storage.places import (
     remove_tree,
     write_whole,
 )
+from unet_ray.storage.provenance import Provenance
 from unet_ray.tiling.tiles import Tile, TilePlan
 
 DELETED = "deleted-"  # what names in .unet_ray begin with that are no longer of a store
@@ -54,7 +55,7 @@ AT_ONCE = 1000  # objects that are removed by one request
 def create_store(
     path: Place,
     layout: StoreLayout,
-    provenance: Mapping[str, Any],
+    provenance: Provenance,
     guard: Guard = nullcontext,
 ) -> None:
     """Makes an empty store at `path`, in the place of any that is there.
@@ -72,7 +73,7 @@ def create_store(
         InputError: if something is there that no store of ours holds.
     """
     refuse_others(path)
-    files = metadata_files(layout, provenance)
+    files = metadata_files(layout, provenance.json)
     _clear(path, guard)
     for name in METADATA:
         if name in files:

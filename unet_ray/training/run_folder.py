@@ -21,6 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from unet_ray.errors import InputError, refuse_below_file
+from unet_ray.machine import machine_name
 from unet_ray.network.checkpoints import read_tensors, write_tensors
 from unet_ray.storage.places import remove_partial, try_lock, write_whole
 
@@ -130,7 +131,7 @@ class RunFolder:
                 remove_partial(folder)
             self._set_damaged_aside()
             os.ftruncate(file, 0)
-            os.pwrite(file, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+            os.pwrite(file, f"process {os.getpid()} on {machine_name()}".encode(), 0)
             yield
         finally:
             os.close(file)
