@@ -6,7 +6,8 @@ from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
 from unet_ray.tiling.boxes import Box
-from unet_ray.tiling.tiles import Context, Level, TilePlan
+from unet_ray.tiling.levels import Level
+from unet_ray.tiling.tiles import Context, TilePlan
 
 SLICE = Level((1, 3, 3), (1, 2, 2))  # nothing happens along z: a 2-D network on a volume
 CUBE = Level((3, 3, 3), (2, 2, 2))

@@ -20,7 +20,8 @@ from unet_ray.storage.layout import LEDGER, ledger_of, marks_of
 from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import Ledger, committed
 from unet_ray.storage.marks import Mark, Marks
-from unet_ray.tiling.tiles import Context, Level, TilePlan
+from unet_ray.tiling.levels import Level
+from unet_ray.tiling.tiles import Context, TilePlan
 
 ROOT = Path(__file__).parents[2]
 LEVELS = (Level((1, 3, 3), (1, 2, 2)),) * 2

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.strategies import flat_levels
 from unet_ray.network.arithmetic import (
     NetworkSize,
     core_multiplications,
@@ -24,7 +25,7 @@ PAPER = Context((0, 92, 92), (0, 96, 96), (1, 16, 16))
 
 
 def paper(base_channels=64):
-    return NetworkSize(1, 2, base_channels, 4, weights=0, itemsize=4)
+    return NetworkSize(1, 2, base_channels, flat_levels(4), weights=0, itemsize=4)
 
 
 @pytest.mark.parametrize(
@@ -46,9 +47,9 @@ def paper(base_channels=64):
 )
 def test_the_cost_of_the_halo(extent, ratio):
     core = extent - 188
-    spent = pass_multiplications(paper(), extent, extent)
+    spent = pass_multiplications(paper(), (1, extent, extent))
     digits = len(str(ratio).split(".")[1])
-    assert spent / core_multiplications(paper(), core, core) == pytest.approx(
+    assert spent / core_multiplications(paper(), (1, core, core)) == pytest.approx(
         ratio, abs=0.51 * 10**-digits
     )
 
@@ -56,7 +57,7 @@ def test_the_cost_of_the_halo(extent, ratio):
 @pytest.mark.parametrize(("base_channels", "kiloflops"), [(64, 1467.8), (32, 367.3)])
 def test_the_cost_of_a_voxel_without_halo(base_channels, kiloflops):
     # A multiplication and an addition are two operations.
-    flops = 2 * core_multiplications(paper(base_channels), 512, 512) / 512**2
+    flops = 2 * core_multiplications(paper(base_channels), (1, 512, 512)) / 512**2
     assert round(flops / 1000, 1) == kiloflops
 
 
@@ -83,9 +84,9 @@ def test_multiplications_are_those_of_the_layers(options, y, x):
                 layer.register_forward_hook(count)
         network(torch.empty(1, network.in_channels, y, x))
     size = NetworkSize(
-        network.in_channels, network.classes, network.base_channels, network.depth, 0, 4
+        network.in_channels, network.classes, network.base_channels, network.levels, 0, 4
     )
-    assert pass_multiplications(size, y, x) == counted
+    assert pass_multiplications(size, (1, y, x)) == counted
 
 
 def test_the_overhead_of_a_plan_that_fits_the_volume():
@@ -97,7 +98,9 @@ def test_what_reaches_beyond_the_volume_counts():
     # 5 slices in passes of 2 are 6; 768 rows in cores of 512 are 1024.
     core = (2, 512, 384)
     plan = TilePlan((5, 768, 1152), core, PAPER, core)
-    ratio = pass_multiplications(paper(), 700, 572) / core_multiplications(paper(), 512, 384)
+    ratio = pass_multiplications(paper(), (1, 700, 572)) / core_multiplications(
+        paper(), (1, 512, 384)
+    )
     assert halo_overhead(paper(), plan) == pytest.approx(ratio * 6 / 5 * 1024 / 768 - 1)
 
 

@@ -10,7 +10,8 @@ from torch.nn.functional import conv2d, conv_transpose2d, max_pool2d
 
 from unet_ray.errors import InputError
 from unet_ray.network.unet import StandardisedConv2d, UNet
-from unet_ray.tiling.tiles import Context, Level
+from unet_ray.tiling.levels import Level
+from unet_ray.tiling.tiles import Context
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.helper import anonymous, random_model, workers_of
+from tests.strategies import flat_levels
 from unet_ray import machine
 from unet_ray.engine.cluster import HELPERS
 from unet_ray.errors import InputError
@@ -96,7 +97,7 @@ def test_sizes_for_people(count, text):
 
 # Bytes of a pass and of a worker; their truth against measured peaks is tested elsewhere.
 
-NET = NetworkSize(in_channels=1, classes=2, base_channels=16, depth=4, weights=10**6, itemsize=4)
+NET = NetworkSize(1, 2, 16, flat_levels(4), weights=10**6, itemsize=4)
 PAPER = Context((0, 92, 92), (0, 96, 96), (1, 16, 16))
 extents = st.integers(1, 60).map(lambda k: 188 + 16 * k)
 

@@ -22,7 +22,8 @@ from tests.strategies import (
 )
 from unet_ray.errors import InputError
 from unet_ray.tiling.boxes import Box
-from unet_ray.tiling.tiles import Context, Level, TilePlan, equal_core, output_extent, round_up
+from unet_ray.tiling.levels import Level, output_extents
+from unet_ray.tiling.tiles import Context, TilePlan, equal_core, round_up
 
 PAPER = Context((0, 92, 92), (0, 96, 96), (1, 16, 16))
 
@@ -226,7 +227,8 @@ def test_the_context_of_the_papers_layers(depth):
     [(4, 572, 388), (3, 132, 44), (3, 116, 28), (4, 188, 4), (4, 571, None), (4, 172, None)],
 )
 def test_what_the_papers_give(depth, extent, output):
-    assert output_extent(extent, [3] * (depth + 1), [2] * depth) == output
+    found = output_extents([Level((3,), (2,))] * (depth + 1), [extent])
+    assert found == (output and (output,))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
@@ -234,8 +236,8 @@ def test_legal_sizes_are_those_of_the_formula(depth):
     smallest, lost = 4 * (2**depth - 1), 12 * 2**depth - 8
     for extent in range(1, 400):
         fits = extent > lost and (extent - smallest) % 2**depth == 0
-        found = output_extent(extent, [3] * (depth + 1), [2] * depth)
-        assert found == (extent - lost if fits else None)
+        found = output_extents([Level((3,), (2,))] * (depth + 1), [extent])
+        assert found == ((extent - lost,) if fits else None)
 
 
 def walked(positions, kernels, pools):
@@ -273,7 +275,8 @@ def test_contexts_agree_with_walking_through_the_layers(drawn, deepest, steps):
     output = walked(np.arange(-before, core + after), kernels, pools)
     # The core comes first; something may be left over, to be dropped.
     np.testing.assert_array_equal(output[:core], np.arange(core))
-    assert output_extent(before + core + after, kernels, pools) == len(output) < core + 2 * step + 8
+    assert output_extents(axis, [before + core + after]) == (len(output),)
+    assert len(output) < core + 2 * step + 8
 
 
 def test_an_anisotropic_network():

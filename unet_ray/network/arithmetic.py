@@ -1,6 +1,6 @@
-"""What tiles cost: multiplications of a pass, how many the halo takes, voxels decoded again.
+"""What passes and tiles cost: multiplications, bytes, and what the halo takes of them.
 
-Knows the shapes of the network's layers and of the input's storage units as numbers. The ratio of
+Knows the extents and channels of the network's layers as numbers. Does not know torch. The ratio of
 areas is the wrong model: deep layers, where most of the work is, lose less of their area to the
 halo than the input does.
 """
@@ -13,17 +13,60 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from unet_ray.tiling.levels import Level, layers
 from unet_ray.tiling.tiles import TilePlan, round_up
 
-
-def pass_multiplications(net: NetworkSize, y: float, x: float) -> float:
-    """Multiplications of one slice of ``y x x`` voxels through unpadded convolutions."""
-    return _walk(net, y, x, shrink=2)
+# Results of constant passes that are kept: empty background is one value, seldom two.
+CONSTANTS = 2
 
 
-def core_multiplications(net: NetworkSize, y: float, x: float) -> float:
-    """The same for a core of ``y x x`` voxels if it needed no halo at all."""
-    return _walk(net, y, x, shrink=0)
+@dataclass(frozen=True)
+class NetworkSize:
+    """The numbers of a network that time and memory depend on.
+
+    Attributes:
+        in_channels, classes, base_channels: as of the network.
+        levels: from full resolution to the coarsest, over (z, y, x).
+        weights: number of parameters.
+        itemsize: bytes of one activation: 4 for float32, 2 for bfloat16.
+        tta: passes are averaged over the symmetries of the square.
+    """
+
+    in_channels: int
+    classes: int
+    base_channels: int
+    levels: tuple[Level, ...]
+    weights: int
+    itemsize: int
+    tta: bool = False
+
+    def width(self, level: int) -> int:
+        """Channels of a level."""
+        return self.base_channels * 2**level
+
+
+def pass_multiplications(net: NetworkSize, extents: Sequence[float]) -> float:
+    """Multiplications of one pass over ``(z, y, x)`` voxels through unpadded convolutions."""
+    return _multiplications(net, extents, valid=True)
+
+
+def core_multiplications(net: NetworkSize, extents: Sequence[float]) -> float:
+    """The same for a core of ``(z, y, x)`` voxels if it needed no halo at all."""
+    return _multiplications(net, extents, valid=False)
+
+
+def _multiplications(net: NetworkSize, extents: Sequence[float], valid: bool) -> float:
+    total, channels = 0.0, net.in_channels
+    for layer in layers(net.levels, extents, valid):
+        width = net.classes if layer.kind == "head" else net.width(layer.level)
+        # An up-convolution feeds each voxel that it returns from one voxel.
+        taps = math.prod(net.levels[layer.level].kernel) if layer.kind == "convolution" else 1
+        if layer.kind != "pooling":
+            total += taps * channels * width * layer.voxels
+            channels = width
+        if layer.kind == "up-convolution":
+            channels = 2 * width  # joined to the skip
+    return total
 
 
 def halo_overhead(net: NetworkSize, plan: TilePlan) -> float:
@@ -34,8 +77,8 @@ def halo_overhead(net: NetworkSize, plan: TilePlan) -> float:
     slices = round_up(plan.shape[0], plan.passes[0])
     in_core = math.prod(c // p for c, p in zip(plan.core[1:], plan.passes[1:], strict=True))
     passes = math.prod(plan.counts[1:]) * in_core
-    spent = slices * passes * pass_multiplications(net, *plan.pass_shape[1:])
-    return spent / core_multiplications(net, *plan.shape[1:]) / plan.shape[0] - 1
+    spent = slices * passes * pass_multiplications(net, (1, *plan.pass_shape[1:]))
+    return spent / core_multiplications(net, (1, *plan.shape[1:])) / plan.shape[0] - 1
 
 
 def read_amplification(plan: TilePlan, chunk: Sequence[int]) -> float:
@@ -61,49 +104,6 @@ def _decoded(extent: int, core: int, before: int, after: int, chunk: int) -> int
     return int((np.minimum(-(-high // chunk) * chunk, extent) - low // chunk * chunk).sum())
 
 
-def _walk(net: NetworkSize, y: float, x: float, shrink: int) -> float:
-    total, channels = 0.0, net.in_channels
-    widths = [net.base_channels * 2**level for level in range(net.depth + 1)]
-    for level, width in enumerate(widths):
-        for inputs in (channels, width):
-            y, x = y - shrink, x - shrink
-            total += 9 * inputs * width * y * x
-        channels = width
-        if level < net.depth:
-            y, x = y / 2, x / 2
-    for width in reversed(widths[:-1]):
-        y, x = 2 * y, 2 * x
-        total += 2 * width * width * y * x
-        for inputs in (2 * width, width):
-            y, x = y - shrink, x - shrink
-            total += 9 * inputs * width * y * x
-    return total + net.base_channels * net.classes * y * x
-
-
-# Results of constant passes that are kept: empty background is one value, seldom two.
-CONSTANTS = 2
-
-
-@dataclass(frozen=True)
-class NetworkSize:
-    """The numbers of a network that memory depends on.
-
-    Attributes:
-        in_channels, classes, base_channels, depth: as of the network.
-        weights: number of parameters.
-        itemsize: bytes of one activation: 4 for float32, 2 for bfloat16.
-        tta: passes are averaged over the symmetries of the square.
-    """
-
-    in_channels: int
-    classes: int
-    base_channels: int
-    depth: int
-    weights: int
-    itemsize: int
-    tta: bool = False
-
-
 def pass_bytes(net: NetworkSize, pass_shape: tuple[int, ...]) -> int:
     """Peak of one forward call at inference, walking down and up the network.
 
@@ -111,41 +111,30 @@ def pass_bytes(net: NetworkSize, pass_shape: tuple[int, ...]) -> int:
         net: size of the network.
         pass_shape: (slices in the batch, y, x) that the call is given.
     """
-    batch, y, x = pass_shape
+    voxels = math.prod(pass_shape)
+    steps = [*layers(net.levels, pass_shape)]
+    joined = {step.level: step.voxels for step in steps if step.kind == "up-convolution"}
 
-    def features(channels: int, shrunk: float, level: int) -> float:
-        area = (y / 2**level - shrunk) * (x / 2**level - shrunk)
-        return float(batch * channels * area * net.itemsize)
+    def skips(level: int) -> float:
+        """Bytes of the skips above a level, cut to what is joined there."""
+        return sum(net.width(n) * joined[n] for n in range(level)) * net.itemsize
 
-    widths = [net.base_channels * 2**level for level in range(net.depth + 1)]
-    image = batch * net.in_channels * y * x * (4 + net.itemsize)
-    peak, shrunk = 0.0, 0.0
-    skips: list[float] = []
-    below = features(net.in_channels, 0, 0)
-    for level, width in enumerate(widths):
-        first, second = features(width, shrunk + 2, level), features(width, shrunk + 4, level)
-        peak = max(peak, sum(skips) + below + first, sum(skips) + first + second)
-        shrunk = (shrunk + 4) / 2
-        below = second / 4
-        if level < net.depth:
-            skips.append(features(width, _margin(net.depth, level), level))
-            peak = max(peak, sum(skips) + second + below)
-    for level in reversed(range(net.depth)):
-        skip, held = skips[level], sum(skips[:level])
-        below = features(2 * widths[level], _margin(net.depth, level) + 4, level) / 2
-        # The joined buffer is twice a skip; the skip goes before the up-convolution comes.
-        peak = max(peak, held + 3 * skip + below)
-    scores = batch * net.classes * y * x * (net.itemsize + 4 + 4)
+    peak, below, up = 0.0, float(net.in_channels * voxels * net.itemsize), False
+    previous = ""
+    for step in steps[:-1]:
+        features = net.width(step.level) * step.voxels * net.itemsize
+        up = up or step.kind == "up-convolution"
+        if not up:
+            kept = skips(step.level + (step.kind == "pooling"))
+            peak = max(peak, kept + below + features)
+        elif previous == step.kind:  # the second convolution
+            # The joined buffer is twice a skip; the skip goes before the up-convolution comes.
+            skip = net.width(step.level) * joined[step.level] * net.itemsize
+            peak = max(peak, skips(step.level) + 3 * skip + features)
+        below, previous = features, step.kind
+    image = voxels * net.in_channels * (4 + net.itemsize)
+    scores = voxels * net.classes * (net.itemsize + 4 + 4)
     if net.tta:  # the turned image, and the sum so far, stay beside every pass
-        image += batch * y * x * (net.in_channels * net.itemsize + net.classes * 4)
-        scores += batch * net.classes * y * x * 4
-    return int(image + max(peak, skips[0] + scores))
-
-
-def _margin(depth: int, level: int) -> float:
-    """Voxels of `level` between the face of the input and what is joined there, both sides."""
-    shrink = 12 * 2**depth - 8
-    margin = float(shrink - 4)
-    for _ in range(level):
-        margin = margin / 2 - 4
-    return margin
+        image += voxels * (net.in_channels * net.itemsize + net.classes * 4)
+        scores += voxels * net.classes * 4
+    return int(image + max(peak, skips(1) + scores))

@@ -6,14 +6,15 @@ so every output voxel is computed from real input only, which is what makes tili
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from unet_ray.errors import InputError
-from unet_ray.tiling.tiles import Context, Level, output_extent
+from unet_ray.tiling.levels import Level, layers, output_extents
+from unet_ray.tiling.tiles import Context
 
 Norm = Literal["none", "weight", "batch"]
 Convolution = nn.Conv2d | nn.ConvTranspose2d
@@ -138,20 +139,19 @@ class UNet(nn.Module):
         Raises:
             InputError: if the network does not take that size; names the nearest that fit.
         """
-        kernels, pools = zip(*((v.kernel[-1], v.pool[-1]) for v in self.levels), strict=True)
-        output = output_extent(extent, kernels, pools[:-1])
-        if output is None:
+        outputs = output_extents(self.levels, (1, extent, extent))
+        if outputs is None:
             raise InputError(self._size_rule(extent))
-        return output
+        return outputs[-1]
 
-    def _joined_sizes(self, extents: Sequence[int]) -> list[tuple[int, ...]]:
-        """Size of what is joined at each level, (y, x), for an input of `extents`."""
-        size = tuple(self.output_extent(n) + 4 for n in extents)
-        sizes = [size]
-        for _ in range(self.depth - 1):
-            size = tuple(n // 2 + 4 for n in size)
-            sizes.append(size)
-        return sizes
+    def _joined_sizes(self, image: Tensor) -> list[tuple[int, ...]]:
+        """Size of what is joined at each level, (y, x), for an image."""
+        extents = image.shape[-2:]
+        for extent in extents:
+            self.output_extent(extent)
+        steps = layers(self.levels, (1, *extents))
+        sizes = [step.extents[1:] for step in steps if step.kind == "up-convolution"]
+        return [tuple(map(int, size)) for size in reversed(sizes)]
 
     def _size_rule(self, extent: int) -> str:
         step, halo = self.context.step[-1], self.context.halo[-1]
@@ -174,7 +174,7 @@ class UNet(nn.Module):
         Raises:
             InputError: if y or x is a size that the network does not take.
         """
-        wanted = self._joined_sizes(image.shape[-2:])
+        wanted = self._joined_sizes(image)
         skips, x = [], image
         for level, pair in enumerate(self.down):
             for layer in _layers(pair):

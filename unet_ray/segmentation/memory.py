@@ -189,7 +189,7 @@ def network_size(network: UNet, precision: Precision, tta: bool = False) -> Netw
         network.in_channels,
         network.classes,
         network.base_channels,
-        network.depth,
+        network.levels,
         sum(p.numel() for p in network.parameters()),
         {"float32": 4, "bfloat16": 2}[precision],
         tta,

@@ -21,55 +21,21 @@ from typing import Any
 
 from unet_ray.errors import InputError
 from unet_ray.tiling.boxes import Box, Ints
+from unet_ray.tiling.levels import Level, output_extents
 
 
-@dataclass(frozen=True, slots=True)
-class Level:
-    """One resolution of a U-Net: two unpadded convolutions, then pooling to the next.
-
-    Attributes:
-        kernel: width of the convolutions per axis; 1 on an axis that is not convolved.
-        pool: width of the pooling (and of the up-convolution back) per axis; 1 for none. The
-            last level's is not used.
-    """
-
-    kernel: Ints
-    pool: Ints
-
-
-def output_extent(extent: int, kernels: Sequence[int], pools: Sequence[int]) -> int | None:
-    """What a U-Net returns along one axis for `extent` voxels, or None if it cannot take them.
-
-    Args:
-        extent: input size along the axis, in voxels.
-        kernels: convolution width at each level, from full resolution down.
-        pools: pooling width below each level but the last.
-    """
-    for kernel, pool in zip(kernels, pools, strict=False):
-        extent -= 2 * (kernel - 1)
-        if extent <= 0 or extent % pool:
-            return None
-        extent //= pool
-    extent -= 2 * (kernels[-1] - 1)
-    for kernel, pool in reversed(list(zip(kernels, pools, strict=False))):
-        extent = extent * pool - 2 * (kernel - 1)
-        if extent <= 0:
-            return None
-    return extent
-
-
-def _axis_context(kernels: Sequence[int], pools: Sequence[int]) -> tuple[int, int, int]:
-    """(before, after, step) along one axis, from the layers' arithmetic alone."""
-    step = math.prod(pools)
+def _axis_context(levels: Sequence[Level]) -> tuple[int, int, int]:
+    """(before, after, step) along the one axis of `levels`, from the layers' arithmetic alone."""
+    step = math.prod(level.pool[0] for level in levels[:-1])
     extent = 1
-    while (output := output_extent(extent, kernels, pools)) is None:
+    while (output := output_extents(levels, [extent])) is None:
         extent += 1
-    before = (extent - output) // 2
+    before = (extent - output[0]) // 2
     # The network returns the core and some more, since input sizes come in steps: at least what
     # the last two convolutions take, which makes the halo one formula at every depth:
     # before = 6 * 2^d - 4 and after = 6 * 2^d for the paper's layers.
-    excess = output % step
-    while excess < 2 * (kernels[0] - 1):
+    excess = output[0] % step
+    while excess < 2 * (levels[0].kernel[0] - 1):
         excess += step
     return before, before + excess, step
 
@@ -94,10 +60,7 @@ class Context:
     def of_levels(cls, levels: Sequence[Level]) -> Context:
         """The context of a U-Net with these `levels`, from full resolution to the coarsest."""
         axes = range(len(levels[0].kernel))
-        found = [
-            _axis_context([v.kernel[a] for v in levels], [v.pool[a] for v in levels[:-1]])
-            for a in axes
-        ]
+        found = [_axis_context([Level((v.kernel[a],), (v.pool[a],)) for v in levels]) for a in axes]
         before, after, step = zip(*found, strict=True)
         return cls(before, after, step)
 

@@ -1,0 +1,88 @@
+"""The resolutions of a U-Net, and the extents of all its layers for a given input.
+
+Knows widths of kernels and pooling along any number of axes. Does not know channels or tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from unet_ray.tiling.boxes import Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One resolution of a U-Net: two unpadded convolutions, then pooling to the next.
+
+    Attributes:
+        kernel: width of the convolutions per axis; 1 on an axis that is not convolved.
+        pool: width of the pooling (and of the up-convolution back) per axis; 1 for none. The
+            last level's is not used.
+    """
+
+    kernel: Ints
+    pool: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer of a forward pass.
+
+    Attributes:
+        kind: what it does; ``head`` is the last 1-wide convolution.
+        level: its resolution, 0 being the finest.
+        extents: of what it returns, per axis.
+    """
+
+    kind: Literal["convolution", "pooling", "up-convolution", "head"]
+    level: int
+    extents: tuple[float, ...]
+
+    @property
+    def voxels(self) -> float:
+        """Voxels of what it returns, of one channel."""
+        return math.prod(self.extents)
+
+
+def layers(
+    levels: Sequence[Level], extents: Sequence[float], valid: bool = True
+) -> Iterator[Layer]:
+    """The layers of a U-Net in the order of a forward pass (Ronneberger 2015, fig. 1).
+
+    Args:
+        levels: from full resolution to the coarsest.
+        extents: of the input, per axis. A size that the network does not take gives extents that
+            are fractions or below 1.
+        valid: whether convolutions lose the border; without it no layer needs a halo.
+    """
+    size = tuple(float(n) for n in extents)
+    last = len(levels) - 1
+
+    def convolved(level: int) -> Iterator[Layer]:
+        nonlocal size
+        for _ in range(2):
+            if valid:
+                size = tuple(n - k + 1 for n, k in zip(size, levels[level].kernel, strict=True))
+            yield Layer("convolution", level, size)
+
+    for level in range(last):
+        yield from convolved(level)
+        size = tuple(n / p for n, p in zip(size, levels[level].pool, strict=True))
+        yield Layer("pooling", level, size)
+    yield from convolved(last)
+    for level in reversed(range(last)):
+        size = tuple(n * p for n, p in zip(size, levels[level].pool, strict=True))
+        yield Layer("up-convolution", level, size)
+        yield from convolved(level)
+    yield Layer("head", 0, size)
+
+
+def output_extents(levels: Sequence[Level], extents: Sequence[int]) -> Ints | None:
+    """The output of a U-Net for an input of `extents`; None if it does not take them."""
+    sizes = [layer.extents for layer in layers(levels, extents)]
+    if any(n < 1 or n != int(n) for size in sizes for n in size):
+        return None
+    return tuple(int(n) for n in sizes[-1])
