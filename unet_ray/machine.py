@@ -10,10 +10,57 @@ import gc
 import os
 import platform
 import re
-import resource
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+import psutil
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows, where this was not run
+    fcntl = resource = None  # type: ignore[assignment]
+
+PROC = Path("/proc")
+
+
+def try_lock(file: int) -> bool:
+    """Locks an open file until it is closed; returns False if another process holds it."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            _lock_on_windows(file, "LK_NBLCK")
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def unlock(file: int) -> None:
+    """Unlocks a file, though a forked child may have it open too."""
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_UN)
+    else:
+        _lock_on_windows(file, "LK_UNLCK")
+
+
+def _lock_on_windows(file: int, mode: str) -> None:
+    import msvcrt
+
+    os.lseek(file, 1 << 30, os.SEEK_SET)  # far behind what is written there
+    msvcrt.locking(file, getattr(msvcrt, mode), 1)  # type: ignore[attr-defined]
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on disk; Windows cannot, and needs not."""
+    if os.name == "nt":
+        return
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def machine_name() -> str:
@@ -27,9 +74,11 @@ def room() -> int:
     What it holds, and what is free on the machine or, if that is less, in its container or by a
     limit of its own (``ulimit``).
     """
-    status = Path("/proc/self/status")
+    if not resource or not PROC.is_dir():
+        return held() + psutil.virtual_memory().available
+    status = PROC / "self/status"
     try:
-        free = _told(Path("/proc/meminfo"), "MemAvailable")
+        free = _told(PROC / "meminfo", "MemAvailable")
         for limit, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
             most, _ = resource.getrlimit(limit)
             if most != resource.RLIM_INFINITY:
@@ -64,9 +113,11 @@ def _cgroup_names(kind: str) -> list[str]:
 
 
 def held() -> int:
-    """Anonymous bytes that this process holds; 0 where the system does not tell."""
+    """Anonymous bytes that this process holds; all resident ones where there is no ``/proc``."""
+    if not PROC.is_dir():
+        return psutil.Process().memory_info().rss
     try:
-        return _told(Path("/proc/self/status"), "RssAnon")
+        return _told(PROC / "self/status", "RssAnon")
     except OSError:
         return 0
 

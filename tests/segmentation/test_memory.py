@@ -15,7 +15,6 @@ from PIL import Image
 
 from tests.helper import anonymous, random_model, workers_of
 from tests.strategies import flat_levels
-from unet_ray import machine
 from unet_ray.engine.cluster import HELPERS
 from unet_ray.errors import InputError
 from unet_ray.network.arithmetic import NetworkSize, pass_bytes
@@ -363,51 +362,3 @@ def test_chunks_are_named_as_what_takes_the_memory_only_where_they_do(tmp_path, 
     with pytest.raises(InputError, match="too little for this model") as told:
         plan(tmp_path / "v.zarr", model, Settings(memory=(900 if said else 100) << 20))
     assert ("stored in chunks of" in str(told.value)) == said
-
-
-GROUPS = [
-    (
-        "0::/pod/box",
-        "",
-        {"memory.max": "limit", "memory.current": "used"},
-        "active_file 100\ninactive_file 20\nanon 5\n",
-    ),
-    (
-        "9:cpu,memory:/pod/box",
-        "memory",
-        {"memory.limit_in_bytes": "limit", "memory.usage_in_bytes": "used"},
-        "active_file 7\ntotal_active_file 100\ntotal_inactive_file 20\n",
-    ),
-]
-
-
-@pytest.mark.parametrize(("line", "kind", "names", "stat"), GROUPS, ids=["v2", "v1"])
-@pytest.mark.parametrize("tight", ["", "pod", "pod/box", None])
-def test_room_is_what_the_tightest_container_leaves_without_cached_files(
-    tmp_path, monkeypatch, line, kind, names, stat, tight
-):
-    (tmp_path / "cgroup").write_text(f"12:pids:/other\n{line}\n")
-    monkeypatch.setattr(machine, "PROC_CGROUP", tmp_path / "cgroup")
-    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
-    for group in ("", "pod", "pod/box"):
-        folder = tmp_path / kind / group
-        folder.mkdir(parents=True, exist_ok=True)
-        told = {"limit": "9000" if group == tight else str(2**62), "used": "8000"}
-        for name, what in names.items():
-            (folder / name).write_text(told[what] + "\n")
-        (folder / "memory.stat").write_text(stat)
-    left = min(machine._left_in_containers())
-    assert left == 1120 if tight is not None else left > 2**61
-
-
-def test_a_container_whose_name_is_not_seen_from_within_counts_by_its_root(tmp_path, monkeypatch):
-    (tmp_path / "cgroup").write_text("0::/machine/of/another\n")
-    monkeypatch.setattr(machine, "PROC_CGROUP", tmp_path / "cgroup")
-    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
-    assert not [*machine._left_in_containers()]
-    (tmp_path / "memory.max").write_text("5000")
-    (tmp_path / "memory.current").write_text("1000")
-    (tmp_path / "memory.stat").write_text("inactive_file 500\n")
-    assert [*machine._left_in_containers()] == [4500]
-    (tmp_path / "memory.max").write_text("max")
-    assert not [*machine._left_in_containers()]

@@ -42,7 +42,7 @@ class NetworkSize:
 
     def width(self, level: int) -> int:
         """Channels of a level."""
-        return self.base_channels * 2**level
+        return self.base_channels << level
 
 
 def pass_multiplications(net: NetworkSize, extents: Sequence[float]) -> float:

@@ -24,12 +24,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from unet_ray.errors import InputError, LostError, RunError
-from unet_ray.machine import machine_name
+from unet_ray.machine import PROC, machine_name
 from unet_ray.storage.objects import Held, ObjectPath
 from unet_ray.storage.places import Place
 from unet_ray.storage.swap import LEASE, LOCK, LOCK_SECONDS, locked, refuse_unconditional, swap_in
@@ -38,7 +37,6 @@ HEARTBEAT_SECONDS = 15.0
 SILENT_SECONDS = 90.0
 CHECK_SECONDS = 1.0
 LATEST = 4e9  # seconds since 1970: the year 2096
-PROC = Path("/proc")
 _UNRELEASED: set[Place] = set()  # folders of the leases that this process could not release
 
 

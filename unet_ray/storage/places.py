@@ -10,7 +10,6 @@ durable.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from unet_ray.errors import InputError, nearest
+from unet_ray.machine import sync_folder
 from unet_ray.storage.objects import (
     ObjectPath,
     as_os_errors,
@@ -102,11 +102,7 @@ def write_whole(
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    opened = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+    sync_folder(path.parent)
 
 
 def _put_whole(path: ObjectPath, data: bytes, guard: Guard | None) -> None:
@@ -121,15 +117,6 @@ def _put_whole(path: ObjectPath, data: bytes, guard: Guard | None) -> None:
                 return
         tag = path.tag()
     raise OSError(errno.EIO, "others write this object again and again", str(path))
-
-
-def try_lock(file: int) -> bool:
-    """Locks an open file until it is closed; whether it could: another may hold it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def files_below(folder: Place) -> Iterator[Place]:

@@ -6,7 +6,6 @@ Knows locks of files and conditional puts. Does not know what the file says.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import time
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import Protocol
 
 from unet_ray.errors import InputError
+from unet_ray.machine import try_lock, unlock
 from unet_ray.storage.objects import Held, ObjectPath
-from unet_ray.storage.places import Place, try_lock, unusable, write_whole
+from unet_ray.storage.places import Place, unusable, write_whole
 
 LOCK_SECONDS = 10.0  # the lock is held for one small write
 LEASE, LOCK = "lease.json", ".lease.lock"
@@ -141,6 +141,6 @@ def locked(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # a forked child may have the file open too
+            unlock(file)
     finally:
         os.close(file)

@@ -21,9 +21,9 @@ import numpy as np
 from torch import Tensor
 
 from unet_ray.errors import InputError, refuse_below_file
-from unet_ray.machine import machine_name
+from unet_ray.machine import machine_name, try_lock
 from unet_ray.network.checkpoints import read_tensors, write_tensors
-from unet_ray.storage.places import remove_partial, try_lock, write_whole
+from unet_ray.storage.places import remove_partial, write_whole
 
 MODEL, BEST, METRICS = "model.safetensors", "best.safetensors", "metrics.jsonl"
 PATCHES, WEIGHTS = "patches.safetensors", "weights.safetensors"
@@ -121,7 +121,8 @@ class RunFolder:
             # Held until the file is closed, also by a kill.
             while not try_lock(file):
                 if time.monotonic() > end:
-                    holder = os.pread(file, 1000, 0).decode(errors="replace") or "unknown"
+                    os.lseek(file, 0, os.SEEK_SET)
+                    holder = os.read(file, 1000).decode(errors="replace") or "unknown"
                     raise InputError(
                         f"{self.path}: another training ({holder}) is writing here; wait for it "
                         "or end it."
@@ -131,7 +132,8 @@ class RunFolder:
                 remove_partial(folder)
             self._set_damaged_aside()
             os.ftruncate(file, 0)
-            os.pwrite(file, f"process {os.getpid()} on {machine_name()}".encode(), 0)
+            os.lseek(file, 0, os.SEEK_SET)
+            os.write(file, f"process {os.getpid()} on {machine_name()}".encode())
             yield
         finally:
             os.close(file)
