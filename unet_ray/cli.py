@@ -237,7 +237,7 @@ def plan(
         refuse_overlap(place_of(out), place_of(outlook.volume.path))
     trial = try_tiles(outlook, settings.workers)
     free = free_bytes([place_of(out or Path.cwd())], bool(out) and settings.overwrite)
-    refusal = refusal_of(outlook, trial, settings, out, free)
+    refusal = refusal_of(outlook, settings, out, free)
     if as_json:
         known = None if math.isinf(free) else int(free)
         told = {**outlook.to_json(), **trial_json(outlook, trial, price_per_hour)}

@@ -50,19 +50,19 @@ def _helpers(outlook: Outlook) -> list[str]:
     return [f"  helpers {HELPERS} that read and {HELPERS} that write for each GPU, {each} each"]
 
 
-def refusal_of(
-    outlook: Outlook, trial: Pilot | None, settings: Settings, out: str | None, free: float
-) -> str | None:
+def refusal_of(outlook: Outlook, settings: Settings, out: str | None, free: float) -> str | None:
     """Why `segment` would refuse what was planned; None if it fits this machine and its disk."""
-    from unet_ray.segmentation.disk import is_too_much
     from unet_ray.segmentation.preparation import check_room
 
     try:
         check_room(place_of(out or Path.cwd()), outlook.memory, outlook.device, settings)
     except InputError as error:
         return str(error)
-    if out and trial and is_too_much(trial.stored * outlook.tiles, free):
-        return f"{out}: {format_bytes(free)} are free there."
+    if out and outlook.disk_bytes > free:
+        return (
+            f"{out}: its tiles may take {format_bytes(outlook.disk_bytes)}, {format_bytes(free)} "
+            "are free there."
+        )
     return None
 
 
