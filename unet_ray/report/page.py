@@ -44,9 +44,7 @@ def write_report(path: Where, truth: Where | None = None) -> Place:
     """
     found = place_of(path)
     page: Place
-    if isinstance(found, Path) and any(
-        (found / name).exists() for name in (MODEL, METRICS, "checkpoints")
-    ):
+    if isinstance(found, Path) and _is_run(found):
         if truth is not None:
             raise InputError(f"{found}: is a training run; --truth is for an output of segment.")
         page, facts = found / "report.html", about_run(found)

@@ -17,7 +17,6 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -156,18 +155,10 @@ class Ledger:
     def __len__(self) -> int:
         return self._count
 
-    def missing(self, tiles: Iterable[int]) -> Iterator[int]:
-        """Those of `tiles` that are not committed, in their order."""
-        return (tile for tile in tiles if not self._bits["committed"][tile])
-
     @property
     def committed(self) -> Bits:
         """Which tiles are committed: (tiles,), not to be changed."""
         return self._bits["committed"]
-
-    def quarantined(self, tiles: Iterable[int]) -> Iterator[int]:
-        """Those of `tiles` that are quarantined, in their order."""
-        return (tile for tile in tiles if self._bits["quarantined"][tile])
 
     def __enter__(self) -> Self:
         return self
