@@ -13,14 +13,14 @@ import re
 import statistics
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.engine.actors import GpuActor, Reader, TileActor, Writer
-from unet_ray.engine.attempts import MOST_SECONDS, SEEN, Clock, Patience
+from unet_ray.engine.attempts import MOST_SECONDS, SEEN, Patience
 from unet_ray.engine.cluster import (
     CPUS_PER_ACTOR,
     CPUS_PER_HELPER,
@@ -30,7 +30,7 @@ from unet_ray.engine.cluster import (
     most_workers,
 )
 from unet_ray.engine.parcels import RECEIPT
-from unet_ray.engine.stages import Deadline, Receipt, Stage
+from unet_ray.engine.stages import Receipt, Stage
 from unet_ray.engine.threads import Receipts
 from unet_ray.errors import RunError
 from unet_ray.machine import kept_memory_environment
@@ -98,28 +98,34 @@ def run_on_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: b
 def _run_wave(stage: Stage, wave: Sequence[Sequence[int]], size: int, alone: bool) -> Receipts:
     """Receipts of the tiles that some blocks had time for."""
     import ray
+    from ray.data.exceptions import ExecutionTimeoutError
 
-    with _ended_by_silence(stage) if stage.marks else nullcontext():
-        # `from_items`, not `range`, whose read tasks take a whole CPU each and starve the actors.
-        blocks = ray.data.from_items(
-            [{"tiles": ",".join(map(str, block))} for block in wave], override_num_blocks=len(wave)
-        )
-        size = min(size, len(wave))
-        if stage.device == "cpu":
-            done = _by(blocks, TileActor, stage, size, num_cpus=CPUS_PER_ACTOR)
-        elif alone:
-            done = _by(blocks, TileActor, stage, size, num_cpus=0, num_gpus=1)
-        else:
-            done = _on_gpus(blocks, stage, size)
-        try:
-            for rows in done.iter_batches(batch_size=None, prefetch_batches=0):
-                for row in zip(*(rows[name].tolist() for name in RECEIPT), strict=True):
-                    receipt = Receipt(*row)
-                    if stage.marks:
-                        _Silence.end(receipt)
-                    yield receipt
-        except ray.exceptions.RayError as error:  # of a worker that could not be made, mostly
-            raise RunError(_cause(error)) from error
+    # `from_items`, not `range`, whose read tasks take a whole CPU each and starve the actors.
+    blocks = ray.data.from_items(
+        [{"tiles": ",".join(map(str, block))} for block in wave], override_num_blocks=len(wave)
+    )
+    # A worker ends itself when a tile takes too long, but not if it is frozen, or if a disk never
+    # lets it go; and where none can even begin, none counts.
+    silence = Patience(stage.deadline).silence
+    blocks.context.execution_no_progress_timeout_s = silence if stage.marks else -1
+    size = min(size, len(wave))
+    if stage.device == "cpu":
+        done = _by(blocks, TileActor, stage, size, num_cpus=CPUS_PER_ACTOR)
+    elif alone:
+        done = _by(blocks, TileActor, stage, size, num_cpus=0, num_gpus=1)
+    else:
+        done = _on_gpus(blocks, stage, size)
+    try:
+        for rows in done.iter_batches(batch_size=None, prefetch_batches=0):
+            for row in zip(*(rows[name].tolist() for name in RECEIPT), strict=True):
+                yield Receipt(*row)
+    except ExecutionTimeoutError as error:
+        raise RunError(
+            f"no tile has ended for {silence:.0f} s: see whether workers can start, and whether "
+            "input and output answer; what is done stays, the same command goes on."
+        ) from error
+    except ray.exceptions.RayError as error:  # of a worker that could not be made, mostly
+        raise RunError(_cause(error)) from error
 
 
 def _on_gpus(blocks: Dataset, stage: Stage, size: int) -> Dataset:
@@ -159,66 +165,6 @@ def _by(
         runtime_env={"env_vars": kept_memory_environment()},
         **each,
     )
-
-
-class _Silence:
-    """Ends a wave of which nothing is heard for too long; an `ExecutionCallback` of Ray Data.
-
-    A worker ends itself when a tile takes too long, but not if it is frozen, or if a disk never
-    lets it go; and where none can even begin, none counts. What a step of Ray's loop raises is
-    raised where receipts are awaited.
-    """
-
-    patience: Patience  # of the wave of this process
-    clock: Clock
-    heard: float
-
-    @classmethod
-    def begin(cls, deadline: Deadline) -> None:
-        """Begins to wait for a wave."""
-        cls.patience, cls.clock, cls.heard = Patience(deadline), Clock(), 0.0
-
-    @classmethod
-    def end(cls, receipt: Receipt) -> None:
-        """Something was heard."""
-        cls.patience.saw(receipt)
-        cls.heard = cls.clock.now()
-
-    def on_execution_step(self, executor: object) -> None:
-        """Looks at the clock.
-
-        Raises:
-            RunError: if it is too long.
-        """
-        silent = self.clock.now() - self.heard
-        if silent > self.patience.silence:
-            raise RunError(
-                f"no tile has ended for {silent:.0f} s: see whether workers can start, and whether "
-                "input and output answer; what is done stays, the same command goes on."
-            )
-
-    def before_execution_starts(self, executor: object) -> None:
-        """Nothing."""
-
-    def after_execution_succeeds(self, executor: object) -> None:
-        """Nothing."""
-
-    def after_execution_fails(self, executor: object, error: Exception) -> None:
-        """Nothing."""
-
-
-@contextmanager
-def _ended_by_silence(stage: Stage) -> Iterator[None]:
-    """A wave may last as long as something is heard of it now and then."""
-    from ray.data import DataContext
-
-    classes: list[Any] = DataContext.get_current().custom_execution_callback_classes
-    _Silence.begin(stage.deadline)
-    classes.append(_Silence)
-    try:
-        yield
-    finally:
-        classes.remove(_Silence)
 
 
 def _forget(marks: Place) -> None:
