@@ -37,6 +37,7 @@ from unet_ray.engine.attempts import TRIES, Clock, Patience, is_out_of_memory
 from unet_ray.engine.engines import run
 from unet_ray.engine.stages import Deadline, Receipt, Stage
 from unet_ray.errors import InputError, QuarantinedError, RunError, VoxelError
+from unet_ray.segmentation.outlook import plan
 from unet_ray.segmentation.preparation import prepare
 from unet_ray.segmentation.segment import segment
 
@@ -685,3 +686,12 @@ def test_a_bad_tile_fails_a_run_on_ray_with_its_sentence(task, tmp_path):
         QuarantinedError, match=r"voxel \(z, y, x\) = \(2, 60, 74\) .* is nan, read by tile"
     ):
         segment(volume, model, tmp_path / "out", on_ray)
+
+
+def test_an_apple_gpu_is_the_device_where_torch_offers_one(task, monkeypatch):
+    # Not run on one: this shows which device, precision and number of workers are chosen.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert cluster.find_device("local") == "mps"
+    planned = plan(*task[:2], dataclasses.replace(FLOAT32, precision=None))
+    assert (planned.device, planned.precision, planned.workers) == ("mps", "float32", 1)

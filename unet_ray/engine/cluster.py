@@ -53,19 +53,26 @@ def side_by_side(device: str, engine: EngineName, workers: int | None, memory: i
     """
     if engine == "ray":
         return pool_size(device, workers, memory)
-    return 1 if device == "cuda" else workers or usable_cores()
+    return workers or usable_cores() if device == "cpu" else 1
 
 
-def find_device(engine: EngineName, workers: int | None = None) -> str:
-    """``cuda`` if this machine, or the cluster as it is or may grow, has GPUs; else ``cpu``.
+def local_device() -> Literal["cpu", "cuda", "mps"]:
+    """The device of this machine: a GPU of NVIDIA or Apple where torch can use one."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def find_device(engine: EngineName, workers: int | None = None) -> Literal["cpu", "cuda", "mps"]:
+    """The device of this machine, or of the cluster as it is or may grow: ``cuda`` or ``cpu``.
 
     Raises:
         InputError: if the cluster can never hold so many workers.
     """
     if engine == "local":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return local_device()
     connect(workers)
-    device = "cuda" if size_of("GPU") >= 1 else "cpu"
+    device: Literal["cpu", "cuda"] = "cuda" if size_of("GPU") >= 1 else "cpu"
     pool_size(device, workers)
     return device
 

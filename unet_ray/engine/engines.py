@@ -54,4 +54,4 @@ def run(
 
 
 def _threads(stage: Stage, workers: int | None) -> int:
-    return stage.under_way if stage.device == "cuda" else workers or cluster.usable_cores()
+    return workers or cluster.usable_cores() if stage.device == "cpu" else stage.under_way

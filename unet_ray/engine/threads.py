@@ -55,7 +55,7 @@ def tried(
 
     Args:
         try_one: tries a tile; while it predicts it holds what it is given with the tile.
-        device: ``cpu``, or ``cuda``, where one pass runs at a time.
+        device: ``cpu``, or a GPU, where one pass runs at a time.
         deadline: of a try.
         tiles: which tiles; taken as they are needed.
         threads: how many at a time.
@@ -64,7 +64,7 @@ def tried(
         RunError: if tile after tile hangs and none ends, or so many that they fill the memory.
     """
     # On a GPU one pass runs at a time, while others read or write theirs.
-    alone = threading.Lock() if device == "cuda" else nullcontext()
+    alone = nullcontext() if device == "cpu" else threading.Lock()
     return _SideBySide(lambda tile: try_one(tile, alone), deadline, tiles, threads).receipts()
 
 

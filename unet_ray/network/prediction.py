@@ -23,11 +23,13 @@ from unet_ray.tiling.tiles import Tile, TilePlan
 from unet_ray.volumes.intensity import Intensity
 
 Precision = Literal["float32", "bfloat16"]
-Device = Literal["cpu", "cuda"]
+Device = Literal["cpu", "cuda", "mps"]  # mps: an Apple GPU, on which this was not run
 
 
 def best_precision(device: Device) -> Precision:
     """bfloat16 where the hardware multiplies in it, else float32."""
+    if device == "mps":
+        return "float32"
     if device == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -37,8 +39,8 @@ def best_precision(device: Device) -> Precision:
 
 def instructions(device: Device) -> str:
     """The kind of arithmetic unit, as far as it decides the last bits of a result."""
-    if device == "cuda":
-        return "cuda"
+    if device != "cpu":
+        return device
     return f"{torch.backends.cpu.get_cpu_capability()}, {best_precision('cpu')}"
 
 

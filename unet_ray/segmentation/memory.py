@@ -28,7 +28,7 @@ SCRATCH_BYTES = 96 << 20
 # Anonymous memory of the driver of a run on Ray, and what it notes of each tile: is it asked for,
 # left, committed, quarantined, skipped. Measured with 32 and with 4096 tiles; where there are GPUs,
 # whose waves have more blocks, with 16384.
-DRIVER_BYTES = {"cpu": 400 << 20, "cuda": 480 << 20}
+DRIVER_BYTES = {"cpu": 400 << 20, "cuda": 480 << 20, "mps": 480 << 20}
 TILE_NOTES = 12
 
 
@@ -144,7 +144,7 @@ def needed_memory(size: NetworkSize, tiles: TilePlan, volume: Volume, outputs: i
 
 def under_way(memory: WorkerMemory, device: Device, settings: Settings) -> int:
     """Tiles that one worker has under way; on a GPU as many as ``--memory`` allows."""
-    most = GPU_TILES if device == "cuda" else 1
+    most = 1 if device == "cpu" else GPU_TILES
     return next((n for n in range(most, 1, -1) if memory.shared_by(n, 1) <= settings.memory), 1)
 
 

@@ -163,7 +163,7 @@ def _summed(outlook: Outlook, seen: _Seen, worker: _Trial, threads: int) -> Pilo
 def _threads(outlook: Outlook, workers: int | None) -> int:
     """How many tiles this machine can have under way, as far as a worker on a GPU or all go."""
     cores = cluster.side_by_side("cpu", "local", None)
-    passes = 1 if outlook.device == "cuda" else None
+    passes = None if outlook.device == "cpu" else 1
     most = min(outlook.tiles, outlook.under_way if passes else min(cores, workers or cores))
     there = room() or math.inf
     fits = (n for n in range(most, 0, -1) if outlook.memory.shared_by(n, passes) <= there)

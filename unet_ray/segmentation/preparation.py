@@ -71,7 +71,7 @@ def prepare(
         refuse_overlap(path, place_of(read))
     stored = stored_at(path, settings.overwrite)
     device: Device = stored.device if stored else device_of(settings)
-    if stored and device == "cuda" and device_of(settings) != "cuda":
+    if stored and device != "cpu" and device_of(settings) != device:
         raise InputError(f"{path}: was begun on a GPU, and there is none here; run it on one.")
     precision = settings.precision or (
         stored.precision if stored else precision_of(device, settings)

@@ -87,7 +87,7 @@ def device_of(settings: Settings) -> Device:
     Raises:
         InputError: if the cluster can never hold so many workers.
     """
-    return "cuda" if cluster.find_device(settings.engine, settings.workers) == "cuda" else "cpu"
+    return cluster.find_device(settings.engine, settings.workers)
 
 
 def precision_of(device: Device, settings: Settings) -> Precision:

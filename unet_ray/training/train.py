@@ -99,7 +99,7 @@ def train(
         keep_weights(data, recipe, run.path / WEIGHTS)
         _keep_patches(run.path / PATCHES, recipe, data)
         if engine == "local":
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            device = torch.device(cluster.local_device())
             world = World(0, 1, device, cluster.usable_cores())
             draw = partial(ahead, Sampler(data, recipe).__getitem__)
             Training(recipe, data, run, world, draw, watch, checkpoint_seconds).go()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -143,18 +143,18 @@ class Training:
         self._draw, self._checkpoint_seconds = draw, checkpoint_seconds
         self._network = recipe.network(data.channels, len(data.class_values))
         self._network.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimiser_for = optimiser_for(recipe, self._network)
+        self._optimiser = optimiser_for(recipe, self._network)
         reached = self._restore() or self._begin()
-        self._step, self.precision_for = (
+        self._step, self._precision = (
             reached.step,
             reached.precision or precision_for(recipe, world),
         )
         self._learner = Learner(
             recipe,
             self._network,
-            self.optimiser_for,
+            self._optimiser,
             world,
-            self.precision_for,
+            self._precision,
             reached.learning_rate,
         )
         self._clock, self._saved = _Clock(recipe, reached.seconds), time.monotonic()
@@ -167,7 +167,7 @@ class Training:
                 run.path / METRICS, reached.step, reached.pending_losses, world.size, patches, watch
             )
             if data.held_out:
-                self._judge = _Judge(recipe, data, run, self._log, self.precision_for, world)
+                self._judge = _Judge(recipe, data, run, self._log, self._precision, world)
                 self._judge.forget_after(self._step)
 
     def go(self) -> None:
@@ -221,7 +221,7 @@ class Training:
             voxel_size=list(self._data.voxel_size) if self._data.voxel_size else None,
             training={
                 "recipe": dataclasses.asdict(self._recipe),
-                "precision": self.precision_for,
+                "precision": self._precision,
                 "steps": self._step,
             },
             data=self._data.identity,
@@ -234,7 +234,7 @@ class Training:
         if bad := [name for name, t in weights.items() if not t.isfinite().all()]:
             raise self._diverged(f"weight {bad[0]!r} is no longer finite")
         tensors = {WEIGHT + name: t for name, t in weights.items()}
-        for index, state in self.optimiser_for.state_dict()["state"].items():
+        for index, state in self._optimiser.state_dict()["state"].items():
             for name, value in state.items():
                 if value is not None:
                     tensors[f"optimiser.{index}.{name}"] = torch.as_tensor(value)
@@ -270,8 +270,8 @@ class Training:
             if name.startswith("optimiser."):
                 _, index, key = name.split(".")
                 state.setdefault(int(index), {})[key] = tensor
-        groups = self.optimiser_for.state_dict()["param_groups"]
-        self.optimiser_for.load_state_dict({"state": state, "param_groups": groups})
+        groups = self._optimiser.state_dict()["param_groups"]
+        self._optimiser.load_state_dict({"state": state, "param_groups": groups})
         names = "step", "seconds", "learning_rate", "pending_losses"
         return _Reached(header["training"]["precision"], **{name: header[name] for name in names})
 
@@ -298,7 +298,7 @@ class _Judge:
         world: World,
     ) -> None:
         self._best_file, self._log, self._patience = run.path / BEST, log, recipe.patience
-        device: Device = "cuda" if world.device.type == "cuda" else "cpu"
+        device = cast(Device, world.device.type)
         classes = len(data.class_values)
         self._validator = Validator(data.held_out, classes, recipe.best_by, precision, device)
         self._best: Mapping[str, float] | None = None
@@ -368,7 +368,7 @@ class Learner:
         precision: Precision,
         rate: float,
     ) -> None:
-        self._recipe, self._world, self.optimiser_for = recipe, world, optimiser
+        self._recipe, self._world, self._optimiser = recipe, world, optimiser
         self._network, self._dtype = network.train(), getattr(torch, precision)
         self._model: nn.Module = DistributedDataParallel(network) if world.size > 1 else network
         self.rate = rate
@@ -378,18 +378,18 @@ class Learner:
         chance = np.random.SeedSequence([self._recipe.seed, number, self._world.rank])
         torch.manual_seed(int(chance.generate_state(1)[0]))
         self.rate = self._recipe.learning_rate * (1 - progress) ** self._recipe.decay
-        for group in self.optimiser_for.param_groups:
+        for group in self._optimiser.param_groups:
             group["lr"] = self.rate
         image, targets, weights = self._tensors(samples)
         with torch.autocast(self._world.device.type, self._dtype, self._dtype != torch.float32):
             scores = self._model(image)
         losses = nn.functional.cross_entropy(scores.float(), targets, reduction="none")
         loss = (losses * weights).mean()
-        self.optimiser_for.zero_grad(set_to_none=True)
+        self._optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if self._recipe.clip:
             nn.utils.clip_grad_norm_(self._network.parameters(), self._recipe.clip)
-        self.optimiser_for.step()
+        self._optimiser.step()
         return float(loss.detach())
 
     def _tensors(self, samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
@@ -416,4 +416,4 @@ def precision_for(recipe: Recipe, world: World) -> Precision:
     """The number format of a recipe, by default the best of the device."""
     if recipe.precision != "auto":
         return recipe.precision
-    return best_precision("cuda" if world.device.type == "cuda" else "cpu")
+    return best_precision(cast(Device, world.device.type))
