@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from unet_ray.metrics import isbi_scores
 from unet_ray.report.pictures import OKABE_ITO, side_by_side, write_png
-from unet_ray.scores.metrics import isbi_scores
 
 SIZE, ZOOM = 128, 2
 SEEDS = [(20, 25), (22, 95), (60, 60), (100, 20), (105, 75), (70, 115)]

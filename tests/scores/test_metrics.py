@@ -350,3 +350,11 @@ def test_what_is_no_label_is_refused(function):
         for images in ((bad, whole), (whole, bad)):
             with pytest.raises(InputError, match=f"labels must be integers of 0 or more, {told}"):
                 function(*images)
+
+
+def test_the_scores_bear_the_names_that_users_import():
+    import unet_ray.metrics
+
+    names = [name for name in vars(metrics) if name in unet_ray.metrics.__all__]
+    assert sorted(names) == unet_ray.metrics.__all__
+    assert all(getattr(unet_ray.metrics, name) is getattr(metrics, name) for name in names)
