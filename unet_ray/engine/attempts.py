@@ -1,8 +1,6 @@
 """One try of a tile: read, predict, write; what a failure means, and how long a try may take.
 
-Knows a worker's three steps and tile numbers; does not know who runs them, in one process or in
-three, or what a tile is about.
-A tile that ends its process can tell nobody, so workers of Ray mark on disk what becomes of each.
+Knows a worker's three steps and tile numbers. Does not know who runs them, or what a tile is about.
 """
 
 from __future__ import annotations

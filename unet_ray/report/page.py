@@ -1,7 +1,6 @@
-"""The page about a training run or a segmentation: one HTML file with pictures, without a network.
+"""The page about a training run or a segmentation: one HTML file with pictures.
 
-Knows what is worth showing. Which parts of a store stand for the whole is in results.py; how it
-is drawn is charts.py's and pictures.py's; the words are in page.html.
+Knows which kind of page a path needs, and its template. Does not know what is worth showing.
 """
 
 from __future__ import annotations

@@ -47,9 +47,6 @@ CHANNELS = 6  # histograms, of as many classes
 LARGEST_MAP = (4, 64)
 
 
-# A segmentation
-
-
 def about_store(path: Place, truth: Where | None) -> Facts:
     """What the page says about the store at `path`, scored against `truth` if it is given."""
     result = open_result(path)

@@ -28,9 +28,6 @@ LARGEST_LOSS = 1e39  # beyond float32
 SHEET = 1152
 
 
-# A training run
-
-
 def about_run(run: Path) -> Facts:
     """What the page says about a RUN folder."""
     lines = list(read_events(run / METRICS))

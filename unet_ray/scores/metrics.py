@@ -1,7 +1,7 @@
 """Scores of a segmentation against the truth, as the reference implementations give them.
 
 Each function says what its score means, what it does not see, how it is computed and whose
-definition that is; scores.py computes several in one pass. A prediction and a truth are arrays
+definition that is; totals.py computes several in one pass. A prediction and a truth are arrays
 (y, x) or (z, y, x), or volumes; a stack larger than the memory is read by slices or by pieces.
 
 Membranes (ISBI 2012): 0 is membrane and 1 is cell, or 255 in uint8; the prediction is the

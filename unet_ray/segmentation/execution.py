@@ -1,6 +1,6 @@
-"""What is left to do of a run, done: tiles tried and tried again, noted, given up.
+"""A prepared run, executed: its store opened or made, its stage run to the end under a lease.
 
-Knows tile numbers and their receipts, lease, ledger and log; does not know what is in a tile.
+Knows what `segment` adds to a stage. Does not know how tiles are tried, or what is in one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Bytes that a pass, a tile and a worker need: sums that can be read, before anything runs.
+"""Bytes that a tile, a worker and a driver need: sums that can be read, before anything runs.
 
-Knows sizes and widths of the network's layers as numbers; does not know torch. Checked against
-measured peaks by a test.
+Knows measured sizes of processes and the plan of a run. Does not know torch. Tests compare it with
+measured peaks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unet_ray.tiling.tiles import TilePlan
 from unet_ray.volumes.volume import Volume
 
 # Anonymous memory of a worker process that has loaded torch and zarr, and on Ray also Ray Data,
-# before it holds any weight or voxel. Measured, as the two below; tests/test_memory.py checks.
+# before it holds any weight or voxel. Measured, as the two below; a test compares.
 PROCESS_BYTES = {"local": 165 << 20, "ray": 250 << 20}
 # What the allocator keeps beyond what lives at the peak (see `keep_freed_memory`): holes between
 # buffers of different sizes, and a fixed part for the convolution library's own code and scratch.

@@ -1,6 +1,6 @@
-"""What a run would do and need, before it starts: tiles chosen from volume, network and memory.
+"""The tiles of a run, chosen from volume, network and memory.
 
-Knows metadata and arithmetic: reads no voxel and writes nothing.
+Knows what tiles cost in time and memory. Reads no voxel and writes nothing.
 """
 
 from __future__ import annotations

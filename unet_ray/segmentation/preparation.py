@@ -1,7 +1,6 @@
-"""A run that is ready to start: everything that fixes its bytes, checked, and its worker.
+"""A run prepared from what a user asks: input, model, store and settings, checked.
 
-Knows plan -> read -> predict -> write of one tile, and what a store tells of the run that made it;
-does not know which tiles are done, or who runs them. Writes nothing before a worker does.
+Knows everything that fixes the bytes of a run. Writes nothing; does not know who runs the tiles.
 """
 
 from __future__ import annotations

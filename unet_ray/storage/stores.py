@@ -1,7 +1,7 @@
-"""The result of a run on disk: OME-Zarr 0.5 with probabilities, classes and how they were made.
+"""An output store: created, opened, its shards written and read.
 
-Knows the layout of design §5 and that one tile is one shard, so writers never meet. Does not know
-what a network is or which tiles are done.
+Knows that one tile is one shard, so that writers never meet. Does not know what a network is or
+which tiles are done.
 """
 
 from __future__ import annotations

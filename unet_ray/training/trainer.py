@@ -1,7 +1,7 @@
-"""Training of the U-Net: the paper's weighted loss, on one process or on workers of Ray Train.
+"""Training of the U-Net with the paper's weighted loss, step by step.
 
-Knows steps, the optimiser and when to stop. Where patches come from is samples.py's; what is kept
-in the RUN folder is runs.py's; what the network looks like is network.py's.
+Knows steps, the optimiser, validation and when to stop. Does not know where patches come from, or
+how the RUN folder keeps files.
 """
 
 from __future__ import annotations
