@@ -21,18 +21,6 @@ from unet_ray.errors import (
     UnetRayError,
     refuse_below_file,
 )
-from unet_ray.machine import keep_freed_memory
-from unet_ray.progress import Pace, ProgressLine
-from unet_ray.storage.places import place_of, write_whole
-from unet_ray.units import commas, format_bytes, format_seconds, parse_bytes
-from unet_ray.versions import VERSION
-
-if TYPE_CHECKING:
-    from unet_ray.engine.rounds import Progress
-    from unet_ray.segmentation.run import Segmentation
-    from unet_ray.segmentation.settings import Settings
-    from unet_ray.training.run_folder import Measure
-
 from unet_ray.flags import (
     ENGINE,
     MODEL,
@@ -50,7 +38,18 @@ from unet_ray.flags import (
     read_config,
     say,
 )
+from unet_ray.machine import keep_freed_memory
+from unet_ray.progress import Pace, ProgressLine
 from unet_ray.segmentation.forecast import describe, describe_trial, refusal_of, trial_json
+from unet_ray.storage.places import place_of, write_whole
+from unet_ray.units import commas, format_bytes, format_seconds, parse_bytes
+from unet_ray.versions import VERSION
+
+if TYPE_CHECKING:
+    from unet_ray.engine.rounds import Progress
+    from unet_ray.segmentation.run import Segmentation
+    from unet_ray.segmentation.settings import Settings
+    from unet_ray.training.run_folder import Measure
 
 
 @click.group(cls=Overview, context_settings={"max_content_width": 100})

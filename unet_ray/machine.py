@@ -32,7 +32,11 @@ def try_lock(file: int) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
             _lock_on_windows(file, "LK_NBLCK")
-    except (BlockingIOError, PermissionError):
+    except BlockingIOError:
+        return False
+    except PermissionError:  # on Windows: another holds it
+        if fcntl:
+            raise
         return False
     return True
 

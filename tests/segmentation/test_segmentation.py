@@ -769,3 +769,17 @@ def test_more_workers_than_fit_into_memory_are_refused(
     with pytest.raises(InputError, match=rf"500 workers need .* could be had; give .*{remedy}"):
         segment(volume, model, tmp_path / "out", many)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", [{"outputs": ["x"]}, {"outputs": []}, {"plan": {}}, {"device": None}, {"input": 3}]
+)
+def test_a_store_whose_provenance_is_damaged_is_refused(tmp_path, model, volume, damage):
+    store = segment(volume, model, tmp_path / "out", TILED)
+    root = json.loads((store / "zarr.json").read_text())
+    root["attributes"]["unet_ray"] |= damage
+    if None in damage.values():
+        del root["attributes"]["unet_ray"]["device"]
+    (store / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(InputError, match=r"out: its provenance is damaged \(.*--overwrite"):
+        segment(volume, model, store, TILED)

@@ -74,6 +74,7 @@ def run_on_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: b
     few = 1
     count = min(WAVE, max(FIRST_WAVE, BLOCKS_EACH * size))
     seconds: list[float] = []
+    patience = Patience(stage.deadline)
     left = np.empty(0, np.int64)
     while True:
         more = np.fromiter(itertools.islice(tiles, max(0, count - left.size)), np.int64)
@@ -81,8 +82,9 @@ def run_on_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: b
         if not wave.size:
             return
         told = array("q")
-        for receipt in _run_wave(stage, _blocks(wave, few, size), size, alone):
+        for receipt in _run_wave(stage, _blocks(wave, few, size), size, alone, patience.silence):
             told.append(receipt.tile)
+            patience.saw(receipt)
             seconds = seconds if receipt.error else [*seconds[-SEEN:], receipt.seconds]
             yield receipt
         if not told:
@@ -95,8 +97,10 @@ def run_on_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: b
             count = few * (GPU_WAVE if stage.device == "cuda" else WAVE)
 
 
-def _run_wave(stage: Stage, wave: Sequence[Sequence[int]], size: int, alone: bool) -> Receipts:
-    """Receipts of the tiles that some blocks had time for."""
+def _run_wave(
+    stage: Stage, wave: Sequence[Sequence[int]], size: int, alone: bool, silence: float
+) -> Receipts:
+    """Receipts of the tiles that some blocks had time for; ends after so many silent seconds."""
     import ray
     from ray.data.exceptions import ExecutionTimeoutError
 
@@ -106,7 +110,6 @@ def _run_wave(stage: Stage, wave: Sequence[Sequence[int]], size: int, alone: boo
     )
     # A worker ends itself when a tile takes too long, but not if it is frozen, or if a disk never
     # lets it go; and where none can even begin, none counts.
-    silence = Patience(stage.deadline).silence
     blocks.context.execution_no_progress_timeout_s = silence if stage.marks else -1
     size = min(size, len(wave))
     if stage.device == "cpu":

@@ -29,8 +29,10 @@ from unet_ray.storage.places import Place, remove_partial
 from unet_ray.tiling.tiles import TilePlan
 
 PIECE = 1 << 16  # tiles whose numbers are in memory at once
-Tries = Generator[tuple[Receipt, bool], None, None]
 KEPT_ERRORS = 100  # failures whose sentences are in memory; the event log has all
+
+
+Tries = Generator[tuple[Receipt, bool], None, None]
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class Stage:
     Attributes:
         name: for messages and the ledger.
         make_worker: makes the worker where it is to run; small to pickle.
-        device: ``cpu`` (one thread per pass, workers side by side) or ``cuda``.
+        device: ``cpu`` (one thread per pass, workers side by side), ``cuda`` or ``mps``.
         marks: folder, seen by every worker of Ray, of what became of the tiles of each block; None
             for no marks, and no deadline on Ray.
         deadline: of a try.

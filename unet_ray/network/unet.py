@@ -306,13 +306,21 @@ def _folded(layers: Iterable[nn.Module]) -> Iterator[tuple[Tensor, Tensor]]:
     for layer, after in zip(stack, [*stack[1:], None], strict=True):
         if not isinstance(layer, nn.Conv2d):
             continue
-        weight = layer.weight.double()
+        weight = _double(layer.weight)
         if isinstance(layer, StandardisedConv2d):
             weight = layer.standardised(weight)
         bias = torch.zeros_like(weight[:, 0, 0, 0]) if layer.bias is None else layer.bias
         if isinstance(after, nn.BatchNorm2d):
             mean, variance = cast(Tensor, after.running_mean), cast(Tensor, after.running_var)
-            gain = after.weight.double() / (variance.double() + after.eps).sqrt()
-            weight, bias = weight * gain[:, None, None, None], (bias - mean.double()) * gain
-            bias = bias + after.bias.double()
+            gain = _double(after.weight) / (_double(variance) + after.eps).sqrt()
+            weight, bias = (
+                weight * gain[:, None, None, None],
+                (_double(bias) - _double(mean)) * gain,
+            )
+            bias = bias + _double(after.bias)
         yield weight, bias
+
+
+def _double(x: Tensor) -> Tensor:
+    """In float64, which Apple's GPUs do not have."""
+    return (x.cpu() if x.device.type == "mps" else x).double()

@@ -20,7 +20,7 @@ from unet_ray.errors import InputError, RunError
 from unet_ray.report.pictures import Picture, to_grey
 from unet_ray.storage.events import measured, read_events
 from unet_ray.storage.inspection import inspect
-from unet_ray.storage.layout import ARRAYS, LEDGER
+from unet_ray.storage.layout import ARRAYS, LEDGER, SEGMENT
 from unet_ray.storage.ledger import committed, quarantined, skipped
 from unet_ray.storage.places import Place, Where
 from unet_ray.storage.provenance import Provenance
@@ -124,6 +124,8 @@ def open_result(path: Place) -> Result:
         what = "is neither a training run nor an output" if path.exists() else "does not exist"
         raise InputError(f"{path}: {what}; name a folder of train or segment.")
     provenance = found.provenance
+    if damage := provenance.damage("plan", "outputs", "class_values"):
+        raise InputError(f"{path}: its provenance is damaged ({damage}).")
     plan, outputs = provenance.plan, provenance.outputs
     done = committed(path / LEDGER, len(plan))
     given_up = np.flatnonzero(quarantined(path / LEDGER, len(plan))).tolist()
@@ -188,7 +190,7 @@ def read_log(path: Place, plan: TilePlan) -> RunLog:
         now, what, tile = measured(event.get("time")), event.get("event"), event.get("tile")
         if now is None:
             continue
-        if event.get("stage", "segment") != "segment":
+        if event.get("stage", SEGMENT) != SEGMENT:
             continue
         log.began, log.ended = log.began or _date(now), _date(now)
         if what == "start":

@@ -191,13 +191,10 @@ def _provenance(found: Found) -> Provenance:
             f"{path}: its folder {PRIVATE} is missing, so nothing says whether it is whole; copy "
             "it with hidden files, or name one of its arrays."
         )
-    try:
-        if not found.provenance:
-            raise ValueError("its root has no provenance")
-        _ = found.provenance.plan, found.provenance.outputs, found.provenance.class_values
-        return found.provenance
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: is an output of unet-ray with damaged metadata.") from error
+    provenance = found.provenance
+    if not provenance or provenance.damage("plan", "outputs", "class_values"):
+        raise InputError(f"{path}: is an output of unet-ray with damaged metadata.")
+    return provenance
 
 
 def _stored(path: Place, provenance: Provenance, kind: Kind) -> tuple[Place, str]:

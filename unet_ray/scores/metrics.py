@@ -19,12 +19,22 @@ from __future__ import annotations
 
 from unet_ray.scores.stacks import Scored
 from unet_ray.scores.totals import (
-    ClassScore,
-    Score,
-    class_scores,
-    instance_scores,
-    isbi_scores,
-    overlap_tables,
+    ClassScore as ClassScore,
+)
+from unet_ray.scores.totals import (
+    Score as Score,
+)
+from unet_ray.scores.totals import (
+    class_scores as class_scores,
+)
+from unet_ray.scores.totals import (
+    instance_scores as instance_scores,
+)
+from unet_ray.scores.totals import (
+    isbi_scores as isbi_scores,
+)
+from unet_ray.scores.totals import (
+    overlap_tables as overlap_tables,
 )
 
 

@@ -29,7 +29,7 @@ from unet_ray.segmentation.preparation import (
 )
 from unet_ray.segmentation.run import Segmentation, refuse_difference
 from unet_ray.segmentation.settings import Settings
-from unet_ray.storage.layout import LEDGER, PRIVATE, StoreLayout
+from unet_ray.storage.layout import LEDGER, PRIVATE, SEGMENT, StoreLayout
 from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import begin, newest
 from unet_ray.storage.places import remove_partial
@@ -67,7 +67,7 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
     except OSError as error:  # of ledger, lease or log, which lie on the same disk
         if error.errno not in DISK_ERRORS:
             raise
-        raise stopped(run.out, "segment", len(run.plan), str(error.strerror)) from error
+        raise stopped(run.out, SEGMENT, len(run.plan), str(error.strerror)) from error
     except (RuntimeError, MemoryError) as error:  # of torch, while a worker is made
         if isinstance(error, RunError) or not is_out_of_memory(error):
             raise
@@ -112,7 +112,7 @@ def _execute(
 
 def _stage(run: Segmentation, settings: Settings) -> Stage:
     return Stage(
-        "segment",
+        SEGMENT,
         run.make_worker,
         run.device,
         under_way=under_way(run.memory, run.device, settings),

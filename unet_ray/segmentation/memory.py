@@ -120,7 +120,7 @@ def driver_bytes(
     Args:
         workers: bytes of a process with workers.
         engine: ``local`` or ``ray``.
-        device: of the workers, ``cpu`` or ``cuda``.
+        device: of the workers.
         tiles: of the plan.
         measuring: what grey values are measured with, before there are workers.
         index: bytes that opening the input takes.

@@ -198,9 +198,9 @@ def stored_at(path: Place, overwrite: bool) -> Provenance | None:
     Raises:
         InputError: if what is there is not ours, or cannot be read.
     """
+    if not overwrite:
+        return inspect(path).continued()
     try:
-        if not overwrite:
-            return inspect(path).continued()
         refuse_others(path)
         return None
     except OSError as error:

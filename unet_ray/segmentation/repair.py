@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from unet_ray.segmentation.run import Segmentation
 from unet_ray.segmentation.settings import Settings
 from unet_ray.storage.audit import Audit, refuse_link
 from unet_ray.storage.events import read_events
-from unet_ray.storage.layout import EVENTS, PRIVATE
+from unet_ray.storage.layout import EVENTS, PRIVATE, SEGMENT
 from unet_ray.storage.lease import Lease
 from unet_ray.storage.places import Place, write_whole
 from unet_ray.storage.stores import Store
@@ -31,14 +30,14 @@ Results = Mapping[str, NDArray[np.uint8]]
 
 
 def run_that_made(audit: Audit) -> Segmentation:
-    """The run that made a store, from its event log; its tiles cannot be written.
+    """The run that made a store, from its event log.
 
     Raises:
         InputError: if input or model are not there or not the same any more.
     """
     path, provenance = audit.path, audit.provenance
     events = (e for e in read_events(path / EVENTS) if e.get("event") == "start")
-    *_, last = ({}, *(e for e in events if e.get("stage", "segment") == "segment"))
+    *_, last = ({}, *(e for e in events if e.get("stage", SEGMENT) == SEGMENT))
     source, model = last.get("input"), last.get("model")
     try:
         if not isinstance(source, str) or not isinstance(model, str):
@@ -52,7 +51,7 @@ def run_that_made(audit: Audit) -> Segmentation:
             tta=provenance.tta,
             nan=provenance.nan,
         )
-        run = prepare(source, model, path, settings)
+        return prepare(source, model, path, settings)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         # What comes after it is for those who segment.
         reason = str(error).partition("; ")[0].rstrip(".")
@@ -60,8 +59,6 @@ def run_that_made(audit: Audit) -> Segmentation:
             f"{path}: its tiles cannot be made again: {reason}; put back input and model as they "
             "were, or check without them: --tiles 0 and no --repair."
         ) from error
-    # The empty store is known to be sound, and nothing is written there.
-    return replace(run, out=audit.empty)
 
 
 @dataclass
@@ -91,7 +88,7 @@ def recompute(audit: Audit, run: Segmentation, tiles: Iterable[int], remade: Rem
         elif any(np.ptp(voxels) for voxels in result.values()):
             remade.agreed.append(tile)
 
-    with closing(_made("verify", run, tiles, compare)) as tried:
+    with closing(_made("verify", audit, run, tiles, compare)) as tried:
         for receipt, again in tried:
             if not receipt.error:
                 remade.tiles.append(receipt.tile)
@@ -141,7 +138,7 @@ def repair_shards(
             refuse_link(audit.path, audit.shard(name, tile).parent)
         Store(audit.path, [*bad[tile]], lease.fence.hold).write(audit.plan[tile], result)
 
-    with closing(_made("repair", run, sorted(bad), write)) as tried:
+    with closing(_made("repair", audit, run, sorted(bad), write)) as tried:
         for receipt, again in tried:
             lease.check(now=receipt.verdict == "stop")
             if receipt.verdict == "stop":
@@ -172,10 +169,15 @@ def repair_metadata(audit: Audit, paths: Iterable[Place], lease: Lease) -> list[
 
 
 def _made(
-    name: str, run: Segmentation, tiles: Iterable[int], use: Callable[[int, Results], None]
+    name: str,
+    audit: Audit,
+    run: Segmentation,
+    tiles: Iterable[int],
+    use: Callable[[int, Results], None],
 ) -> Tries:
     """Makes tiles again and hands the outputs of each to `use`."""
-    worker = _Again(run, use)
+    # The empty store is known to be sound, and nothing is written there.
+    worker = _Again(replace(run, out=audit.empty), use)
     return tries(Stage(name, lambda: worker, run.device), tiles)
 
 
@@ -184,4 +186,4 @@ class _Again:
 
     def __init__(self, run: Segmentation, use: Callable[[int, Results], None]) -> None:
         worker = run.make_worker()
-        self.read, self.predict, self.write = worker.read, worker.predict, partial(use)
+        self.read, self.predict, self.write = worker.read, worker.predict, use

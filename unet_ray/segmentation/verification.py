@@ -95,7 +95,7 @@ def verify(out: Where, tiles: int = 3, repair: bool = False) -> Verdict:
         raise InputError(f"tiles={tiles} must be at least 0.")
     found = inspect(path)
     if not found.is_output:
-        what = "does not exist" if found.what == "nothing" else "is not an output of unet-ray"
+        what = "is not an output of unet-ray" if path.exists() else "does not exist"
         raise InputError(f"{path}: {what}; name an OUT.zarr that `unet-ray segment` has made.")
     with tempfile.TemporaryDirectory(prefix="unet-ray-") as folder:
         try:

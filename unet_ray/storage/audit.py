@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from unet_ray.errors import DamageError, InputError, RunError
+from unet_ray.errors import DamageError, RunError
 from unet_ray.storage.inspection import Found
 from unet_ray.storage.layout import ARRAYS, LEDGER, PRIVATE, StoreLayout
 from unet_ray.storage.ledger import committed, damaged, skipped
@@ -70,7 +70,7 @@ class Audit:
         except OSError as error:
             raise RunError(f"{self.empty}: {error.strerror}; make room there.") from error
         except Exception as error:  # of zarr: what cannot be a store is no provenance of one
-            raise _damaged_provenance(self.path, error) from error
+            raise _damaged_provenance(self.path, f"{type(error).__name__}: {error}") from error
         self._arrays = {
             name: Shards(self._store.read(name), self._store.metadata(name))
             for name in self.outputs
@@ -182,18 +182,15 @@ def sound_provenance(found: Found) -> Provenance:
     except DamageError as error:
         raise DamageError(f"{path / 'zarr.json'}: {error}.") from error
     if not found.provenance:
-        raise DamageError(f"{path / 'zarr.json'}: its provenance is damaged (not readable).")
+        raise _damaged_provenance(path, "not readable")
     provenance = found.provenance
-    try:
-        _ = provenance.plan, provenance.outputs, provenance.class_values, provenance.source
-    except Exception as error:  # any JSON may stand there
-        raise _damaged_provenance(path, error) from error
+    if damage := provenance.damage("plan", "outputs", "class_values", "source"):
+        raise _damaged_provenance(path, damage)
     return provenance
 
 
-def _damaged_provenance(path: Place, error: Exception) -> DamageError:
-    what = "not readable" if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-    return DamageError(f"{path / 'zarr.json'}: its provenance is damaged ({what}).")
+def _damaged_provenance(path: Place, damage: str) -> DamageError:
+    return DamageError(f"{path / 'zarr.json'}: its provenance is damaged ({damage}).")
 
 
 def _read_file(store: Place, path: Place, most: int = 1 << 26) -> bytes:

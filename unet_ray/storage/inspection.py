@@ -14,12 +14,19 @@ from typing import Any, Literal
 from unet_ray.errors import InputError
 from unet_ray.storage.layout import ARRAYS, FORMAT, LEDGER, METADATA, PRIVATE, ROOT, SHARDS
 from unet_ray.storage.ledger import has_begun, has_notes
-from unet_ray.storage.places import Place, files_below, unusable
+from unet_ray.storage.places import Place, files_below, stat_of, unusable
 from unet_ray.storage.provenance import Provenance
 
 _PRIVATE = re.compile(rf"{re.escape(PRIVATE)}/.*", re.DOTALL)
 _OURS = re.compile(
     "|".join([*map(re.escape, (ROOT, *METADATA)), *SHARDS, _PRIVATE.pattern]), re.DOTALL
+)
+# Bytes; a recipe and a plan take some thousand.
+LARGEST_ROOT = 1 << 26
+# Parts of a provenance that a run needs to go on.
+CONTINUED = (
+    *("plan", "outputs", "class_values", "channel", "time", "level", "precision"),
+    *("device", "tta", "nan", "normalisation"),
 )
 _FOREIGN = "{}: exists and is not an output of unet-ray; choose another --out."
 
@@ -36,7 +43,7 @@ class Found:
         private: whether the private folder is there.
         begun: whether the ledger is there.
         provenance: of a store; None for all else.
-        stranger: the first file of others, if it was looked for.
+        error: why the root cannot be read; None if it can, or there is none.
     """
 
     path: Place
@@ -44,7 +51,7 @@ class Found:
     private: bool = False
     begun: bool = False
     provenance: Provenance | None = None
-    stranger: Place | None = None
+    error: OSError | None = None
 
     @property
     def is_output(self) -> bool:
@@ -59,16 +66,29 @@ class Found:
         """The provenance of the store that a run here continues; None if it begins a new one.
 
         Raises:
-            InputError: if a run can do neither.
-            OSError: if what is there cannot be read.
+            InputError: if a run can do neither, or what is there cannot be read.
         """
-        if self.what == "store":
-            return None if self.is_untouched() else self.provenance
-        if self.stranger:
-            raise InputError(_refusal(self.path, self.stranger))
+        try:
+            return self._continued()
+        except OSError as error:
+            raise InputError(unusable(self.path, error)) from error
+
+    def _continued(self) -> Provenance | None:
+        if self.error:
+            raise self.error
+        if self.provenance:
+            if self.is_untouched():
+                return None
+            if damage := self.provenance.damage(*CONTINUED):
+                raise InputError(
+                    f"{self.path}: its provenance is damaged ({damage}); choose another --out, or "
+                    "make it anew with --overwrite."
+                )
+            return self.provenance
         if self.what in ("foreign", "damaged"):
             raise InputError(_FOREIGN.format(self.path))
-        if self.what == "remains" and has_notes(self.path / LEDGER) and not _is_bare(self.path):
+        refuse_others(self.path)
+        if has_notes(self.path / LEDGER) and not _is_bare(self.path):
             raise InputError(
                 f"{self.path}: exists and has no {ROOT}, as a copy that is not whole; copy it "
                 "again, choose another --out, or make it anew with --overwrite."
@@ -83,19 +103,17 @@ def inspect(path: Place) -> Found:
         InputError: if what is there cannot be read.
     """
     try:
-        return _inspected(path)
+        private, begun = (path / PRIVATE).is_dir(), has_begun(path / LEDGER)
+        if not (path / ROOT).is_file():
+            if private:
+                return Found(path, "remains", private, begun)
+            return Found(path, "foreign" if _stranger(path) else "nothing", private, begun)
     except OSError as error:
         raise InputError(unusable(path, error)) from error
-
-
-def _inspected(path: Place) -> Found:
-    private, begun = (path / PRIVATE).is_dir(), has_begun(path / LEDGER)
-    if not (path / ROOT).is_file():
-        stranger = _stranger(path)
-        if stranger:
-            return Found(path, "foreign", private, begun, stranger=stranger)
-        return Found(path, "remains" if private else "nothing", private, begun)
-    attributes = _attributes(path)
+    try:
+        attributes = _attributes(path)
+    except OSError as error:
+        return Found(path, "damaged", private, begun, error=error)
     ours = isinstance(attributes, dict) and "unet_ray" in attributes
     kept = attributes["unet_ray"] if ours else None
     if private and isinstance(kept, dict) and kept.get("format") == FORMAT:
@@ -125,7 +143,9 @@ def _refusal(path: Place, stranger: Place) -> str:
 
 
 def _attributes(path: Place) -> Any:
-    """The attributes of a root; None if it is damaged."""
+    """The attributes of a root; None if it is damaged, or too large to be one."""
+    if stat_of(path / ROOT).size > LARGEST_ROOT:
+        return None
     try:
         return json.loads((path / ROOT).read_text())["attributes"]
     except (ValueError, RecursionError, KeyError, TypeError):

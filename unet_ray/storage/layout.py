@@ -40,7 +40,8 @@ def marks_of(stage: str) -> str:
     return f"{MARKS}/{stage}"
 
 
-LEDGER = ledger_of("segment")
+SEGMENT = "segment"  # the stage that writes probabilities and classes
+LEDGER = ledger_of(SEGMENT)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,15 @@ class Provenance:
         }
         return cls(json.loads(json.dumps(parts)))  # tuples become lists, as when it is read
 
+    def damage(self, *parts: str) -> str:
+        """What is wrong with some parts of it, named as here; empty if they can be read."""
+        try:
+            for part in parts:
+                getattr(self, part)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
     @cached_property
     def plan(self) -> TilePlan:
         """The tiles."""
