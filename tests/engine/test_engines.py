@@ -585,7 +585,7 @@ def test_a_wave_has_blocks_enough_and_blocks_have_work_enough(
     """What blocks hold after the first wave, where all tiles take so long."""
     waves = []
 
-    def wave(stage, blocks, size, alone):
+    def wave(stage, blocks, size, alone, silence):
         waves.append(blocks)
         return (Receipt(tile, seconds) for block in blocks for tile in block)
 
@@ -633,7 +633,7 @@ def test_tiles_that_a_block_had_no_time_for_go_with_a_later_wave(count, workers,
     rng, waves = np.random.default_rng(seed), []
     few = max(2, pool.BLOCKS_EACH * workers)
 
-    def wave(stage, blocks, size, alone):
+    def wave(stage, blocks, size, alone, silence):
         waves.append(blocks)
         for block in blocks:
             for tile in block[: rng.integers(1, len(block) + 1)]:
