@@ -29,7 +29,7 @@ ORDER = ((-1, 0), (0, -1), (1, 0), (0, 1))  # neighbours as steps along (x, y)
 
 
 def slow_thin(cells):
-    """Vincent and Soille's flood of a slice of two levels, each rule as it is told."""
+    """Vincent and Soille's flood of a slice of two levels, each rule as the paper states it."""
     height, width = cells.shape
     numbers = ndimage.label(cells)[0]
     label = {(x, y): int(numbers[y, x]) or None for y in range(height) for x in range(width)}

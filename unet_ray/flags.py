@@ -106,16 +106,16 @@ def read_config(ctx: click.Context, parameter: click.Parameter, value: str | Non
     if value is None:
         return
     try:
-        told = yaml.safe_load(Path(value).read_text()) or {}
+        settings = yaml.safe_load(Path(value).read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(
             f"{value}: cannot be read as YAML ({str(error).splitlines()[0]})."
         ) from error
-    if not isinstance(told, dict):
+    if not isinstance(settings, dict):
         raise InputError(f"{value}: must be a list of flags, as in `base-channels: 32`.")
     flags = {p.opts[0].removeprefix("--"): p for p in ctx.command.params if p is not parameter}
     defaults = {}
-    for key, setting in told.items():
+    for key, setting in settings.items():
         flag = flags.get(str(key).replace("_", "-"))
         if flag is None or flag.name is None:
             raise InputError(f"{value}: {key!r} is not a flag of train{nearest(str(key), flags)}.")

@@ -73,7 +73,7 @@ def machine_name() -> str:
 
 
 def room() -> int:
-    """Bytes that this process could hold if nothing else changed; 0 where the system tells none.
+    """Bytes that this process could hold if nothing else changed; 0 where that is unknown.
 
     What it holds, and what is free on the machine or, if that is less, in its container or by a
     limit of its own (``ulimit``).
@@ -137,17 +137,17 @@ _LISTS = ("active", "inactive")
 
 
 def _told(file: Path, name: str) -> int:
-    """Bytes that a line ``NAME:  123 kB`` of a file tells."""
+    """The bytes in a line ``NAME:  123 kB`` of a file."""
     found = re.search(rf"^{name}:\s+(\d+) kB$", file.read_text(), re.M)
     return int(found[1]) * 1024 if found else 0
 
 
 def keep_freed_memory() -> None:
-    """Tells the C library to keep what is freed for the next pass, for this whole process.
+    """Makes the C library keep what is freed for the next pass, for this whole process.
 
     Every pass asks for the same large buffers again. Handing them back to the system and getting
     them anew, page by page, takes up to a third of the time of a pass; keeping them costs memory
-    that lies idle between passes, and makes the peak of a worker one number that does not drift.
+    that is idle between passes, and makes the peak of a worker one number that does not drift.
     Does nothing where there is no glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None

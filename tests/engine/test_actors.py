@@ -40,10 +40,10 @@ def done_by_actors(stage, tiles):
     for kind in [Reader, GpuActor, Writer] if stage.device == "cuda" else [TileActor]:
         actor = kind(stage)
         table = pa.concat_tables(actor(table.slice(row, 1)) for row in range(len(table)))
-    return status_bytes(table)
+    return receipts_of(table)
 
 
-def status_bytes(table):
+def receipts_of(table):
     """The receipts of a table."""
     return [Receipt(**row) for row in table.select(parcels.RECEIPT).to_pylist()]
 
@@ -97,17 +97,17 @@ BLOCKS = {
 def test_a_step_that_ends_its_process_each_time_is_given_up(folder, kind):
     """And one that only ever went on to the next step is not, however often it did."""
     for _ in range(TRIES + 1):
-        (told,) = status_bytes(kind(marked(folder))(BLOCKS[kind]))
-        assert (told.tile, told.error) == (7, "")
-        assert kind is Reader or (told.seconds >= 0.5 and told.held >= 9)
+        (receipt,) = receipts_of(kind(marked(folder))(BLOCKS[kind]))
+        assert (receipt.tile, receipt.error) == (7, "")
+        assert kind is Reader or (receipt.seconds >= 0.5 and receipt.held >= 9)
     assert written(folder).total() == (kind is Writer)
     for mark in (folder / "marks").iterdir():
         mark.unlink()
     for _ in range(TRIES):
         with pytest.raises(SystemExit):
             kind(marked(folder, bad={(kind.steps[0], 7): SystemExit()}))(BLOCKS[kind])
-    (told,) = status_bytes(kind(marked(folder))(BLOCKS[kind]))
-    assert told.verdict == "never" and "was begun 3 times and never ended" in told.error
+    (receipt,) = receipts_of(kind(marked(folder))(BLOCKS[kind]))
+    assert receipt.verdict == "never" and "was begun 3 times and never ended" in receipt.error
 
 
 @pytest.mark.parametrize("kind", [Reader, GpuActor])
@@ -127,8 +127,8 @@ def test_packing_is_a_part_of_the_step(folder, monkeypatch, kind, error, verdict
     for _ in range(TRIES * isinstance(error, SystemExit)):
         with pytest.raises(SystemExit):
             kind(marked(folder))(BLOCKS[kind])
-    (told,) = status_bytes(kind(marked(folder))(BLOCKS[kind]))
-    assert told.verdict == verdict and told.error
+    (found,) = receipts_of(kind(marked(folder))(BLOCKS[kind]))
+    assert found.verdict == verdict and found.error
 
 
 def test_a_tile_that_ends_its_reader_takes_no_other_of_its_block_along(folder):
@@ -136,9 +136,9 @@ def test_a_tile_that_ends_its_reader_takes_no_other_of_its_block_along(folder):
     for _ in range(TRIES):
         with pytest.raises(SystemExit):
             Reader(marked(folder, bad={("read", 2): SystemExit()}))(block)
-    told = status_bytes(Reader(marked(folder, bad={("read", 2): SystemExit()}))(block))
-    assert [r.verdict for r in told] == ["again", "never", "again"]
-    assert [bool(r.error) for r in told] == [False, True, False]
+    found = receipts_of(Reader(marked(folder, bad={("read", 2): SystemExit()}))(block))
+    assert [r.verdict for r in found] == ["again", "never", "again"]
+    assert [bool(r.error) for r in found] == [False, True, False]
 
 
 def test_an_error_that_is_no_text_is_told(folder):

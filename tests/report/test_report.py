@@ -675,9 +675,9 @@ def test_a_window_lies_where_tiles_are_done(segmented, tmp_path, monkeypatch):
 
 
 def test_a_store_without_a_tile_says_that_there_is_nothing(segmented, tmp_path):
-    told = json.loads((segmented / "out.zarr" / "zarr.json").read_text())["attributes"]["unet_ray"]
-    layout = StoreLayout(TilePlan.from_json(told["plan"]), (0, 255), told["outputs"], None)
-    create_store(tmp_path / "new.zarr", layout, Provenance(told))
+    parts = json.loads((segmented / "out.zarr" / "zarr.json").read_text())["attributes"]["unet_ray"]
+    layout = StoreLayout(TilePlan.from_json(parts["plan"]), (0, 255), parts["outputs"], None)
+    create_store(tmp_path / "new.zarr", layout, Provenance(parts))
     page = Page(write_report(tmp_path / "new.zarr"))
     assert "No tile is done yet" in page.text
     assert page.all("img") == []
@@ -834,7 +834,7 @@ def large(tmp_path, monkeypatch):
     plan = TilePlan(
         (960, 9300, 9300), core, Context((0, 4, 4), (0, 8, 8), (1, 2, 2)), (1, 960, 960)
     )
-    told = {
+    parts = {
         "format": 1,
         "model": {"sha256": "0" * 64, "architecture": {}, "training": {}, "class_values": [0, 255]},
         "input": {"name": "big", "kind": "zarr", "shape": [1, *plan.shape], "dtype": "uint8"},
@@ -844,7 +844,7 @@ def large(tmp_path, monkeypatch):
         "versions": {},
     }
     path = tmp_path / "large.zarr"
-    create_store(path, StoreLayout(plan, (0, 255), told["outputs"], None), Provenance(told))
+    create_store(path, StoreLayout(plan, (0, 255), parts["outputs"], None), Provenance(parts))
     monkeypatch.setattr("os.fsync", lambda file: None)
     with Ledger(path / LEDGER, len(plan)) as ledger:
         for tile in range(0, len(plan), 3):

@@ -245,17 +245,17 @@ def test_what_workers_had_done_but_no_driver_noted_is_not_done_again(task, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("told", "here"), [("AVX2", "AVX512, bfloat16"), ("AVX512, bfloat16", "DEFAULT, float32")]
+    ("stored", "here"), [("AVX2", "AVX512, bfloat16"), ("AVX512, bfloat16", "DEFAULT, float32")]
 )
 def test_a_worker_on_a_machine_of_another_kind_writes_nothing(
-    task, tmp_path, monkeypatch, told, here
+    task, tmp_path, monkeypatch, stored, here
 ):
     volume, model, _ = task
     out = tmp_path / "out.zarr"
-    monkeypatch.setattr(run_module, "instructions", lambda device: told)
+    monkeypatch.setattr(run_module, "instructions", lambda device: stored)
     run = preparation.prepare(volume, model, out, TILED)
     monkeypatch.setattr(run_module, "instructions", lambda device: here)
-    with pytest.raises(RunError, match=rf"its instructions is {told}, but {here} on .*one kind"):
+    with pytest.raises(RunError, match=rf"its instructions is {stored}, but {here} on .*one kind"):
         run.make_worker()
     with pytest.raises(RunError, match="machines of one kind"):
         execution.execute(run, TILED, lambda progress: None)

@@ -360,10 +360,10 @@ def test_provenance_does_not_know_who_ran_it_where_and_when(tmp_path, model, vol
     )
     again = segment(moved[1], moved[0], tmp_path / "elsewhere" / "again", other)
     assert bytes_of(one) == bytes_of(again)
-    told = json.loads((one / "zarr.json").read_text())["attributes"]["unet_ray"]
-    text = json.dumps(told)
+    provenance = json.loads((one / "zarr.json").read_text())["attributes"]["unet_ray"]
+    text = json.dumps(provenance)
     assert str(tmp_path) not in text
-    words = {key for key, _ in flat_fields(told)}
+    words = {key for key, _ in flat_fields(provenance)}
     assert not {w for w in words if re.search("engine|workers|memory|region|path|seconds|host", w)}
 
 

@@ -152,10 +152,10 @@ def test_the_unit_of_a_volume_is_no_damage(tmp_path, task):
 def wide(tmp_path):
     """A store whose shards hold several inner chunks, some of them outside the volume."""
     plan = TilePlan((1, 300, 600), (1, 512, 512), NEAR, (1, 512, 512))
-    told = {"format": 1, "model": {"class_values": [0, 7, 255]}, "input": {}}
-    told |= {"outputs": [*ARRAYS], "plan": dataclasses.asdict(plan)}
+    provenance = {"format": 1, "model": {"class_values": [0, 7, 255]}, "input": {}}
+    provenance |= {"outputs": [*ARRAYS], "plan": dataclasses.asdict(plan)}
     path, rng = tmp_path / "wide.zarr", np.random.default_rng(0)
-    create_store(path, StoreLayout(plan, [0, 7, 255], [*ARRAYS], None), Provenance(told))
+    create_store(path, StoreLayout(plan, [0, 7, 255], [*ARRAYS], None), Provenance(provenance))
     with Ledger(path / LEDGER, len(plan)) as ledger:
         for tile in range(len(plan)):
             maps = rng.integers(0, 3, (2, 1, 512, 512), np.uint8)

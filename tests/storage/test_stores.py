@@ -431,7 +431,7 @@ def test_a_store_whose_root_is_damaged_can_be_made_anew(path):
 
 
 def test_a_store_is_untouched_until_something_is_written_or_noted(path):
-    assert not inspect(path).is_untouched()  # nothing tells that nothing was done
+    assert not inspect(path).is_untouched()  # it has no ledger
     begin(path / LEDGER, 1)
     assert inspect(path).is_untouched()
     write_all(path, predicted(), [3])

@@ -34,7 +34,7 @@ _NO_MEMORY = re.compile(
 # Tiles of which the median is taken, at most, and at least.
 SEEN, ENOUGH = 101, 3
 TICK = 1.0  # seconds between two looks at the clock
-MOST_SECONDS = 60.0  # after which no more tiles of a block are begun: it is told of when it ends
+MOST_SECONDS = 60.0  # after which a block begins no more tiles: it reports when it ends
 
 
 def attempt(worker: Helper, tile: int, alone: AbstractContextManager[Any]) -> Receipt:
@@ -84,13 +84,15 @@ def failure(tile: int, seconds: float, error: Exception) -> Receipt:
     """The receipt of a try that raised `error`, which is being handled."""
     verdict = _verdict(error)
     bytes_left = _room(error) if verdict == "alone" else 0
-    told = str(error) if isinstance(error, UnetRayError) else f"{type(error).__name__}: {error}"
-    return Receipt(tile, seconds, _text(told), _text(traceback.format_exc()), verdict, bytes_left)
+    sentence = str(error) if isinstance(error, UnetRayError) else f"{type(error).__name__}: {error}"
+    return Receipt(
+        tile, seconds, _text(sentence), _text(traceback.format_exc()), verdict, bytes_left
+    )
 
 
-def _text(told: str) -> str:
+def _text(sentence: str) -> str:
     """What can be written down: a name of a file may hold bytes that are no text."""
-    return told.encode(errors="replace").decode()
+    return sentence.encode(errors="replace").decode()
 
 
 def _verdict(error: Exception) -> Verdict:

@@ -26,8 +26,8 @@ class Guarded:
     """Steps of tiles in a Ray worker: each is marked, and one that takes too long ends the process.
 
     Ray tries a tile that ends its actor without end; the marks say when to stop. It also hands out
-    again what is done, if it did not hear the end of the block; the marks tell, and such a tile
-    keeps its shards. A thread cannot be ended, so a step that hangs takes its process along, and
+    again what is done, if it did not hear the end of the block; such a tile is marked, and keeps
+    its shards. A thread cannot be ended, so a step that hangs takes its process along, and
     Ray starts another.
 
     Args:
@@ -116,7 +116,7 @@ def made_in_time(folder: Place, name: str) -> Iterator[None]:
         RunError: if it has.
     """
     marks, begun = Marks(folder / f"made-{name}"), 0
-    with suppress(OSError):  # the first tile will tell
+    with suppress(OSError):  # the first tile fails with the same error
         begun = [mark.event for mark in marks.before(0)].count("begun")
         marks.add(Mark(0, "begun"))
     if begun >= TRIES:
@@ -134,7 +134,7 @@ def is_suspect(tile: int, marks: Marks) -> bool:
     """Whether a tile may have ended its process, alone or with those beside it."""
     try:
         before = marks.before(tile)
-    except OSError:  # the try asks again, and tells
+    except OSError:  # the try reads them again and reports it
         return False
     return bool(before) and not _is_done(before)
 

@@ -100,7 +100,7 @@ def run_on_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: b
 def _run_wave(
     stage: Stage, wave: Sequence[Sequence[int]], size: int, alone: bool, silence: float
 ) -> Receipts:
-    """Receipts of the tiles that some blocks had time for; ends after so many silent seconds."""
+    """Receipts of the tiles that blocks had time for; fails after `silence` seconds without any."""
     import ray
     from ray.data.exceptions import ExecutionTimeoutError
 

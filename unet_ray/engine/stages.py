@@ -25,7 +25,7 @@ class Receipt:
         tile: its number.
         seconds: time spent reading, predicting and writing together.
         error: one sentence if it failed; nothing was committed then.
-        trace: where it failed, as Python tells it.
+        trace: Python's traceback.
         verdict: of a failure: ``again`` may do better, ``alone`` (on a machine's memory) may do
             better with nothing beside it, ``never`` cannot, ``stop``: nor can any other tile,
             ``broken``: nor can any other in this process, whose GPU has failed.

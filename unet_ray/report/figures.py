@@ -17,7 +17,7 @@ from unet_ray.report.pictures import Picture, colour_classes, encode_png
 
 # Enough under a colour, and small as a file.
 OVERLAY_GREYS = 64
-# Pictures so many times as long as wide are zoomed in until they are so many pixels wide.
+# Pictures `STRIP` times as long as wide are zoomed in until they are `STRIP_WIDTH` wide.
 STRIP, STRIP_WIDTH = 8, 32
 
 Facts = dict[str, Any]
@@ -29,7 +29,7 @@ def by(sizes: Sequence[int]) -> str:
 
 
 def digits_of(value: float, digits: int = 3) -> str:
-    """A number with so many significant digits, or all of those before the point."""
+    """A number with `digits` significant digits, or all those before the point."""
     if not math.isfinite(value):
         return "undefined" if math.isnan(value) else "infinite"
     if abs(value) >= 10**digits:
@@ -51,5 +51,5 @@ def figure(picture: Picture, caption: str) -> Facts:
 
 
 def colours_of(classes: int) -> list[str]:
-    """How the colours of so many classes are written in HTML."""
+    """The colours of the classes in HTML."""
     return ["#" + bytes(colour).hex() for colour in colour_classes(np.arange(classes)[None])[0]]

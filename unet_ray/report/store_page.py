@@ -128,7 +128,7 @@ def _parts(
 
 
 def _histograms(result: Result) -> Facts:
-    """How often each probability is stored, in some storage chunks drawn by chance."""
+    """How often each probability is stored, in some random storage chunks."""
     if "probabilities" not in result.provenance.outputs or not result.done.any():
         return {"histograms": []}
     counts = np.zeros((len(result.class_values) - 1, 256), np.int64)

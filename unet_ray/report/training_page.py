@@ -204,11 +204,11 @@ def _weight_map(path: Path) -> Facts:
     weights = maps[volume][z]
     step = -(-max(weights.shape) // WINDOW)
     ends, scale = _weight_scale(weights)
-    told = f"Volume {volume}, slice {z} of those trained on, {by(weights.shape)} pixels"
+    caption = f"Volume {volume}, slice {z} of those trained on, {by(weights.shape)} pixels"
     if step > 1:
-        told += f"; each pixel shows the greatest weight of {step} x {step}"
+        caption += f"; each pixel shows the greatest weight of {step} x {step}"
     picture = colour_log(_greatest(weights, step), *ends)
-    return {"figure": figure(picture, f"{told}."), **scale}
+    return {"figure": figure(picture, f"{caption}."), **scale}
 
 
 def _weight_maps(path: Path) -> dict[str, NDArray[Any]]:

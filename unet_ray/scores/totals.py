@@ -352,7 +352,7 @@ INSTANCES: Mapping[str, _Measure] = {
 }
 
 
-# Of each score the best value and what it tells in a few words; metrics.py has the whole story.
+# The best value and the meaning of each score in a few words; metrics.py explains them in full.
 MEANINGS: dict[str, tuple[int, str]] = {
     "pixel_error": (0, "1 - F1 of cell pixels (not the share of wrong ones)"),
     "rand_error": (0, "pixel pairs wrongly joined or parted; membrane counts too"),

@@ -134,7 +134,7 @@ def _remedy(run: Segmentation, receipt: Receipt) -> str:
 
 
 def _open_store(run: Segmentation, settings: Settings, lease: Lease) -> None:
-    """Opens the store, or makes it; makes sure that what lies there is of this run."""
+    """Opens the store, or makes it; makes sure that it is of this run."""
     stored = None if settings.overwrite else stored_at(run.out, overwrite=False)
     if stored is None:
         with lease.fence.hold():

@@ -67,7 +67,7 @@ def refusal_of(outlook: Outlook, settings: Settings, out: str | None, free: floa
 
 
 def trial_json(outlook: Outlook, trial: Pilot | None, price: float | None) -> dict[str, Any]:
-    """What a trial tells, for machines; null is what is not known."""
+    """The results of a trial as JSON; null where unknown."""
     seconds = trial and trial.run_seconds(outlook)
     return {
         "tile_seconds": trial and round(trial.seconds, 4),

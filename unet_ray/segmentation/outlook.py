@@ -174,7 +174,7 @@ def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Ou
 
 
 def spread(numbers: Sequence[int] | NDArray[np.intp], most: int) -> list[int]:
-    """At most so many of `numbers`, in their order, evenly spread."""
+    """At most `most` of `numbers`, in their order, evenly spread."""
     count = min(most, len(numbers))
     return [int(numbers[(2 * n + 1) * len(numbers) // (2 * count)]) for n in range(count)]
 

@@ -229,8 +229,8 @@ def refuse_link(store: Place, path: Place) -> None:
 def _compare_json(there: bytes, expected: bytes) -> None:
     right = json.loads(expected)
     try:
-        told = json.loads(there)
-        keys = [key for key in {**right, **told} if told.get(key) != right.get(key)]
+        stored = json.loads(there)
+        keys = [key for key in {**right, **stored} if stored.get(key) != right.get(key)]
     except (ValueError, RecursionError, TypeError, AttributeError) as error:
         raise DamageError("is not the JSON of an array or group") from error
     if keys:
@@ -241,8 +241,8 @@ def _stored_voxel_size(path: Place) -> tuple[float, ...] | None:
     """The voxel size of the store's images, which its provenance lacks; None if there is none."""
     for group in (path, path / "labels/classes"):
         try:
-            told = json.loads((group / "zarr.json").read_text())["attributes"]["ome"]
-            image = told["multiscales"][0]
+            metadata = json.loads((group / "zarr.json").read_text())["attributes"]["ome"]
+            image = metadata["multiscales"][0]
             scale = image["datasets"][0]["coordinateTransformations"][0]["scale"][-3:]
             if any("unit" in axis for axis in image["axes"]):
                 return tuple(map(float, scale))

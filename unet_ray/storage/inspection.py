@@ -1,6 +1,6 @@
 """What lies at the path of an output: nothing, files of others, a store, or a part of one.
 
-Knows how a store can be told from what it is not. Changes nothing, and reads no shard.
+Knows what distinguishes a store from anything else. Changes nothing, and reads no shard.
 """
 
 from __future__ import annotations

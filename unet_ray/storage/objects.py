@@ -122,10 +122,10 @@ class ObjectPath:
         lost = obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError
         with as_os_errors(self, writing=True):
             try:
-                told = obstore.put(client_of(self.root), self.key, data, mode=mode)
+                written = obstore.put(client_of(self.root), self.key, data, mode=mode)
             except (*lost, FileNotFoundError):
                 return None
-        return _tag(told)
+        return _tag(written)
 
     def tag(self) -> str | None:
         """The tag of the object; None if there is none."""
