@@ -25,6 +25,7 @@ from unet_ray.flags import (
     ENGINE,
     MODEL,
     PRECISION,
+    TAKEOVER,
     TILING,
     WRITING,
     Overview,
@@ -145,6 +146,7 @@ def demo(out: str) -> None:
     ),
     ENGINE,
     PRECISION,
+    TAKEOVER,
 )
 @click.pass_context
 def train(ctx: click.Context, /, **flags: Any) -> None:
@@ -158,8 +160,9 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
     from unet_ray.training.recipes import Recipe
     from unet_ray.training.train import train
 
-    images, labels, out, engine, workers, recipe = (
-        flags.pop(name) for name in ("images", "labels", "out", "engine", "workers", "recipe")
+    images, labels, out, engine, workers, recipe, takeover = (
+        flags.pop(name)
+        for name in ("images", "labels", "out", "engine", "workers", "recipe", "takeover")
     )
     line, told = ProgressLine("train"), set()
 
@@ -180,7 +183,16 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
 
     chosen, together = Recipe.of(recipe, patch=patch, **flags), parse_workers(workers)
     finished = (Path(out) / "model.safetensors").exists()
-    model = train(list(images), list(labels), out, chosen, _engine(ctx, engine), together, watch)
+    model = train(
+        list(images),
+        list(labels),
+        out,
+        chosen,
+        _engine(ctx, engine),
+        together,
+        watch,
+        takeover=takeover,
+    )
     if finished:
         say("already trained; nothing to do.")
     if not finished or not (Path(out) / "report.html").exists():

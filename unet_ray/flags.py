@@ -145,15 +145,16 @@ PRECISION = click.option(
     show_default=True,
     help="Number format of the network. auto: bfloat16 where the hardware multiplies in it.",
 )
+TAKEOVER = click.option(
+    "--takeover", is_flag=True, help="End another run that is writing to the same output."
+)
 WRITING = (
     click.option(
         "--overwrite",
         is_flag=True,
         help="Delete the store first, if it is ours. After a kill, leave it out to go on.",
     ),
-    click.option(
-        "--takeover", is_flag=True, help="Force out another run that is writing to the store."
-    ),
+    TAKEOVER,
 )
 MODEL = click.option("--model", required=True, metavar="RUN|FILE", help="What `train` made.")
 TILING = (

@@ -22,7 +22,7 @@ import tifffile
 from tests.helper import files_in, measures, recipe, session, title
 from unet_ray.engine import cluster
 from unet_ray.network.checkpoints import read_model, read_tensors
-from unet_ray.training.run_folder import BEST, LOCK_SECONDS, METRICS, MODEL
+from unet_ray.training.run_folder import BEST, METRICS, MODEL
 from unet_ray.training.train import train
 
 pytestmark = pytest.mark.skipif(
@@ -38,7 +38,6 @@ WORKER = "ray::RayTrainWorker"  # title of a process of Ray Train that trains
 SCRIPT = """
 import json, sys
 from unet_ray.engine import cluster
-from unet_ray.training import run_folder as runs
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.train import train
 
@@ -46,7 +45,6 @@ from unet_ray.training.train import train
 def main():
     asked = json.loads(sys.argv[1])
     cluster.usable_cores = lambda: asked["cores"]
-    runs.LOCK_SECONDS = asked["lock_seconds"]
     made = Recipe(**{**asked["recipe"], "patch": tuple(asked["recipe"]["patch"])})
     train(**asked["run"], recipe=made)
 
@@ -88,13 +86,14 @@ class Training:
         engine="local",
         workers=1,
         checkpoint_seconds=CHECKPOINT_SECONDS,
-        lock_seconds=LOCK_SECONDS,
+        takeover=False,
     ):
         run = {"images": [files[0]], "labels": [files[1]], "out": str(out)}
         run |= {"engine": engine, "workers": workers, "checkpoint_seconds": checkpoint_seconds}
+        run["takeover"] = takeover
         asked = {"run": run, "recipe": dataclasses.asdict(made)}
         # One thread per worker: threads that wait for each other are slow on a busy machine.
-        asked |= {"cores": workers, "lock_seconds": lock_seconds}
+        asked |= {"cores": workers}
         self.out, self._log = out, out.parent / f"{out.name}.log"
         with open(self._log, "a") as log:
             self.process = subprocess.Popen(
@@ -298,34 +297,30 @@ def test_minutes_before_a_kill_count(files, tmp_path, start):
     assert read_model(out / MODEL)[1].training["steps"] == steps[-1]
 
 
-@pytest.mark.slow
-def test_two_trainings_of_one_run_wait_for_each_other(files, tmp_path, start, monkeypatch):
+def test_a_training_that_is_stopped_loses_its_folder_only_to_takeover(
+    files, tmp_path, start, monkeypatch
+):
     made, out = tiny(steps=200), tmp_path / "run"
     whole = undisturbed(files, tmp_path / "whole", made, monkeypatch)
     first = start(files, out, made)
     first.wait_for(random.Random(5).randrange(50, 100))
-    os.kill(first.process.pid, signal.SIGSTOP)  # lives on, and writes nothing
+    os.kill(first.process.pid, signal.SIGSTOP)  # it lives on, but writes nothing
     before = files_in(out)
-    second = start(files, out, made, lock_seconds=0.5)
+    second = start(files, out, made)
     assert second.process.wait(SECONDS) == 1
-    assert f"another training (process {first.process.pid} on " in second.said
+    assert f"process {first.process.pid} on " in second.said
+    assert "is writing here" in second.said and "--takeover" in second.said
     assert files_in(out) == before
-    third = start(files, out, made, lock_seconds=SECONDS)
-    lock = out / "checkpoints" / ".lock"
-    third.wait_until(lambda: has_open(third.process.pid, lock), "a wait for the lock")
-    assert files_in(out) == before
-    kept = first.kill()
+    kept = kept_lines(out)
+    third = start(files, out, made, takeover=True)
     third.finish()
+    done = files_in(out)
+    os.kill(first.process.pid, signal.SIGCONT)
+    assert first.process.wait(SECONDS) == 1
+    assert "so this run stops" in first.said
+    assert files_in(out) == done
     assert_goes_on(out, kept)
     assert_same_run(out, whole)
-
-
-def has_open(pid, path):
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed in the meantime
-            if os.readlink(link) == str(path.resolve()):
-                return True
-    return False
 
 
 @pytest.mark.ray
@@ -336,7 +331,7 @@ def test_a_training_on_ray_survives_its_driver_and_its_worker(files, tmp_path, s
     whole = undisturbed(files, tmp_path / "whole", made, monkeypatch)
     out = tmp_path / "run"
     kept = start(files, out, made, "ray").kill_at(rng.randrange(100, 300))
-    # Nobody waits for the orphans of the first one: the lock does.
+    # The workers of the killed driver still run; the fence of the new lease stops their writes.
     second = start(files, out, made, "ray")
     second.wait_for(rng.randrange(900, 1200))
     assert_goes_on(out, kept)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unet_ray.errors import InputError
 from unet_ray.network.unet import UNet
-from unet_ray.storage.places import write_whole
+from unet_ray.storage.places import Guard, write_whole
 
 FORMAT = "unet-ray model 1"
 WEIGHT = "model."  # how the names of a checkpoint's weights begin
@@ -76,12 +76,17 @@ def architecture_of(network: UNet) -> dict[str, Any]:
     return {name: getattr(network, name) for name in names}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Writes tensors and a JSON-able header so that `path` is whole or not there at all."""
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+    guard: Guard | None = None,
+) -> None:
+    """Writes tensors and a JSON-able header so that `path` is whole or absent."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     told = {"format": FORMAT, "sha256": _digest(plain), **header}
     # One key only: safetensors writes several in random order, and equal models are equal files.
-    write_whole(path, save(plain, {"header": json.dumps(told, sort_keys=True)}))
+    write_whole(path, save(plain, {"header": json.dumps(told, sort_keys=True)}), guard=guard)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

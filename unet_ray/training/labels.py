@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from unet_ray.errors import InputError
 from unet_ray.network.checkpoints import read_tensors, write_tensors
+from unet_ray.storage.places import Guard
 from unet_ray.tiling.boxes import Box
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.weights import class_weights, separate, weight_map
@@ -155,12 +156,12 @@ def load_training_data(
     )
 
 
-def keep_weights(data: TrainingData, recipe: Recipe, path: Path) -> None:
+def keep_weights(data: TrainingData, recipe: Recipe, path: Path, guard: Guard) -> None:
     """Writes the weight maps to a file, ``weights.N`` of each volume, unless they are there."""
     header = _weights_header(data.identity, recipe)
     if not (path.exists() and _read_kept(path)[1] == header):
         maps = {f"weights.{n}": torch.from_numpy(v.weights) for n, v in enumerate(data.volumes)}
-        write_tensors(path, maps, header)
+        write_tensors(path, maps, header, guard)
 
 
 def _open_pairs(images: Sequence[str], labels: Sequence[str]) -> list[tuple[Volume, Volume]]:

@@ -10,9 +10,8 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,16 @@ import numpy as np
 from torch import Tensor
 
 from unet_ray.errors import InputError, refuse_below_file
-from unet_ray.machine import machine_name, try_lock
 from unet_ray.network.checkpoints import read_tensors, write_tensors
-from unet_ray.storage.places import remove_partial, write_whole
+from unet_ray.storage.lease import Fence, Lease
+from unet_ray.storage.places import Guard, remove_partial, write_whole
+from unet_ray.storage.swap import LOCK
 
 MODEL, BEST, METRICS = "model.safetensors", "best.safetensors", "metrics.jsonl"
 PATCHES, WEIGHTS = "patches.safetensors", "weights.safetensors"
 KEPT_CHECKPOINTS = 2
 REPORT_STEPS = 10
-LOCK = "checkpoints/.lock"
-LOCK_SECONDS = 20.0  # longer than a killed driver's workers live on
+CHECKPOINTS = "checkpoints"  # the lease is kept there, too
 
 
 @dataclass(frozen=True)
@@ -82,14 +81,19 @@ class RunFolder:
 
     Args:
         path: the folder; it need not be there yet.
+        fence: of the lease on it; without one the folder is read only.
+
+    Attributes:
+        guard: held during each write, so that a training that lost its lease writes nothing.
 
     Raises:
         InputError: if it is a file, or a folder of something else.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], fence: Fence | None = None) -> None:
         self.path = Path(path).absolute()
-        known = (LOCK, METRICS, MODEL)
+        self.guard: Guard = fence.hold if fence else nullcontext
+        known = (f"{CHECKPOINTS}/{LOCK}", METRICS, MODEL)
         refuse_below_file(self.path)
         if self.path.is_file():
             raise InputError(f"{self.path}: is a file; --out of train is a folder.")
@@ -102,45 +106,26 @@ class RunFolder:
         """Whether a file or folder of this name is there."""
         return (self.path / name).exists()
 
-    def make(self) -> None:
-        """Makes the folder."""
-        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Holds the folder, so that nobody else writes in it; waits a while for who does.
+    def owned(self, takeover: bool = False) -> Iterator[RunFolder]:
+        """The folder under a lease, made if absent, without the remains of killed writers.
 
-        The workers of a killed driver live on for some seconds.
+        Args:
+            takeover: ends another training that writes here.
 
         Raises:
-            InputError: if another training goes on writing here; says which.
+            InputError: if another training writes here, or if no checkpoint is whole.
         """
-        file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        end = time.monotonic() + LOCK_SECONDS
-        try:
-            # Held until the file is closed, also by a kill.
-            while not try_lock(file):
-                if time.monotonic() > end:
-                    os.lseek(file, 0, os.SEEK_SET)
-                    holder = os.read(file, 1000).decode(errors="replace") or "unknown"
-                    raise InputError(
-                        f"{self.path}: another training ({holder}) is writing here; wait for it "
-                        "or end it."
-                    )
-                time.sleep(0.1)
-            for folder in (self.path, self.path / "checkpoints"):
+        with Lease(self.path / CHECKPOINTS, takeover) as lease:
+            run = RunFolder(self.path, lease.fence)
+            for folder in (run.path, run.path / CHECKPOINTS):
                 remove_partial(folder)
-            self._set_damaged_aside()
-            os.ftruncate(file, 0)
-            os.lseek(file, 0, os.SEEK_SET)
-            os.write(file, f"process {os.getpid()} on {machine_name()}".encode())
-            yield
-        finally:
-            os.close(file)
+            run._set_damaged_aside()
+            yield run
 
     def checkpoints(self) -> list[Path]:
         """Checkpoint files, newest first."""
-        return sorted((self.path / "checkpoints").glob("step-*.safetensors"), reverse=True)
+        return sorted((self.path / CHECKPOINTS).glob("step-*.safetensors"), reverse=True)
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole."""
@@ -168,8 +153,8 @@ class RunFolder:
 
     def save(self, step: int, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
         """Writes a checkpoint and drops all but the newest ones."""
-        path = self.path / "checkpoints" / f"step-{step:09d}.safetensors"
-        write_tensors(path, tensors, header)
+        path = self.path / CHECKPOINTS / f"step-{step:09d}.safetensors"
+        write_tensors(path, tensors, header, self.guard)
         for old in self.checkpoints()[KEPT_CHECKPOINTS:]:
             old.unlink()
 
@@ -233,7 +218,7 @@ class Log:
     """``metrics.jsonl``: one line per some steps, cut back to the checkpoint on a restart.
 
     Args:
-        path: the file.
+        run: its folder.
         step: of the checkpoint.
         pending: losses of the steps since the last line, as the checkpoint kept them.
         workers, patches: as of `Measure`.
@@ -242,18 +227,19 @@ class Log:
 
     def __init__(
         self,
-        path: Path,
+        run: RunFolder,
         step: int,
         pending: Sequence[float],
         workers: int,
         patches: int,
         watch: Watch,
     ) -> None:
-        self._path, self._watch = path, watch
+        self._path, self._guard, self._watch = run.path / METRICS, run.guard, watch
         self._workers, self._patches = workers, patches
         self.pending = list(pending)
-        kept = [measure for measure in read_measures(path) if measure.step <= step]
-        write_whole(path, "".join(measure.line() for measure in kept).encode())
+        kept = [measure for measure in self.kept() if measure.step <= step]
+        lines = "".join(measure.line() for measure in kept)
+        write_whole(self._path, lines.encode(), guard=self._guard)
         if kept and kept[-1].step == step:
             self.pending.clear()  # the checkpoint is older than the line of its own step
 
@@ -289,7 +275,7 @@ class Log:
             self._patches,
             validation,
         )
-        with open(self._path, "a") as file:
+        with self._guard(), open(self._path, "a") as file:
             file.write(measure.line())
         self.pending.clear()
         self._watch(measure)

@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -59,6 +59,7 @@ def train(
     workers: Workers = None,
     watch: Watch = lambda measure: None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    takeover: bool = False,
 ) -> Path:
     """Trains a network on labelled volumes; goes on where an interrupted run stopped.
 
@@ -72,6 +73,7 @@ def train(
             GPU.
         watch: called with each measure.
         checkpoint_seconds: between two checkpoints; no result depends on it.
+        takeover: end another training that writes to `out`.
 
     Returns:
         Path of the model file.
@@ -91,27 +93,27 @@ def train(
     model = run.path / MODEL
     if model.exists():
         return model
-    run.make()
-    with run.alone():
-        if model.exists():  # of whoever had the folder until now
+    with run.owned(takeover) as owned:
+        if model.exists():  # by whoever owned the folder until now
             run.refuse_other(dataclasses.asdict(recipe), data.identity)
             return model
-        keep_weights(data, recipe, run.path / WEIGHTS)
-        _keep_patches(run.path / PATCHES, recipe, data)
+        keep_weights(data, recipe, run.path / WEIGHTS, owned.guard)
+        _keep_patches(owned, recipe, data)
         if engine == "local":
             device = torch.device(cluster.local_device())
             world = World(0, 1, device, cluster.usable_cores())
             draw = partial(ahead, Sampler(data, recipe).__getitem__)
-            Training(recipe, data, run, world, draw, watch, checkpoint_seconds).go()
+            Training(recipe, data, owned, world, draw, watch, checkpoint_seconds).go()
     if engine == "ray":
         _train_on_ray(recipe, data, run, workers, watch, checkpoint_seconds)
     return model
 
 
-def _keep_patches(path: Path, recipe: Recipe, data: TrainingData) -> None:
+def _keep_patches(run: RunFolder, recipe: Recipe, data: TrainingData) -> None:
     """Keeps the first patches of the run, as the network sees them, for people to look at."""
     about = {"recipe": dataclasses.asdict(recipe), "data": data.identity}
     header = {"classes": len(data.class_values), **json.loads(json.dumps(about))}
+    path = run.path / PATCHES
     if path.exists() and header_of(path) == header:
         return
     sampler = Sampler(data, recipe)
@@ -121,7 +123,7 @@ def _keep_patches(path: Path, recipe: Recipe, data: TrainingData) -> None:
         tensors[f"image.{number}"] = torch.from_numpy(sample.image).half()
         tensors[f"targets.{number}"] = torch.from_numpy(sample.targets)
         tensors[f"weights.{number}"] = torch.from_numpy(sample.weights)
-    write_tensors(path, tensors, header)
+    write_tensors(path, tensors, header, run.guard)
 
 
 def _train_on_ray(
@@ -145,7 +147,7 @@ def _train_on_ray(
     largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
     threads = max(1, int(min(cluster.size_of("CPU") // most, largest)))
     scratch = run.path / "checkpoints" / "ray"
-    worker = partial(_ray_worker, recipe, [ray.put(data)], run.path, threads, checkpoint_seconds)
+    worker = partial(_ray_worker, recipe, [ray.put(data)], threads, checkpoint_seconds)
     scaling = ray_train.ScalingConfig(
         num_workers=fewest if fewest == most else (fewest, most),
         use_gpu=gpu,
@@ -160,9 +162,11 @@ def _train_on_ray(
                 name=f"attempt-{time.time_ns()}",
                 storage_path=str(scratch),
             )
-            trainer = TorchTrainer(worker, scaling_config=scaling, run_config=config)
             try:
-                trainer.fit()
+                # A lease for each attempt, or a worker of a lost node could still write.
+                with run.owned() as owned:
+                    loop = partial(worker, owned)
+                    TorchTrainer(loop, scaling_config=scaling, run_config=config).fit()
                 break
             except ray_train.TrainingFailedError as error:
                 # On machines that come and go it may fail any number of times, if it gets on.
@@ -174,7 +178,7 @@ def _train_on_ray(
 
 
 def _ray_worker(
-    recipe: Recipe, reference: list[Any], out: Path, threads: int, checkpoint_seconds: float
+    recipe: Recipe, reference: list[Any], threads: int, checkpoint_seconds: float, run: RunFolder
 ) -> None:
     """Trains in a worker. Whoever fails ends all: the others may be waiting for it."""
     import ray
@@ -183,12 +187,10 @@ def _ray_worker(
 
     context = ray_train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), get_device(), threads)
-    data, run = ray.get(reference[0]), RunFolder(out)
+    data = ray.get(reference[0])
     drawers = GPU_DRAWERS if world.device.type == "cuda" else 1
     draw = partial(streamed, reference[0], recipe, data.channels, drawers=drawers)
-    with run.alone() if world.first else nullcontext():
-        world.wait()  # nobody reads a checkpoint before the folder is ours
-        Training(recipe, data, run, world, draw, lambda m: None, checkpoint_seconds).go()
+    Training(recipe, data, run, world, draw, lambda m: None, checkpoint_seconds).go()
 
 
 def _cause(error: Any) -> tuple[str, bool]:

@@ -37,7 +37,6 @@ from unet_ray.training.patches import Place, Sample, Sampler, places
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.run_folder import (
     BEST,
-    METRICS,
     MODEL,
     Log,
     RunFolder,
@@ -73,10 +72,6 @@ class World:
         shared = torch.tensor(told, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(shared)
         return float(shared[0]), float(shared[1])
-
-    def wait(self) -> None:
-        """Returns when every worker has come here."""
-        self.agree(0.0, 0.0)
 
 
 def header_of(path: Path) -> dict[str, Any]:
@@ -163,9 +158,7 @@ class Training:
             self._save()  # so that another recipe or other data are refused from now on
         if world.first:
             patches = world.size * recipe.batch
-            self._log = Log(
-                run.path / METRICS, reached.step, reached.pending_losses, world.size, patches, watch
-            )
+            self._log = Log(run, reached.step, reached.pending_losses, world.size, patches, watch)
             if data.held_out:
                 self._judge = _Judge(recipe, data, run, self._log, self._precision, world)
                 self._judge.forget_after(self._step)
@@ -279,10 +272,10 @@ class Training:
         """Writes the best model, or that of the last step where nothing was validated."""
         best, model = self._run.path / BEST, self._run.path / MODEL
         if self._judge and best.exists():
-            write_whole(model, best.read_bytes())
+            write_whole(model, best.read_bytes(), guard=self._run.guard)
         else:
             told = dataclasses.asdict(self._header())
-            write_tensors(model, self._network.state_dict(), told)
+            write_tensors(model, self._network.state_dict(), told, self._run.guard)
 
 
 class _Judge:
@@ -297,7 +290,8 @@ class _Judge:
         precision: Precision,
         world: World,
     ) -> None:
-        self._best_file, self._log, self._patience = run.path / BEST, log, recipe.patience
+        self._best_file, self._guard = run.path / BEST, run.guard
+        self._log, self._patience = log, recipe.patience
         device = cast(Device, world.device.type)
         classes = len(data.class_values)
         self._validator = Validator(data.held_out, classes, recipe.best_by, precision, device)
@@ -312,7 +306,8 @@ class _Judge:
         """Forgets a best model of a step that is yet to come again, or that is not there."""
         header = header_of(self._best_file) if self._best_file.exists() else {}
         if header.get("training", {}).get("steps", math.inf) > step:
-            self._best_file.unlink(missing_ok=True)
+            with self._guard():
+                self._best_file.unlink(missing_ok=True)
             self._best = None
 
     def due(self, progress: float) -> bool:
@@ -336,7 +331,7 @@ class _Judge:
         if self._note(scores):
             told = dataclasses.asdict(header)
             told["training"] = {**told["training"], "validation": scores}
-            write_tensors(self._best_file, network.state_dict(), told)
+            write_tensors(self._best_file, network.state_dict(), told, self._guard)
         self._log.flush(step, rate, seconds, progress, scores)
 
     def _note(self, scores: Mapping[str, float]) -> bool:

@@ -47,11 +47,10 @@ _SUB_DIRECTORIES = 330
 # without; of others two: it and a copy, for its pieces, byte order or predictor. PackBits is
 # decoded to a list of numbers, JPEG 2000 to wide integers, and WebP with an opacity.
 _COPIES = {32773: 9, **dict.fromkeys((33003, 33004, 33005, 34712), 7), 50001: 3}
-# What tifffile and `_Decoded` hold of each page and of each strip or tile at the peak, measured.
-_PAGE_BYTES, _SEGMENT_BYTES = 1024, 112
-# What reading OME metadata takes for each element, attribute, piece of text and byte, and for each
-# image that they describe, measured.
-_ELEMENT_BYTES, _ATTRIBUTE_BYTES, _TEXT_BYTES, _COPIES_OF_XML, _IMAGE_BYTES = 400, 64, 80, 5, 4096
+# Opening a file takes at most this many times the bytes of its directories, its tables of strips or
+# tiles and its OME metadata; measured: 2 to 10 in tifffile and the XML parser.
+_MARGIN = 12
+_TABLES = 273, 279, 324, 325  # where strips or tiles start, and how many bytes they have
 _X_RESOLUTION, _Y_RESOLUTION = 282, 283
 
 
@@ -77,7 +76,7 @@ class TiffImage:
     held: int
     """Bytes at most that `read` holds beside what it gives."""
     index: int
-    """Bytes at most that opening takes: for each page, strip or tile, where it is."""
+    """Bytes at most that opening takes, for pages, strips or tiles and metadata."""
 
     def read(self, numbers: NDArray[np.int64], rows: slice, columns: slice) -> NDArray[Any]:
         """One window of several planes, shape ``(*numbers.shape, rows, columns)``, a fresh array.
@@ -111,9 +110,9 @@ def open_tiff(path: str, *, quiet: bool = False) -> TiffImage:
         try:
             size = os.path.getsize(path)
             with open(path, "rb") as file:
-                _Directories(path, file, size).check()
+                listed = _Directories(path, file, size).check()
             with tifffile.TiffFile(path) as tif:
-                image = _load(path, tif, size)
+                image = _load(path, tif, size, listed)
         except InputError:
             raise
         except OSError as error:
@@ -166,9 +165,14 @@ class _Directories:
         self.room = 8 if big else 4  # a longer value stands elsewhere in the file
         fields = [("tag", "u2"), ("type", "u2"), ("count", self.link), ("value", self.link)]
         self.entry = np.dtype(fields).newbyteorder(self.order)
+        self.listed = 0  # bytes of directories and tables so far
 
-    def check(self) -> None:
-        """Refuses links, tag values and sub-directories beyond the end of the file."""
+    def check(self) -> int:
+        """Refuses links, tag values and sub-directories beyond the end of the file.
+
+        Returns:
+            Bytes of all directories, with their tables of strips or tiles.
+        """
         seen: set[int] = set()
         offset = self._number(self.start, self.room)
         while offset:
@@ -179,6 +183,7 @@ class _Directories:
             for below in self._below(tags):
                 self._directory(below)
             offset = self._number(end, self.room)
+        return self.listed
 
     def _directory(self, offset: int) -> tuple[NDArray[Any], int]:
         """The entries of one directory, and where they end."""
@@ -189,6 +194,7 @@ class _Directories:
         ends = np.where(lengths > self.room, tags["value"] + lengths, 0)
         if (ends > self.size).any():
             raise InputError(_cut(self.path, self.size, int(ends.max())))
+        self.listed += length + int(lengths[np.isin(tags["tag"], _TABLES)].sum())
         return tags, first + length
 
     def _below(self, tags: NDArray[Any]) -> list[int]:
@@ -220,7 +226,7 @@ def _cut(path: str, size: int, needed: int) -> str:
     )
 
 
-def _load(path: str, tif: Any, size: int) -> TiffImage:
+def _load(path: str, tif: Any, size: int, listed: int) -> TiffImage:
     """Describes the first series of an open file, once all of it is known to be there."""
     if not tif.series:
         raise InputError(f"{path} holds no image.")
@@ -236,31 +242,13 @@ def _load(path: str, tif: Any, size: int) -> TiffImage:
     _refuse_codec(path, page)
     dtype = np.dtype(np.uint8) if series.dtype.kind == "b" else series.dtype.newbyteorder("=")
     sizes, names = _ome_metadata(tif) if series.kind == "ome" else (_sizes(tif), ())
-    planes, index = _planes(path, tif, series, size)
+    planes = _planes(path, tif, series, size)
     # Of mapped voxels any part can be had alone; a large strip would only look costly.
     mapped = 1, min(64, page.imagelength), page.imagewidth
     segment = mapped if isinstance(planes, _Mapped) else _segment(page)
     held = 0 if isinstance(planes, _Mapped) else _held(page, dtype, planes)
-    index += _described(tif)
+    index = _MARGIN * (listed + sys.getsizeof(tif.ome_metadata or ""))
     return TiffImage(path, axes, shape, dtype, sizes, names, segment, planes, held, index)
-
-
-def _described(tif: Any) -> int:
-    """Bytes at most that reading the OME metadata takes: some list every plane."""
-    xml = tif.ome_metadata or ""
-    return (
-        _ELEMENT_BYTES * xml.count("<")
-        + _ATTRIBUTE_BYTES * xml.count("=")
-        + _TEXT_BYTES * (xml.count("\n") + xml.count("&"))
-        + _COPIES_OF_XML * sys.getsizeof(xml)
-        + _IMAGE_BYTES * len(tif.series)
-    )
-
-
-def _index(pages: Sequence[Any]) -> int:
-    """Bytes at most that finding the planes takes, of which a sixth stays."""
-    segments = sum(len(page.dataoffsets) for page in pages)
-    return len(pages) * _PAGE_BYTES + segments * _SEGMENT_BYTES
 
 
 def _held(page: Any, dtype: np.dtype[Any], planes: _Decoded) -> int:
@@ -342,28 +330,24 @@ def _ome_metadata(tif: Any) -> tuple[Sizes, tuple[str, ...]]:
     return (sizes[0], sizes[1], sizes[2]), tuple(names)
 
 
-def _planes(path: str, tif: Any, series: Any, size: int) -> tuple[_Mapped | _Decoded, int]:
-    """Finds the stored bytes of every plane and refuses any that lie beyond the end.
-
-    Gives also the bytes that this takes at most.
-    """
+def _planes(path: str, tif: Any, series: Any, size: int) -> _Mapped | _Decoded:
+    """Finds the stored bytes of every plane and refuses any beyond the end of the file."""
     page, dtype = series.keyframe, series.dtype.newbyteorder(tif.byteorder)
     count = math.prod(series.get_shape(False)) // math.prod(page.shaped)
     if series.dataoffset:  # one block of bytes; perhaps the first page alone has a directory
         starts = series.dataoffset + np.arange(count, dtype=np.int64) * page.nbytes
-        pages = [page]
     else:
         pages = [page for page in series if page is not None]
         if len(pages) != count:
             raise InputError(f"{path} declares {count} planes and holds {len(pages)}.")
         if not (page.is_final and all(_is_one_block(page) for page in pages)):
             _refuse_lacking(path, page, pages, size)
-            return _decoded(path, page, pages), _index(pages)
+            return _decoded(path, page, pages)
         starts = np.array([page.dataoffsets[0] for page in pages], np.int64)
     end = int(starts.max()) + page.nbytes
     if end > size:
         raise InputError(_cut(path, size, end))
-    return _Mapped(path, dtype, page.shaped, starts), _index(pages)
+    return _Mapped(path, dtype, page.shaped, starts)
 
 
 def _is_one_block(page: Any) -> bool:
