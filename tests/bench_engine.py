@@ -13,7 +13,7 @@ from tests.helper import Idle, noise, random_model, write_stack
 from unet_ray.engine import engines as engine
 from unet_ray.engine import pool
 from unet_ray.engine.stages import Stage
-from unet_ray.machine import held
+from unet_ray.machine import memory_in_use
 from unet_ray.segmentation.preparation import prepare
 from unet_ray.segmentation.settings import Settings
 from unet_ray.storage.layout import StoreLayout
@@ -50,7 +50,7 @@ def noted(folder):
             if count == pool.FIRST_WAVE:
                 begun = time.monotonic()
             if count in (MANY_TILES // 10, MANY_TILES):
-                bytes_held.append(held())
+                bytes_held.append(memory_in_use())
         seconds = time.monotonic() - begun
     return (MANY_TILES - pool.FIRST_WAVE) / seconds, *bytes_held
 

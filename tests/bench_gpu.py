@@ -22,7 +22,7 @@ from tests.helper import Idle, actors_of, anonymous, noise, random_model
 from unet_ray.engine import cluster
 from unet_ray.engine import engines as engine
 from unet_ray.engine.stages import Stage
-from unet_ray.segmentation.memory import GPU_TILES, helper_bytes, together, under_way
+from unet_ray.segmentation.memory import GPU_TILES, helper_bytes, in_flight, together
 from unet_ray.segmentation.preparation import prepare
 from unet_ray.segmentation.settings import Settings
 from unet_ray.storage.layout import StoreLayout
@@ -101,7 +101,7 @@ def go(told):
         lambda: Pretended(*told),
         "cuda",
         marks,
-        under_way=under_way(run.memory, "cuda", asked),
+        in_flight=in_flight(run.memory, "cuda", asked),
         together=together(run.memory, "cuda", asked),
         make_helper=lambda: Repeated(run),
     )
@@ -113,7 +113,7 @@ def go(told):
 def fed():
     """Tiles a second, of a whole wave, that go through actors with nothing to do."""
     told = []
-    for _ in engine.run(Stage("idle", Idle, "cuda", under_way=GPU_TILES), range(FED), "ray"):
+    for _ in engine.run(Stage("idle", Idle, "cuda", in_flight=GPU_TILES), range(FED), "ray"):
         told.append(time.monotonic())
     return (FED - WARM) / (told[-1] - told[WARM])
 

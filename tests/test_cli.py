@@ -213,7 +213,7 @@ def trained(monkeypatch):
     """What training would be called with, instead of training."""
     calls = []
 
-    def train(images, labels, out, recipe, engine, workers, watch):
+    def train(images, labels, out, recipe, engine, workers, watch, takeover):
         calls.append((images, labels, out, recipe, engine, workers))
         return Path(out) / "model.safetensors"
 

@@ -25,7 +25,7 @@ for name in names:
     if name != "unet_ray.__main__":
         importlib.import_module(name)
 from unet_ray.storage.lease import Lease
-assert 0 < machine.held() < machine.room() and machine.machine_name()
+assert 0 < machine.memory_in_use() < machine.memory_available() and machine.machine_name()
 print(len(names))
 """
 

@@ -419,8 +419,8 @@ def _watch(label: str) -> Callable[[Progress], None]:
             f"{progress.failures} failures" if progress.failures else "",
             f"{pace.voxels / 1e6:.3f} Mvoxel/s" if pace.voxels else "",
             f"{format_seconds(pace.seconds(to_do))} left" if pace.voxels else "",
-            f"{format_bytes(progress.held)} of {format_bytes(progress.promised)}"
-            if progress.held
+            f"{format_bytes(progress.memory)} of {format_bytes(progress.memory_stated)}"
+            if progress.memory
             else "",
         ]
         line.show(1 - to_do / progress.total, ", ".join(filter(None, parts)))

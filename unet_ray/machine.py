@@ -72,14 +72,14 @@ def machine_name() -> str:
     return platform.node()
 
 
-def room() -> int:
+def memory_available() -> int:
     """Bytes that this process could hold if nothing else changed; 0 where that is unknown.
 
     What it holds, and what is free on the machine or, if that is less, in its container or by a
     limit of its own (``ulimit``).
     """
     if not resource or not PROC.is_dir():
-        return held() + psutil.virtual_memory().available
+        return memory_in_use() + psutil.virtual_memory().available
     status = PROC / "self/status"
     try:
         free = _told(PROC / "meminfo", "MemAvailable")
@@ -89,7 +89,7 @@ def room() -> int:
                 free = min(free, max(0, most - _told(status, name)))
     except OSError:
         return 0
-    return held() + min([free, *_left_in_containers()])
+    return memory_in_use() + min([free, *_left_in_containers()])
 
 
 def _left_in_containers() -> Iterator[int]:
@@ -116,7 +116,7 @@ def _cgroup_names(kind: str) -> list[str]:
     return []
 
 
-def held() -> int:
+def memory_in_use() -> int:
     """Anonymous bytes that this process holds; all resident ones where there is no ``/proc``."""
     if not PROC.is_dir():
         return psutil.Process().memory_info().rss

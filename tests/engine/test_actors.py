@@ -88,8 +88,8 @@ def test_a_worker_that_is_handed_a_block_again_does_only_what_is_missing(folder,
 
 BLOCKS = {
     Reader: pa.table({"tiles": ["7"]}),
-    GpuActor: parcels.packed([Carried(Receipt(7, 0.5, held=9), np.full(3, 7))]),
-    Writer: parcels.packed([Carried(Receipt(7, 0.5, held=9), np.array([21]))]),
+    GpuActor: parcels.packed([Carried(Receipt(7, 0.5, memory=9), np.full(3, 7))]),
+    Writer: parcels.packed([Carried(Receipt(7, 0.5, memory=9), np.array([21]))]),
 }
 
 
@@ -99,7 +99,7 @@ def test_a_step_that_ends_its_process_each_time_is_given_up(folder, kind):
     for _ in range(TRIES + 1):
         (receipt,) = receipts_of(kind(marked(folder))(BLOCKS[kind]))
         assert (receipt.tile, receipt.error) == (7, "")
-        assert kind is Reader or (receipt.seconds >= 0.5 and receipt.held >= 9)
+        assert kind is Reader or (receipt.seconds >= 0.5 and receipt.memory >= 9)
     assert written(folder).total() == (kind is Writer)
     for mark in (folder / "marks").iterdir():
         mark.unlink()
@@ -196,7 +196,7 @@ def test_a_gpu_predicts_one_tile_and_the_next_ones_wait_for_it(folder):
     there = marked(folder)
     worker = Busy(there.marks)
     actor = GpuActor(
-        dataclasses.replace(there, make_worker=lambda: worker, device="cuda", under_way=3)
+        dataclasses.replace(there, make_worker=lambda: worker, device="cuda", in_flight=3)
     )
     predicted(actor, range(12))
     assert worker.most["predict"] == 1 and len(worker.begun) == 12
@@ -210,7 +210,7 @@ def test_a_tile_that_may_have_ended_its_gpu_is_tried_with_nothing_beside_it(fold
         Marks(there.marks / f"predict-{tile}").add(Mark(tile, "begun"))
     worker = Busy(there.marks)
     actor = GpuActor(
-        dataclasses.replace(there, make_worker=lambda: worker, device="cuda", under_way=4)
+        dataclasses.replace(there, make_worker=lambda: worker, device="cuda", in_flight=4)
     )
     predicted(actor, range(10))
     others = [begun for tile, begun in worker.begun.items() if tile not in suspects]
@@ -272,7 +272,7 @@ def kill_each_step(folder, deaths):
         marked(Path(folder)),
         make_worker=partial(Dying, folder, bad=bad, deaths=int(deaths)),
         device="cuda",
-        under_way=4,
+        in_flight=4,
         together=3,
     )
     receipts = [dataclasses.asdict(receipt) for receipt in run(dying, range(24), "ray")]
@@ -287,7 +287,7 @@ def segment_on_gpus(volume, model, out):
     )
     marks = Path(out, ".unet_ray", "marks")
     marks.mkdir(parents=True)
-    stage = Stage("x", task.make_worker, "cuda", marks, under_way=4, make_helper=task.make_helper)
+    stage = Stage("x", task.make_worker, "cuda", marks, in_flight=4, make_helper=task.make_helper)
     print(json.dumps([receipt.error for receipt in run(stage, range(len(task.plan)), "ray")]))
 
 
@@ -336,7 +336,7 @@ def run_beside_others(folder):
 
     ray.get(placement_group([{"CPU": 1.9}]).ready())
     large = dataclasses.replace(
-        marked(Path(folder)), make_worker=partial(Large, folder), device="cuda", under_way=4
+        marked(Path(folder)), make_worker=partial(Large, folder), device="cuda", in_flight=4
     )
     alone = run(large, range(58, 60), "ray", alone=True)
     receipts = [*run(large, range(58), "ray"), *alone]

@@ -113,7 +113,7 @@ def test_one_tile_per_core_unless_told_otherwise(monkeypatch):
 
 def test_a_gpu_predicts_one_tile_while_it_reads_or_writes_others():
     worker = Watching()
-    list(run(Stage("watch", lambda: worker, "cuda", under_way=3), range(20), "local", 7))
+    list(run(Stage("watch", lambda: worker, "cuda", in_flight=3), range(20), "local", 7))
     assert (worker.most["predict"], worker.most["tile"]) == (1, 3)
 
 
@@ -592,7 +592,7 @@ def test_a_wave_has_blocks_enough_and_blocks_have_work_enough(
     monkeypatch.setattr(pool, "connect", lambda workers: None)
     monkeypatch.setattr(pool, "most_workers", lambda *of: (workers, ""))
     monkeypatch.setattr(pool, "_run_wave", wave)
-    stage = Stage("mark", Marker, device, under_way=ahead, together=together)
+    stage = Stage("mark", Marker, device, in_flight=ahead, together=together)
     told = Counter(r.tile for r in run(stage, range(100_000), "ray", workers))
     assert told == dict.fromkeys(range(100_000), 1)
     assert len(waves[1][0]) == tiles and len(waves[1]) == blocks
@@ -609,7 +609,7 @@ def test_those_that_read_and_write_are_for_the_gpus_that_are_there(monkeypatch, 
 
     monkeypatch.setattr(pool, "_by", by)
     monkeypatch.setattr(pool, "gpus_there", lambda: there)
-    pool._on_gpus(None, Stage("mark", Marker, "cuda", under_way=4), 8)
+    pool._on_gpus(None, Stage("mark", Marker, "cuda", in_flight=4), 8)
     assert pools == [
         ("Reader", helpers, 1, {"num_cpus": 0.01}),
         ("GpuActor", 8, 4, {"num_cpus": 0, "num_gpus": 1}),

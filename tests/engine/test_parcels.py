@@ -25,7 +25,7 @@ def same(one, other):
 
 @given(st.lists(DATA, min_size=1, max_size=4))
 def test_arrays_arrive_as_they_were(data):
-    tiles = [Carried(Receipt(n, n / 3, held=n), one) for n, one in enumerate(data)]
+    tiles = [Carried(Receipt(n, n / 3, memory=n), one) for n, one in enumerate(data)]
     table = packed(tiles)
     there = [*unpacked(table), *(unpacked(table.slice(n, 1))[0] for n in range(len(data)))]
     for sent, came in zip(tiles * 2, there, strict=True):

@@ -28,10 +28,10 @@ from unet_ray.segmentation.memory import (
     TOGETHER_BYTES,
     driver_bytes,
     helper_bytes,
+    in_flight,
     needed_bytes,
     process_bytes,
     together,
-    under_way,
     worker_bytes,
 )
 from unet_ray.segmentation.outlook import plan
@@ -198,11 +198,11 @@ def test_a_worker_on_a_gpu_has_tiles_under_way_as_far_as_its_memory_goes(engine)
     needs = [memory.shared_by(n, 1) for n in range(1, GPU_TILES + 1)]
     for tiles, allowed in enumerate(needs, start=1):
         settings = Settings(engine=engine, memory=allowed)
-        assert under_way(memory, "cuda", settings) == tiles
+        assert in_flight(memory, "cuda", settings) == tiles
         assert process_bytes(memory, "cuda", settings) == allowed
-        assert under_way(memory, "cuda", replace(settings, memory=allowed - 1)) == max(1, tiles - 1)
-        assert under_way(memory, "cpu", settings) == 1
-    assert under_way(memory, "cuda", Settings(engine=engine)) == GPU_TILES
+        assert in_flight(memory, "cuda", replace(settings, memory=allowed - 1)) == max(1, tiles - 1)
+        assert in_flight(memory, "cpu", settings) == 1
+    assert in_flight(memory, "cuda", Settings(engine=engine)) == GPU_TILES
     on_cpu = process_bytes(memory, "cpu", Settings(engine=engine, workers=3))
     assert on_cpu == memory.shared_by(3 if engine == "local" else 1)
 
@@ -282,7 +282,7 @@ for _ in range(5):
     given = volume.read(box).nbytes
 done.set()
 looking.join()
-print(peak - first - given, volume.held(box.shape))
+print(peak - first - given, volume.read_overhead(box.shape))
 """
 
 

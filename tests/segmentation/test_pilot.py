@@ -109,11 +109,11 @@ def test_a_machine_without_the_memory_tries_fewer_side_by_side_or_none(files, mo
     outlook = plan(*files, TILED)
     monkeypatch.setattr(pilot.cluster, "usable_cores", lambda: 3)
     for fits in (3, 2, 1):
-        monkeypatch.setattr(pilot, "room", lambda n=fits: outlook.memory.shared_by(n))
+        monkeypatch.setattr(pilot, "memory_available", lambda n=fits: outlook.memory.shared_by(n))
         assert try_tiles(outlook).threads == fits
-    monkeypatch.setattr(pilot, "room", lambda: outlook.memory.total - 1)
+    monkeypatch.setattr(pilot, "memory_available", lambda: outlook.memory.total - 1)
     assert try_tiles(outlook) is None
-    monkeypatch.setattr(pilot, "room", lambda: 0)  # the system does not tell
+    monkeypatch.setattr(pilot, "memory_available", lambda: 0)  # the system does not tell
     assert try_tiles(outlook).threads == 3
 
 
@@ -163,9 +163,9 @@ def test_seconds_are_those_of_a_whole_tile(files, monkeypatch):
 def test_a_worker_on_a_gpu_reads_and_writes_while_it_predicts():
     on_cpu = pilot.Pilot(8, 8, 2, 1, read=1, predict=4, write=2, stored=1)
     assert on_cpu.seconds == 7
-    assert dataclasses.replace(on_cpu, under_way=2).seconds == 4
-    assert dataclasses.replace(on_cpu, under_way=2, read=5).seconds == 5.5
-    helped = dataclasses.replace(on_cpu, under_way=4, helpers=2)
+    assert dataclasses.replace(on_cpu, in_flight=2).seconds == 4
+    assert dataclasses.replace(on_cpu, in_flight=2, read=5).seconds == 5.5
+    helped = dataclasses.replace(on_cpu, in_flight=4, helpers=2)
     assert helped.seconds == 4
     assert dataclasses.replace(helped, write=9).seconds == 4.5
 

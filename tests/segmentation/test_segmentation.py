@@ -764,7 +764,7 @@ def test_overwriting_through_a_link_leaves_the_link(tmp_path, model, volume):
 def test_more_workers_than_fit_into_memory_are_refused(
     tmp_path, model, volume, monkeypatch, room, remedy
 ):
-    monkeypatch.setattr(preparation, "room", lambda: room << 20)
+    monkeypatch.setattr(preparation, "memory_available", lambda: room << 20)
     many = dataclasses.replace(TILED, workers=500)
     with pytest.raises(InputError, match=rf"500 workers need .* could be had; give .*{remedy}"):
         segment(volume, model, tmp_path / "out", many)

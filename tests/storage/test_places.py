@@ -138,7 +138,9 @@ def test_a_conditional_put_is_refused_to_who_has_not_seen_the_last_content(memor
     assert first and memory.put_if(b"2", None) is None
     second = memory.put_if(b"2", first)
     assert second and memory.put_if(b"3", first) is None
-    held = memory.held()
-    assert (held.data, held.tag) == (b"2", second) and abs(held.modified - time.time()) < 60
+    content = memory.content()
+    assert (content.data, content.tag) == (b"2", second) and abs(
+        content.modified - time.time()
+    ) < 60
     memory.unlink()
     assert memory.put_if(b"4", second) is None and not memory.exists()

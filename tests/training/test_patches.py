@@ -15,7 +15,7 @@ from unet_ray.errors import InputError, UnetRayError
 from unet_ray.training import patches as samples
 from unet_ray.training import stream
 from unet_ray.training.labels import TrainingData, TrainingVolume, load_training_data
-from unet_ray.training.patches import Sampler, ahead, places
+from unet_ray.training.patches import Sampler, ahead, sample_slots
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.stream import streamed
 from unet_ray.volumes.intensity import Intensity
@@ -172,7 +172,7 @@ def test_corners_of_the_volume_are_drawn():
     sampler = sampler_of(in_memory(targets[None], targets), (60, 60), seed=0, elastic=2)
     drawn = [np.unique(sampler[n, 0].targets) for n in range(600)]
     counts = [sum(number in found for found in drawn) for number in range(1, 5)]
-    # Starts that are drawn evenly over 41 x 41 places would show each corner about once.
+    # Starts that are drawn evenly over 41 x 41 sample_slots would show each corner about once.
     assert min(counts) >= 6, counts
 
 
@@ -336,7 +336,7 @@ def test_slices_that_show_one_class_are_refused(write):
 
 def test_steps_and_slots_of_workers_are_those_of_one_with_a_larger_batch():
     def first(rank, batch):
-        return list(itertools.islice(places(7, rank, batch), 2 * batch))
+        return list(itertools.islice(sample_slots(7, rank, batch), 2 * batch))
 
     alone, pair = first(0, 4), [first(rank, 2) for rank in (0, 1)]
     assert alone == [(step, slot) for step in (7, 8) for slot in range(4)]
@@ -354,9 +354,9 @@ def wave_of(patches, monkeypatch):
 def test_ray_data_draws_the_same_samples_in_order(drawers, data, local_ray, monkeypatch):
     recipe = Recipe(depth=2, patch=(60, 60), seed=5)
     wave_of(5, monkeypatch)
-    stream = streamed(local_ray.put(data), recipe, 1, places(3, 1, 2), drawers)
+    stream = streamed(local_ray.put(data), recipe, 1, sample_slots(3, 1, 2), drawers)
     sampler = Sampler(data, recipe)
-    for place in itertools.islice(places(3, 1, 2), 32):
+    for place in itertools.islice(sample_slots(3, 1, 2), 32):
         assert same(next(stream), sampler[place])
     stream.close()
     assert drawers_end()
@@ -366,7 +366,7 @@ def test_ray_data_draws_the_same_samples_in_order(drawers, data, local_ray, monk
 def test_ray_data_ends_where_nothing_more_is_wanted(data, local_ray, monkeypatch):
     recipe = Recipe(depth=2, patch=(60, 60), seed=5)
     wave_of(2, monkeypatch)
-    wanted = list(itertools.islice(places(0, 0, 1), 5))  # the last wave is half a one
+    wanted = list(itertools.islice(sample_slots(0, 0, 1), 5))  # the last wave is half a one
     stream = streamed(local_ray.put(data), recipe, 1, iter(wanted), drawers=2)
     sampler = Sampler(data, recipe)
     assert all(same(a, sampler[b]) for a, b in zip(stream, wanted, strict=True))
@@ -377,7 +377,7 @@ def test_ray_data_ends_where_nothing_more_is_wanted(data, local_ray, monkeypatch
 def test_a_lost_drawer_is_told_instead_of_waited_for(drawers, data, local_ray, monkeypatch):
     recipe = Recipe(depth=2, patch=(60, 60), seed=5)
     wave_of(2, monkeypatch)
-    stream = streamed(local_ray.put(data), recipe, 1, places(0, 0, 1), drawers)
+    stream = streamed(local_ray.put(data), recipe, 1, sample_slots(0, 0, 1), drawers)
     next(stream)
     os.kill(drawing()[0], signal.SIGKILL)
     with pytest.raises(RuntimeError, match="a task that drew training patches was lost") as told:

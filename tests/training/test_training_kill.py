@@ -362,6 +362,7 @@ def test_two_workers_survive_a_kill_of_one(files, tmp_path, start, monkeypatch, 
     alone = undisturbed(files, tmp_path / "alone", tiny(**chosen, batch=2), monkeypatch)
     (one, _), (other, _) = read_model(alone / MODEL), read_model(out / MODEL)
     for name, weights in one.state_dict().items():
-        np.testing.assert_allclose(other.state_dict()[name], weights, rtol=1e-3, atol=1e-5)
+        bound = 3e-4 * weights.abs().max()  # measured with AVX-512: 8e-5 of the largest weight
+        np.testing.assert_allclose(other.state_dict()[name], weights, rtol=0, atol=bound)
     losses = [[m["loss"] for m in measures(folder)] for folder in (alone, out)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=LOSS_BOUND)

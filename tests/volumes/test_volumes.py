@@ -267,7 +267,7 @@ def kept_by(path):
         volume = open_volume(path)
         peak = tracemalloc.get_traced_memory()[1]
         gc.collect()
-        assert peak / 3 < volume.index and peak < volume.index + (64 << 10)
+        assert peak / 3 < volume.index_bytes and peak < volume.index_bytes + (64 << 10)
         return tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
@@ -284,7 +284,7 @@ def test_strips_that_are_not_compressed_are_told_of_too(tmp_path):
         for page in noise((10, 5000, 8)):
             writer.write(page, rowsperstrip=1, contiguous=False, metadata=None)
     assert kept_by(tmp_path / "i.tif") < 20 * 50_000
-    assert open_volume(tmp_path / "i.tif").index > 40 * 50_000
+    assert open_volume(tmp_path / "i.tif").index_bytes > 40 * 50_000
 
 
 LISTED = '<TiffData IFD="{0}" FirstZ="{0}" PlaneCount="1"/>'
@@ -851,7 +851,7 @@ def test_no_box_touches_more_units_than_counted(shape, chunk, data):
     volume.shape, volume.chunk, volume.unit_bytes = (1, *shape), array.chunks, 1
     volume._together = volume._under_way = 10**9
     touched = math.prod(-(-b // n) - a // n for a, b, n in zip(starts, stops, chunk, strict=True))
-    assert volume.held([b - a for a, b in zip(starts, stops, strict=True)]) >= 2 * touched
+    assert volume.read_overhead([b - a for a, b in zip(starts, stops, strict=True)]) >= 2 * touched
 
 
 @pytest.mark.parametrize("shards", [None, (32, 256, 256)])
@@ -869,8 +869,8 @@ def test_a_read_holds_little_beside_what_it_gives(tmp_path, monkeypatch, shards)
         peak = tracemalloc.get_traced_memory()[1] - found.nbytes
     finally:
         tracemalloc.stop()
-    assert volume.held(box.shape) == 3 << 20
-    assert peak <= volume.held(box.shape) + (1 << 19)
+    assert volume.read_overhead(box.shape) == 3 << 20
+    assert peak <= volume.read_overhead(box.shape) + (1 << 19)
 
 
 def test_a_truncated_chunk_is_never_read_as_less(zarr_array):

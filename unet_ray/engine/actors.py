@@ -91,7 +91,7 @@ class GpuActor(TileActor):
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
         self._alone, self._turn = threading.Lock(), threading.Lock()
-        self._most, self._places = stage.under_way, threading.Semaphore(stage.under_way)
+        self._most, self._places = stage.in_flight, threading.Semaphore(stage.in_flight)
 
     def _go_on(self, tile: Carried, marks: Marks | None) -> Carried:
         # A tile that may have ended its process is tried with nothing beside it.

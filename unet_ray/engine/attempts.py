@@ -20,7 +20,7 @@ import torch
 
 from unet_ray.engine.stages import STEPS, Carried, Deadline, Helper, Receipt, Step, Verdict, Worker
 from unet_ray.errors import LostError, UnetRayError, VoxelError
-from unet_ray.machine import held, room
+from unet_ray.machine import memory_available, memory_in_use
 
 # How often a tile is tried in a run, before it is given up.
 TRIES = 3
@@ -66,7 +66,7 @@ def carry(
     except Exception as error:  # not swallowed: the driver decides, and shows it
         return Carried(failure(before.tile, before.seconds + time.monotonic() - start, error))
     seconds = before.seconds + time.monotonic() - start
-    return Carried(Receipt(before.tile, seconds, held=max(before.held, held())), data)
+    return Carried(Receipt(before.tile, seconds, memory=max(before.memory, memory_in_use())), data)
 
 
 def _take(
@@ -110,7 +110,7 @@ def _room(error: Exception) -> int:
     """Bytes that were there for a pass which ran out of them."""
     if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0]) + torch.cuda.memory_reserved()
-    return room()
+    return memory_available()
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -54,4 +54,4 @@ def run(
 
 
 def _threads(stage: Stage, workers: int | None) -> int:
-    return workers or cluster.usable_cores() if stage.device == "cpu" else stage.under_way
+    return workers or cluster.usable_cores() if stage.device == "cpu" else stage.in_flight

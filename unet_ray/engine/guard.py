@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from unet_ray.engine.attempts import TICK, TRIES, Clock, Patience, failure
 from unet_ray.engine.stages import Carried, Deadline, Receipt, Step
 from unet_ray.errors import RunError
-from unet_ray.machine import machine_name, room
+from unet_ray.machine import machine_name, memory_available
 from unet_ray.storage.marks import Mark, Marks
 from unet_ray.storage.places import Place
 
@@ -75,7 +75,7 @@ class Guarded:
     def _mark_of(self, receipt: Receipt) -> Mark:
         if receipt.error or self._last != "write":
             return Mark(receipt.tile, "ended")
-        return Mark(receipt.tile, "done", receipt.seconds, receipt.held)
+        return Mark(receipt.tile, "done", receipt.seconds, receipt.memory)
 
     def _watch(self) -> None:
         while True:
@@ -146,12 +146,12 @@ def _is_done(before: list[Mark]) -> bool:
 def _known(tile: int, before: list[Mark]) -> Receipt | None:
     """The receipt of a tile that the marks say all of; None for one that is to be tried."""
     if _is_done(before):
-        return Receipt(tile, before[-1].seconds, held=before[-1].held)
+        return Receipt(tile, before[-1].seconds, memory=before[-1].memory)
     events = [mark.event for mark in before]
     begun, late = events.count("begun"), events.count("late")
     if begun < TRIES:
         return None
-    return Receipt(tile, 0.0, _deadly(begun, late), "", "never", 0 if late else room())
+    return Receipt(tile, 0.0, _deadly(begun, late), "", "never", 0 if late else memory_available())
 
 
 def _deadly(tries: int, late: int) -> str:

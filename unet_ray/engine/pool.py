@@ -138,7 +138,7 @@ def _on_gpus(blocks: Dataset, stage: Stage, size: int) -> Dataset:
     # For the GPUs that are there: else all would crowd where the first machine is.
     helpers = HELPERS * max(1, min(size, gpus_there()))
     read = _by(blocks, Reader, stage, helpers, num_cpus=CPUS_PER_HELPER)
-    predicted = _by(read, GpuActor, stage, size, stage.under_way, num_cpus=0, num_gpus=1)
+    predicted = _by(read, GpuActor, stage, size, stage.in_flight, num_cpus=0, num_gpus=1)
     return _by(predicted, Writer, stage, helpers, num_cpus=CPUS_PER_HELPER)
 
 
@@ -188,7 +188,7 @@ def _tiles_a_block(stage: Stage, size: int, seconds: Sequence[float]) -> int:
     """How many tiles are work enough for a block."""
     if stage.device == "cuda":
         # Each waits for those that are under way with it.
-        return min(stage.together, _tiles_for(BLOCK_SECONDS * stage.under_way, seconds))
+        return min(stage.together, _tiles_for(BLOCK_SECONDS * stage.in_flight, seconds))
     goal = min(MOST_SECONDS, max(BLOCK_SECONDS, WAVE_SECONDS * size / WAVE))
     return _tiles_for(goal, seconds)
 

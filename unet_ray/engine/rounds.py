@@ -46,8 +46,8 @@ class Progress:
         voxels: voxels written by this call so far.
         seconds: since the first tile was started.
         failures: tries that failed in this call.
-        held: the most bytes that a process held after a tile; 0 if unknown.
-        promised: bytes that one was planned to hold at most.
+        memory: the most bytes that a process held after a tile; 0 if unknown.
+        memory_stated: bytes that one was planned to hold at most.
         workers: tiles that are under way side by side.
     """
 
@@ -58,8 +58,8 @@ class Progress:
     voxels: int
     seconds: float
     failures: int = 0
-    held: int = 0
-    promised: int = 0
+    memory: int = 0
+    memory_stated: int = 0
     workers: int = 1
 
 
@@ -136,7 +136,7 @@ class Rounds:
         engine: runs the tiles.
         workers: tiles side by side.
         watch: called after each tile that is done or given up.
-        promised: bytes that a process was planned to hold at most.
+        memory_stated: bytes that a process was planned to hold at most.
         remedy: what to do about a tile that failed for lack of memory.
     """
 
@@ -149,7 +149,7 @@ class Rounds:
         engine: EngineName = "local",
         workers: int | None = None,
         watch: Callable[[Progress], None] = lambda progress: None,
-        promised: int = 0,
+        memory_stated: int = 0,
         remedy: Callable[[Receipt], str] = lambda receipt: "",
     ) -> None:
         self._marks = out / marks_of(stage.name)
@@ -158,7 +158,7 @@ class Rounds:
         self._engine, self._workers, self._remedy = engine, workers, remedy
         self._log = EventLog(out / EVENTS, lease.fence.check)
         self._given_up: dict[int, str] = {}
-        self._progress = Progress(0, 0, 0, 0, 0, 0.0, promised=promised)
+        self._progress = Progress(0, 0, 0, 0, 0, 0.0, memory_stated=memory_stated)
         self._start = time.monotonic()
 
     def run(self, wanted: NDArray[np.bool_], skipped: NDArray[np.bool_], **facts: Any) -> int:
@@ -243,7 +243,7 @@ class Rounds:
             done=now.done + 1,
             finished=now.finished + 1,
             voxels=now.voxels + self._plan[receipt.tile].write.size,
-            held=max(now.held, receipt.held),
+            memory=max(now.memory, receipt.memory),
         )
 
     def _failed(self, receipt: Receipt, again: bool) -> None:

@@ -29,7 +29,7 @@ class Receipt:
         verdict: of a failure: ``again`` may do better, ``alone`` (on a machine's memory) may do
             better with nothing beside it, ``never`` cannot, ``stop``: nor can any other tile,
             ``broken``: nor can any other in this process, whose GPU has failed.
-        held: anonymous bytes of the process when the tile was done; 0 if unknown.
+        memory: anonymous bytes of the process when the tile was done; 0 if unknown.
         room: of a failure for lack of memory, bytes that the process could have had; 0 if unknown.
     """
 
@@ -39,7 +39,7 @@ class Receipt:
     trace: str = ""
     verdict: Verdict = "again"
     room: int = 0
-    held: int = 0
+    memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Stage:
         marks: folder, seen by every worker of Ray, of what became of the tiles of each block; None
             for no marks, and no deadline on Ray.
         deadline: of a try.
-        under_way: tiles that a worker on a GPU has under way: others come and go while it predicts
+        in_flight: tiles that a worker on a GPU has under way: others come and go while it predicts
             one.
         together: tiles that may go from one step to the next together, where steps are processes.
         memory: bytes that a worker needs, with its helpers; 0 if unknown.
@@ -130,7 +130,7 @@ class Stage:
     device: str
     marks: Place | None = None
     deadline: Deadline = Deadline()
-    under_way: int = 1
+    in_flight: int = 1
     together: int = 1
     memory: int = 0
     make_helper: Callable[[], Helper] | None = None

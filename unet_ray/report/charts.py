@@ -27,7 +27,7 @@ LETTER = 6.6
 # Lines differ in colour, dashes and mark; yellow and black would vanish on white or on black.
 COLOURS = tuple("#{:02x}{:02x}{:02x}".format(*OKABE_ITO[i]) for i in (5, 6, 3, 7, 1, 2))
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 4")
-MARKS = "●■▲◆▼○"
+MARKER_SHAPES = "●■▲◆▼○"
 MARKED_POINTS = 40
 # What a logarithmic axis can show; no number of a training is beyond.
 LEAST, MOST = 1e-99, 1e99
@@ -224,7 +224,7 @@ def _line(series: Series, index: int, x: Axis, y: Axis) -> str:
         f'stroke-width="2" stroke-linejoin="round" stroke-dasharray="{DASHES[index % 6]}"/>'
     )
     if len(across) <= MARKED_POINTS:
-        mark, style = MARKS[index % 6], f' font-size="9" style="fill:{colour}"'
+        mark, style = MARKER_SHAPES[index % 6], f' font-size="9" style="fill:{colour}"'
         both = zip(across.tolist(), up.tolist(), strict=True)
         parts += [_text(a, b + 3, mark, "middle", style) for a, b in both if math.isfinite(b)]
     return "".join(parts)
@@ -252,7 +252,7 @@ def _names(series: Sequence[Series], x: Axis, y: Axis) -> str:
     for end, index in sorted(ends):
         free = max(end, free + 14)
         style = f' style="fill:{_colour(index)}"'
-        parts.append((free, f"{MARKS[index % 6]} {_shortened(series[index].name)}", style))
+        parts.append((free, f"{MARKER_SHAPES[index % 6]} {_shortened(series[index].name)}", style))
     over = max(0.0, free - y.start)
     return "".join(_text(x.stop + 5, at - over + 4, text, more=style) for at, text, style in parts)
 

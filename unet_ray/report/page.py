@@ -14,7 +14,7 @@ from unet_ray.errors import InputError
 from unet_ray.report.figures import Facts, by, digits_of
 from unet_ray.report.store_page import about_store
 from unet_ray.report.training_page import about_run
-from unet_ray.storage.places import Place, Where, place_of, write_whole
+from unet_ray.storage.places import PathOrUrl, Place, place_of, write_whole
 from unet_ray.training.run_folder import METRICS, MODEL
 from unet_ray.units import format_seconds
 from unet_ray.versions import VERSION
@@ -23,7 +23,7 @@ from unet_ray.versions import VERSION
 LONGEST_JSON = 200_000
 
 
-def write_report(path: Where, truth: Where | None = None) -> Place:
+def write_report(path: PathOrUrl, truth: PathOrUrl | None = None) -> Place:
     """Writes the page about a RUN folder, into it, or about an output store, beside it.
 
     The page is one file that loads nothing from elsewhere. Its size and what is read for it are

@@ -22,7 +22,7 @@ from unet_ray.storage.events import measured, read_events
 from unet_ray.storage.inspection import inspect
 from unet_ray.storage.layout import ARRAYS, LEDGER, SEGMENT
 from unet_ray.storage.ledger import committed, quarantined, skipped
-from unet_ray.storage.places import Place, Where
+from unet_ray.storage.places import PathOrUrl, Place
 from unet_ray.storage.provenance import Provenance
 from unet_ray.storage.stores import Store
 from unet_ray.tiling.boxes import Box
@@ -133,7 +133,7 @@ def open_result(path: Place) -> Result:
     return Result(path, provenance, plan, done, given_up, masked, Store(path, outputs))
 
 
-def open_truth(truth: Where, result: Result) -> Volume:
+def open_truth(truth: PathOrUrl, result: Result) -> Volume:
     """Opens the labels of the volume that was segmented.
 
     Raises:

@@ -38,7 +38,7 @@ from unet_ray.report.results import (
 from unet_ray.scores.evaluation import Evaluation, Kind, evaluate
 from unet_ray.scores.totals import MEANINGS
 from unet_ray.storage.layout import EVENTS
-from unet_ray.storage.places import Place, Where, place_of
+from unet_ray.storage.places import PathOrUrl, Place, place_of
 from unet_ray.tiling.boxes import Box
 from unet_ray.volumes.volume import Volume
 
@@ -47,7 +47,7 @@ CHANNELS = 6  # histograms, of as many classes
 LARGEST_MAP = (4, 64)
 
 
-def about_store(path: Place, truth: Where | None) -> Facts:
+def about_store(path: Place, truth: PathOrUrl | None) -> Facts:
     """What the page says about the store at `path`, scored against `truth` if it is given."""
     result = open_result(path)
     right = open_truth(truth, result) if truth is not None else None

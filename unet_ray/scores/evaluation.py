@@ -20,8 +20,8 @@ from unet_ray.scores.stacks import Stack
 from unet_ray.scores.totals import (
     MEANINGS,
     ClassScore,
+    OnPiece,
     Score,
-    Watch,
     class_scores,
     instance_scores,
     isbi_scores,
@@ -30,7 +30,7 @@ from unet_ray.scores.totals import (
 from unet_ray.storage.inspection import Found, inspect
 from unet_ray.storage.layout import ARRAYS, LEDGER, PRIVATE
 from unet_ray.storage.ledger import committed, skipped
-from unet_ray.storage.places import Place, Where, place_of
+from unet_ray.storage.places import PathOrUrl, Place, place_of
 from unet_ray.storage.provenance import Provenance
 from unet_ray.storage.stores import Store
 from unet_ray.volumes.opening import open_volume
@@ -118,11 +118,11 @@ def _number(value: float) -> str:
 
 
 def evaluate(
-    prediction: Where,
-    truth: Where,
+    prediction: PathOrUrl,
+    truth: PathOrUrl,
     kind: Kind,
     per_slice: bool = False,
-    watch: Watch = lambda done, total: None,
+    watch: OnPiece = lambda done, total: None,
 ) -> Evaluation:
     """Scores a stored prediction against a stored truth.
 

@@ -34,7 +34,7 @@ IOU_PERCENT = tuple(range(50, 100, 5))
 JOINED_AT_ONCE = 64  # tables of pieces: their sum is bounded however many pieces there are
 
 Counts = tuple[float, ...] | None
-Watch = Callable[[int, int], None]
+OnPiece = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def isbi_scores(
     prediction: Scored,
     truth: Scored,
     names: Iterable[str] = (),
-    watch: Watch = lambda done, total: None,
+    watch: OnPiece = lambda done, total: None,
 ) -> dict[str, Score]:
     """The scores of the ISBI 2012 challenge, all in one pass over the slices.
 
@@ -134,7 +134,7 @@ def instance_scores(
     truth: Scored,
     per_slice: bool = False,
     names: Iterable[str] = (),
-    watch: Watch = lambda done, total: None,
+    watch: OnPiece = lambda done, total: None,
 ) -> dict[str, Score]:
     """The scores of labelled objects, all in one pass.
 
@@ -164,7 +164,7 @@ def overlap_tables(
     prediction: Scored,
     truth: Scored,
     per_slice: bool = False,
-    watch: Watch = lambda done, total: None,
+    watch: OnPiece = lambda done, total: None,
 ) -> list[Overlaps]:
     """The table of overlaps of a whole stack, or one of each slice; read piece by piece.
 

@@ -13,16 +13,16 @@ from unet_ray.engine.attempts import DISK_ERRORS, is_out_of_memory
 from unet_ray.engine.rounds import Progress, Rounds, stopped
 from unet_ray.engine.stages import Receipt, Stage
 from unet_ray.errors import RunError
-from unet_ray.machine import room
+from unet_ray.machine import memory_available
 from unet_ray.segmentation.memory import (
     helper_bytes,
+    in_flight,
     needed_bytes,
     process_bytes,
     together,
-    under_way,
 )
 from unet_ray.segmentation.preparation import (
-    Wanted,
+    Request,
     pending_tiles,
     stored_at,
     wanted_tiles,
@@ -72,16 +72,16 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
         if isinstance(error, RunError) or not is_out_of_memory(error):
             raise
         raise RunError(
-            f"{run.out}: no memory for a worker ({error}); its plan is for "
-            f"{format_bytes(run.memory.total)} each, {format_bytes(room())} could be had: give "
-            "fewer --workers, or use a machine with more."
+            f"{run.out}: no memory for a worker ({error}); the plan needs "
+            f"{format_bytes(run.memory.total)} each, {format_bytes(memory_available())} are "
+            "available: give fewer --workers, or use a machine with more memory."
         ) from error
 
 
 def _execute(
     run: Segmentation,
     settings: Settings,
-    wanted: Wanted,
+    wanted: Request,
     lease: Lease,
     watch: Callable[[Progress], None],
 ) -> int:
@@ -115,7 +115,7 @@ def _stage(run: Segmentation, settings: Settings) -> Stage:
         SEGMENT,
         run.make_worker,
         run.device,
-        under_way=under_way(run.memory, run.device, settings),
+        in_flight=in_flight(run.memory, run.device, settings),
         together=together(run.memory, run.device, settings),
         memory=needed_bytes(run.memory, run.device, settings),
         make_helper=run.make_helper,

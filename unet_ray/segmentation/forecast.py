@@ -32,7 +32,7 @@ def describe(outlook: Outlook, settings: Settings) -> str:
             f"{format_bytes(memory.process)}, index {format_bytes(memory.index)}, weights "
             f"{format_bytes(memory.weights)}, tile {format_bytes(memory.tile)}, pass "
             f"{format_bytes(memory.forward)}, allocator)"
-            + (f", {outlook.under_way} tiles under way" if outlook.under_way > 1 else ""),
+            + (f", {outlook.in_flight} tiles under way" if outlook.in_flight > 1 else ""),
             *_helpers(outlook),
             f"  driver  {format_bytes(outlook.driver_memory)}"
             + (", all workers in it" if together else ""),

@@ -84,7 +84,12 @@ class WorkerMemory:
 
 
 def worker_bytes(
-    net: NetworkSize, plan: TilePlan, voxel_bytes: int, outputs: int, held: int = 0, index: int = 0
+    net: NetworkSize,
+    plan: TilePlan,
+    voxel_bytes: int,
+    outputs: int,
+    overhead: int = 0,
+    index: int = 0,
 ) -> WorkerMemory:
     """What a worker needs that reads, predicts and writes one tile at a time.
 
@@ -93,7 +98,7 @@ def worker_bytes(
         plan: the tiles.
         voxel_bytes: bytes of one voxel of the volume, all channels.
         outputs: uint8 values stored per voxel.
-        held: bytes of the input's storage units while a tile is read.
+        overhead: bytes of the input's storage units while a tile is read.
         index: bytes that opening the input takes.
     """
     read = math.prod(plan.read_shape) * voxel_bytes
@@ -107,7 +112,7 @@ def worker_bytes(
         load=net.weights * (3 * 4 + net.itemsize),
         weights=net.weights * net.itemsize,
         tile=read + write + constants,
-        copy=max(write, read, held),  # for mirroring and encoding
+        copy=max(write, read, overhead),  # for mirroring and encoding
         forward=forward,
     )
 
@@ -138,11 +143,11 @@ TOGETHER_BYTES = 64 << 20
 def needed_memory(size: NetworkSize, tiles: TilePlan, volume: Volume, outputs: int) -> WorkerMemory:
     """What a worker needs for `tiles` of `volume`, with `outputs` bytes stored per voxel."""
     voxel = volume.shape[0] * volume.dtype.itemsize
-    held = volume.held(tiles.read_shape)
-    return worker_bytes(size, tiles, voxel, outputs, held, volume.index)
+    overhead = volume.read_overhead(tiles.read_shape)
+    return worker_bytes(size, tiles, voxel, outputs, overhead, volume.index_bytes)
 
 
-def under_way(memory: WorkerMemory, device: Device, settings: Settings) -> int:
+def in_flight(memory: WorkerMemory, device: Device, settings: Settings) -> int:
     """Tiles that one worker has under way; on a GPU as many as ``--memory`` allows."""
     most = 1 if device == "cpu" else GPU_TILES
     return next((n for n in range(most, 1, -1) if memory.shared_by(n, 1) <= settings.memory), 1)
@@ -152,7 +157,7 @@ def together(memory: WorkerMemory, device: Device, settings: Settings) -> int:
     """Tiles that go to a GPU of a Ray cluster, and from it, together."""
     if device == "cpu" or settings.engine == "local":
         return 1
-    ahead, most = under_way(memory, device, settings), max(1, TOGETHER_BYTES // memory.tile)
+    ahead, most = in_flight(memory, device, settings), max(1, TOGETHER_BYTES // memory.tile)
     fits = (n for n in range(most, 1, -1) if memory.shared_by(n * ahead, 1) <= settings.memory)
     return next(fits, 1)
 
@@ -161,7 +166,7 @@ def process_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> i
     """Bytes of one process with workers: with one of them on Ray or a GPU, else with all."""
     if device == "cpu" and settings.engine == "local":
         return memory.shared_by(cluster.side_by_side(device, "local", settings.workers))
-    tiles = under_way(memory, device, settings) * together(memory, device, settings)
+    tiles = in_flight(memory, device, settings) * together(memory, device, settings)
     return memory.shared_by(tiles, passes=1)
 
 

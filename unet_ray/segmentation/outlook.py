@@ -22,11 +22,11 @@ from unet_ray.segmentation.memory import (
     WorkerMemory,
     driver_bytes,
     helper_bytes,
+    in_flight,
     needed_bytes,
     network_size,
     process_bytes,
     stored_values,
-    under_way,
 )
 from unet_ray.segmentation.planning import choose_plan
 from unet_ray.segmentation.settings import (
@@ -37,7 +37,7 @@ from unet_ray.segmentation.settings import (
     precision_of,
 )
 from unet_ray.storage.layout import chunk_of
-from unet_ray.storage.places import Where
+from unet_ray.storage.places import PathOrUrl
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import TilePlan
 from unet_ray.volumes.intensity import measured_bytes
@@ -71,7 +71,7 @@ class Outlook:
             which all workers run.
         engine: who runs them.
         workers: how many of them side by side.
-        under_way: tiles that a worker on a GPU has under way.
+        in_flight: tiles that a worker on a GPU has under way.
         worker_memory: bytes of one worker, with all of these; on the local engine and a CPU, of one
             among others.
         helper_memory: bytes of each process that reads or writes for a GPU of a cluster; 0 if there
@@ -94,7 +94,7 @@ class Outlook:
     driver_memory: int
     engine: cluster.EngineName
     workers: int
-    under_way: int
+    in_flight: int
     worker_memory: int
     helper_memory: int
     precision: Precision
@@ -122,7 +122,7 @@ class Outlook:
         }
 
 
-def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Outlook:
+def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -> Outlook:
     """What `segment` would do with these settings and a new store; reads no voxel.
 
     Raises:
@@ -158,11 +158,11 @@ def plan(source: Where, model: str | os.PathLike[str], settings: Settings) -> Ou
             device,
             len(tiles),
             measured_bytes(volume),
-            volume.index,
+            volume.index_bytes,
         ),
         engine=settings.engine,
         workers=workers,
-        under_way=under_way(memory, device, settings),
+        in_flight=in_flight(memory, device, settings),
         worker_memory=process_bytes(memory, device, replace(settings, workers=1)),
         helper_memory=helper_bytes(memory, device, settings),
         precision=precision,

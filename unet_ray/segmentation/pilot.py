@@ -29,7 +29,7 @@ from unet_ray.engine import cluster
 from unet_ray.engine.rounds import tries
 from unet_ray.engine.stages import Stage
 from unet_ray.errors import RunError
-from unet_ray.machine import room
+from unet_ray.machine import memory_available
 from unet_ray.network.prediction import Predictor, constant_value
 from unet_ray.segmentation.memory import stored_values
 from unet_ray.segmentation.outlook import Outlook, numbered
@@ -58,7 +58,7 @@ class Pilot:
         tiles: of how many tiles some part was tried.
         passes: how many passes were computed for it, and timed.
         threads: how many of them side by side.
-        under_way: of these, by one worker: one step of each at a time.
+        in_flight: of these, by one worker: one step of each at a time.
         helpers: processes that read for it, and as many that write; 0 if it does so itself.
         read, predict, write: seconds of each step of a whole tile, the mean.
         stored: bytes of a tile on disk, the mean.
@@ -70,7 +70,7 @@ class Pilot:
     tiles: int
     passes: int
     threads: int
-    under_way: int
+    in_flight: int
     read: float
     predict: float
     write: float
@@ -86,7 +86,7 @@ class Pilot:
         """From one tile to the next, by one worker."""
         if self.helpers:
             return max(self.predict, self.read / self.helpers, self.write / self.helpers)
-        return max(self.predict, (self.read + self.predict + self.write) / self.under_way)
+        return max(self.predict, (self.read + self.predict + self.write) / self.in_flight)
 
     def run_seconds(self, outlook: Outlook) -> float:
         """Of the whole run, after its start."""
@@ -123,7 +123,7 @@ def try_tiles(outlook: Outlook, workers: int | None = None) -> Pilot | None:
     seen = _look(outlook)
     with tempfile.TemporaryDirectory(prefix="unet-ray-") as folder:
         worker = _Trial(outlook, seen, Path(folder, "store"))
-        stage = Stage("pilot", lambda: worker, outlook.device, under_way=threads)
+        stage = Stage("pilot", lambda: worker, outlook.device, in_flight=threads)
         passes = _until(time.monotonic() + SECONDS, seen.mixed(ROUNDS * threads))
         with closing(tries(stage, passes, "local", threads, most=1)) as tried:
             failures = [receipt.error for receipt, _ in tried if receipt.error]
@@ -147,7 +147,7 @@ def _summed(outlook: Outlook, seen: _Seen, worker: _Trial, threads: int) -> Pilo
         tiles=len({step.tile for _, steps in kinds for step in steps}),
         passes=len(worker.varied),
         threads=threads,
-        under_way=outlook.under_way,
+        in_flight=outlook.in_flight,
         read=read,
         predict=predict * passes,
         write=write,
@@ -164,8 +164,8 @@ def _threads(outlook: Outlook, workers: int | None) -> int:
     """How many tiles this machine can have under way, as far as a worker on a GPU or all go."""
     cores = cluster.side_by_side("cpu", "local", None)
     passes = None if outlook.device == "cpu" else 1
-    most = min(outlook.tiles, outlook.under_way if passes else min(cores, workers or cores))
-    there = room() or math.inf
+    most = min(outlook.tiles, outlook.in_flight if passes else min(cores, workers or cores))
+    there = memory_available() or math.inf
     fits = (n for n in range(most, 0, -1) if outlook.memory.shared_by(n, passes) <= there)
     return next(fits, 0)
 

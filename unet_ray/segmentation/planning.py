@@ -68,7 +68,7 @@ def choose_plan(
 
     def without_chunks(tiles: TilePlan) -> WorkerMemory:
         voxel = volume.shape[0] * volume.dtype.itemsize
-        bare = worker_bytes(size, tiles, voxel, outputs, index=volume.index)
+        bare = worker_bytes(size, tiles, voxel, outputs, index=volume.index_bytes)
         return bare.on(settings.engine)
 
     def cheapest(engine: str) -> tuple[float, tuple[TilePlan, WorkerMemory]]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from unet_ray.engine import cluster
 from unet_ray.errors import InputError, refuse_below_file
-from unet_ray.machine import room
+from unet_ray.machine import memory_available
 from unet_ray.network.checkpoints import ModelHeader, find_model, sha256_of
 from unet_ray.network.prediction import Device
 from unet_ray.segmentation.memory import (
@@ -40,7 +40,7 @@ from unet_ray.segmentation.settings import (
 from unet_ray.storage.inspection import inspect, refuse_others
 from unet_ray.storage.layout import LEDGER
 from unet_ray.storage.ledger import committed, skipped
-from unet_ray.storage.places import Place, Where, place_of, unusable
+from unet_ray.storage.places import PathOrUrl, Place, place_of, unusable
 from unet_ray.storage.provenance import Provenance
 from unet_ray.tiling.boxes import Box
 from unet_ray.units import format_bytes
@@ -49,9 +49,9 @@ from unet_ray.volumes.masks import open_mask, tiles_under
 
 
 def prepare(
-    source: Where,
+    source: PathOrUrl,
     model: str | os.PathLike[str],
-    out: Where,
+    out: PathOrUrl,
     settings: Settings,
 ) -> Segmentation:
     """Checks everything and fixes what the bytes of the run depend on; writes nothing.
@@ -147,7 +147,7 @@ def check_room(path: Place, memory: WorkerMemory, device: Device, settings: Sett
         cluster.pool_size(device, settings.workers, needed_bytes(memory, device, settings))
         return
     needed = process_bytes(memory, device, settings)
-    there = room()
+    there = memory_available()
     if there and needed > there:
         workers = cluster.side_by_side(device, "local", settings.workers)
         fitting = [n for n in range(1, workers) if memory.shared_by(n) <= there]
@@ -208,7 +208,7 @@ def stored_at(path: Place, overwrite: bool) -> Provenance | None:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Request:
     """What was asked for: the tiles of a region, and of those the ones that a mask shows.
 
     Attributes:
@@ -222,21 +222,21 @@ class Wanted:
     skipped: NDArray[np.bool_]
 
 
-def wanted_tiles(run: Segmentation, settings: Settings) -> Wanted:
+def wanted_tiles(run: Segmentation, settings: Settings) -> Request:
     """Which tiles of a run were asked for."""
     region = settings.region or Box.of(run.plan.shape)
     inside = np.zeros(run.plan.counts, bool)
     inside[run.plan.part(region).slices] = True
     shown = tiles_under(run.mask, run.plan) if run.mask else np.ones(1, bool)
-    return Wanted(region, (inside & shown).ravel(), (inside & ~shown).ravel())
+    return Request(region, (inside & shown).ravel(), (inside & ~shown).ravel())
 
 
-def tiles_left(run: Segmentation, wanted: Wanted) -> NDArray[np.bool_]:
+def tiles_left(run: Segmentation, wanted: Request) -> NDArray[np.bool_]:
     """Bits of the tiles that are still to be done, (tiles,); of a store made anew all."""
     return pending_tiles(run, wanted) & wanted.tiles if run.resumed else wanted.tiles
 
 
-def pending_tiles(run: Segmentation, wanted: Wanted) -> NDArray[np.bool_]:
+def pending_tiles(run: Segmentation, wanted: Request) -> NDArray[np.bool_]:
     """Bits of the tiles that are still to be done, or to be noted as skipped."""
     done = committed(run.out / LEDGER, len(run.plan))
     noted = skipped(run.out / LEDGER, len(run.plan)) if wanted.skipped.any() else done

@@ -18,13 +18,13 @@ from unet_ray.segmentation.preparation import prepare, refuse_overlap
 from unet_ray.segmentation.run import Segmentation
 from unet_ray.segmentation.settings import Settings
 from unet_ray.storage.layout import ROOT
-from unet_ray.storage.places import Place, Where, place_of
+from unet_ray.storage.places import PathOrUrl, Place, place_of
 
 
 def segment(
-    source: Where,
+    source: PathOrUrl,
     model: str | os.PathLike[str],
-    out: Where,
+    out: PathOrUrl,
     settings: Settings | None = None,
     watch: Callable[[Progress], None] = lambda progress: None,
 ) -> Place:

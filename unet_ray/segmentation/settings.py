@@ -16,7 +16,7 @@ from unet_ray.network.checkpoints import ModelHeader, find_model, read_model
 from unet_ray.network.prediction import Device, Precision, best_precision
 from unet_ray.network.unet import UNet
 from unet_ray.storage.layout import ARRAYS
-from unet_ray.storage.places import Where
+from unet_ray.storage.places import PathOrUrl
 from unet_ray.tiling.boxes import Box
 from unet_ray.volumes.opening import open_volume
 from unet_ray.volumes.volume import Volume
@@ -44,7 +44,7 @@ class Settings:
 
     outputs: tuple[str, ...] | None = None
     region: Box | None = None
-    mask: Where | None = None
+    mask: PathOrUrl | None = None
     channel: int | None = None
     time: int | None = None
     level: int = 0
@@ -60,7 +60,7 @@ class Settings:
 
 
 def open_inputs(
-    source: Where, model: str | os.PathLike[str], settings: Settings
+    source: PathOrUrl, model: str | os.PathLike[str], settings: Settings
 ) -> tuple[Volume, UNet, ModelHeader]:
     """Opens input and model and checks that they fit each other and the region."""
     volume = open_volume(source, channel=settings.channel, time=settings.time, level=settings.level)

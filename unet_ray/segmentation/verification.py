@@ -32,13 +32,13 @@ from unet_ray.storage.inspection import Found, inspect
 from unet_ray.storage.layout import LEDGER, PRIVATE
 from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import newest
-from unet_ray.storage.places import Place, Where, place_of
+from unet_ray.storage.places import PathOrUrl, Place, place_of
 
 VOUCHERS = 64  # tiles that are made again at most before one is repaired, if none differs
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verification:
     """What was checked of a store and what was found.
 
     Attributes:
@@ -74,7 +74,7 @@ class Verdict:
         return f"{', '.join(facts)}: {found}."
 
 
-def verify(out: Where, tiles: int = 3, repair: bool = False) -> Verdict:
+def verify(out: PathOrUrl, tiles: int = 3, repair: bool = False) -> Verification:
     """Checks every shard of the committed tiles, and makes some tiles again to compare them.
 
     Decoded voxels of all outputs are compared; compressed bytes may differ between versions of a
@@ -105,7 +105,7 @@ def verify(out: Where, tiles: int = 3, repair: bool = False) -> Verdict:
             with Lease(path / PRIVATE, after=after) if repair else nullcontext() as lease:
                 return _Check(inspect(path), Path(folder), lease).run(tiles)
         except DamageError as error:
-            return Verdict(0, 0, damage=(str(error),))
+            return Verification(0, 0, damage=(str(error),))
 
 
 class _Check:
@@ -123,14 +123,14 @@ class _Check:
         self._repaired: list[int] = []
         self._refusal = ""
 
-    def run(self, tiles: int) -> Verdict:
+    def run(self, tiles: int) -> Verification:
         """Checks all, then makes again what is to be compared or repaired."""
         sample = sorted(self._check_shards(tiles))
         self._metadata, self._notes = self._audit.metadata_damage(), self._audit.remarks()
         if sample or (self._lease and (self._bad or self._metadata)):
             self._make_again(sample)
         done, failed = int(self._done.sum()), (*self._remade.failed, *self._failed)
-        return Verdict(
+        return Verification(
             tiles=done,
             shards=done * len(self._audit.outputs),
             recomputed=tuple(sorted(self._remade.tiles)),

@@ -29,7 +29,7 @@ from typing import Self
 
 from unet_ray.errors import InputError, LostError, RunError
 from unet_ray.machine import PROC, machine_name
-from unet_ray.storage.objects import Held, ObjectPath
+from unet_ray.storage.objects import Content, ObjectPath
 from unet_ray.storage.places import Place
 from unet_ray.storage.swap import LEASE, LOCK, LOCK_SECONDS, locked, refuse_unconditional, swap_in
 
@@ -237,20 +237,20 @@ class Lease:
     def _take(self) -> str:
         """Takes the lease; gives what is to be told of it."""
         while True:
-            held, line = self._file.read(), ""
+            content, line = self._file.read(), ""
             epoch = int(time.time()) if self._after else 1
-            if held:
-                owner = _decode(held.data)
+            if content:
+                owner = _decode(content.data)
                 # A put whose answer was lost is ours all the same.
                 if owner and owner.name == self._me.name and not owner.released:
                     self.epoch = owner.epoch
                     return ""
-                line = "" if owner and owner.released else self._judge(owner, held.modified)
+                line = "" if owner and owner.released else self._judge(owner, content.modified)
                 epoch = owner.epoch + 1 if owner else int(time.time())
             epoch = max(epoch, self._after + 1)
             self._beaten = time.monotonic()
             self._me = dataclasses.replace(self._me, epoch=epoch, heartbeat=time.time())
-            if self._file.replace(self._me.encode(), held.tag if held else None):
+            if self._file.replace(self._me.encode(), content.tag if content else None):
                 self.epoch = epoch
                 return line
 
@@ -298,25 +298,25 @@ class Lease:
 
     def _write(self, owner: Owner) -> None:
         """Writes `owner` into the lease, unless it is no longer this run's."""
-        while held := self._look():
-            if self._file.replace(owner.encode(), held.tag):
+        while content := self._look():
+            if self._file.replace(owner.encode(), content.tag):
                 return
 
-    def _look(self) -> Held | None:
+    def _look(self) -> Content | None:
         """The lease if it is still this run's; else notes what became of it."""
-        held = self._file.read()
-        if fate := _fate(held, self._me):
+        content = self._file.read()
+        if fate := _fate(content, self._me):
             self._lost = f"{self._output}: {fate}, so this run stops; what was committed stays."
             return None
-        return held
+        return content
 
     def _silent(self) -> bool:
         return time.monotonic() - self._beaten > SILENT_SECONDS / 2
 
 
-def _fate(held: Held | None, me: Owner) -> str:
+def _fate(content: Content | None, me: Owner) -> str:
     """What became of the lease of `me`; nothing if it still holds it."""
-    owner = _decode(held.data) if held else None
+    owner = _decode(content.data) if content else None
     if owner and owner.name == me.name and not owner.released:
         return ""
     if owner and owner.name != me.name:

@@ -62,19 +62,19 @@ class Ledger:
         if self.born > epoch:
             raise _lost(folder)
         self._folder, self._epoch = folder, epoch
-        held = _read(folder, tiles)
-        self._bits, self._files = held.bits, held.files
+        records = _read(folder, tiles)
+        self._bits, self._files = records.bits, records.files
         for state in STATES[1:]:
             self._bits[state] &= ~self._bits["committed"]
         self._count = int(self._bits["committed"].sum())
-        own = (path for path in held.files if _epoch_of(path) == epoch)
+        own = (path for path in records.files if _epoch_of(path) == epoch)
         self._sequence = max(map(_sequence_of, own), default=0)
         self._added: dict[State, list[int]] = {state: [] for state in STATES}
         self._written, self._lock = time.monotonic(), threading.Lock()
         self._timer: threading.Timer | None = None
-        for path in held.stale:
+        for path in records.stale:
             path.unlink(missing_ok=True)
-        self._compact(always=bool(held.damaged))
+        self._compact(always=bool(records.damaged))
 
     def commit(self, tile: int) -> None:
         """Notes that the shards of `tile` are on disk; the note is there itself a second later."""
@@ -235,7 +235,7 @@ def damaged(folder: Place, tiles: int) -> list[Place]:
 
 
 @dataclass(frozen=True)
-class _Held:
+class _Records:
     """What a ledger holds.
 
     Attributes:
@@ -251,25 +251,25 @@ class _Held:
     stale: list[Place]
 
 
-def _read(folder: Place, tiles: int) -> _Held:
+def _read(folder: Place, tiles: int) -> _Records:
     missing: set[Place] = set()
     while True:
         every = _listed(folder)
         born = max((_epoch_of(path) for path in every if path.suffix == BORN), default=0)
         files = [path for path in every if _epoch_of(path) >= born and path.suffix != BORN]
         stale = [path for path in every if _epoch_of(path) < born]
-        held = _Held({state: np.zeros(tiles, bool) for state in STATES}, files, [], stale)
-        path = _add_all(held, tiles)
+        records = _Records({state: np.zeros(tiles, bool) for state in STATES}, files, [], stale)
+        path = _add_all(records, tiles)
         if path is None:
-            return held
+            return records
         if path in missing and path in _listed(folder):  # as a link that leads nowhere
             raise RunError(f"{path}: cannot be read, though it is there; remove it.")
         missing.add(path)  # put together with others in the meantime
 
 
-def _add_all(held: _Held, tiles: int) -> Place | None:
+def _add_all(records: _Records, tiles: int) -> Place | None:
     """Reads all segments; gives the first that is not there any more, if one is not."""
-    for path in sorted(held.files, key=lambda path: (_epoch_of(path), _sequence_of(path))):
+    for path in sorted(records.files, key=lambda path: (_epoch_of(path), _sequence_of(path))):
         try:
             found = _decode(path.read_bytes(), tiles)
         except FileNotFoundError:
@@ -278,10 +278,10 @@ def _add_all(held: _Held, tiles: int) -> Place | None:
             first, some = found
             state = next(state for state in STATES if path.suffix == f".{state}")
             if state == "skipped":  # always all tiles, as the newest run was asked for them
-                held.bits[state][:] = False
-            held.bits[state][first : first + some.size] |= some
+                records.bits[state][:] = False
+            records.bits[state][first : first + some.size] |= some
         else:
-            held.damaged.append(path)
+            records.damaged.append(path)
     return None
 
 
@@ -322,5 +322,5 @@ def _decode(data: bytes, tiles: int) -> tuple[int, Bits] | None:
     about = json.loads(head)
     if about["format"] != FORMAT or about["tiles"] != tiles:
         return None
-    held = np.frombuffer(zlib.decompress(packed), np.uint8)
-    return about["first"], np.unpackbits(held, count=about["bits"]).astype(bool)
+    records = np.frombuffer(zlib.decompress(packed), np.uint8)
+    return about["first"], np.unpackbits(records, count=about["bits"]).astype(bool)

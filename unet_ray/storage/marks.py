@@ -36,13 +36,13 @@ class Mark:
         tile: its number.
         event: of the try: ``ended`` if it failed, or went on to its next step elsewhere.
         seconds: that it took; 0 unless it is done.
-        held: bytes of the process then; 0 unless it is done, or if unknown.
+        memory: bytes of the process then; 0 unless it is done, or if unknown.
     """
 
     tile: int
     event: Event
     seconds: float = 0.0
-    held: int = 0
+    memory: int = 0
 
 
 class Marks:
@@ -92,7 +92,7 @@ class Marks:
         with self._lock:
             if isinstance(self._path, ObjectPath):
                 _ = self._before  # its number comes after those
-                facts = f"{mark.tile},{mark.event},{mark.seconds!r},{mark.held}"
+                facts = f"{mark.tile},{mark.event},{mark.seconds!r},{mark.memory}"
                 (self._path / f"{self._number:08d},{uuid.uuid4().hex},{facts}").put(b"")
                 self._number += 1
             else:
@@ -102,8 +102,8 @@ class Marks:
 
 def _named(name: str) -> Iterator[Mark]:
     with suppress(ValueError):  # of an older version, or somebody else's
-        _, _, tile, event, seconds, held = name.split(",")
-        yield Mark(int(tile), cast(Event, event), float(seconds), int(held))
+        _, _, tile, event, seconds, memory = name.split(",")
+        yield Mark(int(tile), cast(Event, event), float(seconds), int(memory))
 
 
 def _in_file(path: Path) -> Iterator[Mark]:

@@ -85,19 +85,19 @@ class ObjectPath:
             FileNotFoundError: if there is none.
             OSError: if the store does not answer.
         """
-        return self.held().data
+        return self.content().data
 
     def read_text(self) -> str:
         """The object as UTF-8."""
         return self.read_bytes().decode()
 
-    def held(self) -> Held:
+    def content(self) -> Content:
         """The object with its tag and time; raises as `read_bytes`."""
         with as_os_errors(self):
             answer = obstore_module().get(client_of(self.root), self.key)
             meta = answer.meta
             modified = meta["last_modified"].timestamp()
-            return Held(bytes(answer.bytes()), _tag(meta), modified)
+            return Content(bytes(answer.bytes()), _tag(meta), modified)
 
     def put(self, data: bytes) -> None:
         """Writes the object, whole, whatever was there; durable on return.
@@ -170,7 +170,7 @@ class ObjectPath:
 
 
 @dataclass(frozen=True)
-class Held:
+class Content:
     """Bytes as they were read, their tag, and when they were written (seconds since 1970)."""
 
     data: bytes

@@ -38,10 +38,10 @@ PAUSES = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6)  # seconds between conditional puts
 
 Place = Path | ObjectPath
 Guard = Callable[[], AbstractContextManager[None]]  # held during a change; raises if it may not be
-Where = str | os.PathLike[str] | ObjectPath  # as users name a place
+PathOrUrl = str | os.PathLike[str] | ObjectPath  # as users name a place
 
 
-def place_of(name: Where) -> Place:
+def place_of(name: PathOrUrl) -> Place:
     """The place of a path or URL; a path becomes absolute.
 
     Raises:

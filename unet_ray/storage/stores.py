@@ -35,8 +35,8 @@ from unet_ray.storage.layout import (
 from unet_ray.storage.objects import ObjectPath, remove_objects
 from unet_ray.storage.places import (
     Guard,
+    PathOrUrl,
     Place,
-    Where,
     files_below,
     open_array,
     place_of,
@@ -138,7 +138,7 @@ class Store:
 
     def __init__(
         self,
-        path: Where,
+        path: PathOrUrl,
         outputs: Sequence[str],
         guard: Guard | None = None,
     ) -> None:

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from unet_ray.errors import InputError
 from unet_ray.machine import try_lock, unlock
-from unet_ray.storage.objects import Held, ObjectPath
+from unet_ray.storage.objects import Content, ObjectPath
 from unet_ray.storage.places import Place, unusable, write_whole
 
 LOCK_SECONDS = 10.0  # the lock is held for one small write
@@ -28,7 +28,7 @@ BYTES = 2**16  # more than any lease
 class Swap(Protocol):
     """A small file that is replaced only by who has seen its last content: compare and swap."""
 
-    def read(self) -> Held | None:
+    def read(self) -> Content | None:
         """The content; None if there is no file."""
 
     def replace(self, data: bytes, tag: str | None) -> bool:
@@ -48,9 +48,9 @@ class _SwapObject:
     def __init__(self, path: ObjectPath) -> None:
         self._path = path
 
-    def read(self) -> Held | None:
+    def read(self) -> Content | None:
         try:
-            return self._path.held()
+            return self._path.content()
         except FileNotFoundError:
             return None
 
@@ -97,8 +97,8 @@ def _put(probe: ObjectPath, data: bytes, tag: str | None) -> str | None:
     newer = probe.put_if(data, tag)
     if newer is None:
         with suppress(FileNotFoundError):
-            held = probe.held()
-            return held.tag if held.data == data else None
+            content = probe.content()
+            return content.tag if content.data == data else None
     return newer
 
 
@@ -108,18 +108,18 @@ class _SwapFile:
     def __init__(self, path: Path, lock: Path) -> None:
         self._path, self._lock = path, lock
 
-    def read(self) -> Held | None:
+    def read(self) -> Content | None:
         try:
             with open(self._path, "rb") as file:
                 data, modified = file.read(BYTES), os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
             return None
-        return Held(data, hashlib.sha256(data).hexdigest(), modified)
+        return Content(data, hashlib.sha256(data).hexdigest(), modified)
 
     def replace(self, data: bytes, tag: str | None) -> bool:
         with locked(self._lock):
-            held = self.read()
-            if (held.tag if held else None) != tag:
+            content = self.read()
+            if (content.tag if content else None) != tag:
                 return False
             write_whole(self._path, data)
             return True

@@ -47,8 +47,8 @@ class Sample:
 
 Wanted = TypeVar("Wanted")
 Drawn = TypeVar("Drawn")
-Place = tuple[int, int]  # step, and slot: which of the patches of that step, of all workers
-Wave = tuple[int, list[Place]]
+SampleSlot = tuple[int, int]  # step, and slot: which of the patches of that step, of all workers
+Wave = tuple[int, list[SampleSlot]]
 
 
 class Sampler:
@@ -65,9 +65,9 @@ class Sampler:
         sizes = np.array([v.targets.size for v in data.volumes], float)
         self._shares = sizes / sizes.sum()
 
-    def __getitem__(self, place: Place) -> Sample:
+    def __getitem__(self, slot: SampleSlot) -> Sample:
         """The sample of this step and slot, drawn from the seed and these alone."""
-        rng = np.random.default_rng([self._seed, *place])
+        rng = np.random.default_rng([self._seed, *slot])
         volume = self._data.volumes[rng.choice(len(self._shares), p=self._shares)]
         z = int(rng.integers(volume.targets.shape[0]))
         centre = self._draw_centre(volume.targets.shape[1:], rng)
@@ -118,7 +118,7 @@ def _seen_from(box: Box, centre: tuple[float, float]) -> tuple[float, float]:
     return centre[0] - box.start[0], centre[1] - box.start[1]
 
 
-def places(step: int, rank: int, batch: int) -> Iterator[Place]:
+def sample_slots(step: int, rank: int, batch: int) -> Iterator[SampleSlot]:
     """Steps and slots of one worker, from a step on, without end."""
     return (
         (number, slot)

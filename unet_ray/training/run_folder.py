@@ -64,7 +64,7 @@ class Measure:
         return json.dumps(told) + "\n"
 
 
-Watch = Callable[[Measure], None]
+OnMeasure = Callable[[Measure], None]
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class Log:
         pending: Sequence[float],
         workers: int,
         patches: int,
-        watch: Watch,
+        watch: OnMeasure,
     ) -> None:
         self._path, self._guard, self._watch = run.path / METRICS, run.guard, watch
         self._workers, self._patches = workers, patches

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unet_ray.training.patches import Place, Sample, Sampler, Wave
+from unet_ray.training.patches import Sample, Sampler, SampleSlot, Wave
 from unet_ray.training.recipes import Recipe
 
 # What is drawn as one block, and how many of them each task is ahead.
@@ -26,7 +26,7 @@ DRAWING_CPUS = 0.001  # bookkeeping that leaves the CPUs to the trainers
 
 
 def streamed(
-    data: Any, recipe: Recipe, channels: int, wanted: Iterator[Place], drawers: int = 1
+    data: Any, recipe: Recipe, channels: int, wanted: Iterator[SampleSlot], drawers: int = 1
 ) -> Iterator[Sample]:
     """Yields the samples of `wanted` in order, drawn ahead by tasks of Ray Data.
 
@@ -83,7 +83,7 @@ def streamed(
         ray.kill(asked)
 
 
-def _waves(wanted: Iterator[Place], size: int) -> Iterator[list[Place]]:
+def _waves(wanted: Iterator[SampleSlot], size: int) -> Iterator[list[SampleSlot]]:
     while wave := list(itertools.islice(wanted, size)):
         yield wave
 
@@ -167,6 +167,6 @@ def _draw(
     sampler = Sampler(ray.get(data[0]), recipe)
     while (wave := ray.get(asked.get.remote())) is not None:
         number, wanted = wave
-        drawn = [sampler[place] for place in wanted]
+        drawn = [sampler[slot] for slot in wanted]
         columns = {name: np.stack([getattr(each, name) for each in drawn]) for name in _COLUMNS}
         yield {"wave": np.full(len(drawn), number), **columns}

@@ -24,15 +24,15 @@ from unet_ray.engine import cluster
 from unet_ray.errors import InputError, RunError, UnetRayError
 from unet_ray.network.checkpoints import write_tensors
 from unet_ray.training.labels import TrainingData, keep_weights, load_training_data
-from unet_ray.training.patches import Sampler, ahead, places
+from unet_ray.training.patches import Sampler, ahead, sample_slots
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.run_folder import (
     METRICS,
     MODEL,
     PATCHES,
     WEIGHTS,
+    OnMeasure,
     RunFolder,
-    Watch,
     read_measures,
 )
 from unet_ray.training.stream import streamed
@@ -57,7 +57,7 @@ def train(
     recipe: Recipe,
     engine: cluster.EngineName = "local",
     workers: Workers = None,
-    watch: Watch = lambda measure: None,
+    watch: OnMeasure = lambda measure: None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     takeover: bool = False,
 ) -> Path:
@@ -118,8 +118,8 @@ def _keep_patches(run: RunFolder, recipe: Recipe, data: TrainingData) -> None:
         return
     sampler = Sampler(data, recipe)
     tensors = {}
-    for number, place in enumerate(islice(places(0, 0, recipe.batch), KEPT_PATCHES)):
-        sample = sampler[place]
+    for number, slot in enumerate(islice(sample_slots(0, 0, recipe.batch), KEPT_PATCHES)):
+        sample = sampler[slot]
         tensors[f"image.{number}"] = torch.from_numpy(sample.image).half()
         tensors[f"targets.{number}"] = torch.from_numpy(sample.targets)
         tensors[f"weights.{number}"] = torch.from_numpy(sample.weights)
@@ -131,7 +131,7 @@ def _train_on_ray(
     data: TrainingData,
     run: RunFolder,
     workers: Workers,
-    watch: Watch,
+    watch: OnMeasure,
     checkpoint_seconds: float,
 ) -> None:
     import ray
@@ -206,7 +206,7 @@ def _cause(error: Any) -> tuple[str, bool]:
 
 
 @contextmanager
-def _following(path: Path, watch: Watch) -> Iterator[None]:
+def _following(path: Path, watch: OnMeasure) -> Iterator[None]:
     """Calls `watch` with the lines that workers add to a log, while the body runs."""
     ended, seen = threading.Event(), len(read_measures(path))
 

@@ -33,21 +33,21 @@ from unet_ray.network.prediction import Device, Precision, best_precision
 from unet_ray.network.unet import UNet
 from unet_ray.storage.places import write_whole
 from unet_ray.training.labels import TrainingData
-from unet_ray.training.patches import Place, Sample, Sampler, places
+from unet_ray.training.patches import Sample, Sampler, SampleSlot, sample_slots
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.run_folder import (
     BEST,
     MODEL,
     Log,
+    OnMeasure,
     RunFolder,
-    Watch,
 )
 from unet_ray.training.validation import Validator
 from unet_ray.versions import versions
 
 VALIDATIONS = 10
 CALIBRATION_PATCHES = 8
-Draw = Callable[[Iterator[Place]], Iterator[Sample]]
+Draw = Callable[[Iterator[SampleSlot]], Iterator[Sample]]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Training:
         run: RunFolder,
         world: World,
         draw: Draw,
-        watch: Watch,
+        watch: OnMeasure,
         checkpoint_seconds: float,
     ) -> None:
         torch.set_num_threads(world.threads)
@@ -165,7 +165,7 @@ class Training:
 
     def go(self) -> None:
         """Trains to the end."""
-        samples = self._draw(places(self._step, self._world.rank, self._recipe.batch))
+        samples = self._draw(sample_slots(self._step, self._world.rank, self._recipe.batch))
         _, progress = self._world.agree(0.0, self._clock.progress(self._step))
         while not self._paused_for_good(progress) and progress < 1:
             batch = list(islice(samples, self._recipe.batch))

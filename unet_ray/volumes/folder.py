@@ -42,18 +42,20 @@ class Folder(Volume):
                     f"{first.dtype}, {os.path.basename(name)} is {other.shape} {other.dtype} "
                     "(c, z, y, x)."
                 )
-            if other.held((1, y, x)) > self._largest.held((1, y, x)):
+            if other.read_overhead((1, y, x)) > self._largest.read_overhead((1, y, x)):
                 self._largest = other
         sizes = (None, *first.voxel_size[1:]) if first.voxel_size else (None, None, None)
         self._describe((c, len(names), y, x), first.dtype, first.chunk, sizes)
         self.channel_names = first.channel_names
-        self.index = self._largest.index
+        self.index_bytes = self._largest.index_bytes
         return names
 
-    def held(self, shape: Sequence[int]) -> int:
+    def read_overhead(self, shape: Sequence[int]) -> int:
         """As of any volume; the slices are read one after the other."""
         one = 1, *shape[1:]
-        return self._largest.held(one) + self.shape[0] * math.prod(one) * self.dtype.itemsize
+        return (
+            self._largest.read_overhead(one) + self.shape[0] * math.prod(one) * self.dtype.itemsize
+        )
 
     def slice_files(self) -> list[str]:
         """Name of the file of each slice."""

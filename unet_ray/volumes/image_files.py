@@ -39,12 +39,12 @@ class Tiff(Volume):
         planes = planes[time, channels]
         self._describe((*planes.shape, *extents), image.dtype, image.segment, image.sizes)
         self._name_channels(image.channel_names, channels)
-        self._held, self.index = image.held, image.index
+        self._overhead, self.index_bytes = image.overhead, image.index_bytes
         return image, planes
 
-    def held(self, shape: Sequence[int]) -> int:
+    def read_overhead(self, shape: Sequence[int]) -> int:
         """As of any volume; plain strips that follow each other are mapped, and hold nothing."""
-        return self._held
+        return self._overhead
 
     def _read(self, box: Box) -> NDArray[Any]:
         image, planes = self._source
@@ -92,7 +92,7 @@ class Png(Volume):
         self._name_channels((), channels)
         self._bands = bands
 
-    def held(self, shape: Sequence[int]) -> int:
+    def read_overhead(self, shape: Sequence[int]) -> int:
         """As of any volume: the image as Pillow has it, and some rows in copies."""
         pixel = 4 if self._bands > 1 else self.dtype.itemsize
         rows = self.shape[2] + 3 * min(_ROWS, self.shape[2])

@@ -103,7 +103,7 @@ def measured_bytes(volume: Volume) -> int:
     # Channels that are not stored one after the other are put so, in a copy.
     copies = min(volume.shape[0], 2)
     voxels = math.prod(piece.shape) * volume.shape[0] * volume.dtype.itemsize
-    return volume.held(piece.shape) + copies * voxels + BLOCK_BYTES * BLOCK
+    return volume.read_overhead(piece.shape) + copies * voxels + BLOCK_BYTES * BLOCK
 
 
 def summarise(voxels: NDArray[Any]) -> Intensity:

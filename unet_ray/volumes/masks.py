@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.errors import InputError
-from unet_ray.storage.places import Where
+from unet_ray.storage.places import PathOrUrl
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import TilePlan
 from unet_ray.volumes.opening import open_volume
@@ -22,7 +22,7 @@ from unet_ray.volumes.volume import Volume
 READ_BYTES = 32 << 20  # of a mask that are read at once, or one tile's part
 
 
-def open_mask(path: Where, shape: Sequence[int]) -> Volume:
+def open_mask(path: PathOrUrl, shape: Sequence[int]) -> Volume:
     """Opens a mask of a volume of `shape` (z, y, x).
 
     Raises:

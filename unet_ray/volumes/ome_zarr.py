@@ -66,7 +66,7 @@ class Zarr(Volume):
         self._under_way = self._together if array.shards else min(self._together, ZARR_UNITS)
         return array, axes, time, channels
 
-    def held(self, shape: Sequence[int]) -> int:
+    def read_overhead(self, shape: Sequence[int]) -> int:
         """As of any volume; of several units, and of the part that they are put together to."""
         touched = math.prod(
             min((extent - 2) // n + 2, -(-whole // n))

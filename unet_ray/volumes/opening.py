@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from unet_ray.errors import InputError
 from unet_ray.storage.objects import ObjectPath
-from unet_ray.storage.places import Where, place_of, unusable
+from unet_ray.storage.places import PathOrUrl, place_of, unusable
 from unet_ray.volumes.folder import Folder
 from unet_ray.volumes.image_files import open_file
 from unet_ray.volumes.ome_zarr import METADATA_FILES, Zarr
@@ -43,7 +43,7 @@ def _kind(path: str) -> Callable[[str, Choice], Volume]:
 
 
 def open_volume(
-    url: Where,
+    url: PathOrUrl,
     *,
     channel: int | None = None,
     time: int | None = None,

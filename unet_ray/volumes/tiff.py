@@ -73,9 +73,9 @@ class TiffImage:
     segment: tuple[int, int, int]
     """Planes, rows and columns of one strip or tile."""
     planes: _Mapped | _Decoded
-    held: int
+    overhead: int
     """Bytes at most that `read` holds beside what it gives."""
-    index: int
+    index_bytes: int
     """Bytes at most that opening takes, for pages, strips or tiles and metadata."""
 
     def read(self, numbers: NDArray[np.int64], rows: slice, columns: slice) -> NDArray[Any]:
@@ -246,12 +246,12 @@ def _load(path: str, tif: Any, size: int, listed: int) -> TiffImage:
     # Of mapped voxels any part can be had alone; a large strip would only look costly.
     mapped = 1, min(64, page.imagelength), page.imagewidth
     segment = mapped if isinstance(planes, _Mapped) else _segment(page)
-    held = 0 if isinstance(planes, _Mapped) else _held(page, dtype, planes)
-    index = _MARGIN * (listed + sys.getsizeof(tif.ome_metadata or ""))
-    return TiffImage(path, axes, shape, dtype, sizes, names, segment, planes, held, index)
+    overhead = 0 if isinstance(planes, _Mapped) else _overhead(page, dtype, planes)
+    index_bytes = _MARGIN * (listed + sys.getsizeof(tif.ome_metadata or ""))
+    return TiffImage(path, axes, shape, dtype, sizes, names, segment, planes, overhead, index_bytes)
 
 
-def _held(page: Any, dtype: np.dtype[Any], planes: _Decoded) -> int:
+def _overhead(page: Any, dtype: np.dtype[Any], planes: _Decoded) -> int:
     """Bytes of a strip or tile as it is stored, and of all that decoding it makes."""
     decoded = planes.blank.size * dtype.itemsize
     return int(planes.counts.max()) + _COPIES.get(page.compression, 2) * decoded

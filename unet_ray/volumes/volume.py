@@ -63,7 +63,7 @@ class Volume(ABC):
             single plane of which only y and x are known, z counts as 1.
         channel_names: one per channel, "" if unknown.
         chunk: (z, y, x) extent of the storage unit: inner chunk of Zarr, strip or tile of TIFF.
-        index: bytes at most that opening takes in each process: where the strips or tiles are.
+        index_bytes: at most this many bytes are needed in each process to open the file.
     """
 
     kind: ClassVar[str]
@@ -73,7 +73,7 @@ class Volume(ABC):
     voxel_size: tuple[float, float, float] | None
     channel_names: tuple[str, ...]
     chunk: tuple[int, int, int]
-    index: int = 0
+    index_bytes: int = 0
 
     def __init__(self, path: str, choice: Choice) -> None:
         self.path, self._choice = path, choice
@@ -98,7 +98,7 @@ class Volume(ABC):
         return voxels
 
     @abstractmethod
-    def held(self, shape: Sequence[int]) -> int:
+    def read_overhead(self, shape: Sequence[int]) -> int:
         """Bytes at most that reading a box of `shape` (z, y, x) holds beside what it gives.
 
         They are those of storage units, as they are stored and decoded, with all their channels.
