@@ -170,10 +170,7 @@ def test_train_gives_the_path_of_the_model(unet_ray, files):
     code, out, err = unet_ray(*train(files))
     assert (code, out) == (0, f"{files / 'run' / 'model.safetensors'}\n")
     report = files / "run" / "report.html"
-    said, first, last = err.splitlines()
-    assert said == (
-        "1 worker: a step sees 1 patch; the learning rate starts at 0.001 for any number."
-    )
+    first, last = err.splitlines()
     assert re.fullmatch(r"train: step 3, loss \d\.\d+, [\d.]+ steps/s, 0 s left", first)
     assert last == f"report: {report}" and report.is_file()
     network, header = read_model(files / "run" / "model.safetensors")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from unet_ray.progress import Pace, ProgressLine
+from unet_ray.progress import Pace
 from unet_ray.units import format_seconds
 
 
@@ -15,14 +15,6 @@ def paced(*steps):
         now += seconds
         pace.saw(now, number, 100 * number)
     return pace
-
-
-@pytest.mark.parametrize(("columns", "bar"), [(0, 24), (120, 24), (60, 13), (50, 0), (20, 0)])
-def test_a_bar_takes_one_row(columns, bar):
-    line = ProgressLine("volume.zarr")._fitted(0.5, "1/2 tiles, 3 s left, 4 of 5 MiB", columns)
-    assert line.count("#") == bar // 2 and line.count("#") + line.count("-") == bar
-    assert columns == 0 or len(line) < columns
-    assert line.startswith("volume.zarr")
 
 
 def test_without_a_tile_nothing_is_known():

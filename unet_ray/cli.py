@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,25 +32,28 @@ from unet_ray.flags import (
     Verb,
     check_workers,
     options,
-    parse_patch,
-    parse_region,
-    parse_tile,
-    parse_workers,
     read_config,
     say,
 )
 from unet_ray.machine import keep_freed_memory
-from unet_ray.progress import Pace, ProgressLine
+from unet_ray.progress import ProgressBar, TilesBar, TrainingBar
 from unet_ray.segmentation.forecast import describe, describe_trial, refusal_of, trial_json
 from unet_ray.storage.places import place_of, write_whole
-from unet_ray.units import commas, format_bytes, format_seconds, parse_bytes
+from unet_ray.tiling.boxes import Box
+from unet_ray.units import (
+    commas,
+    format_bytes,
+    parse_bytes,
+    parse_patch,
+    parse_region,
+    parse_tile,
+    parse_workers,
+)
 from unet_ray.versions import VERSION
 
 if TYPE_CHECKING:
-    from unet_ray.engine.rounds import Progress
     from unet_ray.segmentation.run import Segmentation
     from unet_ray.segmentation.settings import Settings
-    from unet_ray.training.run_folder import Measure
 
 
 @click.group(cls=Overview, context_settings={"max_content_width": 100})
@@ -164,35 +167,19 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
         flags.pop(name)
         for name in ("images", "labels", "out", "engine", "workers", "recipe", "takeover")
     )
-    line, told = ProgressLine("train"), set()
-
-    def watch(measure: Measure) -> None:
-        if measure.patches not in told:
-            told.add(measure.patches)
-            say(
-                f"{measure.workers} worker{'s' * (measure.workers > 1)}: a step sees "
-                f"{measure.patches} patch{'es' * (measure.patches > 1)}; the learning rate starts "
-                f"at {chosen.learning_rate:g} for any number."
-            )
-        left = measure.seconds / max(measure.progress, 1e-9) * (1 - measure.progress)
-        line.show(
-            measure.progress,
-            f"step {measure.step}, loss {measure.loss:.4f}, "
-            f"{measure.step / max(measure.seconds, 1e-9):.2f} steps/s, {format_seconds(left)} left",
-        )
-
     chosen, together = Recipe.of(recipe, patch=patch, **flags), parse_workers(workers)
     finished = (Path(out) / "model.safetensors").exists()
-    model = train(
-        list(images),
-        list(labels),
-        out,
-        chosen,
-        _engine(ctx, engine),
-        together,
-        watch,
-        takeover=takeover,
-    )
+    with TrainingBar("train") as watch:
+        model = train(
+            list(images),
+            list(labels),
+            out,
+            chosen,
+            _engine(ctx, engine),
+            together,
+            watch,
+            takeover=takeover,
+        )
     if finished:
         say("already trained; nothing to do.")
     if not finished or not (Path(out) / "report.html").exists():
@@ -295,7 +282,9 @@ def segment(
     for run in prepare_all(inputs, model, out, settings):
         _announce(run, settings)
         try:
-            if not execute(run, settings, _watch(Path(run.volume.path).name)):
+            with TilesBar(Path(run.volume.path).name) as watch:
+                finished = execute(run, settings, watch)
+            if not finished:
                 asked = wanted_tiles(run, settings).tiles.any()
                 why = "already finished" if asked else "region and mask have no tile in common"
                 say(f"{run.out.name}: {why}; nothing to do.")
@@ -333,12 +322,14 @@ def evaluate(prediction: str, truth: str, kind: Any, per_slice: bool, file: str 
         _refuse_json(Path(file), (prediction, truth))
     from unet_ray.scores.evaluation import evaluate as score
 
-    line = ProgressLine("evaluate")
-
-    def watch(done: int, total: int) -> None:
-        line.show(done / total, f"{done}/{total}")
-
-    found = score(prediction, truth, kind, per_slice, watch)
+    with ProgressBar("evaluate") as bar:
+        found = score(
+            prediction,
+            truth,
+            kind,
+            per_slice,
+            lambda done, total: bar.show(done / total, f"{done}/{total}"),
+        )
     if found.note:
         say(found.note)
     text = json.dumps(found.to_json(), indent=2) + "\n"
@@ -404,30 +395,6 @@ def _refuse_json(file: Path, inputs: Sequence[str]) -> None:
             raise InputError(f"json={str(file)!r} would be written into {path}, which is scored.")
 
 
-def _watch(label: str) -> Callable[[Progress], None]:
-    line = ProgressLine(label)
-    pace: Pace | None = None
-
-    def watch(progress: Progress) -> None:
-        nonlocal pace
-        pace = pace or Pace(progress.workers)
-        pace.saw(progress.seconds, progress.finished, progress.voxels)
-        to_do = progress.total - progress.done - progress.quarantined
-        parts = [
-            f"{progress.done}/{progress.total} tiles",
-            f"{progress.quarantined} quarantined" if progress.quarantined else "",
-            f"{progress.failures} failures" if progress.failures else "",
-            f"{pace.voxels / 1e6:.3f} Mvoxel/s" if pace.voxels else "",
-            f"{format_seconds(pace.seconds(to_do))} left" if pace.voxels else "",
-            f"{format_bytes(progress.memory)} of {format_bytes(progress.memory_stated)}"
-            if progress.memory
-            else "",
-        ]
-        line.show(1 - to_do / progress.total, ", ".join(filter(None, parts)))
-
-    return watch
-
-
 def _announce(run: Segmentation, settings: Settings) -> None:
     tiles = run.plan
     if settings.tile and settings.tile != tiles.core:
@@ -457,7 +424,7 @@ def _settings(ctx: click.Context, flags: dict[str, Any]) -> Settings:
     """Everything that can be checked without opening a file is checked here."""
     check_workers(flags["workers"])
     tile = None if flags["tile"] is None else parse_tile(flags["tile"])
-    region = None if flags["region"] is None else parse_region(flags["region"])
+    region = None if flags["region"] is None else Box(*parse_region(flags["region"]))
     memory = parse_bytes(flags["memory"])
     if flags["mask"] == "":
         raise InputError("mask='' names no volume; leave --mask out to do all tiles.")
@@ -482,14 +449,10 @@ def _settings(ctx: click.Context, flags: dict[str, Any]) -> Settings:
     )
 
 
-def _engine(ctx: click.Context, asked: str) -> Any:
-    if asked != "auto":
-        return asked
-    if ctx.obj == "job" or os.environ.get("RAY_ADDRESS"):
-        return "ray"
-    import torch
+def _engine(ctx: click.Context, asked: Any) -> Any:
+    from unet_ray.engine.cluster import chosen_engine
 
-    return "ray" if torch.cuda.device_count() > 1 else "local"
+    return chosen_engine(asked, job=ctx.obj == "job")
 
 
 def main(verb: str | None = None) -> int:

@@ -15,8 +15,7 @@ import tifffile
 import zarr
 from numpy.typing import NDArray
 
-from unet_ray.engine.rounds import Progress
-from unet_ray.progress import ProgressLine
+from unet_ray.progress import TilesBar, TrainingBar
 from unet_ray.report.page import write_report
 from unet_ray.report.pictures import (
     colour_classes,
@@ -32,9 +31,7 @@ from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.settings import Settings
 from unet_ray.storage.layout import ARRAYS
 from unet_ray.training.recipes import Recipe
-from unet_ray.training.run_folder import Measure
 from unet_ray.training.train import train
-from unet_ray.units import format_seconds
 from unet_ray.volumes.phantom import Phantom, make_phantom
 
 TRAINING_SHAPE, TEST_SHAPE = (8, 512, 512), (12, 768, 768)
@@ -58,17 +55,18 @@ def run(out: Path, say: Say) -> None:
     learn = _phantom(out / "phantom" / "train", TRAINING_SHAPE, TRAINING_SEED)[1]
     truth, test = _phantom(out / "phantom" / "test", TEST_SHAPE, TEST_SEED)
     say("Training a U-Net on the first.")
-    model = train(
-        [str(learn / "volume.tif")],
-        [str(learn / "labels.tif")],
-        out / "run",
-        Recipe.of("default", **RECIPE),
-        watch=_watch_training(ProgressLine("train")),
-    )
+    with TrainingBar("train") as watch:
+        model = train(
+            [str(learn / "volume.tif")],
+            [str(learn / "labels.tif")],
+            out / "run",
+            Recipe.of("default", **RECIPE),
+            watch=watch,
+        )
     say("Segmenting the second on Ray.")
     settings = Settings(engine="ray")
-    watch = _watch_tiles(ProgressLine("segment"))
-    store = segment(test / "volume.tif", model, out / "test.zarr", settings, watch)
+    with TilesBar("segment") as watch_tiles:
+        store = segment(test / "volume.tif", model, out / "test.zarr", settings, watch_tiles)
     classes = zarr.open_array(store / ARRAYS["classes"], mode="r")[:]
     probability = zarr.open_array(store / ARRAYS["probabilities"], mode="r")[0]
     print(_score_table(truth, np.asarray(classes)))
@@ -90,22 +88,6 @@ def _phantom(folder: Path, shape: tuple[int, int, int], seed: int) -> tuple[Phan
             tifffile.imwrite(partial, voxels, compression="zlib", metadata={"axes": "ZYX"})
             os.replace(partial, path)
     return phantom, folder
-
-
-def _watch_training(line: ProgressLine) -> Callable[[Measure], None]:
-    def watch(now: Measure) -> None:
-        left = now.seconds / max(now.progress, 1e-9) * (1 - now.progress)
-        text = f"step {now.step}, loss {now.loss:.3f}, {format_seconds(left)} left"
-        line.show(now.progress, text)
-
-    return watch
-
-
-def _watch_tiles(line: ProgressLine) -> Callable[[Progress], None]:
-    def watch(now: Progress) -> None:
-        line.show(now.done / now.total, f"{now.done}/{now.total} tiles")
-
-    return watch
 
 
 def _score_table(truth: Phantom, classes: NDArray[np.uint8]) -> str:

@@ -14,7 +14,6 @@ import click
 import yaml
 
 from unet_ray.errors import InputError, nearest
-from unet_ray.tiling.boxes import Box
 from unet_ray.versions import VERSION
 
 Function = Callable[..., Any]
@@ -205,57 +204,6 @@ def check_workers(workers: int | None) -> None:
     """Refuses a number of workers below 1."""
     if workers is not None and workers < 1:
         raise InputError(f"workers={workers} must be at least 1.")
-
-
-def parse_workers(text: str | None) -> int | tuple[int, int] | None:
-    """Workers from ``4`` or ``2:8``; None stays None."""
-    if text is None:
-        return None
-    numbers = _integers(text.split(":"))
-    if numbers is None or len(numbers) > 2 or numbers[0] < 1 or numbers[-1] < numbers[0]:
-        raise InputError(f"workers={text!r} must be a number above zero or a range, as in 2:8.")
-    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
-
-
-def parse_tile(text: str) -> tuple[int, int, int]:
-    """A core ``(z, y, x)`` from ``16,384,384``."""
-    numbers = _integers(text.split(","))
-    if numbers is None or len(numbers) != 3 or min(numbers) < 1:
-        raise InputError(f"tile={text!r} must be three numbers above zero, as in 16,512,512.")
-    return numbers[0], numbers[1], numbers[2]
-
-
-def parse_patch(text: str | int | None) -> tuple[int, int] | None:
-    """A patch ``(y, x)`` from ``572`` or ``1,572,572``; None stays None."""
-    if text is None:
-        return None
-    numbers = _integers(str(text).split(","))
-    if numbers and len(numbers) == 1:
-        numbers = [1, *numbers, *numbers]
-    if numbers is None or len(numbers) != 3 or numbers[0] != 1 or min(numbers) < 1:
-        raise InputError(
-            f"patch={text!r} must be one number, as in 380, or 1,Y,X, as in 1,380,572."
-        )
-    return numbers[1], numbers[2]
-
-
-def parse_region(text: str) -> Box:
-    """A box from ``z0:z1,y0:y1,x0:x1``."""
-    axes = [_integers(part.split(":")) for part in text.split(",")]
-    form = f"region={text!r} must be three ranges of voxels, as in 0:16,0:512,128:640"
-    if len(axes) != 3 or any(axis is None or len(axis) != 2 for axis in axes):
-        raise InputError(f"{form}.")
-    start, stop = zip(*(axis for axis in axes if axis), strict=True)
-    if any(a < 0 or b <= a for a, b in zip(start, stop, strict=True)):
-        raise InputError(f"{form}: each from 0 or more up to a larger number.")
-    return Box(start, stop)
-
-
-def _integers(parts: Sequence[str]) -> list[int] | None:
-    try:
-        return [int(part) for part in parts]
-    except ValueError:
-        return None
 
 
 def say(text: str) -> None:

@@ -1,64 +1,183 @@
-"""How progress is shown to people: a bar on a terminal, a plain line now and then elsewhere.
+"""How people see progress: a bar on a terminal, a live bar in a notebook, lines in a log.
 
-Writes to standard error only; knows numbers and text, not what is being done.
+Writes to standard error or the notebook only. Knows numbers and text, not the work behind them.
 """
 
 from __future__ import annotations
 
+import html
 import math
-import os
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from unet_ray.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:  # both would load torch
+    from unet_ray.engine.rounds import Progress
+    from unet_ray.training.run_folder import Measure
 
 LINE_SECONDS = 10.0
+NOTEBOOK_SECONDS = 0.2
 PACE_SECONDS, PACE_TILES = 60.0, 20
 BAR_WIDTH = 24
 
 
-@dataclass
-class ProgressLine:
-    """One line that says how far a run is.
+class ProgressBar:
+    """Shows how much of a piece of work is done, while the context is open.
 
-    Attributes:
-        label: what is being done.
+    Args:
+        label: name of the work.
+        quiet: show nothing.
     """
 
-    label: str
-    _shown: float = field(default=-1e9, repr=False)
+    def __init__(self, label: str, quiet: bool = False) -> None:
+        self._label, self._quiet = label, quiet
+        self._shown = -math.inf
+        self._bar: Any = None
+        self._notebook: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar:  # else the terminal would stay without a cursor after an error
+            self._bar.stop()
 
     def show(self, fraction: float, text: str) -> None:
-        """Shows `text`; on a terminal with a bar, elsewhere at most every ten seconds.
+        """Shows `text` with the bar; in a log at most one line in ten seconds.
 
         Args:
-            fraction: how much is done, 0 to 1; the end is always shown.
+            fraction: the part that is done, 0 to 1; the end is always shown.
             text: the numbers of this moment.
         """
-        ended, now = fraction >= 1, time.monotonic()
-        if sys.stderr.isatty():
-            line = self._fitted(fraction, text, os.get_terminal_size(sys.stderr.fileno()).columns)
-            print(f"\r\x1b[K{line}", end="\n" if ended else "", file=sys.stderr)
-            sys.stderr.flush()
-        elif ended or now - self._shown >= LINE_SECONDS:
-            self._shown = now
-            print(f"{self.label}: {text}", file=sys.stderr, flush=True)
+        if self._quiet:
+            return
+        if _in_notebook():
+            self._show_in_notebook(fraction, text)
+        elif sys.stderr.isatty():
+            self._show_on_terminal(fraction, text)
+        elif fraction >= 1 or time.monotonic() - self._shown >= LINE_SECONDS:
+            self._shown = time.monotonic()
+            print(f"{self._label}: {text}", file=sys.stderr, flush=True)
 
-    def _fitted(self, fraction: float, text: str, columns: int) -> str:
-        """The line with a bar, in one row of a terminal of so many columns; 0 if unknown."""
-        room = (columns or 120) - 1
-        width = min(BAR_WIDTH, room - len(f"{self.label} [] {text}"))
-        full = round(width * fraction)
-        bar = f" [{'#' * full}{'-' * (width - full)}]" if width > 3 else ""
-        return f"{self.label}{bar} {text}"[:room]
+    def say(self, line: str) -> None:
+        """Prints a line that stays, above the bar."""
+        if self._quiet:
+            return
+        if self._bar:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def _show_on_terminal(self, fraction: float, text: str) -> None:
+        if not self._bar:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+            from rich.table import Column
+
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(BAR_WIDTH),
+                TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True)),
+                console=Console(stderr=True),
+                expand=False,
+            )
+            self._bar.add_task(self._label, total=1.0, text="")
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=fraction, text=text)
+
+    def _show_in_notebook(self, fraction: float, text: str) -> None:
+        now = time.monotonic()
+        if fraction < 1 and now - self._shown < NOTEBOOK_SECONDS:
+            return
+        self._shown = now
+        bar = _NotebookBar(self._label, fraction, text)
+        if self._notebook:
+            self._notebook.update(bar)
+        else:
+            from IPython.display import display  # type: ignore[import-not-found, unused-ignore]
+
+            self._notebook = display(bar, display_id=True)
+
+
+class _NotebookBar:
+    """One state of a bar, as a notebook shows it; needs no widgets."""
+
+    def __init__(self, label: str, fraction: float, text: str) -> None:
+        self._label, self._fraction, self._text = label, fraction, text
+
+    def __repr__(self) -> str:
+        return f"{self._label}: {self._text}"
+
+    def _repr_html_(self) -> str:
+        return (
+            f"{html.escape(self._label)} <progress value='{self._fraction:.4f}' max='1'></progress>"
+            f" {html.escape(self._text)}"
+        )
+
+
+def _in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook; never imports IPython itself."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython and hasattr(ipython, "get_ipython") else None
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+class TilesBar(ProgressBar):
+    """Shows tiles, speed, time left, failures and memory; called after each tile."""
+
+    def __call__(self, progress: Progress) -> None:
+        """Shows the state of a run."""
+        if not hasattr(self, "_pace"):
+            self._pace = Pace(progress.workers)
+        pace = self._pace
+        pace.saw(progress.seconds, progress.finished, progress.voxels)
+        pending = progress.total - progress.done - progress.quarantined
+        memory = format_bytes(progress.memory) if progress.memory else ""
+        if memory and progress.memory_stated:
+            memory += f" of {format_bytes(progress.memory_stated)}"
+        parts = [
+            f"{progress.done}/{progress.total} tiles",
+            f"{progress.quarantined} quarantined" if progress.quarantined else "",
+            f"{progress.failures} failures" if progress.failures else "",
+            f"{pace.voxels / 1e6:.3f} Mvoxel/s" if pace.voxels else "",
+            f"{format_seconds(pace.seconds(pending))} left" if pace.voxels else "",
+            memory,
+        ]
+        self.show(1 - pending / progress.total, ", ".join(filter(None, parts)))
+
+
+class TrainingBar(ProgressBar):
+    """Shows step, loss, speed and time left, and each validation; called with each measure."""
+
+    def __call__(self, measure: Measure) -> None:
+        """Shows a line of ``metrics.jsonl``."""
+        seconds, progress = measure.seconds, max(measure.progress, 1e-9)
+        left = seconds / progress * (1 - measure.progress)
+        if measure.validation is not None:
+            scores = ", ".join(f"{name} {v:.4f}" for name, v in measure.validation.items())
+            self.say(f"step {measure.step}: validation {scores}")
+        self.show(
+            measure.progress,
+            f"step {measure.step}, loss {measure.loss:.4f}, "
+            f"{measure.step / max(seconds, 1e-9):.2f} steps/s, {format_seconds(left)} left",
+        )
 
 
 class Pace:
-    """How fast tiles are done now: over the last minute or the last 20, whichever is longer.
+    """Speed over the last minute or the last 20 tiles, whichever is longer.
 
-    Tiles that run side by side end nearly together, so nothing is known before each worker has done
-    one, and what is measured is always some rounds of all of them. The start counts only in the
-    first round: workers take a while to begin.
+    Tiles that run side by side end nearly together, so there is no speed before each worker has
+    done one tile, and only whole rounds of all workers are measured. The start of the workers
+    counts in the first round only.
 
     Args:
         workers: tiles side by side.
@@ -68,10 +187,10 @@ class Pace:
         self._workers, self._seen = workers, deque([(0.0, 0, 0)])
 
     def saw(self, seconds: float, tiles: int, voxels: int) -> None:
-        """Notes how far it is.
+        """Adds a measurement.
 
         Args:
-            seconds: since the first tile was started.
+            seconds: elapsed since the first tile was started.
             tiles: done since then.
             voxels: done since then.
         """
@@ -91,7 +210,7 @@ class Pace:
         return self._per_second(2)
 
     def seconds(self, tiles: int) -> float:
-        """Seconds that so many tiles take; infinite while none was done."""
+        """Estimated seconds for a number of tiles; infinite before one is done."""
         return tiles / speed if (speed := self._per_second(1)) else math.inf
 
     def _per_second(self, what: int) -> float:

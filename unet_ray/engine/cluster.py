@@ -46,6 +46,14 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def chosen_engine(asked: Literal["auto", "local", "ray"], job: bool = False) -> EngineName:
+    """The engine of a run; ``auto`` is Ray in a job, with RAY_ADDRESS set or on several GPUs."""
+    if asked != "auto":
+        return asked
+    on_ray = job or os.environ.get("RAY_ADDRESS") or torch.cuda.device_count() > 1
+    return "ray" if on_ray else "local"
+
+
 def side_by_side(device: str, engine: EngineName, workers: int | None, memory: int = 0) -> int:
     """How many tiles a run predicts at a time: one on each core or GPU, unless told otherwise.
 

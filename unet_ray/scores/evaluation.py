@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from unet_ray.errors import InputError
 from unet_ray.scores.overlaps import Overlaps
@@ -118,8 +119,8 @@ def _number(value: float) -> str:
 
 
 def evaluate(
-    prediction: PathOrUrl,
-    truth: PathOrUrl,
+    prediction: PathOrUrl | NDArray[Any],
+    truth: PathOrUrl | NDArray[Any],
     kind: Kind,
     per_slice: bool = False,
     watch: OnPiece = lambda done, total: None,
@@ -138,7 +139,7 @@ def evaluate(
     Raises:
         InputError: if files cannot be read, do not fit each other, or hold what is not allowed.
     """
-    found, right = _Opened(place_of(prediction), kind), _Opened(place_of(truth), kind)
+    found, right = _Opened(prediction, kind), _Opened(truth, kind)
     first, note = _side_by_side(found, right)
     notes = [note, found.note, right.note]
     second = right.stack()
@@ -161,18 +162,22 @@ def evaluate(
 class _Opened:
     """One of the two files, opened as what `kind` needs of it."""
 
-    def __init__(self, path: Place, kind: Kind) -> None:
-        self.path = path
+    def __init__(self, source: PathOrUrl | NDArray[Any], kind: Kind) -> None:
         self.class_values: list[int] | None = None
         self.note = ""
         self._scale: float | None = None
+        if isinstance(source, np.ndarray):
+            self.volume: Volume = open_volume(source)
+            self.path: Place | str = self.volume.path
+            return
+        self.path = path = place_of(source)
         found = inspect(path)
         if found.is_output:
             provenance = _provenance(found)
             path, self.note = _stored(path, provenance, kind)
             self._scale = 255.0 if kind == "isbi" else None
             self.class_values = provenance.class_values
-        self.volume: Volume = open_volume(path)
+        self.volume = open_volume(path)
 
     def stack(self, planes: list[int] | None = None) -> Stack:
         """The volume as a stack of some of its slices."""

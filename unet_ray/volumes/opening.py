@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from unet_ray.errors import InputError
 from unet_ray.storage.objects import ObjectPath
 from unet_ray.storage.places import PathOrUrl, place_of, unusable
+from unet_ray.volumes.array import Array
 from unet_ray.volumes.folder import Folder
 from unet_ray.volumes.image_files import open_file
 from unet_ray.volumes.ome_zarr import METADATA_FILES, Zarr
@@ -43,17 +48,18 @@ def _kind(path: str) -> Callable[[str, Choice], Volume]:
 
 
 def open_volume(
-    url: PathOrUrl,
+    source: PathOrUrl | NDArray[Any] | Volume,
     *,
     channel: int | None = None,
     time: int | None = None,
     level: int = 0,
 ) -> Volume:
-    """Opens a TIFF or PNG file, a folder of slices, a Zarr array or an OME-Zarr image.
+    """Opens a TIFF or PNG file, a folder of slices, a Zarr array, an OME-Zarr image, or an array.
 
     Args:
-        url: path, or URL of a Zarr array or OME-Zarr image in an object store. Of several images in
-            one file or group the first is taken.
+        source: path, or URL of a Zarr array or OME-Zarr image in an object store. Of several images
+            in one file or group the first is taken. Or an array (y, x), (z, y, x), (c, z, y, x) or
+            (t, c, z, y, x), which is not copied. A volume is returned as it is.
         channel: the one channel to read, from 0; all by default. RGB samples are channels.
         time: the time point to read, from 0; needed where there are several.
         level: of the resolutions of an OME-Zarr image, 0 being the finest.
@@ -61,4 +67,11 @@ def open_volume(
     Raises:
         InputError: if the path, the file or the choice is at fault.
     """
-    return _open(str(place_of(url)), Choice(channel, time, level))
+    if isinstance(source, Volume):
+        return source
+    choice = Choice(channel, time, level)
+    if hasattr(source, "__array__"):
+        if level:
+            raise InputError(f"level={level}: an array has one level.")
+        return Array(np.asarray(source), choice)
+    return _open(str(place_of(source)), choice)
