@@ -396,7 +396,7 @@ def test_what_ray_says_of_a_drawer_lost_between_two_answers_is_told_as_well(monk
             raise AssertionError("Above ray.get should raise an exception.")
 
     monkeypatch.setattr("ray.data.from_items", lambda *args, **kwargs: Lost())
-    monkeypatch.setattr(stream, "_here", dict)
+    monkeypatch.setattr(stream, "_this_node", dict)
     with pytest.raises(RuntimeError, match="a task that drew training patches was lost"):
         next(stream._blocks(None, Recipe(), None, 1, 1 << 20))
 

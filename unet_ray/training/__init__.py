@@ -1,5 +1,5 @@
-"""Labels to a model: the paper's recipe, on one machine or by Ray Train.
+"""Training: turns labelled volumes into a model, on one machine or with Ray Train.
 
-Knows patches, weight maps, augmentation, checkpoints and validation. Does not know the tiles of a
-run, or stores.
+Knows patches, weight maps, augmentation, checkpoints and validation. Does not know segmentation
+runs, their tiles, or output stores.
 """

@@ -1,8 +1,7 @@
-"""Training patches: which voxels a step sees, and how they are bent on the way.
+"""Training patches: draws, crops and deforms the voxels of each training sample.
 
-A sample is a function of seed, step and slot, so whoever asks for it, and when, gets the same
-one; a thread or a Ray Data stream draws samples before the trainer asks. Does not know files, nor
-the network.
+A sample depends only on the seed, the step and the slot. A thread or Ray Data can therefore draw
+samples in advance. Handles arrays in memory; independent of files and of the network.
 """
 
 from __future__ import annotations
@@ -34,10 +33,12 @@ from unet_ray.training.recipes import Recipe
 class Sample:
     """One training patch.
 
+    The targets and weights cover the middle of the image, which is what the network returns.
+
     Attributes:
-        image: float32 ``(c, y, x)``, normalised.
-        targets: uint8 ``(y', x')``: what the network returns for the image.
-        weights: float32 ``(y', x')``.
+        image: normalised, float32 ``(c, y, x)``.
+        targets: class numbers, uint8 ``(y', x')``.
+        weights: weights of the loss, float32 ``(y', x')``.
     """
 
     image: NDArray[np.float32]
@@ -45,18 +46,20 @@ class Sample:
     weights: NDArray[np.float32]
 
 
-Wanted = TypeVar("Wanted")
+Item = TypeVar("Item")
 Drawn = TypeVar("Drawn")
-SampleSlot = tuple[int, int]  # step, and slot: which of the patches of that step, of all workers
-Wave = tuple[int, list[SampleSlot]]
+SampleSlot = tuple[int, int]  # step, and index of the patch among those of all workers in the step
+Wave = tuple[int, list[SampleSlot]]  # number of the wave, and the samples to draw
 
 
 class Sampler:
-    """Draws patches of `data` for a network.
+    """Draws training patches at random positions of the labelled volumes.
+
+    Volumes are chosen in proportion to their number of voxels.
 
     Args:
         data: labelled volumes.
-        recipe: its patch and output, seed and deformation.
+        recipe: sets the patch size, the random seed and the strength of the deformation.
     """
 
     def __init__(self, data: TrainingData, recipe: Recipe) -> None:
@@ -66,45 +69,48 @@ class Sampler:
         self._shares = sizes / sizes.sum()
 
     def __getitem__(self, slot: SampleSlot) -> Sample:
-        """The sample of this step and slot, drawn from the seed and these alone."""
+        """Draws the sample of a step and slot; it depends only on these and the seed."""
         rng = np.random.default_rng([self._seed, *slot])
         volume = self._data.volumes[rng.choice(len(self._shares), p=self._shares)]
         z = int(rng.integers(volume.targets.shape[0]))
         centre = self._draw_centre(volume.targets.shape[1:], rng)
-        bend = draw_deformation(self._patch, rng, self._elastic)
-        inner = Deformation(bend.offsets[(slice(None), *self._inner)])
-        image = volume.intensity.normalise(_window(volume.image, z, bend.reach(centre)))
-        here = inner.reach(centre)
-        targets = _window(volume.targets, z, here)
-        weights = _window(volume.weights, z, here)
+        deformation = draw_deformation(self._patch, rng, self._elastic)
+        inner = Deformation(deformation.offsets[(slice(None), *self._inner)])
+        image = volume.intensity.normalise(_window(volume.image, z, deformation.reach(centre)))
+        label_box = inner.reach(centre)
+        targets = _window(volume.targets, z, label_box)
+        weights = _window(volume.weights, z, label_box)
         return Sample(
-            change_grey(warp_image(image, _seen_from(bend.reach(centre), centre), bend), rng),
-            warp_labels(targets, _seen_from(here, centre), inner),
-            warp_labels(weights, _seen_from(here, centre), inner),
+            change_grey(
+                warp_image(image, _relative_to(deformation.reach(centre), centre), deformation),
+                rng,
+            ),
+            warp_labels(targets, _relative_to(label_box, centre), inner),
+            warp_labels(weights, _relative_to(label_box, centre), inner),
         )
 
     @property
     def _inner(self) -> tuple[slice, ...]:
-        """The voxels of the patch that the network returns: its middle."""
+        """The middle of the patch, for which the network returns classes."""
         margins = ((p - o) // 2 for p, o in zip(self._patch, self._output, strict=True))
         return tuple(slice(m, m + o) for m, o in zip(margins, self._output, strict=True))
 
     def _draw_centre(self, shape: Sequence[int], rng: np.random.Generator) -> tuple[float, float]:
-        """A centre whose returned voxels lie in the volume, where they fit.
+        """Draws a patch centre such that the network's output is inside the volume if it fits.
 
-        Drawn with an overhang of half an output and then pushed inside, or the volume's corners
-        would hardly ever be seen.
+        A start is drawn up to half an output beyond either face and then clipped to the volume.
+        Without the overhang, voxels in the corners would almost never be drawn.
         """
-        found = []
+        centre = []
         for extent, output in zip(shape, self._output, strict=True):
             start = int(rng.integers(-(output // 2), max(1, extent - output // 2)))
             start = min(max(start, 0), max(0, extent - output))
-            found.append(start + (output - 1) / 2)
-        return found[0], found[1]
+            centre.append(start + (output - 1) / 2)
+        return centre[0], centre[1]
 
 
 def _window(array: NDArray[Any], z: int, box: Box) -> NDArray[Any]:
-    """A box (y, x) of slice `z`, mirrored at the faces; axes before z are kept."""
+    """Crops a box (y, x) from slice `z`, mirrored at the faces; keeps the axes before z."""
     plane = array[..., z, :, :]
 
     def read(inside: Box) -> NDArray[Any]:
@@ -114,12 +120,12 @@ def _window(array: NDArray[Any], z: int, box: Box) -> NDArray[Any]:
     return read_mirrored(read, plane.shape[-2:], box)
 
 
-def _seen_from(box: Box, centre: tuple[float, float]) -> tuple[float, float]:
+def _relative_to(box: Box, centre: tuple[float, float]) -> tuple[float, float]:
     return centre[0] - box.start[0], centre[1] - box.start[1]
 
 
 def sample_slots(step: int, rank: int, batch: int) -> Iterator[SampleSlot]:
-    """Steps and slots of one worker, from a step on, without end."""
+    """Yields the (step, slot) pairs of worker `rank`, endlessly, starting at `step`."""
     return (
         (number, slot)
         for number in itertools.count(step)
@@ -127,13 +133,11 @@ def sample_slots(step: int, rank: int, batch: int) -> Iterator[SampleSlot]:
     )
 
 
-def ahead(
-    draw: Callable[[Wanted], Drawn], wanted: Iterator[Wanted], depth: int = 4
-) -> Iterator[Drawn]:
-    """Yields what `draw` makes of each that is wanted, in order, by a thread up to `depth` ahead.
+def ahead(draw: Callable[[Item], Drawn], items: Iterator[Item], depth: int = 4) -> Iterator[Drawn]:
+    """Yields ``draw(item)`` for each item, in order; a thread computes up to `depth` in advance.
 
-    The thread ends when they do or when the caller stops asking; what it raises is raised
-    here.
+    The thread ends when the items are exhausted or this iterator is closed. Errors raised in the
+    thread are raised again here.
     """
     ready: queue.Queue[Drawn | BaseException | None] = queue.Queue(depth)
     stopped = threading.Event()
@@ -147,12 +151,12 @@ def ahead(
 
     def work() -> None:
         try:
-            for each in wanted:
+            for item in items:
                 if stopped.is_set():
                     return
-                put(draw(each))
+                put(draw(item))
             put(None)
-        except BaseException as error:  # handed to the caller
+        except BaseException as error:  # raised again in the consuming thread
             put(error)
 
     threading.Thread(target=work, name="samples", daemon=True).start()
