@@ -385,7 +385,7 @@ def test_several_workers_need_ray_and_leave_nothing_behind(files, tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_training(files, tmp_path):
-    with pytest.raises(RunError, match=r"step \d+: the loss is (nan|inf); train anew with a lower"):
+    with pytest.raises(RunError, match=r"step \d+: the loss is (nan|inf); train again with a"):
         run(files, tmp_path / "run", learning_rate=1e30)
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
@@ -575,7 +575,7 @@ def test_a_checkpoint_with_spoilt_bytes_gives_way_and_is_set_aside(files, tmp_pa
     spoil(newest)
     assert model_content(run(files, tmp_path / "run", steps=30)) == model_content(whole)
     said = capsys.readouterr().err
-    assert said.count(newest.name) == 1 and "the one before it is used" in said
+    assert said.count(newest.name) == 1 and "the previous checkpoint is used" in said
     assert newest.with_suffix(".damaged").exists()
 
 

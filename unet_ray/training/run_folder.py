@@ -1,6 +1,6 @@
-"""The RUN folder of a training: its files, its checkpoints, its log, and who may write there.
+"""The RUN folder of a training run: its files, checkpoints, log and lease.
 
-Knows what is kept and how it survives a kill; does not know how a network learns.
+Knows how checkpoints and the log survive a kill; does not know the network or the optimiser.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ MODEL, BEST, METRICS = "model.safetensors", "best.safetensors", "metrics.jsonl"
 PATCHES, WEIGHTS = "patches.safetensors", "weights.safetensors"
 KEPT_CHECKPOINTS = 2
 REPORT_STEPS = 10
-CHECKPOINTS = "checkpoints"  # the lease is kept there, too
+CHECKPOINTS = "checkpoints"  # this folder also contains the lease
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A line of ``metrics.jsonl``.
+    """One line of ``metrics.jsonl``.
 
     Attributes:
-        step: steps done.
-        loss: mean weighted loss over the steps since the last line, and over all workers.
-        learning_rate: of the last step.
-        seconds: of training so far, over all interruptions.
-        progress: 0 to 1.
-        workers: how many train together.
-        patches: how many a step sees, of all workers together.
-        validation: scores on the held-out slices, by name, where they were just computed.
+        step: number of completed steps.
+        loss: mean weighted loss over all workers and all steps since the previous line.
+        learning_rate: learning rate of the last step.
+        seconds: training time so far, excluding interruptions.
+        progress: completed share of the training, 0 to 1.
+        workers: number of workers.
+        patches: number of patches per step, over all workers.
+        validation: scores on the held-out slices by name, if this step was validated.
     """
 
     step: int
@@ -57,11 +57,11 @@ class Measure:
     validation: Mapping[str, float] | None = None
 
     def line(self) -> str:
-        """The measure as JSON."""
-        told = {
+        """Returns the measure as one line of JSON, without fields that are None."""
+        fields = {
             name: value for name, value in dataclasses.asdict(self).items() if value is not None
         }
-        return json.dumps(told) + "\n"
+        return json.dumps(fields) + "\n"
 
 
 OnMeasure = Callable[[Measure], None]
@@ -69,7 +69,7 @@ OnMeasure = Callable[[Measure], None]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as it was read: the file, its tensors and its header."""
+    """A checkpoint that was read: its file, tensors and header."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -80,41 +80,45 @@ class RunFolder:
     """The folder of one training run.
 
     Args:
-        path: the folder; it need not be there yet.
-        fence: of the lease on it; without one the folder is read only.
+        path: the folder; created later if it does not exist.
+        fence: fence of the lease on the folder; without one, the folder must only be read.
 
     Attributes:
-        guard: held during each write, so that a training that lost its lease writes nothing.
+        guard: entered around each write; raises if the run has lost its lease.
 
     Raises:
-        InputError: if it is a file, or a folder of something else.
+        InputError: if the path is a file or a folder that is not a training run.
     """
 
     def __init__(self, path: str | os.PathLike[str], fence: Fence | None = None) -> None:
         self.path = Path(path).absolute()
         self.guard: Guard = fence.hold if fence else nullcontext
-        known = (f"{CHECKPOINTS}/{LOCK}", METRICS, MODEL)
+        markers = (f"{CHECKPOINTS}/{LOCK}", METRICS, MODEL)
         refuse_below_file(self.path)
         if self.path.is_file():
-            raise InputError(f"{self.path}: is a file; --out of train is a folder.")
-        if self.path.is_dir() and any(self.path.iterdir()) and not any(map(self.holds, known)):
+            raise InputError(f"{self.path}: is a file; --out must be a folder.")
+        if self.path.is_dir() and any(self.path.iterdir()) and not any(map(self.contains, markers)):
             raise InputError(
                 f"{self.path}: exists and is not a training run; choose another --out."
             )
 
-    def holds(self, name: str) -> bool:
-        """Whether a file or folder of this name is there."""
+    def contains(self, name: str) -> bool:
+        """Returns whether the folder contains a file or folder of this name."""
         return (self.path / name).exists()
 
     @contextmanager
     def owned(self, takeover: bool = False) -> Iterator[RunFolder]:
-        """The folder under a lease, made if absent, without the remains of killed writers.
+        """Leases the folder, creating it if needed, and removes partly written files.
 
         Args:
-            takeover: ends another training that writes here.
+            takeover: take the lease even if another training run is writing to the folder.
+
+        Yields:
+            The folder, writable under the lease.
 
         Raises:
-            InputError: if another training writes here, or if no checkpoint is whole.
+            InputError: if another training run is writing to the folder, or if all its checkpoints
+                are damaged.
         """
         with Lease(self.path / CHECKPOINTS, takeover) as lease:
             run = RunFolder(self.path, lease.fence)
@@ -124,45 +128,45 @@ class RunFolder:
             yield run
 
     def checkpoints(self) -> list[Path]:
-        """Checkpoint files, newest first."""
+        """Returns the checkpoint files, newest first."""
         return sorted((self.path / CHECKPOINTS).glob("step-*.safetensors"), reverse=True)
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole."""
+        """Reads the newest undamaged checkpoint; returns None if there is none."""
         for path in self.checkpoints():
-            if found := _read(path):
-                return found
+            if checkpoint := _read(path):
+                return checkpoint
         return None
 
     def _set_damaged_aside(self) -> None:
-        """Renames damaged checkpoints, so that they do not count among the last ones.
+        """Renames damaged checkpoints, so that `save` does not count them among the newest.
 
         Raises:
-            InputError: if no checkpoint is whole; a new start would lose the log as well.
+            InputError: if all checkpoints are damaged. Starting over would also lose the log.
         """
-        found = self.checkpoints()
-        damaged = [path for path in found if not _read(path)]
-        if found and damaged == found:
+        checkpoints = self.checkpoints()
+        damaged = [path for path in checkpoints if not _read(path)]
+        if checkpoints and damaged == checkpoints:
             raise InputError(
-                f"{self.path}: all its checkpoints are damaged ({found[0].name} is the newest); "
-                "choose another --out, or remove them to start anew."
+                f"{self.path}: all its checkpoints are damaged ({checkpoints[0].name} is the "
+                "newest); choose another --out, or remove them to start over."
             )
         for path in damaged:
-            print(f"unet-ray: {path}: damaged; the one before it is used.", file=sys.stderr)
+            print(f"unet-ray: {path}: damaged; the previous checkpoint is used.", file=sys.stderr)
             path.rename(path.with_suffix(".damaged"))
 
     def save(self, step: int, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-        """Writes a checkpoint and drops all but the newest ones."""
+        """Writes a checkpoint and removes all but the newest ones."""
         path = self.path / CHECKPOINTS / f"step-{step:09d}.safetensors"
         write_tensors(path, tensors, header, self.guard)
         for old in self.checkpoints()[KEPT_CHECKPOINTS:]:
             old.unlink()
 
     def refuse_other(self, recipe: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-        """Refuses to go on with a run of another recipe or other data, naming what differs.
+        """Refuses to resume a run with another recipe or other data.
 
         Raises:
-            InputError: naming the field.
+            InputError: if a field differs; names the field.
         """
         if header := self._header():
             self.refuse_header(header, recipe, data)
@@ -170,35 +174,38 @@ class RunFolder:
     def refuse_header(
         self, header: Mapping[str, Any], recipe: Mapping[str, Any], data: Mapping[str, Any]
     ) -> None:
-        """Refuses a header of another recipe or other data, naming what differs.
+        """Refuses the header of a run with another recipe or other data.
 
         Raises:
-            InputError: naming the field.
+            InputError: if a field differs; names the field.
         """
         if "recipe" not in header.get("training", {}):
             raise InputError(
-                f"{self.path}: holds a model that was not trained here; choose another --out."
+                f"{self.path}: contains a model but no training run; choose another --out."
             )
-        there = {"recipe": header["training"]["recipe"], "data": header["data"]}
-        here = json.loads(json.dumps({"recipe": recipe, "data": data}))
-        for part in here:
-            for field, value in here[part].items():
-                if there[part].get(field) != value:
+        stored = {"recipe": header["training"]["recipe"], "data": header["data"]}
+        current = json.loads(json.dumps({"recipe": recipe, "data": data}))
+        for part in current:
+            for field, value in current[part].items():
+                if stored[part].get(field) != value:
                     raise InputError(
                         f"{self.path}: was trained with another {field} "
-                        f"({_short(there[part].get(field))}, now {_short(value)}); choose another "
+                        f"({_short(stored[part].get(field))}, now {_short(value)}); choose another "
                         "--out."
                     )
 
     def _header(self) -> dict[str, Any] | None:
-        if self.holds(MODEL):
+        if self.contains(MODEL):
             return read_tensors(self.path / MODEL)[1]
         newest = self.newest()
         return newest.header if newest else None
 
 
 def _read(path: Path) -> Checkpoint | None:
-    """A checkpoint; None if it is damaged. A disk that fails to read is no damage."""
+    """Reads a checkpoint; returns None if it is damaged.
+
+    A read error of the disk is raised: the checkpoint may be intact and must not be set aside.
+    """
     try:
         return Checkpoint(path, *read_tensors(path))
     except InputError as error:
@@ -208,21 +215,23 @@ def _read(path: Path) -> Checkpoint | None:
 
 
 def _short(value: Any) -> str:
-    """A setting as it is, files by name and checksum."""
-    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+    """Formats a setting; a list of files is shortened to names and checksums."""
+    if not isinstance(value, list) or not all(isinstance(file, dict) for file in value):
         return str(value)
-    return ", ".join(f"{each.get('name')} {str(each.get('sha256'))[:8]}" for each in value)
+    return ", ".join(f"{file.get('name')} {str(file.get('sha256'))[:8]}" for file in value)
 
 
 class Log:
-    """``metrics.jsonl``: one line per some steps, cut back to the checkpoint on a restart.
+    """Writes ``metrics.jsonl``, one line every `REPORT_STEPS` steps.
+
+    On a restart, lines of steps after the checkpoint are removed.
 
     Args:
-        run: its folder.
-        step: of the checkpoint.
-        pending: losses of the steps since the last line, as the checkpoint kept them.
-        workers, patches: as of `Measure`.
-        watch: called with each line.
+        run: folder of the log.
+        step: step of the checkpoint.
+        pending: losses of the steps since the last line, from the checkpoint.
+        workers, patches: as in `Measure`.
+        watch: called with each new line.
     """
 
     def __init__(
@@ -237,18 +246,18 @@ class Log:
         self._path, self._guard, self._watch = run.path / METRICS, run.guard, watch
         self._workers, self._patches = workers, patches
         self.pending = list(pending)
-        kept = [measure for measure in self.kept() if measure.step <= step]
-        lines = "".join(measure.line() for measure in kept)
+        measures = [measure for measure in self.measures() if measure.step <= step]
+        lines = "".join(measure.line() for measure in measures)
         write_whole(self._path, lines.encode(), guard=self._guard)
-        if kept and kept[-1].step == step:
-            self.pending.clear()  # the checkpoint is older than the line of its own step
+        if measures and measures[-1].step == step:
+            self.pending.clear()  # the line was written after the checkpoint and includes them
 
-    def kept(self) -> list[Measure]:
-        """What the log holds."""
+    def measures(self) -> list[Measure]:
+        """Reads the lines of the log."""
         return read_measures(self._path)
 
     def add(self, step: int, loss: float, rate: float, seconds: float, progress: float) -> None:
-        """Counts a step; every so many are a line."""
+        """Adds the loss of a step; writes a line every `REPORT_STEPS` steps."""
         self.pending.append(loss)
         if step % REPORT_STEPS == 0:
             self.flush(step, rate, seconds, progress)
@@ -261,7 +270,7 @@ class Log:
         progress: float,
         validation: Mapping[str, float] | None = None,
     ) -> None:
-        """Writes a line of the steps since the last one, or of no step but with a validation."""
+        """Writes a line if there are new steps or validation scores since the last line."""
         if not self.pending and validation is None:
             return
         loss = float(np.mean(self.pending)) if self.pending else self._last_loss()
@@ -281,12 +290,12 @@ class Log:
         self._watch(measure)
 
     def _last_loss(self) -> float:
-        kept = self.kept()
-        return kept[-1].loss if kept else math.nan
+        measures = self.measures()
+        return measures[-1].loss if measures else math.nan
 
 
 def read_measures(path: Path) -> list[Measure]:
-    """The lines of a log that are whole; a kill may have cut the last one short."""
+    """Reads a log without its last line if a kill has left that line incomplete."""
     if not path.exists():
         return []
     *lines, _ = path.read_text(errors="replace").split("\n")
@@ -294,9 +303,9 @@ def read_measures(path: Path) -> list[Measure]:
 
 
 def _measure(line: str) -> Measure | None:
-    """A line of the log; None if a damaged disk or another program has spoilt it."""
+    """Parses a line of the log; returns None if it is damaged or not a measure."""
     try:
-        told = Measure(**json.loads(line))
-        return told if math.isfinite(told.step + told.loss + told.progress) else None
+        measure = Measure(**json.loads(line))
+        return measure if math.isfinite(measure.step + measure.loss + measure.progress) else None
     except (ValueError, TypeError):
         return None

@@ -1,7 +1,7 @@
-"""Training of the U-Net with the paper's weighted loss, step by step.
+"""The training loop of the U-Net with the paper's weighted loss.
 
-Knows steps, the optimiser, validation and when to stop. Does not know where patches come from, or
-how the RUN folder keeps files.
+Knows steps, the optimiser, validation and when to stop. Does not know how patches are drawn or how
+the RUN folder stores files.
 """
 
 from __future__ import annotations
@@ -52,7 +52,14 @@ Draw = Callable[[Iterator[SampleSlot]], Iterator[Sample]]
 
 @dataclass(frozen=True)
 class World:
-    """Who trains together: this worker's rank, how many there are, and the device of this one."""
+    """The workers that train together, as seen from one of them.
+
+    Attributes:
+        rank: rank of this worker, from 0.
+        size: number of workers.
+        device: device of this worker.
+        threads: number of CPU threads of this worker.
+    """
 
     rank: int
     size: int
@@ -61,21 +68,21 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this worker is the one that writes."""
+        """Whether this worker writes the files."""
         return self.rank == 0
 
     def agree(self, loss: float, progress: float) -> tuple[float, float]:
-        """The mean loss of all workers and the progress of the first one."""
+        """Returns the mean loss of all workers and the progress of the first one."""
         if self.size == 1:
             return loss, progress
-        told = [loss / self.size, progress if self.first else 0.0]
-        shared = torch.tensor(told, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(shared)
-        return float(shared[0]), float(shared[1])
+        terms = [loss / self.size, progress if self.first else 0.0]
+        sums = torch.tensor(terms, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(sums)
+        return float(sums[0]), float(sums[1])
 
 
 def header_of(path: Path) -> dict[str, Any]:
-    """The header of a file of tensors that can be made anew; nothing if it is damaged."""
+    """Reads the header of a file that can be recreated; returns ``{}`` if it is damaged."""
     try:
         return read_tensors(path)[1]
     except InputError:
@@ -83,7 +90,7 @@ def header_of(path: Path) -> dict[str, Any]:
 
 
 class _Clock:
-    """How far training is: by steps, by minutes, whichever bound comes first."""
+    """Measures training time, and progress towards the limit of steps or minutes."""
 
     def __init__(self, recipe: Recipe, elapsed: float) -> None:
         self._recipe, self._start = recipe, time.monotonic() - elapsed
@@ -93,22 +100,22 @@ class _Clock:
         return time.monotonic() - self._start
 
     def progress(self, step: int) -> float:
-        """0 to 1."""
+        """Returns the larger of the completed shares of steps and minutes, 0 to 1."""
         minutes = self.seconds / 60 / self._recipe.minutes if self._recipe.minutes else 0.0
         steps = step / self._recipe.steps if self._recipe.steps else 0.0
         return min(1.0, max(minutes, steps))
 
 
 @dataclass(frozen=True)
-class _Reached:
-    """How far a checkpoint had come.
+class _State:
+    """State of the training at a checkpoint; the defaults are those of a new run.
 
     Attributes:
-        precision: of its arithmetic.
-        step: steps done.
-        seconds: trained.
-        learning_rate: of the last step.
-        pending_losses: of the steps since the last line of the log.
+        precision: number format of the arithmetic.
+        step: number of completed steps.
+        seconds: training time.
+        learning_rate: learning rate of the last step.
+        pending_losses: losses of the steps since the last line of the log.
     """
 
     precision: Precision | None = None
@@ -119,7 +126,17 @@ class _Reached:
 
 
 class Training:
-    """The training of one worker; the first worker writes checkpoints, metrics and the model."""
+    """The training of one worker; the first worker writes checkpoints, metrics and the model.
+
+    Args:
+        recipe: settings of the run.
+        data: labelled volumes.
+        run: the RUN folder.
+        world: the workers that train together.
+        draw: returns the samples of an iterator of steps and slots, in order.
+        watch: called with each measure.
+        checkpoint_seconds: least time between two checkpoints.
+    """
 
     def __init__(
         self,
@@ -139,10 +156,10 @@ class Training:
         self._network = recipe.network(data.channels, len(data.class_values))
         self._network.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._optimiser = optimiser_for(recipe, self._network)
-        reached = self._restore() or self._begin()
+        state = self._restore() or self._begin()
         self._step, self._precision = (
-            reached.step,
-            reached.precision or precision_for(recipe, world),
+            state.step,
+            state.precision or precision_for(recipe, world),
         )
         self._learner = Learner(
             recipe,
@@ -150,24 +167,28 @@ class Training:
             self._optimiser,
             world,
             self._precision,
-            reached.learning_rate,
+            state.learning_rate,
         )
-        self._clock, self._saved = _Clock(recipe, reached.seconds), time.monotonic()
-        self._log = self._judge = None
+        self._clock, self._saved = _Clock(recipe, state.seconds), time.monotonic()
+        self._log = self._validation = None
         if world.first and not run.checkpoints():
-            self._save()  # so that another recipe or other data are refused from now on
+            self._save()  # its header lets later runs refuse another recipe or other data
         if world.first:
             patches = world.size * recipe.batch
-            self._log = Log(run, reached.step, reached.pending_losses, world.size, patches, watch)
+            self._log = Log(run, state.step, state.pending_losses, world.size, patches, watch)
             if data.held_out:
-                self._judge = _Judge(recipe, data, run, self._log, self._precision, world)
-                self._judge.forget_after(self._step)
+                self._validation = _Validation(recipe, data, run, self._log, self._precision, world)
+                self._validation.forget_after(self._step)
 
     def go(self) -> None:
-        """Trains to the end."""
+        """Trains until a limit or the end of patience is reached, then writes the model.
+
+        Raises:
+            RunError: if the loss or a weight is not finite.
+        """
         samples = self._draw(sample_slots(self._step, self._world.rank, self._recipe.batch))
         _, progress = self._world.agree(0.0, self._clock.progress(self._step))
-        while not self._paused_for_good(progress) and progress < 1:
+        while not self._between_steps(progress) and progress < 1:
             batch = list(islice(samples, self._recipe.batch))
             loss = self._learner.step(batch, self._step, progress)
             self._step += 1
@@ -182,28 +203,28 @@ class Training:
             self._save()
             self._write_model()
 
-    def _paused_for_good(self, progress: float) -> bool:
-        """Between two steps: validates or saves where it is time; whether patience is at an end."""
-        if self._judge and self._judge.due(progress):
-            self._save()  # so that a kill while validating loses no step
+    def _between_steps(self, progress: float) -> bool:
+        """Validates and saves when due; returns whether patience is exhausted."""
+        if self._validation and self._validation.due(progress):
+            self._save()  # so that a kill during validation loses no step
             header, rate = self._header(), self._learner.rate
-            self._judge.judge(
+            self._validation.run(
                 self._network, header, self._step, rate, self._clock.seconds, progress
             )
         if self._world.first and time.monotonic() - self._saved > self._checkpoint_seconds:
             self._save()
         if self._recipe.patience is None:
             return False
-        impatient = self._judge is not None and self._judge.impatient()
-        return self._world.agree(0.0, float(impatient))[1] > 0
+        exhausted = self._validation is not None and self._validation.patience_exhausted()
+        return self._world.agree(0.0, float(exhausted))[1] > 0
 
-    def _diverged(self, how: str) -> RunError:
+    def _diverged(self, symptom: str) -> RunError:
         trained = [path for path in self._run.checkpoints() if int(path.stem.removeprefix("step-"))]
-        kept = [path for path in [self._run.path / BEST, *trained] if path.exists()]
+        models = [path for path in [self._run.path / BEST, *trained] if path.exists()]
         return RunError(
-            f"step {self._step}: {how}; train anew with a lower --learning-rate than "
+            f"step {self._step}: {symptom}; train again with a --learning-rate below "
             f"{self._recipe.learning_rate:g} and another --out"
-            + (f" (the last good model is {kept[0]})." if kept else ".")
+            + (f" (the last good model is {models[0]})." if models else ".")
         )
 
     def _header(self) -> ModelHeader:
@@ -222,34 +243,34 @@ class Training:
         )
 
     def _save(self) -> None:
-        """Writes a checkpoint: weights, optimiser, and where the training is."""
+        """Writes a checkpoint: weights, optimiser state and the state of the training."""
         weights = self._network.state_dict()
-        if bad := [name for name, t in weights.items() if not t.isfinite().all()]:
-            raise self._diverged(f"weight {bad[0]!r} is no longer finite")
+        if nonfinite := [name for name, t in weights.items() if not t.isfinite().all()]:
+            raise self._diverged(f"weight {nonfinite[0]!r} is no longer finite")
         tensors = {WEIGHT + name: t for name, t in weights.items()}
-        for index, state in self._optimiser.state_dict()["state"].items():
-            for name, value in state.items():
+        for index, values in self._optimiser.state_dict()["state"].items():
+            for name, value in values.items():
                 if value is not None:
                     tensors[f"optimiser.{index}.{name}"] = torch.as_tensor(value)
-        where = {
+        state = {
             "step": self._step,
             "seconds": self._clock.seconds,
             "learning_rate": self._learner.rate,
             "pending_losses": self._log.pending if self._log else [],
         }
-        self._run.save(self._step, tensors, {**dataclasses.asdict(self._header()), **where})
+        self._run.save(self._step, tensors, {**dataclasses.asdict(self._header()), **state})
         self._saved = time.monotonic()
 
-    def _begin(self) -> _Reached:
-        """Calibrates batch norm, where there is one, on the same patches on every worker."""
+    def _begin(self) -> _State:
+        """Calibrates batch norm, if the network has one, on the same patches on every worker."""
         if self._recipe.norm == "batch":
             sampler = Sampler(self._data, self._recipe)
             images = [sampler[step, 0].image for step in range(CALIBRATION_PATCHES)]
             self._network.calibrate(torch.from_numpy(np.stack(images)).to(self._world.device))
-        return _Reached()
+        return _State()
 
-    def _restore(self) -> _Reached | None:
-        """Loads the newest checkpoint, if there is one; says how far it had come."""
+    def _restore(self) -> _State | None:
+        """Loads the newest checkpoint and returns its state; returns None if there is none."""
         newest = self._run.newest()
         if newest is None:
             return None
@@ -258,28 +279,28 @@ class Training:
         self._network.load_state_dict(
             {n.removeprefix(WEIGHT): t for n, t in tensors.items() if n.startswith(WEIGHT)}
         )
-        state: dict[int, dict[str, Tensor]] = {}
+        optimiser_state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimiser."):
                 _, index, key = name.split(".")
-                state.setdefault(int(index), {})[key] = tensor
+                optimiser_state.setdefault(int(index), {})[key] = tensor
         groups = self._optimiser.state_dict()["param_groups"]
-        self._optimiser.load_state_dict({"state": state, "param_groups": groups})
+        self._optimiser.load_state_dict({"state": optimiser_state, "param_groups": groups})
         names = "step", "seconds", "learning_rate", "pending_losses"
-        return _Reached(header["training"]["precision"], **{name: header[name] for name in names})
+        return _State(header["training"]["precision"], **{name: header[name] for name in names})
 
     def _write_model(self) -> None:
-        """Writes the best model, or that of the last step where nothing was validated."""
+        """Writes the best model, or the current one if no validation has stored a best model."""
         best, model = self._run.path / BEST, self._run.path / MODEL
-        if self._judge and best.exists():
+        if self._validation and best.exists():
             write_whole(model, best.read_bytes(), guard=self._run.guard)
         else:
-            told = dataclasses.asdict(self._header())
-            write_tensors(model, self._network.state_dict(), told, self._run.guard)
+            header = dataclasses.asdict(self._header())
+            write_tensors(model, self._network.state_dict(), header, self._run.guard)
 
 
-class _Judge:
-    """Validates now and then, keeps the best model, and knows when patience is at an end."""
+class _Validation:
+    """Validates the network at regular progress, stores the best model and tracks patience."""
 
     def __init__(
         self,
@@ -296,14 +317,17 @@ class _Judge:
         classes = len(data.class_values)
         self._validator = Validator(data.held_out, classes, recipe.best_by, precision, device)
         self._best: Mapping[str, float] | None = None
-        self._since, self._judged = 0, 0
-        for measure in log.kept():
+        self._since_best, self._last_tenth = 0, 0
+        for measure in log.measures():
             if measure.validation is not None:
-                self._judged = _tenth(measure.progress)
-                self._note(measure.validation)
+                self._last_tenth = _tenth(measure.progress)
+                self._record(measure.validation)
 
     def forget_after(self, step: int) -> None:
-        """Forgets a best model of a step that is yet to come again, or that is not there."""
+        """Forgets the best model if it is from a step after `step`, or missing, or damaged.
+
+        A resumed run repeats the steps after its checkpoint and validates them again.
+        """
         header = header_of(self._best_file) if self._best_file.exists() else {}
         if header.get("training", {}).get("steps", math.inf) > step:
             with self._guard():
@@ -311,10 +335,10 @@ class _Judge:
             self._best = None
 
     def due(self, progress: float) -> bool:
-        """Whether another tenth of the training is done."""
-        return _tenth(progress) > self._judged
+        """Returns whether progress has reached a tenth that was not validated yet."""
+        return _tenth(progress) > self._last_tenth
 
-    def judge(
+    def run(
         self,
         network: UNet,
         header: ModelHeader,
@@ -323,36 +347,37 @@ class _Judge:
         seconds: float,
         progress: float,
     ) -> None:
-        """Scores the network, keeps it if it is the best, and writes the scores down."""
+        """Scores the network, stores it if it is the best so far, and logs the scores."""
         network.eval()
         scores = self._validator(network)
         network.train()
-        self._judged = _tenth(progress)
-        if self._note(scores):
-            told = dataclasses.asdict(header)
-            told["training"] = {**told["training"], "validation": scores}
-            write_tensors(self._best_file, network.state_dict(), told, self._guard)
+        self._last_tenth = _tenth(progress)
+        if self._record(scores):
+            fields = dataclasses.asdict(header)
+            fields["training"] = {**fields["training"], "validation": scores}
+            write_tensors(self._best_file, network.state_dict(), fields, self._guard)
         self._log.flush(step, rate, seconds, progress, scores)
 
-    def _note(self, scores: Mapping[str, float]) -> bool:
-        """Counts a validation; says whether it is the best so far."""
+    def _record(self, scores: Mapping[str, float]) -> bool:
+        """Counts a validation; returns whether it is the best so far."""
         if not self._validator.better(scores, self._best):
-            self._since += 1
+            self._since_best += 1
             return False
-        self._best, self._since = scores, 0
+        self._best, self._since_best = scores, 0
         return True
 
-    def impatient(self) -> bool:
-        """Whether too many validations have brought nothing better."""
-        return self._patience is not None and self._since >= self._patience
+    def patience_exhausted(self) -> bool:
+        """Returns whether `patience` validations in a row have brought no better score."""
+        return self._patience is not None and self._since_best >= self._patience
 
 
 def _tenth(progress: float) -> int:
+    # A rounding error just below a whole tenth must not delay a validation.
     return math.floor(progress * VALIDATIONS + 1e-9)
 
 
 class Learner:
-    """One step of the optimiser on the paper's energy (eq. 1): weighted cross-entropy."""
+    """Steps of the optimiser on weighted cross-entropy, the paper's energy (eq. 1)."""
 
     def __init__(
         self,
@@ -369,9 +394,15 @@ class Learner:
         self.rate = rate
 
     def step(self, samples: list[Sample], number: int, progress: float) -> float:
-        """Learns from a batch; returns its loss. Chance (dropout) depends on the number alone."""
-        chance = np.random.SeedSequence([self._recipe.seed, number, self._world.rank])
-        torch.manual_seed(int(chance.generate_state(1)[0]))
+        """Updates the weights from one batch and returns its loss.
+
+        Args:
+            samples: the batch.
+            number: number of the step. With the recipe's seed and the rank, it determines dropout.
+            progress: completed share of the training, 0 to 1; sets the learning rate.
+        """
+        sequence = np.random.SeedSequence([self._recipe.seed, number, self._world.rank])
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
         self.rate = self._recipe.learning_rate * (1 - progress) ** self._recipe.decay
         for group in self._optimiser.param_groups:
             group["lr"] = self.rate
@@ -400,7 +431,7 @@ class Learner:
 
 
 def optimiser_for(recipe: Recipe, network: UNet) -> torch.optim.Optimizer:
-    """The optimiser of a recipe, for the parameters of `network`."""
+    """Creates the optimiser of a recipe for the parameters of `network`."""
     parameters, rate = network.parameters(), recipe.learning_rate
     if recipe.optimiser == "sgd":
         return torch.optim.SGD(parameters, rate, momentum=recipe.momentum)
@@ -408,7 +439,7 @@ def optimiser_for(recipe: Recipe, network: UNet) -> torch.optim.Optimizer:
 
 
 def precision_for(recipe: Recipe, world: World) -> Precision:
-    """The number format of a recipe, by default the best of the device."""
+    """Returns the number format of a recipe; ``auto`` selects the best one of the device."""
     if recipe.precision != "auto":
         return recipe.precision
     return best_precision(cast(Device, world.device.type))
