@@ -87,9 +87,7 @@ def test_as_many_workers_train_as_the_cluster_has(files, tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_failure_of_a_worker_is_told_in_its_own_words(files, tmp_path):
-    with pytest.raises(
-        RunError, match=r"the loss is (nan|inf); train again with a --learning-rate"
-    ) as failed:
+    with pytest.raises(RunError, match=r"the loss is (nan|inf); train again with a") as failed:
         on_ray(files, tmp_path / "run", recipe(learning_rate=1e30), 1, [])
     assert str(failed.value).startswith("step ")  # not tried again: it would fail again
     assert not (tmp_path / "run" / "model.safetensors").exists()

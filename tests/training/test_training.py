@@ -322,7 +322,7 @@ def test_other_settings_are_refused_by_name(files, finished, field):
 
 
 def test_momentum_is_refused_where_the_optimiser_has_none(files, tmp_path):
-    with pytest.raises(InputError, match=r"momentum=0\.5 is of SGD, and recipe=default has none"):
+    with pytest.raises(InputError, match=r"momentum=0\.5 applies only to SGD"):
         run(files, tmp_path / "run", momentum=0.5)
     assert not (tmp_path / "run").exists()
 

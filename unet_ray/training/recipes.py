@@ -1,6 +1,6 @@
-"""All settings of a training run, filled in from a named recipe and checked.
+"""All settings of a training run: defaults from a named recipe, and range checks.
 
-Knows numbers and their rules; trains nothing.
+Handles settings only; trains nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from unet_ray.network.unet import Norm, UNet
 
 LabelsAre = Literal["classes", "instances"]
 
-# Size of what a patch gives back, in steps of the network, where no patch is asked for.
+# Default output extent of a patch, in multiples of the network's step.
 PATCH_STEPS = {"default": 12, "paper": 24}
 
 
@@ -26,32 +26,35 @@ PATCH_STEPS = {"default": 12, "paper": 24}
 class Recipe:
     """All settings of a training run; the defaults learn ISBI's membranes in minutes.
 
+    Section and equation numbers refer to Ronneberger, Fischer, Brox 2015.
+
     Attributes:
-        recipe: name of the recipe that the rest was filled in from.
-        depth, base_channels, norm, dropout: of the network. Every norm computes the same function
-            in training and in prediction.
-        patch: size of a patch along y and x, in voxels, as the network reads it; (0, 0) stands
-            for that of the recipe at this depth.
-        batch: patches of a step and worker; with N workers a step sees N times as many.
-        steps: stop after so many; None for no such bound.
-        minutes: stop after so many minutes of training; None for no such bound.
+        recipe: name of the recipe that supplies the defaults.
+        depth, base_channels, norm, dropout: settings of the network. Every norm computes the same
+            function in training and in prediction.
+        patch: size of the network's input along y and x, in voxels; (0, 0) selects the recipe's
+            default at this depth.
+        batch: number of patches per step and worker. N workers see N times this many per step.
+        steps: stop after this number of steps; None for no limit.
+        minutes: stop after this many minutes of training; None for no limit.
         optimiser: ``adamw``, or ``sgd`` with `momentum`.
-        learning_rate: at the start. The loss is the mean over voxels of w * -log p, so it does
-            not depend on the patch size; it is the same for any number of workers.
+        learning_rate: learning rate at the start. It need not be adapted to the patch size, since
+            the loss is a mean over voxels. It is the same for any number of workers.
         decay: the learning rate falls as (1 - progress) ** decay; 0 keeps it constant.
-        clip: largest norm of the gradient; 0 for no clipping.
-        momentum: of SGD; AdamW has none.
-        labels_are: ``classes``, or ``instances``: numbers of cells, of which the network learns
-            cell and background.
-        ignore_label: label of voxels without annotation, which weigh nothing.
-        val: slices that are held out, as in ``20:24``; None for none.
-        val_fraction: share of the slices that is held out, the last ones.
-        best_by: name of the score by which the best model is kept; None for that of the labels.
-        patience: stop after so many validations without a better one; None for never.
-        w0, sigma: of the weight map, eq. 2 of the paper.
+        clip: maximum norm of the gradient; 0 for no clipping.
+        momentum: momentum of SGD, from 0 to below 1; AdamW ignores it.
+        labels_are: ``classes``, or ``instances`` if the labels number the cells. The network then
+            learns two classes, cell and background.
+        ignore_label: label of voxels without annotation; their weight is 0.
+        val: slices to hold out, such as ``20:24``; None for none.
+        val_fraction: share of the slices to hold out, from 0 to below 1; takes the last slices.
+        best_by: name of the score that selects the best model; None for the default of the labels.
+        patience: stop after this many validations without a better score; None for no limit.
+        w0, sigma: weight and width in voxels of the border term of the weight map (eq. 2).
         elastic: standard deviation of the deformation at its nodes, in voxels (sec. 3.1).
-        seed: where chance starts.
-        precision: of the arithmetic; ``auto`` is bfloat16 where the hardware has it.
+        seed: random seed.
+        precision: number format of the arithmetic; ``auto`` is bfloat16 if the hardware supports
+            it, else float32.
     """
 
     recipe: Literal["default", "paper"] = "default"
@@ -82,28 +85,33 @@ class Recipe:
 
     @classmethod
     def of(cls, name: str, **chosen: Any) -> Recipe:
-        """The recipe called `name` with what was chosen otherwise; None means not chosen.
+        """Returns the recipe `name` with the chosen settings in place of its defaults.
+
+        Args:
+            name: ``default`` or ``paper``.
+            **chosen: fields of `Recipe`; None selects the recipe's default. Without `steps` and
+                `minutes`, training lasts 15 minutes.
 
         Raises:
-            InputError: if a number is out of range, has no meaning in this recipe, or the patch
-                does not fit the network.
+            InputError: if a number is out of range, if the recipe does not use a chosen setting, or
+                if the patch does not fit the network.
         """
-        filled = {**RECIPES[name], **{k: v for k, v in chosen.items() if v is not None}}
-        if filled.get("steps") is None and filled.get("minutes") is None:
-            filled["minutes"] = 15.0
-        made = cls(recipe=name, **filled)  # type: ignore[arg-type]
-        if not any(made.patch):
-            made = dataclasses.replace(made, patch=made._default_patch())
-        made._check()
-        if made.optimiser != "sgd" and chosen.get("momentum") is not None:
+        settings = {**RECIPES[name], **{k: v for k, v in chosen.items() if v is not None}}
+        if settings.get("steps") is None and settings.get("minutes") is None:
+            settings["minutes"] = 15.0
+        recipe = cls(recipe=name, **settings)  # type: ignore[arg-type]
+        if not any(recipe.patch):
+            recipe = dataclasses.replace(recipe, patch=recipe._default_patch())
+        recipe._check()
+        if recipe.optimiser != "sgd" and chosen.get("momentum") is not None:
             raise InputError(
-                f"momentum={made.momentum} is of SGD, and recipe={name} has none; give "
-                "--recipe paper, or no momentum."
+                f"momentum={recipe.momentum} applies only to SGD, which recipe={name} does not "
+                "use; choose --recipe paper, or leave out momentum."
             )
-        return made
+        return recipe
 
     def _default_patch(self) -> tuple[int, int]:
-        """380 at depth 4, the paper's 572 in its recipe; as many steps at other depths."""
+        """Returns 380 voxels at depth 4 (paper: 572), and the same number of steps at others."""
         context = UNet(1, 2, 1, self.depth).context
         extent = context.halo[-1] + PATCH_STEPS[self.recipe] * context.step[-1]
         return extent, extent
@@ -122,35 +130,37 @@ class Recipe:
             "patience": (self.patience is None or self.patience >= 1, "at least 1"),
             "seed": (0 <= self.seed < 2**63, "at least 0 and below 2**63"),
         }
-        for name, (kept, rule) in rules.items():
-            if not kept:
+        for name, (valid, rule) in rules.items():
+            if not valid:
                 raise InputError(f"{name}={getattr(self, name)} must be {rule}.")
         if self.val and self.val_fraction:
-            raise InputError("val and val_fraction both name slices to hold out: give one.")
+            raise InputError("val and val_fraction both choose the held-out slices; set only one.")
         if (self.best_by or self.patience) and not (self.val or self.val_fraction):
             raise InputError(
-                "best_by and patience need held-out slices: give --val or --val-fraction."
+                "best_by and patience need held-out slices; set --val or --val-fraction."
             )
-        with torch.device("meta"):  # checks the numbers of the network without its memory
+        with torch.device("meta"):  # checks the network's settings without allocating memory
             network = self.network(1, 2)
-        least = network.context.halo[-1] + network.context.step[-1]
+        smallest = network.context.halo[-1] + network.context.step[-1]
         for extent in self.patch:
             network.output_extent(extent)
-            if extent < least:
-                raise InputError(f"patch={extent} is too small for this network: {least} or more.")
+            if extent < smallest:
+                raise InputError(
+                    f"patch={extent} is too small for this network; it must be at least {smallest}."
+                )
 
     def network(self, channels: int, classes: int) -> UNet:
-        """A network of these settings."""
+        """Creates an untrained network with these settings."""
         return UNet(channels, classes, self.base_channels, self.depth, self.norm, self.dropout)
 
     @property
     def output(self) -> tuple[int, int]:
-        """Size of what the network returns for a patch."""
+        """Size of the network's output for a patch along y and x, in voxels."""
         network = UNet(1, 2, 1, self.depth)
         return network.output_extent(self.patch[0]), network.output_extent(self.patch[1])
 
 
-# "paper": a single large patch a step, momentum 0.99, dropout, no norm, no decay (sec. 3).
+# "paper": one large patch per step, momentum 0.99, dropout, no norm, no decay (sec. 3).
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
