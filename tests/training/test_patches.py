@@ -257,7 +257,7 @@ def test_32_label_values_are_classes(write):
 
 def test_labels_in_colour_are_refused(write, tmp_path):
     tifffile.imwrite(tmp_path / "rgb.tif", np.zeros((40, 40, 3), np.uint8), photometric="rgb")
-    with pytest.raises(InputError, match=r"rgb\.tif: labels must be integers of one channel"):
+    with pytest.raises(InputError, match=r"rgb\.tif: labels must be integers with one channel"):
         load([write("image", GOOD[0])], [str(tmp_path / "rgb.tif")])
 
 
@@ -291,7 +291,7 @@ def test_a_label_that_is_ignored_weighs_nothing_and_is_no_class(write):
     weights = data.volumes[0].weights
     assert (weights[0, :9] == 0).all() and (np.delete(weights, np.s_[:9], 1) > 0).all()
     assert data.volumes[0].targets.max() == 1
-    with pytest.raises(InputError, match=r"no voxel has the label 9 of --ignore-label"):
+    with pytest.raises(InputError, match=r"no voxel has the label 9 set by --ignore-label"):
         load(*paths, ignore_label=9)
 
 
@@ -311,9 +311,9 @@ def test_cells_that_touch_are_parted_and_the_border_weighs_most(write):
 def test_cells_of_which_nothing_is_left_or_that_have_negative_numbers_are_refused(write):
     thin = np.tile(np.arange(1, 41, dtype=np.int16), (1, 40, 1))
     image = write("image", thin)
-    with pytest.raises(InputError, match="no cell that is left once those that touch"):
+    with pytest.raises(InputError, match="no cell after touching cells are separated"):
         load([image], [write("thin", thin)], labels_are="instances")
-    with pytest.raises(InputError, match=r"below\.tif: holds -39; numbers of cells are 0 or more"):
+    with pytest.raises(InputError, match=r"below\.tif: contains -39; cell numbers must"):
         load([image], [write("below", thin - 40)], labels_are="instances")
 
 
@@ -327,7 +327,7 @@ def test_slices_that_show_one_class_are_refused(write):
     labels = GOOD.copy()
     labels[0] = 255
     paths = [write("image", GOOD)], [write("labels", labels)]
-    with pytest.raises(InputError, match="not held out show 1 of 2 classes only"):
+    with pytest.raises(InputError, match="not held out contain only 1 of 2 classes"):
         load(*paths, val="1:2")
 
 

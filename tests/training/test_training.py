@@ -520,7 +520,7 @@ def test_kept_weight_maps_that_do_not_fit_are_computed_again(files, tmp_path, ca
         kept.write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())
     assert model_content(run(files, tmp_path / "run", steps=3)) == model_content(whole)
     assert kept.read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
-    assert ("computed again" in capsys.readouterr().err) == (what == "damaged")
+    assert ("recomputed" in capsys.readouterr().err) == (what == "damaged")
 
 
 def test_what_a_kill_left_half_written_is_removed(files, tmp_path):

@@ -1,7 +1,6 @@
-"""Labelled volumes as training needs them: classes, cells, weights, and what is held out.
+"""Loads labelled volumes for training: classes, cells, weight maps and held-out slices.
 
-Knows files of images and labels and the weight maps that are kept of them; does not know what a
-patch is, nor a network.
+Handles image files, label files and stored weight maps. Independent of patches and of the network.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from unet_ray.volumes.intensity import Intensity, measure
 from unet_ray.volumes.opening import open_volume
 from unet_ray.volumes.volume import Volume
 
-# More distinct values than this are object numbers, not classes.
+# Labels with more distinct values than this are taken for object numbers, not classes.
 MOST_CLASSES = 32
 IGNORED = 255  # target of a voxel without annotation, until its weight is 0
 
@@ -38,10 +37,10 @@ class TrainingVolume:
     """One labelled volume in memory.
 
     Attributes:
-        image: ``(c, z, y, x)`` in its own units.
+        image: grey values as stored in the file, ``(c, z, y, x)``.
         targets: class numbers, uint8 ``(z, y, x)``.
         weights: the paper's weight map, float32 ``(z, y, x)``.
-        intensity: grey values of the image.
+        intensity: mean and standard deviation of the image, for its normalisation.
     """
 
     image: NDArray[Any]
@@ -52,13 +51,13 @@ class TrainingVolume:
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Slices of one labelled volume that are not learned from.
+    """Held-out slices of one labelled volume, which are not used for learning.
 
     Attributes:
-        image: ``(c, z, y, x)`` in its own units.
-        targets: class numbers, uint8 ``(z, y, x)``; `IGNORED` where nothing is known.
-        cells: numbers of cells, ``(z, y, x)``, if the labels are instances.
-        intensity: grey values of the whole image.
+        image: grey values as stored in the file, ``(c, z, y, x)``.
+        targets: class numbers, uint8 ``(z, y, x)``; `IGNORED` without annotation.
+        cells: cell numbers, ``(z, y, x)``, if the labels are instances.
+        intensity: mean and standard deviation of the whole image, for its normalisation.
     """
 
     image: NDArray[Any]
@@ -72,11 +71,11 @@ class TrainingData:
     """All labelled volumes of a training run.
 
     Attributes:
-        volumes: in the order given.
+        volumes: the volumes with slices to learn from, in the order of the arguments.
         class_values: label value of each class, ascending.
-        voxel_size: (z, y, x) in micrometre of the first image, or None.
-        identity: fingerprint of images and labels, JSON-able.
-        held_out: slices to score the network on; empty if none are asked for.
+        voxel_size: (z, y, x) in micrometres of the first image, or None.
+        identity: names, shapes and checksums of images and labels; serialisable as JSON.
+        held_out: slices for validation; empty if no slices are held out.
     """
 
     volumes: tuple[TrainingVolume, ...]
@@ -87,7 +86,7 @@ class TrainingData:
 
     @property
     def channels(self) -> int:
-        """Channels of every image."""
+        """Number of channels of every image."""
         return len(self.volumes[0].image)
 
 
@@ -96,70 +95,79 @@ class _Truth:
     """The labels of one volume.
 
     Attributes:
-        targets: class numbers, uint8 ``(z, y, x)``; `IGNORED` where nothing is known.
-        cells: numbers of cells, ``(z, y, x)``, if the labels are instances.
+        targets: class numbers, uint8 ``(z, y, x)``; `IGNORED` without annotation.
+        cells: cell numbers, ``(z, y, x)``, if the labels are instances.
     """
 
     targets: NDArray[np.uint8]
     cells: NDArray[np.int64] | None
 
     def of(self, slices: NDArray[np.bool_]) -> _Truth:
-        """The truth of some slices."""
+        """Returns the labels of the selected slices."""
         return _Truth(self.targets[slices], None if self.cells is None else self.cells[slices])
 
     @property
     def learned(self) -> NDArray[np.uint8]:
-        """The targets with a class everywhere; where nothing is known the weight is 0."""
+        """The targets with class 0 for voxels without annotation, whose weight is 0."""
         return np.where(self.targets == IGNORED, 0, self.targets).astype(np.uint8)
 
 
 def load_training_data(
-    images: Sequence[str], labels: Sequence[str], recipe: Recipe, kept: Path | None = None
+    images: Sequence[str], labels: Sequence[str], recipe: Recipe, weights_file: Path | None = None
 ) -> TrainingData:
-    """Reads labelled volumes, and computes their weight maps or takes those that were kept.
+    """Reads labelled volumes, and reads or computes their weight maps.
 
     Args:
         images: paths of the images.
-        labels: path of the labels of each, in the same order.
-        recipe: what the labels are, which slices are held out, and the weights.
-        kept: file that `keep_weights` may have written for the same labels and recipe.
+        labels: paths of the labels, in the same order.
+        recipe: sets the kind of labels, the held-out slices and the weight maps.
+        weights_file: file of `store_weights`. Its weight maps are used if they belong to the same
+            labels and settings; the file need not exist.
 
     Raises:
-        InputError: if files do not pair up, shapes or channels differ, or there is one class only.
+        InputError: if the numbers of files, the shapes or the channels differ, if values are
+            invalid, or if there are fewer than two classes.
     """
     pairs = _open_pairs(images, labels)
     labelled = [label.read(Box.of(label.shape[1:]))[0] for _, label in pairs]
     values, truths = _truths([label.path for _, label in pairs], labelled, recipe)
-    pictures = [_read_finite(image) for image, _ in pairs]
-    greys = [measure(image) for image, _ in pairs]
-    held = _held_out([len(t.targets) for t in truths], recipe.val, recipe.val_fraction)
+    arrays = [_read_finite(image) for image, _ in pairs]
+    intensities = [measure(image) for image, _ in pairs]
+    masks = _held_out([len(t.targets) for t in truths], recipe.val, recipe.val_fraction)
     identity = {
-        "images": [_identity(pair[0], a) for pair, a in zip(pairs, pictures, strict=True)],
+        "images": [_identity(pair[0], a) for pair, a in zip(pairs, arrays, strict=True)],
         "labels": [_identity(pair[1], a) for pair, a in zip(pairs, labelled, strict=True)],
     }
-    every = list(zip(pictures, truths, greys, held, strict=True))
-    learned = [(p[:, ~out], t.of(~out), grey) for p, t, grey, out in every if not out.all()]
-    back = [(p[:, out], t.of(out), grey) for p, t, grey, out in every if out.any()]
-    every_truth = [truth for _, truth, _ in learned]
-    weights = _kept_weights(kept, identity, recipe, every_truth) or _weight_maps(
-        every_truth, len(values), recipe
+    volumes = list(zip(arrays, truths, intensities, masks, strict=True))
+    learned = [(a[:, ~out], t.of(~out), grey) for a, t, grey, out in volumes if not out.all()]
+    held_out = [(a[:, out], t.of(out), grey) for a, t, grey, out in volumes if out.any()]
+    learned_truths = [truth for _, truth, _ in learned]
+    weights = _stored_weights(weights_file, identity, recipe, learned_truths) or _weight_maps(
+        learned_truths, len(values), recipe
     )
     return TrainingData(
         tuple(
-            TrainingVolume(picture, truth.learned, weight, grey)
-            for (picture, truth, grey), weight in zip(learned, weights, strict=True)
+            TrainingVolume(image, truth.learned, weight, grey)
+            for (image, truth, grey), weight in zip(learned, weights, strict=True)
         ),
         tuple(values),
         pairs[0][0].voxel_size,
         identity,
-        tuple(HeldOut(picture, truth.targets, truth.cells, grey) for picture, truth, grey in back),
+        tuple(HeldOut(image, truth.targets, truth.cells, grey) for image, truth, grey in held_out),
     )
 
 
-def keep_weights(data: TrainingData, recipe: Recipe, path: Path, guard: Guard) -> None:
-    """Writes the weight maps to a file, ``weights.N`` of each volume, unless they are there."""
+def store_weights(data: TrainingData, recipe: Recipe, path: Path, guard: Guard) -> None:
+    """Writes the weight maps to `path` as tensors ``weights.N``, unless it contains them.
+
+    Args:
+        data: volumes with their weight maps.
+        recipe: the settings that the weight maps depend on.
+        path: the file.
+        guard: entered around the write; raises if the run has lost its lease.
+    """
     header = _weights_header(data.identity, recipe)
-    if not (path.exists() and _read_kept(path)[1] == header):
+    if not (path.exists() and _read_weights(path)[1] == header):
         maps = {f"weights.{n}": torch.from_numpy(v.weights) for n, v in enumerate(data.volumes)}
         write_tensors(path, maps, header, guard)
 
@@ -167,71 +175,74 @@ def keep_weights(data: TrainingData, recipe: Recipe, path: Path, guard: Guard) -
 def _open_pairs(images: Sequence[str], labels: Sequence[str]) -> list[tuple[Volume, Volume]]:
     if len(images) != len(labels):
         raise InputError(
-            f"--images names {len(images)} files and --labels {len(labels)}: give one each."
+            f"--images names {len(images)} files and --labels {len(labels)}; pass one label file "
+            "per image."
         )
     pairs = [_open_pair(a, b) for a, b in zip(images, labels, strict=True)]
     for image, _ in pairs:
         if image.shape[0] != pairs[0][0].shape[0]:
             raise InputError(
                 f"{image.path}: has {image.shape[0]} channels, {pairs[0][0].path} has "
-                f"{pairs[0][0].shape[0]}; all images need the same."
+                f"{pairs[0][0].shape[0]}; all images must have the same number."
             )
     return pairs
 
 
 def _identity(volume: Volume, voxels: NDArray[Any]) -> dict[str, Any]:
-    """What a run is bound to: every voxel, and no time of a file."""
-    told = volume.identity()
+    """Identifies a volume by its voxels, so that a changed modification time does not matter."""
+    properties = volume.identity()
     names = "name", "kind", "shape", "dtype", "bytes"
     digest = hashlib.sha256(np.ascontiguousarray(voxels).data).hexdigest()
-    return {**{name: told[name] for name in names}, "sha256": digest}
+    return {**{name: properties[name] for name in names}, "sha256": digest}
 
 
 def _truths(
     paths: Sequence[str], labels: Sequence[NDArray[Any]], recipe: Recipe
 ) -> tuple[list[int], list[_Truth]]:
-    """The label value of each class, and the truth of each volume."""
-    arrays, ignored = [_signed(*each) for each in zip(paths, labels, strict=True)], None
+    """Returns the label value of each class, and the truth of each volume."""
+    arrays, ignored = [_signed(*pair) for pair in zip(paths, labels, strict=True)], None
     if recipe.ignore_label is not None:
         ignored = recipe.ignore_label
         if not any((a == ignored).any() for a in arrays):
-            raise InputError(f"{paths[0]}: no voxel has the label {ignored} of --ignore-label.")
-    known = [np.ones(a.shape, bool) if ignored is None else a != ignored for a in arrays]
+            raise InputError(f"{paths[0]}: no voxel has the label {ignored} set by --ignore-label.")
+    annotated = [np.ones(a.shape, bool) if ignored is None else a != ignored for a in arrays]
     cells: list[NDArray[np.int64] | None] = [None] * len(arrays)
     if recipe.labels_are == "instances":
         values = np.array([0, 1])
-        apart = [_apart(path, a, k) for path, a, k in zip(paths, arrays, known, strict=True)]
-        targets, cells = [(each != 0).astype(np.uint8) for each in apart], [*apart]
+        separated = [
+            _separated(path, a, m) for path, a, m in zip(paths, arrays, annotated, strict=True)
+        ]
+        targets, cells = [(numbers != 0).astype(np.uint8) for numbers in separated], [*separated]
     else:
-        values = _class_values(paths, arrays, known)
+        values = _class_values(paths, arrays, annotated)
         targets = [np.searchsorted(values, a).astype(np.uint8) for a in arrays]
-    for target, there in zip(targets, known, strict=True):
-        target[~there] = IGNORED
-    return values.tolist(), [_Truth(*each) for each in zip(targets, cells, strict=True)]
+    for target, mask in zip(targets, annotated, strict=True):
+        target[~mask] = IGNORED
+    return values.tolist(), [_Truth(*pair) for pair in zip(targets, cells, strict=True)]
 
 
 def _signed(path: str, labels: NDArray[Any]) -> NDArray[np.int64]:
     if labels.dtype == np.uint64 and labels.max() > np.iinfo(np.int64).max:
-        raise InputError(f"{path}: holds the label {labels.max()}; labels must be below 2**63.")
+        raise InputError(f"{path}: contains the label {labels.max()}; labels must be below 2**63.")
     return labels.astype(np.int64)
 
 
 def _read_finite(image: Volume) -> NDArray[Any]:
-    picture = image.read(Box.of(image.shape[1:]))
-    if not np.isfinite(picture).all():
+    voxels = image.read(Box.of(image.shape[1:]))
+    if not np.isfinite(voxels).all():
         raise InputError(f"{image.path}: has voxels that are not finite; replace them first.")
-    return picture
+    return voxels
 
 
 def _weight_maps(
     truths: Sequence[_Truth], classes: int, recipe: Recipe
 ) -> list[NDArray[np.float32]]:
-    """The weight map of each volume; classes are balanced over all volumes together."""
+    """Computes the weight map of each volume, with class weights balanced over all volumes."""
     balance = class_weights(np.concatenate([t.targets.ravel() for t in truths]), classes)
     if np.count_nonzero(balance) < classes:
         raise InputError(
-            f"The slices that are not held out show {np.count_nonzero(balance)} of {classes} "
-            "classes only: hold out others, or none."
+            f"The slices that are not held out contain only {np.count_nonzero(balance)} of "
+            f"{classes} classes; hold out other slices, or none."
         )
     return [
         weight_map(t.targets, classes, recipe.w0, recipe.sigma, balance, t.cells) for t in truths
@@ -239,20 +250,20 @@ def _weight_maps(
 
 
 def _weights_header(identity: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """All that weight maps depend on."""
+    """Returns everything that weight maps depend on, as it is read back from JSON."""
     names = "labels_are", "ignore_label", "val", "val_fraction", "w0", "sigma"
-    told = {"labels": identity["labels"], **{name: getattr(recipe, name) for name in names}}
-    as_read: dict[str, Any] = json.loads(json.dumps(told))
+    fields = {"labels": identity["labels"], **{name: getattr(recipe, name) for name in names}}
+    as_read: dict[str, Any] = json.loads(json.dumps(fields))
     return as_read
 
 
-def _kept_weights(
+def _stored_weights(
     path: Path | None, identity: dict[str, Any], recipe: Recipe, truths: Sequence[_Truth]
 ) -> list[NDArray[np.float32]]:
-    """The weight maps of a file; none if it is not there, damaged, or of something else."""
+    """Reads stored weight maps; returns ``[]`` if they are missing, damaged or do not fit."""
     if path is None or not path.exists():
         return []
-    tensors, header = _read_kept(path)
+    tensors, header = _read_weights(path)
     names = [f"weights.{n}" for n in range(len(truths))]
     if header != _weights_header(identity, recipe) or sorted(tensors) != sorted(names):
         return []
@@ -261,84 +272,84 @@ def _kept_weights(
     return maps if fit else []
 
 
-def _read_kept(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What the file holds; nothing if it is damaged, for weights can be computed again."""
+def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Reads the file; returns no tensors if it is damaged, since weight maps can be recomputed."""
     try:
         return read_tensors(path)
     except InputError as error:
-        print(f"unet-ray: {error} The weights are computed again.", file=sys.stderr)
+        print(f"unet-ray: {error} The weight maps are recomputed.", file=sys.stderr)
         return {}, {}
 
 
 def _held_out(depths: Sequence[int], val: str | None, fraction: float) -> list[NDArray[np.bool_]]:
-    """Which slices of each volume are held out."""
-    every = sum(depths)
-    out = np.zeros(every, bool)
+    """Returns a mask of the held-out slices for each volume; slices count over all volumes."""
+    total = sum(depths)
+    out = np.zeros(total, bool)
     if fraction:
-        out[every - max(1, round(every * fraction)) :] = True
+        out[total - max(1, round(total * fraction)) :] = True
     for part in (val or "").split(",") if val else []:
         try:
             start, stop = (int(number) for number in part.split(":"))
         except ValueError:
             start = stop = -1
-        if not 0 <= start < stop <= every:
+        if not 0 <= start < stop <= total:
             raise InputError(
-                f"val={part!r} must be a range of slices, as in 20:24, from 0 up to {every}."
+                f"val={part!r} must be a range of slices, such as 20:24, within 0:{total}."
             )
         out[start:stop] = True
     if out.all():
-        raise InputError(f"All {every} slices are held out; leave some to learn from.")
+        raise InputError(f"All {total} slices are held out; leave some for training.")
     return np.split(out, np.cumsum(depths)[:-1])
 
 
 def _open_pair(image: str, label: str) -> tuple[Volume, Volume]:
-    picture, truth = open_volume(image), open_volume(label)
-    if picture.shape[1:] != truth.shape[1:]:
+    volume, truth = open_volume(image), open_volume(label)
+    if volume.shape[1:] != truth.shape[1:]:
         raise InputError(
-            f"{picture.path} and {truth.path}: image and labels must have the same shape, but are "
-            f"{_by(picture.shape[1:])} and {_by(truth.shape[1:])} (z, y, x)."
+            f"{volume.path} and {truth.path}: image and labels must have the same shape, but "
+            f"are {_format_shape(volume.shape[1:])} and {_format_shape(truth.shape[1:])} (z, y, x)."
         )
     if truth.shape[0] != 1 or truth.dtype.kind not in "ui":
         raise InputError(
-            f"{truth.path}: labels must be integers of one channel, not {truth.dtype} of "
-            f"{truth.shape[0]}."
+            f"{truth.path}: labels must be integers with one channel; this file has dtype "
+            f"{truth.dtype} and {truth.shape[0]} channel(s)."
         )
-    return picture, truth
+    return volume, truth
 
 
-def _by(shape: Sequence[int]) -> str:
+def _format_shape(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
 def _class_values(
-    paths: Sequence[str], labels: Sequence[NDArray[Any]], known: Sequence[NDArray[np.bool_]]
+    paths: Sequence[str], labels: Sequence[NDArray[Any]], annotated: Sequence[NDArray[np.bool_]]
 ) -> NDArray[np.int64]:
-    found = [np.unique(a[k]).astype(np.int64) for a, k in zip(labels, known, strict=True)]
-    values = np.unique(np.concatenate(found))
+    """Returns the distinct label values of the annotated voxels of all volumes, ascending."""
+    distinct = [np.unique(a[m]).astype(np.int64) for a, m in zip(labels, annotated, strict=True)]
+    values = np.unique(np.concatenate(distinct))
     if len(values) < 2:
         raise InputError(
-            f"{paths[0]}: all labels are {', '.join(map(str, values)) or 'ignored'}, one class "
-            "only; training needs at least two."
+            f"{paths[0]}: all labels are {', '.join(map(str, values)) or 'ignored'}, which is "
+            "at most one class; training needs at least two."
         )
     if len(values) > MOST_CLASSES:
         raise InputError(
-            f"{paths[0]}: has {len(values)} label values, more than {MOST_CLASSES} classes: these "
-            f"look like object numbers; give --labels-are instances, or labels whose values are "
-            f"classes."
+            f"{paths[0]}: has {len(values)} label values, but at most {MOST_CLASSES} classes are "
+            "allowed; for labels that number the cells, set --labels-are instances."
         )
     return values
 
 
-def _apart(path: str, labels: NDArray[Any], known: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Numbers of cells with background between those that touch; 0 where nothing is known."""
-    cells = np.where(known, labels, 0)
+def _separated(path: str, labels: NDArray[Any], annotated: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Returns cell numbers with background between touching cells, and 0 without annotation."""
+    cells = np.where(annotated, labels, 0)
     if (cells < 0).any():
-        raise InputError(f"{path}: holds {cells.min()}; numbers of cells are 0 or more.")
-    apart = np.where(separate(cells), cells, 0)
-    if not apart.any():
+        raise InputError(f"{path}: contains {cells.min()}; cell numbers must be at least 0.")
+    separated = np.where(separate(cells), cells, 0)
+    if not separated.any():
         raise InputError(
-            f"{path}: holds no cell"
-            + (" that is left once those that touch are pulled apart" if cells.any() else "")
-            + "; --labels-are instances needs some."
+            f"{path}: contains no cell"
+            + (" after touching cells are separated" if cells.any() else "")
+            + "; --labels-are instances needs at least one."
         )
-    return apart
+    return separated

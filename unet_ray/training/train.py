@@ -1,6 +1,6 @@
-"""`train`: a run of training in this process, or by Ray Train on many workers.
+"""The `train` function: trains in this process, or on workers of Ray Train.
 
-Knows workers and their ranks. Does not know a step of the optimiser.
+Handles workers, their ranks and restarts after failures. Independent of the training loop.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from unet_ray.engine import cluster
 from unet_ray.errors import InputError, RunError, UnetRayError
 from unet_ray.network.checkpoints import write_tensors
-from unet_ray.training.labels import TrainingData, keep_weights, load_training_data
+from unet_ray.training.labels import TrainingData, load_training_data, store_weights
 from unet_ray.training.patches import Sampler, ahead, sample_slots
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.run_folder import (
@@ -40,12 +40,12 @@ from unet_ray.training.trainer import Training, World, header_of
 from unet_ray.training.validation import checked_score
 
 CHECKPOINT_SECONDS = 60.0
-KEPT_PATCHES = 16
-# Below one, so that Ray finds room for drawing samples beside the trainers.
+STORED_PATCHES = 16
+# Share of its CPUs that a worker reserves; below 1, so that Ray can schedule drawing tasks too.
 CPU_SHARE = 0.9
-# One draws some 150 patches a second, more than any CPU learns from.
+# Drawing tasks per GPU. One task draws about 150 patches per second, enough for a worker on CPUs.
 GPU_DRAWERS = 4
-FAILURES = 3
+FAILURES = 3  # maximum number of retries in a row without a new checkpoint
 
 Workers = int | tuple[int, int] | None
 
@@ -61,31 +61,31 @@ def train(
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     takeover: bool = False,
 ) -> Path:
-    """Trains a network on labelled volumes; goes on where an interrupted run stopped.
+    """Trains a network on labelled volumes; resumes an interrupted run.
 
     Args:
         images: paths of the images.
-        labels: paths of their labels.
-        out: the RUN folder: weight maps, checkpoints, ``metrics.jsonl`` and, at the end, the model.
+        labels: paths of the labels, in the same order.
+        out: the RUN folder for weight maps, checkpoints, ``metrics.jsonl`` and the final model.
         recipe: all settings.
         engine: ``local`` trains in this process, ``ray`` on workers of Ray Train.
-        workers: how many train together, or the fewest and the most; by default one, or one per
-            GPU.
+        workers: number of workers, or the minimum and the maximum; by default one, or one per GPU.
         watch: called with each measure.
-        checkpoint_seconds: between two checkpoints; no result depends on it.
-        takeover: end another training that writes to `out`.
+        checkpoint_seconds: time between two checkpoints; does not affect the result.
+        takeover: take `out` over from another training run that is writing to it.
 
     Returns:
         Path of the model file.
 
     Raises:
-        InputError: for bad files or settings, or if `out` holds another run.
+        InputError: if files or settings are invalid, if `out` contains another run, or if another
+            run is writing to it.
         RunError: if training fails.
     """
     run = RunFolder(out)
     if engine == "local" and workers not in (None, 1):
-        asked = ":".join(map(str, workers)) if isinstance(workers, tuple) else workers
-        raise InputError(f"workers={asked} needs --engine ray: the local engine has one.")
+        count = ":".join(map(str, workers)) if isinstance(workers, tuple) else workers
+        raise InputError(f"workers={count} needs --engine ray; the local engine has one worker.")
     data = load_training_data(images, labels, recipe, run.path / WEIGHTS)
     if data.held_out:
         checked_score(data.held_out, len(data.class_values), recipe.best_by)
@@ -94,11 +94,11 @@ def train(
     if model.exists():
         return model
     with run.owned(takeover) as owned:
-        if model.exists():  # by whoever owned the folder until now
+        if model.exists():  # written by the previous owner of the folder in the meantime
             run.refuse_other(dataclasses.asdict(recipe), data.identity)
             return model
-        keep_weights(data, recipe, run.path / WEIGHTS, owned.guard)
-        _keep_patches(owned, recipe, data)
+        store_weights(data, recipe, run.path / WEIGHTS, owned.guard)
+        _store_patches(owned, recipe, data)
         if engine == "local":
             device = torch.device(cluster.local_device())
             world = World(0, 1, device, cluster.usable_cores())
@@ -109,16 +109,16 @@ def train(
     return model
 
 
-def _keep_patches(run: RunFolder, recipe: Recipe, data: TrainingData) -> None:
-    """Keeps the first patches of the run, as the network sees them, for people to look at."""
-    about = {"recipe": dataclasses.asdict(recipe), "data": data.identity}
-    header = {"classes": len(data.class_values), **json.loads(json.dumps(about))}
+def _store_patches(run: RunFolder, recipe: Recipe, data: TrainingData) -> None:
+    """Stores the first patches of the run, as the network sees them, for the report."""
+    source = {"recipe": dataclasses.asdict(recipe), "data": data.identity}
+    header = {"classes": len(data.class_values), **json.loads(json.dumps(source))}
     path = run.path / PATCHES
     if path.exists() and header_of(path) == header:
         return
     sampler = Sampler(data, recipe)
     tensors = {}
-    for number, slot in enumerate(islice(sample_slots(0, 0, recipe.batch), KEPT_PATCHES)):
+    for number, slot in enumerate(islice(sample_slots(0, 0, recipe.batch), STORED_PATCHES)):
         sample = sampler[slot]
         tensors[f"image.{number}"] = torch.from_numpy(sample.image).half()
         tensors[f"targets.{number}"] = torch.from_numpy(sample.targets)
@@ -143,7 +143,7 @@ def _train_on_ray(
     gpu = device == "cuda"
     fewest = cluster.pool_size(device, fewest) if gpu or fewest else 1
     most = most or fewest
-    # A worker lives on one machine, however many the cluster has.
+    # A worker cannot use more CPUs than the largest machine has.
     largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
     threads = max(1, int(min(cluster.size_of("CPU") // most, largest)))
     scratch = run.path / "checkpoints" / "ray"
@@ -158,29 +158,34 @@ def _train_on_ray(
         while failures <= FAILURES:
             before = run.checkpoints()[:1]
             config = ray_train.RunConfig(
-                # A new name each time: what is resumed is our own newest checkpoint.
+                # A new name, so that Ray Train restores nothing: runs resume from our checkpoints.
                 name=f"attempt-{time.time_ns()}",
                 storage_path=str(scratch),
             )
             try:
-                # A lease for each attempt, or a worker of a lost node could still write.
+                # A new lease per attempt stops writes by workers of the previous attempt.
                 with run.owned() as owned:
                     loop = partial(worker, owned)
                     TorchTrainer(loop, scaling_config=scaling, run_config=config).fit()
                 break
             except ray_train.TrainingFailedError as error:
-                # On machines that come and go it may fail any number of times, if it gets on.
+                # On preemptible machines, any number of failures is fine if training progresses.
                 failures = failures + 1 if run.checkpoints()[:1] == before else 0
-                told, final = _cause(error)
+                cause, final = _cause(error)
                 if final or failures > FAILURES:
-                    raise RunError(told if final else f"training failed on Ray: {told}") from error
+                    raise RunError(
+                        cause if final else f"training failed on Ray: {cause}"
+                    ) from error
     shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _ray_worker(
     recipe: Recipe, reference: list[Any], threads: int, checkpoint_seconds: float, run: RunFolder
 ) -> None:
-    """Trains in a worker. Whoever fails ends all: the others may be waiting for it."""
+    """Trains in one worker.
+
+    An error must end all workers, since the others may be waiting for this one.
+    """
     import ray
     import ray.train as ray_train
     from ray.train.torch import get_device
@@ -194,20 +199,21 @@ def _ray_worker(
 
 
 def _cause(error: Any) -> tuple[str, bool]:
-    """The words of the worker that failed, and whether training itself refused to go on.
+    """Returns the message of the failed worker, and whether the error is final.
 
-    Of several workers, all but one may have failed only because they lost their partner.
+    An error of unet-ray itself is final and takes precedence: other workers may have failed only
+    because they lost the connection to this one.
     """
     failures = list((getattr(error, "worker_failures", None) or {0: error}).values())
-    for each in failures:
-        if isinstance(each, UnetRayError):
-            return str(each), True
+    for failure in failures:
+        if isinstance(failure, UnetRayError):
+            return str(failure), True
     return str(failures[0]).strip().splitlines()[-1], False
 
 
 @contextmanager
 def _following(path: Path, watch: OnMeasure) -> Iterator[None]:
-    """Calls `watch` with the lines that workers add to a log, while the body runs."""
+    """Calls `watch` with each line that workers add to a log while the body runs."""
     ended, seen = threading.Event(), len(read_measures(path))
 
     def follow() -> None:
@@ -215,7 +221,7 @@ def _following(path: Path, watch: OnMeasure) -> Iterator[None]:
         while True:
             last = ended.wait(0.5)
             measures = read_measures(path)
-            # A restarted worker cuts the log back to its checkpoint first.
+            # A restarted worker first truncates the log to its checkpoint.
             seen = min(seen, len(measures))
             for measure in measures[seen:]:
                 watch(measure)
