@@ -204,7 +204,7 @@ def test_cells_are_scored_slice_by_slice(monkeypatch):
     )
     validator = Validator([out], 2, None, "float32", "cpu")
     stored = np.where(cells != 0, 255, 0).astype(np.uint8)[None]
-    monkeypatch.setattr(validator, "_predict", lambda network, held: stored)
+    monkeypatch.setattr(validator, "_predict", lambda network, held_out: stored)
     assert validator(UNet(1, 2, 2, 1)) == {"dice": 1.0, "iou": 1.0, "seg": 1.0, "ap50": 1.0}
     assert ndimage.label(stored[0, 0])[1] == 2
 
@@ -212,9 +212,9 @@ def test_cells_are_scored_slice_by_slice(monkeypatch):
 def test_held_out_slices_that_define_no_score_are_refused():
     nothing, empty = held(), held()
     nothing.targets[:], empty.targets[:] = IGNORED, 0
-    with pytest.raises(InputError, match="no voxel with annotation"):
+    with pytest.raises(InputError, match="no annotated voxel"):
         checked_score([nothing], 2, None)
-    with pytest.raises(InputError, match="the first class only"):
+    with pytest.raises(InputError, match="only the first class"):
         checked_score([empty], 2, None)
 
 
