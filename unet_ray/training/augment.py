@@ -1,8 +1,8 @@
-"""Training patches seen anew: Ronneberger, Fischer, Brox 2015, sec. 3.1.
+"""Augmentation of training patches: Ronneberger, Fischer, Brox 2015, sec. 3.1.
 
-A patch is bent, turned, flipped and shifted in its grey values; the bent patch is sampled from a
-larger window of real voxels, so no corner has to be invented. Knows arrays of one slice; does not
-know where the window comes from, nor what is in it.
+A patch is deformed, rotated and flipped, and its grey values change. It is sampled from a larger
+window of real voxels, so its corners need no padding. Handles arrays of one slice; independent of
+how the window is read.
 """
 
 from __future__ import annotations
@@ -25,20 +25,23 @@ Value = TypeVar("Value", bound=np.generic)
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Deformation:
-    """Where every voxel of a patch is taken from.
+    """Source position of every voxel of a patch.
 
-    `offsets` has shape ``(2, y, x)``: the row and the column of the source, in voxels from the
-    patch's centre. The centre of n voxels is the position (n - 1) / 2, so an untouched patch of
-    4 has the offsets -1.5, -0.5, 0.5, 1.5. A part of `offsets` (the voxels that a valid
-    convolution labels) is a deformation about the same centre.
+    A crop of `offsets` is a deformation about the same centre. It serves to sample the labels of
+    the smaller output of valid convolutions.
+
+    Attributes:
+        offsets: row and column of the source, in voxels from the patch's centre, ``(2, y, x)``.
+            The centre of n voxels is at (n - 1) / 2, so the offsets of an unchanged patch of 4 are
+            -1.5, -0.5, 0.5 and 1.5.
     """
 
     offsets: NDArray[np.float32]
 
     def reach(self, centre: tuple[float, float]) -> Box:
-        """The voxels, two axes, that samples about `centre` touch; read these to warp.
+        """Returns the box (y, x) of voxels needed to sample the patch about `centre`.
 
-        The centre seen from that window is `centre` minus the box's start.
+        Relative to a window with these voxels, the centre is `centre` minus the start of the box.
         """
         low = [math.floor(c + float(o.min())) for c, o in zip(centre, self.offsets, strict=True)]
         high = [math.ceil(c + float(o.max())) for c, o in zip(centre, self.offsets, strict=True)]
@@ -52,44 +55,46 @@ def draw_deformation(
     rotate: bool = True,
     flip: bool = True,
 ) -> Deformation:
-    """Draws how a patch of `shape` is bent, turned and flipped.
+    """Draws a random elastic deformation, rotation and flip of a patch.
 
     Args:
-        shape: voxels of the patch, ``(y, x)``.
-        rng: where chance comes from; the same state gives the same deformation.
-        elastic: standard deviation, in voxels, of the displacements at the grid's nodes; 0 for
-            none. Much above a tenth of the patch the image folds over itself.
-        rotate: turn by an angle between 0 and 360 degrees; voxels are taken to be square.
-        flip: mirror each axis with probability 1/2.
+        shape: size of the patch in voxels, ``(y, x)``.
+        rng: random generator; the same state gives the same deformation.
+        elastic: standard deviation, in voxels, of the displacements at the nodes of the grid; 0 for
+            none. Far above a tenth of the patch size, the image folds over itself.
+        rotate: whether to rotate by an angle between 0 and 360 degrees; assumes square voxels.
+        flip: whether to mirror each axis with probability 1/2.
 
     Returns:
-        The deformation; with nothing to do it gives back the patch itself, bit for bit.
+        The deformation. With `elastic` 0, `rotate` False and `flip` False, it reproduces the patch
+        bit for bit.
 
     Raises:
-        InputError: if `elastic` is negative or no number.
+        InputError: if `elastic` is negative or not finite.
     """
     if not 0 <= elastic < math.inf:
-        raise InputError(f"elastic={elastic} is not a length: it must be 0 or more voxels.")
+        raise InputError(f"elastic={elastic} must be finite and at least 0 voxels.")
     nodes = elastic * rng.standard_normal((2, 3, 3))
     angle = rng.uniform(0, 2 * math.pi) if rotate else 0.0
     mirror = rng.choice([-1.0, 1.0], 2) if flip else np.ones(2)
-    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    return deform(shape, turn * mirror, nodes)
+    rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    return deform(shape, rotation * mirror, nodes)
 
 
 def deform(
     shape: tuple[int, int], matrix: NDArray[np.floating[Any]], nodes: NDArray[np.floating[Any]]
 ) -> Deformation:
-    """The deformation ``source = matrix @ position + displacement`` of a patch of `shape`.
+    """Computes the deformation ``source = matrix @ position + displacement`` of a patch.
 
     Args:
-        shape: voxels of the patch, ``(y, x)``.
-        matrix: shape ``(2, 2)``, rows before columns, about the patch's centre.
-        nodes: displacements in voxels, shape ``(2, 3, 3)``, of the patch's corners, the middles
-            of its edges and its centre; between them bicubic (a natural cubic spline per axis).
+        shape: size of the patch in voxels, ``(y, x)``.
+        matrix: linear map about the patch's centre, shape ``(2, 2)``, rows before columns.
+        nodes: displacements in voxels on a grid of 3 x 3 nodes, shape ``(2, 3, 3)``. The nodes are
+            the corners, the middles of the edges and the centre of the patch. Displacements between
+            them are bicubic, from a natural cubic spline per axis.
     """
     offsets = np.empty((2, *shape), np.float32)
-    # Not @, for which BLAS would wake its threads beside the network that uses them.
+    # A compiled loop, not @: the threads of BLAS would compete with those of the network.
     _fill_offsets(
         matrix.astype(np.float64),
         nodes.astype(np.float64),
@@ -103,18 +108,18 @@ def deform(
 def warp_image(
     window: NDArray[np.float32], centre: tuple[float, float], deformation: Deformation
 ) -> NDArray[np.float32]:
-    """Samples a patch of an image, linear between voxels.
+    """Samples a patch of an image with linear interpolation.
 
     Args:
-        window: shape ``(c, Y, X)``; it holds all that `Deformation.reach` asks for.
+        window: voxels of at least the box `Deformation.reach`, shape ``(c, Y, X)``.
         centre: row and column of the patch's centre in the window.
-        deformation: of the patch.
+        deformation: deformation of the patch.
 
     Returns:
         The patch, shape ``(c, y, x)``.
 
     Raises:
-        ValueError: if a sample lies outside the window.
+        ValueError: if a sample is outside the window.
     """
     _check_reach(window.shape[1:], centre, deformation)
     patch = np.empty((len(window), *deformation.offsets.shape[1:]), np.float32)
@@ -126,21 +131,21 @@ def warp_image(
 def warp_labels(
     window: NDArray[Value], centre: tuple[float, float], deformation: Deformation
 ) -> NDArray[Value]:
-    """Samples a patch of labels or of their weights: each voxel is the nearest one's.
+    """Samples a patch of labels or weights from the nearest voxels.
 
-    A weight belongs to the label that it weighs (it jumps where the label does), so both are
-    taken from the same voxel and neither is interpolated.
+    Weights are not interpolated either: they change abruptly at the borders of labels, and label
+    and weight must come from the same voxel.
 
     Args:
-        window: shape ``(Y, X)``, any dtype; it holds all that `Deformation.reach` asks for.
+        window: voxels of at least the box `Deformation.reach`, shape ``(Y, X)``, any dtype.
         centre: row and column of the patch's centre in the window.
-        deformation: of the patch.
+        deformation: deformation of the patch.
 
     Returns:
         The patch, shape ``(y, x)``, in the dtype of the window.
 
     Raises:
-        ValueError: if a sample lies outside the window.
+        ValueError: if a sample is outside the window.
     """
     _check_reach(window.shape, centre, deformation)
     row, column = (
@@ -154,14 +159,14 @@ def warp_labels(
 def change_grey(
     image: NDArray[np.float32], rng: np.random.Generator, strength: float = 0.2
 ) -> NDArray[np.float32]:
-    """Changes contrast and brightness: ``image * gain + offset``, drawn for each channel.
+    """Randomly changes contrast and brightness of each channel: ``image * gain + offset``.
 
     Args:
         image: shape ``(c, y, x)``, normalised to mean 0 and standard deviation 1, so that the
-            gain acts about the mean grey.
-        rng: where chance comes from.
-        strength: the logarithm of the gain and the offset are uniform within plus and minus
-            this; 0 gives the image itself.
+            gain leaves the mean unchanged.
+        rng: random generator.
+        strength: offset and logarithm of the gain are uniform in [-strength, strength]; 0 leaves
+            the values unchanged.
 
     Returns:
         A new image of the same shape.
@@ -173,10 +178,10 @@ def change_grey(
 
 @lru_cache(maxsize=8)
 def _spline(length: int) -> NDArray[np.float32]:
-    """Weights of 3 nodes for each of `length` voxels, shape ``(3, length)``.
+    """Computes the weights of 3 nodes for each of `length` voxels, shape ``(3, length)``.
 
-    The nodes are the first voxel, the middle and the last; the natural end condition is that of
-    least bending: no curvature at the patch's border, hence no swing near it.
+    The nodes are the first voxel, the middle and the last voxel. The natural end condition sets the
+    curvature to 0 at the patch's border, which avoids overshoot near it.
     """
     positions = np.linspace(-1, 1, length) if length > 1 else np.zeros(1)
     spline = CubicSpline([-1, 0, 1], np.eye(3), bc_type="natural")
@@ -186,10 +191,10 @@ def _spline(length: int) -> NDArray[np.float32]:
 def _check_reach(
     window: tuple[int, ...], centre: tuple[float, float], deformation: Deformation
 ) -> None:
-    """Guards the compiled loop, which would read any memory that it is sent to."""
+    """Checks the window, because the compiled loop does not check array bounds."""
     reach = deformation.reach(centre)
     if reach.intersect(Box.of(window)) != reach:
-        raise ValueError(f"The patch reaches to {reach}, the window has only {Box.of(window)}.")
+        raise ValueError(f"The patch reaches {reach}, outside the window {Box.of(window)}.")
 
 
 @compiled
@@ -200,7 +205,7 @@ def _fill_offsets(
     along_x: NDArray[np.float32],
     offsets: NDArray[np.float32],
 ) -> None:
-    """Fills `offsets` (2, y, x); the nodes' displacements are spread along y, then along x."""
+    """Fills `offsets` (2, y, x); interpolates the nodes' displacements along y, then along x."""
     _, height, width = offsets.shape
     for axis in range(2):
         for y in range(height):
@@ -211,9 +216,9 @@ def _fill_offsets(
                 last += np.float32(nodes[axis, node, 2]) * along_y[node, y]
             start = np.float32(matrix[axis, 0] * (y - (height - 1) / 2))
             for x in range(width):
-                turned = start + np.float32(matrix[axis, 1] * (x - (width - 1) / 2))
-                bent = first * along_x[0, x] + middle * along_x[1, x] + last * along_x[2, x]
-                offsets[axis, y, x] = bent + turned
+                linear = start + np.float32(matrix[axis, 1] * (x - (width - 1) / 2))
+                elastic = first * along_x[0, x] + middle * along_x[1, x] + last * along_x[2, x]
+                offsets[axis, y, x] = elastic + linear
 
 
 @compiled
@@ -224,7 +229,7 @@ def _sample_linear(
     column: float,
     patch: NDArray[np.float32],
 ) -> None:
-    """Fills `patch` (c, y, x); a sample on the last row or column needs none beyond it."""
+    """Fills `patch` (c, y, x); samples on the last row or column do not read beyond it."""
     channels, height, width = patch.shape
     last_row, last_column = window.shape[1] - 1, window.shape[2] - 1
     for k in range(channels):

@@ -1,9 +1,8 @@
-"""The weight of every voxel in the training loss: Ronneberger, Fischer, Brox 2015, eq. 2.
+"""Weight maps of the training loss: Ronneberger, Fischer, Brox 2015, eq. 2.
 
     w(x) = w_c(x) + w0 * exp(-(d1(x) + d2(x))^2 / (2 sigma^2))
 
-Knows class numbers and distances between cells; does not know where labels come
-from, how a patch is cut or what the loss does with the weights.
+Handles arrays of class numbers and of cells. Independent of files, patches and the loss.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from scipy import ndimage
 from unet_ray.compiled import compiled
 from unet_ray.errors import InputError
 
-NEGLIGIBLE = 1e-8  # a border term below this is set to 0: it is lost in float32 beside w_c anyway
+NEGLIGIBLE = 1e-8  # smaller border terms are set to 0: adding them to w_c is lost in float32
 
 
 def class_weights(targets: NDArray[np.uint8], classes: int) -> NDArray[np.float32]:
-    """Weights w_c that give every class the same share of the loss.
+    """Computes weights w_c that give every class the same share of the loss.
 
     Args:
-        targets: class numbers, any shape; a number of `classes` or more is a voxel to ignore.
-        classes: how many classes there are.
+        targets: class numbers, any shape; voxels with a number of `classes` or more are ignored.
+        classes: number of classes.
 
     Returns:
-        N / (K * n_c) per class, shape ``(classes,)``, with N the voxels that are not ignored and
-        K the classes that occur, so the mean of w_c over those voxels is 1. A class that does
-        not occur gets 0.
+        N / (K * n_c) per class, shape ``(classes,)``. N is the number of voxels that are not
+        ignored, n_c the number of voxels of the class, and K the number of classes that occur. The
+        mean of w_c over the N voxels is 1. A class that does not occur gets 0.
     """
     counts = np.bincount(targets.ravel(), minlength=classes)[:classes]
     occurs = counts > 0
@@ -48,87 +47,90 @@ def border_term(
     spacing: Sequence[float] | None = None,
     inside: bool = True,
 ) -> NDArray[np.float32]:
-    """The second term of eq. 2, w0 * exp(-(d1 + d2)^2 / (2 sigma^2)), at every voxel.
+    """Computes the border term of eq. 2, w0 * exp(-(d1 + d2)^2 / (2 sigma^2)), at every voxel.
 
-    d1 and d2 are the Euclidean distances, centre to centre, to the nearest voxel of the nearest
-    and of the second nearest cell; d1 is 0 inside a cell. Exact, except that a value below 1e-8
-    is 0: there d1 + d2 > sigma * sqrt(2 ln(w0 / 1e-8)), 32 voxels for the defaults, and no
-    search goes further.
+    d1 and d2 are the Euclidean distances to the nearest and the second nearest cell. They are
+    measured between voxel centres; d1 is 0 inside a cell. The result is exact, except that values
+    below 1e-8 are 0. The search therefore ends at d1 + d2 = sigma * sqrt(2 ln(w0 / 1e-8)), which is
+    32 voxels for the defaults.
 
     Args:
-        instances: shape ``(y, x)`` or ``(z, y, x)``; 0 is background, a cell is all voxels of one
-            other number.
-        w0: weight where two cells touch; 0 or more.
-        sigma: width of the term, more than 0; in voxels, or in the unit of `spacing`.
+        instances: cell numbers, shape ``(y, x)`` or ``(z, y, x)``; 0 is background. All voxels of
+            one number are one cell.
+        w0: weight between two touching cells; at least 0.
+        sigma: width of the term, above 0; in voxels, or in the unit of `spacing`.
         spacing: size of a voxel along each axis; 1 by default.
-        inside: also within cells; else it is 0 there, in half the time.
+        inside: whether to compute the term inside cells too; otherwise it is 0 there, which
+            takes half the time.
 
     Returns:
-        Shape of `instances`, from 0 to `w0`; all 0 with fewer than two cells.
+        Array of the shape of `instances`, from 0 to `w0`; all 0 with fewer than two cells.
 
     Raises:
         InputError: if `w0`, `sigma` or `spacing` is out of range.
     """
     sizes = (1.0,) * instances.ndim if spacing is None else tuple(map(float, spacing))
     if not 0 <= w0 < math.inf:
-        raise InputError(f"w0={w0} is not a weight: it must be 0 or more (the paper has 10).")
+        raise InputError(f"w0={w0} must be finite and at least 0 (the paper uses 10).")
     if not 0 < sigma < math.inf:
-        raise InputError(f"sigma={sigma} is not a width: it must be above 0 (the paper has 5).")
+        raise InputError(f"sigma={sigma} must be finite and above 0 (the paper uses 5).")
     if len(sizes) != instances.ndim or not all(0 < size < math.inf for size in sizes):
-        raise InputError(f"spacing={spacing} must be {instances.ndim} numbers above 0.")
+        raise InputError(f"spacing={spacing} must be {instances.ndim} finite numbers above 0.")
     if w0 <= NEGLIGIBLE:
         return np.zeros(instances.shape, np.float32)
     reach = sigma * math.sqrt(2 * math.log(w0 / NEGLIGIBLE))
-    # Axes before the last two, of which there is one at most, count as one.
+    # A 2D image becomes a volume with one slice.
     numbers = instances.reshape(-1, *instances.shape[-2:])
-    near = _nearest_in_columns(numbers, sizes[-2])
+    nearest = _nearest_in_columns(numbers, sizes[-2])
     if instances.ndim == 3:
-        near = _nearest_in_planes(*near, sizes[0], reach)
-    wanted = np.ones(numbers.shape, bool) if inside else numbers == 0
-    term = _border_term(*near, wanted, sizes[-1], reach, float(w0), float(sigma))
+        nearest = _nearest_in_planes(*nearest, sizes[0], reach)
+    mask = np.ones(numbers.shape, bool) if inside else numbers == 0
+    term = _border_term(*nearest, mask, sizes[-1], reach, float(w0), float(sigma))
     return term.reshape(instances.shape)
 
 
 def separate(instances: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
-    """Which voxels of cells stay cell once touching cells are pulled apart, slice by slice.
+    """Separates touching cells by a border of background, slice by slice.
 
-    A voxel of a cell becomes background if one of its 4 neighbours belongs to another cell: the
-    border is two voxels wide, one from each side, and the same seen in a mirror (sec. 3 of the
-    paper: "the separation border is computed using morphological operations").
+    A voxel of a cell becomes background if one of its 4 neighbours in the slice belongs to another
+    cell. The border is two voxels wide, one from each cell, so that mirroring the labels mirrors
+    the border. The paper computes it with "morphological operations" (sec. 3).
 
     Args:
-        instances: ``(z, y, x)``; 0 is background, a cell is all voxels of one other number.
+        instances: cell numbers, ``(z, y, x)``; 0 is background. All voxels of one number are one
+            cell.
 
     Returns:
-        ``(z, y, x)``, True is cell.
+        Mask ``(z, y, x)``; True for voxels that remain cell.
     """
-    apart: NDArray[np.bool_] = instances != 0
+    separated: NDArray[np.bool_] = instances != 0
     for axis in (1, 2):
-        before = np.moveaxis(instances, axis, 0)
-        touching = (before[1:] != before[:-1]) & (before[1:] != 0) & (before[:-1] != 0)
-        kept = np.moveaxis(apart, axis, 0)
-        kept[1:] &= ~touching
-        kept[:-1] &= ~touching
-    return apart
+        numbers = np.moveaxis(instances, axis, 0)
+        touching = (numbers[1:] != numbers[:-1]) & (numbers[1:] != 0) & (numbers[:-1] != 0)
+        view = np.moveaxis(separated, axis, 0)  # changes `separated` in place
+        view[1:] &= ~touching
+        view[:-1] &= ~touching
+    return separated
 
 
 def cells_of(targets: NDArray[np.uint8], classes: int) -> NDArray[np.int64]:
-    """The cells of a class map: the 4-connected components of every class but 0, per slice.
+    """Numbers the 4-connected components of every class but 0, slice by slice.
 
     Args:
-        targets: class numbers, ``(z, y, x)``; a number of `classes` or more is no cell.
-        classes: how many classes there are.
+        targets: class numbers, ``(z, y, x)``; voxels with a number of `classes` or more are
+            ignored.
+        classes: number of classes.
 
     Returns:
-        ``(z, y, x)``: 0, and numbers from 1 in every slice.
+        Cell numbers, ``(z, y, x)``; 0 is background, and each slice counts from 1.
     """
     cells = np.zeros(targets.shape, np.int64)
-    for section, into in zip(targets, cells, strict=True):
-        found = 0
+    for target, numbers in zip(targets, cells, strict=True):
+        total = 0
         for number in range(1, classes):
-            pieces, count = ndimage.label(section == number)
-            into += np.where(pieces, pieces + found, 0)
-            found += count
+            components, count = ndimage.label(target == number)
+            numbers += np.where(components, components + total, 0)
+            total += count
     return cells
 
 
@@ -140,69 +142,69 @@ def weight_map(
     balance: NDArray[np.float32] | None = None,
     instances: NDArray[np.integer[Any]] | None = None,
 ) -> NDArray[np.float32]:
-    """The weights of eq. 2, slice by slice.
+    """Computes the weights of eq. 2, slice by slice.
 
-    The border term is added on background voxels only: there the formula has one meaning (inside
-    a cell, "distance to the border of the nearest cell" may be 0 or the depth), it is what the
-    authors' own later software does, and on both sides of a border it would not favour the
-    separation.
+    The border term is added to background voxels only, as in the authors' later software. Inside
+    a cell, the paper's "distance to the border of the nearest cell" is ambiguous: it may be 0 or
+    the depth in the cell. A term on both sides of a border would not favour the separation.
 
     Args:
-        targets: class numbers, shape ``(z, y, x)``; a number of `classes` or more is ignored:
-            it weighs 0 and is no cell.
-        classes: how many classes there are.
-        w0: weight between two cells that all but touch.
+        targets: class numbers, shape ``(z, y, x)``. Voxels with a number of `classes` or more are
+            ignored: their weight is 0 and they belong to no cell.
+        classes: number of classes.
+        w0: weight between two cells that almost touch.
         sigma: width of the border term in voxels.
-        balance: w_c per class, shape ``(classes,)``, as `class_weights` gives it for all
-            training data; by default that of these `targets`.
-        instances: the cells, shape ``(z, y, x)``; by default `cells_of` the targets.
+        balance: w_c per class, shape ``(classes,)``, from `class_weights` of all training data; by
+            default computed from `targets`.
+        instances: cell numbers, shape ``(z, y, x)``; by default `cells_of` the targets.
 
     Returns:
-        Shape ``(z, y, x)``.
+        Weights, float32 ``(z, y, x)``.
 
     Raises:
         InputError: if `w0` or `sigma` is out of range.
     """
-    of_number = np.zeros(256, np.float32)
-    of_number[:classes] = class_weights(targets, classes) if balance is None else balance
-    weights: NDArray[np.float32] = of_number[targets]
+    table = np.zeros(256, np.float32)
+    table[:classes] = class_weights(targets, classes) if balance is None else balance
+    weights: NDArray[np.float32] = table[targets]
     cells = cells_of(targets, classes) if instances is None else instances
-    for section, numbers, weight in zip(targets, cells, weights, strict=True):
+    for target, numbers, weight in zip(targets, cells, weights, strict=True):
         border = border_term(numbers, w0, sigma, inside=False)
-        np.add(weight, border, out=weight, where=section == 0)
+        np.add(weight, border, out=weight, where=target == 0)
     return weights
 
 
-# Along an axis, the two nearest cells of every voxel suffice for what follows: any other cell of
-# the line has two nearer ones on it, as seen from every voxel beside it.
+# The two nearest cells of every voxel and their squared distances, both (z, y, x, 2). Each axis can
+# be searched in turn: the two cells on a line that are nearest to a position are also nearer than
+# any third cell of the line to every voxel beside that position.
 Near = tuple[NDArray[np.int64], NDArray[np.float64]]
 
 
 def _nearest_in_columns(instances: NDArray[np.integer[Any]], size: float) -> Near:
-    """The two nearest cells of every voxel along y and their squared distances, (z, y, x, 2)."""
+    """Finds the two nearest cells of every voxel along y."""
     cells = np.zeros((*instances.shape, 2), np.int64)
     squares = np.full((*instances.shape, 2), np.inf)
     for z, plane in enumerate(np.ascontiguousarray(instances, dtype=np.int64)):
-        down = np.arange(len(plane))
-        _sweep(plane, down, size, cells[z], squares[z])
-        _sweep(plane, down[::-1].copy(), size, cells[z], squares[z])
+        rows = np.arange(len(plane))
+        _sweep(plane, rows, size, cells[z], squares[z])
+        _sweep(plane, rows[::-1].copy(), size, cells[z], squares[z])
     return cells, squares
 
 
 def _nearest_in_planes(
     cells: NDArray[np.int64], squares: NDArray[np.float64], size: float, reach: float
 ) -> Near:
-    """The two nearest cells along z and y, from those along y."""
-    near = np.zeros_like(cells), np.full_like(squares, np.inf)
-    _spread(cells, squares, size, reach, *near)
-    return near
+    """Extends the search to z: finds the two nearest cells along y and z from those along y."""
+    nearest = np.zeros_like(cells), np.full_like(squares, np.inf)
+    _spread(cells, squares, size, reach, *nearest)
+    return nearest
 
 
 @compiled
 def _offer(
     first: int, near: float, second: int, far: float, cell: int, square: float
 ) -> tuple[int, float, int, float]:
-    """The two nearest cells and their squared distances, after one more is offered."""
+    """Updates the two nearest cells and their squared distances with another cell."""
     if cell == first:
         return first, min(near, square), second, far
     if square < near:
@@ -220,23 +222,24 @@ def _sweep(
     cells: NDArray[np.int64],
     squares: NDArray[np.float64],
 ) -> None:
-    """Offers to every voxel the last two cells that a walk along its column has met."""
+    """Updates every voxel with the last two cells before it in its column, in this `order`."""
     width = instances.shape[1]
-    met = np.zeros((2, width), np.int64)
-    where = np.zeros((2, width), np.int64)
+    last = np.zeros((2, width), np.int64)  # the last two cells of each column
+    last_y = np.zeros((2, width), np.int64)  # the rows in which they were last seen
     for y in order:
         for x in range(width):
             cell = instances[y, x]
             if cell != 0:
-                if cell != met[0, x]:
-                    met[1, x], where[1, x] = met[0, x], where[0, x]
-                    met[0, x] = cell
-                where[0, x] = y
+                if cell != last[0, x]:
+                    last[1, x], last_y[1, x] = last[0, x], last_y[0, x]
+                    last[0, x] = cell
+                last_y[0, x] = y
             best = cells[y, x, 0], squares[y, x, 0], cells[y, x, 1], squares[y, x, 1]
             for k in range(2):
-                if met[k, x] != 0:
-                    way = (y - where[k, x]) * size
-                    best = _offer(best[0], best[1], best[2], best[3], met[k, x], way * way)
+                if last[k, x] != 0:
+                    distance = (y - last_y[k, x]) * size
+                    square = distance * distance
+                    best = _offer(best[0], best[1], best[2], best[3], last[k, x], square)
             cells[y, x, 0], squares[y, x, 0], cells[y, x, 1], squares[y, x, 1] = best
 
 
@@ -249,26 +252,28 @@ def _search(
     reach: float,
     last: bool,
 ) -> tuple[int, float, int, float]:
-    """The two nearest cells of place `at` of a line and their squared distances, in reach.
+    """Finds the two nearest cells of position `at` on a line, and their squared distances.
 
-    A place further off than d2 cannot matter, nor one from which d1 + d2 is out of reach: d2 is
-    then at least the way to it, and on the last axis d1 the least of that and what is known.
+    The search moves away from `at` and stops at a distance s where cells no longer matter. A cell
+    at s or beyond changes nothing if s >= d2. Otherwise it leaves d2 at least s and d1 at least
+    min(d1, s), so it does not matter if their sum exceeds `reach`. Before the `last` axis, d1 may
+    still decrease, so only d2 is compared with `reach`.
     """
     first, near, second, far = cells[at, 0], squares[at, 0], cells[at, 1], squares[at, 1]
-    way = 0.0
+    distance = 0.0
     for steps in range(1, len(cells)):
-        way += size
-        square = way * way
-        room = reach - way
-        if square >= far or room < 0 or (last and min(near, square) > room * room):
+        distance += size
+        square = distance * distance
+        remaining = reach - distance
+        if square >= far or remaining < 0 or (last and min(near, square) > remaining * remaining):
             break
-        for place in (at - steps, at + steps):
-            if 0 <= place < len(cells):
+        for position in (at - steps, at + steps):
+            if 0 <= position < len(cells):
                 for k in range(2):
-                    there = squares[place, k] + square
-                    if there < far:
+                    total = squares[position, k] + square
+                    if total < far:
                         first, near, second, far = _offer(
-                            first, near, second, far, cells[place, k], there
+                            first, near, second, far, cells[position, k], total
                         )
     return first, near, second, far
 
@@ -279,36 +284,39 @@ def _spread(
     squares: NDArray[np.float64],
     size: float,
     reach: float,
-    found: NDArray[np.int64],
-    away: NDArray[np.float64],
+    nearest_cells: NDArray[np.int64],
+    nearest_squares: NDArray[np.float64],
 ) -> None:
-    """The two nearest cells along z as well, of every voxel."""
+    """Fills the two nearest cells of every voxel along y and z, from those along y."""
     depth, height, width, _ = cells.shape
     for z in range(depth):
         for y in range(height):
             for x in range(width):
                 best = _search(cells[:, y, x], squares[:, y, x], z, size, reach, False)
-                found[z, y, x, 0], away[z, y, x, 0] = best[0], best[1]
-                found[z, y, x, 1], away[z, y, x, 1] = best[2], best[3]
+                nearest_cells[z, y, x, 0], nearest_squares[z, y, x, 0] = best[0], best[1]
+                nearest_cells[z, y, x, 1], nearest_squares[z, y, x, 1] = best[2], best[3]
 
 
 @compiled
 def _border_term(
     cells: NDArray[np.int64],
     squares: NDArray[np.float64],
-    wanted: NDArray[np.bool_],
+    mask: NDArray[np.bool_],
     size: float,
     reach: float,
     w0: float,
     sigma: float,
 ) -> NDArray[np.float32]:
-    """The border term from the two nearest cells beside x; 0 where d1 + d2 > `reach`."""
+    """Computes the border term in `mask` from the nearest cells along all axes but x.
+
+    It is 0 where d1 + d2 > `reach`.
+    """
     depth, height, width, _ = cells.shape
     term = np.zeros((depth, height, width), np.float32)
     for z in range(depth):
         for y in range(height):
             for x in range(width):
-                if not wanted[z, y, x]:
+                if not mask[z, y, x]:
                     continue
                 _, near, _, far = _search(cells[z, y], squares[z, y], x, size, reach, True)
                 total = math.sqrt(near) + math.sqrt(far)
