@@ -1,4 +1,4 @@
-"""Deformed patches: nothing to do changes nothing, and what belongs together moves together."""
+"""Deformed patches: the identity is exact, and image and labels move together."""
 
 import math
 
@@ -22,7 +22,7 @@ def middle(shape):
 
 
 def window_of(deformation, centre, rng, channels=2):
-    """Random voxels, exactly those asked for, and the centre as seen from them."""
+    """Random voxels of exactly the box of `reach`, and the centre relative to them."""
     box = deformation.reach(centre)
     voxels = rng.standard_normal((channels, *box.shape)).astype(np.float32)
     return voxels, tuple(c - a for c, a in zip(centre, box.start, strict=True))
@@ -34,47 +34,47 @@ def smooth(rng, shape):
 
 @settings(max_examples=50, deadline=None)
 @given(SHAPES, st.integers(0, 99))
-def test_nothing_to_do_gives_the_patch_itself(shape, seed):
+def test_the_identity_reproduces_the_patch(shape, seed):
     rng = np.random.default_rng(seed)
-    still = draw_deformation(shape, rng, elastic=0, rotate=False, flip=False)
+    identity = draw_deformation(shape, rng, elastic=0, rotate=False, flip=False)
     start = rng.integers(0, 9, 2)
     image = rng.standard_normal((2, *(start + shape + 5))).astype(np.float32)
     patch = (slice(start[0], start[0] + shape[0]), slice(start[1], start[1] + shape[1]))
     centre = tuple(start + middle(shape))
-    assert still.reach(centre) == Box(tuple(start), tuple(start + shape))
-    np.testing.assert_array_equal(warp_image(image, centre, still), image[:, *patch])
-    np.testing.assert_array_equal(warp_labels(image[0], centre, still), image[0][patch])
+    assert identity.reach(centre) == Box(tuple(start), tuple(start + shape))
+    np.testing.assert_array_equal(warp_image(image, centre, identity), image[:, *patch])
+    np.testing.assert_array_equal(warp_labels(image[0], centre, identity), image[0][patch])
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 30), st.integers(0, 3), st.booleans())
-def test_flips_and_quarter_turns_are_exact(size, turns, flip):
+def test_flips_and_quarter_rotations_are_exact(size, turns, flip):
     rng = np.random.default_rng(size)
     image = rng.standard_normal((2, size, size)).astype(np.float32)
     matrix = np.linalg.matrix_power(np.array([[0, 1], [-1, 0]]), turns) * [1, -1 if flip else 1]
-    move = deform((size, size), matrix, NO_NODES)
+    deformation = deform((size, size), matrix, NO_NODES)
     expected = np.rot90(image, turns, axes=(1, 2))
     expected = expected[:, :, ::-1] if flip else expected
-    np.testing.assert_array_equal(warp_image(image, middle((size, size)), move), expected)
+    np.testing.assert_array_equal(warp_image(image, middle((size, size)), deformation), expected)
     labels = (image[0] > 0).astype(np.uint8)
     expected = np.rot90(labels, turns)[:, ::-1] if flip else np.rot90(labels, turns)
-    np.testing.assert_array_equal(warp_labels(labels, middle((size, size)), move), expected)
+    np.testing.assert_array_equal(warp_labels(labels, middle((size, size)), deformation), expected)
 
 
-def test_drawn_flips_are_the_four_and_equally_many():
+def test_all_four_flips_are_drawn_equally_often():
     rng = np.random.default_rng(0)
     image = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
-    seen = {}
+    counts = {}
     for _ in range(200):
-        move = draw_deformation((2, 3), rng, elastic=0, rotate=False)
-        patch = warp_image(image, middle((2, 3)), move)
-        seen[patch.tobytes()] = seen.get(patch.tobytes(), 0) + 1
+        deformation = draw_deformation((2, 3), rng, elastic=0, rotate=False)
+        patch = warp_image(image, middle((2, 3)), deformation)
+        counts[patch.tobytes()] = counts.get(patch.tobytes(), 0) + 1
     flips = [image[:, ::i, ::j] for i in (1, -1) for j in (1, -1)]
-    assert set(seen) == {flip.tobytes() for flip in flips}
-    assert min(seen.values()) > 25
+    assert set(counts) == {flip.tobytes() for flip in flips}
+    assert min(counts.values()) > 25
 
 
-def test_drawn_rotations_keep_lengths_and_take_every_angle():
+def test_rotations_preserve_lengths_and_cover_all_angles():
     rng = np.random.default_rng(0)
     corners = [
         draw_deformation((9, 9), rng, elastic=0, flip=False).offsets[:, 0, 0] for _ in range(200)
@@ -86,119 +86,123 @@ def test_drawn_rotations_keep_lengths_and_take_every_angle():
 
 @settings(max_examples=60, deadline=None)
 @given(SHAPES, st.integers(0, 999), st.sampled_from([0.0, 3.0, 30.0]))
-def test_reach_is_what_is_needed_and_no_more(shape, seed, elastic):
+def test_reach_is_the_smallest_sufficient_box(shape, seed, elastic):
     rng = np.random.default_rng(seed)
-    bend = draw_deformation(shape, rng, elastic)
+    deformation = draw_deformation(shape, rng, elastic)
     centre = tuple(rng.integers(-50, 50, 2) + np.add(middle(shape), rng.choice([0, 0.5, 0.3])))
-    image, seen = window_of(bend, centre, rng)
-    places = bend.offsets.astype(float) + np.array(seen)[:, None, None]
+    image, relative = window_of(deformation, centre, rng)
+    positions = deformation.offsets.astype(float) + np.array(relative)[:, None, None]
     last = np.array(image.shape[1:])[:, None, None] - 1
-    assert (places >= 0).all() and (places <= last).all()
-    assert (places.min(axis=(1, 2)) < 1).all()
-    assert (places.max(axis=(1, 2)) > last[:, 0, 0] - 1).all()
-    assert warp_image(image, seen, bend).shape == (2, *shape)
-    assert warp_labels(image[0], seen, bend).shape == shape
+    assert (positions >= 0).all() and (positions <= last).all()
+    assert (positions.min(axis=(1, 2)) < 1).all()
+    assert (positions.max(axis=(1, 2)) > last[:, 0, 0] - 1).all()
+    assert warp_image(image, relative, deformation).shape == (2, *shape)
+    assert warp_labels(image[0], relative, deformation).shape == shape
 
 
 @pytest.mark.parametrize("side", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)])
-def test_a_window_short_of_one_row_or_column_is_refused(side):
+def test_a_window_that_lacks_one_row_or_column_is_refused(side):
     top, bottom, left, right = side
     image = np.zeros((1, 8 - top - bottom, 8 - left - right), np.float32)
-    still = deform((8, 8), IDENTITY, NO_NODES)
+    identity = deform((8, 8), IDENTITY, NO_NODES)
     centre = (3.5 - top, 3.5 - left)
     with pytest.raises(ValueError, match="reaches"):
-        warp_image(image, centre, still)
+        warp_image(image, centre, identity)
     with pytest.raises(ValueError, match="reaches"):
-        warp_labels(image[0], centre, still)
+        warp_labels(image[0], centre, identity)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 999))
 def test_image_agrees_with_scipy(seed):
     rng = np.random.default_rng(seed)
-    bend = draw_deformation((37, 52), rng, elastic=4)
-    image, centre = window_of(bend, middle((37, 52)), rng)
-    places = bend.offsets.astype(float) + np.array(centre)[:, None, None]
-    expected = [ndimage.map_coordinates(channel, places, order=1) for channel in image]
-    np.testing.assert_allclose(warp_image(image, centre, bend), expected, atol=1e-4)
+    deformation = draw_deformation((37, 52), rng, elastic=4)
+    image, centre = window_of(deformation, middle((37, 52)), rng)
+    positions = deformation.offsets.astype(float) + np.array(centre)[:, None, None]
+    expected = [ndimage.map_coordinates(channel, positions, order=1) for channel in image]
+    np.testing.assert_allclose(warp_image(image, centre, deformation), expected, atol=1e-4)
     labels = rng.integers(0, 1000, image.shape[1:])
-    expected = ndimage.map_coordinates(labels, places, order=0)
-    # Halfway between two voxels, float32 and float64 may each round to another.
-    clear = (np.abs(places % 1 - 0.5) > 1e-4).all(axis=0)
-    np.testing.assert_array_equal(warp_labels(labels, centre, bend)[clear], expected[clear])
+    expected = ndimage.map_coordinates(labels, positions, order=0)
+    # Halfway between two voxels, float32 and float64 may round differently.
+    clear = (np.abs(positions % 1 - 0.5) > 1e-4).all(axis=0)
+    np.testing.assert_array_equal(warp_labels(labels, centre, deformation)[clear], expected[clear])
     assert clear.mean() > 0.99
 
 
-def test_image_and_labels_move_alike():
+def test_image_and_labels_move_together():
     rng = np.random.default_rng(5)
-    bend = draw_deformation((120, 90), rng)
-    box = bend.reach(middle((120, 90)))
+    deformation = draw_deformation((120, 90), rng)
+    box = deformation.reach(middle((120, 90)))
     labels = np.digitize(smooth(rng, box.shape), [-0.05, 0, 0.05]).astype(np.uint8)
     centre = tuple(c - a for c, a in zip(middle((120, 90)), box.start, strict=True))
     flat = ndimage.maximum_filter(labels, 3) == ndimage.minimum_filter(labels, 3)
-    away = warp_labels(flat, centre, bend)
-    image = warp_image(labels[None].astype(np.float32), centre, bend)[0]
-    assert 0.3 < away.mean() < 1
-    np.testing.assert_allclose(image[away], warp_labels(labels, centre, bend)[away], atol=1e-5)
+    uniform = warp_labels(flat, centre, deformation)
+    image = warp_image(labels[None].astype(np.float32), centre, deformation)[0]
+    assert 0.3 < uniform.mean() < 1
+    np.testing.assert_allclose(
+        image[uniform], warp_labels(labels, centre, deformation)[uniform], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint64, np.float32])
 def test_labels_and_weights_get_no_new_values(dtype):
     rng = np.random.default_rng(1)
-    bend = draw_deformation((40, 40), rng)
-    window, centre = window_of(bend, middle((40, 40)), rng)
+    deformation = draw_deformation((40, 40), rng)
+    window, centre = window_of(deformation, middle((40, 40)), rng)
     labels = rng.choice(np.array([0, 3, 200], dtype), window.shape[1:])
-    patch = warp_labels(labels, centre, bend)
+    patch = warp_labels(labels, centre, deformation)
     assert patch.dtype == dtype
     assert set(np.unique(patch)) == {0, 3, 200}
 
 
-def test_a_part_of_the_offsets_gives_that_part_of_the_patch():
+def test_a_crop_of_the_offsets_gives_that_crop_of_the_patch():
     rng = np.random.default_rng(2)
-    bend = draw_deformation((30, 30), rng, elastic=3)
-    image, centre = window_of(bend, middle((30, 30)), rng)
-    inner = type(bend)(bend.offsets[:, 5:20, 7:23])
-    part = warp_image(image, centre, bend)[:, 5:20, 7:23]
-    np.testing.assert_array_equal(warp_image(image, centre, inner), part)
+    deformation = draw_deformation((30, 30), rng, elastic=3)
+    image, centre = window_of(deformation, middle((30, 30)), rng)
+    inner = type(deformation)(deformation.offsets[:, 5:20, 7:23])
+    cropped = warp_image(image, centre, deformation)[:, 5:20, 7:23]
+    np.testing.assert_array_equal(warp_image(image, centre, inner), cropped)
     box = inner.reach(centre)
-    labels = warp_labels(image[0], centre, bend)[5:20, 7:23]
-    seen = tuple(c - a for c, a in zip(centre, box.start, strict=True))
-    np.testing.assert_array_equal(warp_labels(image[0][box.slices], seen, inner), labels)
+    labels = warp_labels(image[0], centre, deformation)[5:20, 7:23]
+    relative = tuple(c - a for c, a in zip(centre, box.start, strict=True))
+    np.testing.assert_array_equal(warp_labels(image[0][box.slices], relative, inner), labels)
 
 
-def test_windows_that_are_views_are_read_as_they_look():
+def test_windows_in_fortran_order_are_read_correctly():
     rng = np.random.default_rng(3)
-    bend = draw_deformation((20, 20), rng, elastic=2)
-    image, centre = window_of(bend, middle((20, 20)), rng)
+    deformation = draw_deformation((20, 20), rng, elastic=2)
+    image, centre = window_of(deformation, middle((20, 20)), rng)
     view = np.asfortranarray(image)
-    np.testing.assert_array_equal(warp_image(view, centre, bend), warp_image(image, centre, bend))
-    expected = warp_labels(image[0], centre, bend)
-    np.testing.assert_array_equal(warp_labels(view[0], centre, bend), expected)
+    np.testing.assert_array_equal(
+        warp_image(view, centre, deformation), warp_image(image, centre, deformation)
+    )
+    expected = warp_labels(image[0], centre, deformation)
+    np.testing.assert_array_equal(warp_labels(view[0], centre, deformation), expected)
 
 
-def test_the_seed_decides():
+def test_the_seed_determines_the_deformation():
     first, again, other = (draw_deformation((50, 50), np.random.default_rng(s)) for s in (1, 1, 2))
     np.testing.assert_array_equal(first.offsets, again.offsets)
     assert (first.offsets != other.offsets).mean() > 0.9
 
 
 @pytest.mark.parametrize("elastic", [10.0, 2.5])
-def test_displacements_at_the_nodes_have_the_standard_deviation_asked_for(elastic):
+def test_displacements_at_the_nodes_have_the_requested_standard_deviation(elastic):
     rng = np.random.default_rng(0)
-    still = deform((41, 61), IDENTITY, NO_NODES).offsets
+    identity = deform((41, 61), IDENTITY, NO_NODES).offsets
     draws = [draw_deformation((41, 61), rng, elastic, False, False).offsets for _ in range(400)]
-    nodes = (np.array(draws) - still)[:, :, ::20, ::30].reshape(400, 18)
+    nodes = (np.array(draws) - identity)[:, :, ::20, ::30].reshape(400, 18)
     np.testing.assert_allclose(nodes.std(axis=0), elastic, rtol=0.15)
     np.testing.assert_allclose(nodes.mean(axis=0), 0, atol=0.2 * elastic)
     correlation = np.corrcoef(nodes.T) - np.eye(18)
-    assert abs(correlation).max() < 0.25  # each node and each direction for itself
+    assert abs(correlation).max() < 0.25  # nodes and directions are independent
 
 
-def test_displacement_passes_through_the_nodes_and_is_a_natural_spline_between():
+def test_displacement_interpolates_the_nodes_by_a_natural_spline():
     nodes = np.random.default_rng(0).standard_normal((2, 3, 3))
     bent = deform((41, 61), IDENTITY, nodes).offsets - deform((41, 61), IDENTITY, NO_NODES).offsets
     np.testing.assert_allclose(bent[:, ::20, ::30], nodes, atol=1e-5)
-    # One node up in the middle: 1 - 3/2 t^2 + 1/2 t^3 at t = 0.5 from it, along each axis.
+    # For a middle node of 1, each axis has 1 - 3/2 t^2 + 1/2 t^3 at distance t; here t = 0.5.
     nodes = np.zeros((2, 3, 3))
     nodes[:, 1, 1] = 1
     bent = deform((41, 61), IDENTITY, nodes).offsets - deform((41, 61), IDENTITY, NO_NODES).offsets
@@ -208,7 +212,7 @@ def test_displacement_passes_through_the_nodes_and_is_a_natural_spline_between()
 
 
 @pytest.mark.parametrize("elastic", [-1.0, math.nan, math.inf])
-def test_elastic_must_be_a_length(elastic):
+def test_elastic_must_be_finite_and_not_negative(elastic):
     with pytest.raises(InputError, match=f"elastic={elastic}"):
         draw_deformation((8, 8), np.random.default_rng(0), elastic)
 
@@ -228,11 +232,11 @@ def test_grey_values_change_by_one_gain_and_offset_per_channel():
     np.testing.assert_array_equal(image, before)
     assert abs(np.array(drawn)).max() < 0.2 + 1e-5
     np.testing.assert_allclose(np.std(drawn, axis=0), 0.2 / math.sqrt(3), rtol=0.1)
-    pairs = np.reshape(drawn, (200, 4))  # both numbers of both channels, drawn one by one
+    pairs = np.reshape(drawn, (200, 4))  # gain and offset of both channels are independent
     assert abs(np.corrcoef(pairs.T) - np.eye(4)).max() < 0.3
 
 
-def test_grey_values_change_with_the_seed_and_by_nothing_at_strength_zero():
+def test_grey_values_depend_on_the_seed_and_stay_at_strength_zero():
     image = np.random.default_rng(0).standard_normal((1, 5, 5)).astype(np.float32)
     first, again, other = (change_grey(image, np.random.default_rng(s)) for s in (1, 1, 2))
     np.testing.assert_array_equal(first, again)

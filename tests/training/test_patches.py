@@ -1,4 +1,4 @@
-"""Training patches: what a sample depends on, where its labels lie, and which data are refused."""
+"""Training patches: inputs of a sample, position of its labels, and refused data."""
 
 import itertools
 import os
@@ -23,7 +23,7 @@ from unet_ray.volumes.intensity import Intensity
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes an array as a TIFF stack; gives its path."""
+    """Returns a function that writes an array as a TIFF stack and returns its path."""
 
     def write(name, array):
         path = tmp_path / f"{name}.tif"
@@ -34,7 +34,7 @@ def write(tmp_path):
 
 
 def blobs(shape=(2, 96, 80), seed=0):
-    """Labels 0 and 255 in patches of a few voxels, uint8."""
+    """Random squares of 7 x 7 voxels with labels 0 and 255, uint8."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 2, (shape[0], -(-shape[1] // 7), -(-shape[2] // 7)), np.uint8)
     return 255 * coarse.repeat(7, 1).repeat(7, 2)[:, : shape[1], : shape[2]]
@@ -45,7 +45,7 @@ def load(images, labels, **chosen):
 
 
 def sampler_of(data, patch, seed, elastic):
-    """Of a network of depth 2, which returns 40 voxels less than it reads."""
+    """A sampler for a network of depth 2, whose output is 40 voxels smaller than its input."""
     return Sampler(data, Recipe(depth=2, patch=patch, seed=seed, elastic=elastic))
 
 
@@ -56,7 +56,7 @@ def data(write):
 
 
 def in_memory(image, targets):
-    """Training data without files: grey values stay as they are."""
+    """Training data without files; normalisation leaves the grey values unchanged."""
     channels = len(image)
     volume = TrainingVolume(
         image,
@@ -73,17 +73,17 @@ def same(a, b):
     )
 
 
-# What a sample depends on
+# Inputs of a sample
 
 
-def test_a_sample_is_a_function_of_seed_and_number(data):
-    one, other = (sampler_of(data, (60, 60), seed=5, elastic=3) for _ in range(2))
-    forth = [one[n, 0] for n in range(6)]
-    back = [other[n, 0] for n in reversed(range(6))][::-1]
-    assert all(map(same, forth, back))
-    assert not any(same(a, b) for a, b in itertools.combinations(forth, 2))
-    assert not same(sampler_of(data, (60, 60), seed=6, elastic=3)[0, 0], forth[0])
-    assert not any(same(one[0, slot], each) for slot in (1, 2) for each in forth)
+def test_a_sample_depends_only_on_seed_step_and_slot(data):
+    first, second = (sampler_of(data, (60, 60), seed=5, elastic=3) for _ in range(2))
+    ascending = [first[n, 0] for n in range(6)]
+    descending = [second[n, 0] for n in reversed(range(6))][::-1]
+    assert all(map(same, ascending, descending))
+    assert not any(same(a, b) for a, b in itertools.combinations(ascending, 2))
+    assert not same(sampler_of(data, (60, 60), seed=6, elastic=3)[0, 0], ascending[0])
+    assert not any(same(first[0, slot], sample) for slot in (1, 2) for sample in ascending)
 
 
 def test_shapes_and_dtypes_are_those_of_the_network(data):
@@ -94,11 +94,11 @@ def test_shapes_and_dtypes_are_those_of_the_network(data):
 
 
 def test_a_larger_volume_is_drawn_more_often(write):
-    many, few = np.full((3, 40, 40), 200, np.uint8), np.full((1, 40, 40), 20, np.uint8)
-    labels = [blobs(many.shape), blobs(few.shape)]
+    large, small = np.full((3, 40, 40), 200, np.uint8), np.full((1, 40, 40), 20, np.uint8)
+    labels = [blobs(large.shape), blobs(small.shape)]
     paths = [
         [write(f"{n}{i}", a) for i, a in enumerate(x)]
-        for n, x in zip("il", [(many, few), labels], strict=True)
+        for n, x in zip("il", [(large, small), labels], strict=True)
     ]
     data = load(*paths)
     first, second = data.volumes
@@ -117,28 +117,28 @@ def test_a_larger_volume_is_drawn_more_often(write):
     assert share == pytest.approx(0.25, abs=0.06)
 
 
-# Where the labels of a patch lie
+# Position of the labels of a patch
 
 
 @pytest.mark.parametrize("patch, output", [((60, 60), (20, 20)), ((60, 76), (20, 36))])
-def test_labels_are_those_of_the_middle_of_the_image(data, patch, output):
+def test_labels_belong_to_the_middle_of_the_image(data, patch, output):
     sampler = sampler_of(data, patch, seed=1, elastic=0)
     middle = tuple(slice((p - o) // 2, (p + o) // 2) for p, o in zip(patch, output, strict=True))
-    decided = 0
+    compared = 0
     for number in range(30):
         sample = sampler[number, 0]
         low, high = sample.image.min(), sample.image.max()
         grey = (sample.image[0][middle] - low) / (high - low)
-        sure = (grey < 1e-3) | (grey > 1 - 1e-3)  # all voxels around have one label
-        np.testing.assert_array_equal(sample.targets[sure], grey[sure] > 0.5)
-        decided += sure.mean() / 30
-    assert decided > 0.5
+        uniform = (grey < 1e-3) | (grey > 1 - 1e-3)  # all voxels around it have the same label
+        np.testing.assert_array_equal(sample.targets[uniform], grey[uniform] > 0.5)
+        compared += uniform.mean() / 30
+    assert compared > 0.5
 
 
 @pytest.mark.parametrize("elastic", [0, 4])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_labels_and_image_are_taken_from_the_same_place(monkeypatch, elastic, axis):
-    # A ramp is exact under linear interpolation, and the label is its nearest whole number.
+def test_labels_and_image_come_from_the_same_position(monkeypatch, elastic, axis):
+    # Linear interpolation reproduces a ramp; the label is the nearest integer.
     monkeypatch.setattr(samples, "change_grey", lambda image, rng: image)
     ramp = np.indices((240, 240))[axis][None].astype(np.uint8)
     data = in_memory(ramp[None].astype(np.float32), ramp)
@@ -147,14 +147,14 @@ def test_labels_and_image_are_taken_from_the_same_place(monkeypatch, elastic, ax
     for number in range(40):
         sample = sampler[number, 0]
         if not 0 < sample.image.min() <= sample.image.max() < 239:
-            continue  # mirrored at a face, where the ramp has a fold
+            continue  # mirrored at a face, so the ramp is not linear
         middle = sample.image[0, 20:40, 20:56]
         assert np.abs(middle - sample.targets).max() <= 0.5 + 1e-3
         compared += 1
     assert compared >= 10
 
 
-def test_weights_are_those_of_the_labels(write):
+def test_weights_match_the_labels(write):
     labels = blobs()
     data = load([write("image", labels)], [write("labels", labels)], w0=0)
     share = np.mean(labels == 0)
@@ -171,8 +171,8 @@ def test_corners_of_the_volume_are_drawn():
         targets[0, y, x] = number
     sampler = sampler_of(in_memory(targets[None], targets), (60, 60), seed=0, elastic=2)
     drawn = [np.unique(sampler[n, 0].targets) for n in range(600)]
-    counts = [sum(number in found for found in drawn) for number in range(1, 5)]
-    # Starts that are drawn evenly over 41 x 41 sample_slots would show each corner about once.
+    counts = [sum(number in numbers for numbers in drawn) for number in range(1, 5)]
+    # Starts drawn uniformly from 41 x 41 positions would show each corner about once.
     assert min(counts) >= 6, counts
 
 
@@ -189,7 +189,7 @@ def test_volumes_smaller_than_the_patch_are_mirrored(shape):
         assert set(np.unique(sample.targets)) <= set(np.unique(targets))
 
 
-# What is read, and what is refused
+# Accepted and refused data
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_classes_are_the_label_values_in_ascending_order(write, values):
     assert data.volumes[0].targets.dtype == np.uint8
 
 
-def test_classes_are_those_of_all_volumes_together(write):
+def test_classes_come_from_all_volumes_together(write):
     labels = [np.full((1, 8, 8), n, np.uint8) for n in (9, 4)]
     paths = [write(f"labels{n}", array) for n, array in enumerate(labels)]
     data = load(paths, paths)
@@ -212,7 +212,7 @@ def test_classes_are_those_of_all_volumes_together(write):
     np.testing.assert_allclose([v.weights.mean() for v in data.volumes], 1, rtol=1e-6)
 
 
-def test_a_fingerprint_names_every_file(data, write):
+def test_the_identity_names_every_file(data, write):
     assert [d["name"] for d in data.identity["images"] + data.identity["labels"]] == [
         "image.tif",
         "labels.tif",
@@ -242,11 +242,11 @@ BAD_LABELS = {
 
 @pytest.mark.parametrize("case", BAD_LABELS)
 def test_labels_that_do_not_fit_are_refused(write, case):
-    labels, said = BAD_LABELS[case]
+    labels, words = BAD_LABELS[case]
     paths = write("image", GOOD), write("labels", labels)
     with pytest.raises(InputError) as refused:
         load([paths[0]], [paths[1]])
-    assert [word for word in said if word not in str(refused.value)] == []
+    assert [word for word in words if word not in str(refused.value)] == []
 
 
 def test_32_label_values_are_classes(write):
@@ -261,28 +261,28 @@ def test_labels_in_colour_are_refused(write, tmp_path):
         load([write("image", GOOD[0])], [str(tmp_path / "rgb.tif")])
 
 
-def test_images_of_different_channels_are_refused(write, tmp_path):
+def test_images_with_different_numbers_of_channels_are_refused(write, tmp_path):
     tifffile.imwrite(tmp_path / "rgb.tif", np.zeros((40, 40, 3), np.uint8), photometric="rgb")
     labels = write("labels", GOOD[0])
     with pytest.raises(InputError, match=r"rgb\.tif: has 3 channels, .*image\.tif has 1"):
         load([write("image", GOOD[0]), str(tmp_path / "rgb.tif")], [labels] * 2)
 
 
-def test_counts_that_differ_are_refused(write):
+def test_different_numbers_of_images_and_labels_are_refused(write):
     path = write("labels", GOOD)
     with pytest.raises(InputError, match="--images names 2 files and --labels 1"):
         load([path, path], [path])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_an_image_with_values_that_are_not_finite_is_refused(write, value):
+def test_an_image_with_nonfinite_values_is_refused(write, value):
     image = GOOD.astype(np.float32)
     image[1, 3, 4] = value
     with pytest.raises(InputError, match=r"image\.tif: has voxels that are not finite"):
         load([write("image", image)], [write("labels", GOOD)])
 
 
-def test_a_label_that_is_ignored_weighs_nothing_and_is_no_class(write):
+def test_an_ignored_label_has_weight_zero_and_is_not_a_class(write):
     labels = GOOD.copy()
     labels[0, :9] = 7
     paths = [write("image", GOOD)], [write("labels", labels)]
@@ -295,7 +295,7 @@ def test_a_label_that_is_ignored_weighs_nothing_and_is_no_class(write):
         load(*paths, ignore_label=9)
 
 
-def test_cells_that_touch_are_parted_and_the_border_weighs_most(write):
+def test_touching_cells_are_separated_and_their_border_has_the_largest_weight(write):
     cells = np.zeros((1, 60, 60), np.uint16)
     cells[:, 20:40, 10:30], cells[:, 20:40, 30:50] = 300, 70
     paths = [write("image", cells)], [write("labels", cells)]
@@ -308,7 +308,7 @@ def test_cells_that_touch_are_parted_and_the_border_weighs_most(write):
     assert border == weights.max() and border > 8 * weights[5, 5]
 
 
-def test_cells_of_which_nothing_is_left_or_that_have_negative_numbers_are_refused(write):
+def test_labels_without_cells_after_separation_or_with_negative_numbers_are_refused(write):
     thin = np.tile(np.arange(1, 41, dtype=np.int16), (1, 40, 1))
     image = write("image", thin)
     with pytest.raises(InputError, match="no cell after touching cells are separated"):
@@ -317,13 +317,13 @@ def test_cells_of_which_nothing_is_left_or_that_have_negative_numbers_are_refuse
         load([image], [write("below", thin - 40)], labels_are="instances")
 
 
-def test_labels_beyond_what_can_be_counted_are_refused(write):
+def test_labels_beyond_int64_are_refused(write):
     labels = np.where(GOOD > 0, np.uint64(2**63), np.uint64(2**63 + 5))
     with pytest.raises(InputError, match="labels must be below 2"):
         load([write("image", GOOD)], [write("labels", labels)])
 
 
-def test_slices_that_show_one_class_are_refused(write):
+def test_training_slices_with_one_class_are_refused(write):
     labels = GOOD.copy()
     labels[0] = 255
     paths = [write("image", GOOD)], [write("labels", labels)]
@@ -331,20 +331,20 @@ def test_slices_that_show_one_class_are_refused(write):
         load(*paths, val="1:2")
 
 
-# Samples drawn ahead
+# Samples drawn in advance
 
 
-def test_steps_and_slots_of_workers_are_those_of_one_with_a_larger_batch():
+def test_workers_together_draw_the_slots_of_one_worker_with_a_larger_batch():
     def first(rank, batch):
         return list(itertools.islice(sample_slots(7, rank, batch), 2 * batch))
 
-    alone, pair = first(0, 4), [first(rank, 2) for rank in (0, 1)]
-    assert alone == [(step, slot) for step in (7, 8) for slot in range(4)]
-    assert alone == pair[0][:2] + pair[1][:2] + pair[0][2:] + pair[1][2:]
+    single, pair = first(0, 4), [first(rank, 2) for rank in (0, 1)]
+    assert single == [(step, slot) for step in (7, 8) for slot in range(4)]
+    assert single == pair[0][:2] + pair[1][:2] + pair[0][2:] + pair[1][2:]
 
 
-def wave_of(patches, monkeypatch):
-    """Lets a task draw so many patches of 60 x 60 at a time, and no more before they are taken."""
+def limit_waves(patches, monkeypatch):
+    """Sets the size of a wave in patches of 60 x 60, with one wave in advance per task."""
     monkeypatch.setattr(stream, "WAVE_BYTES", patches * (4 * 3600 + 5 * 400))
     monkeypatch.setattr(stream, "WAVES_AHEAD", 1)
 
@@ -353,49 +353,49 @@ def wave_of(patches, monkeypatch):
 @pytest.mark.parametrize("drawers", [1, 2])
 def test_ray_data_draws_the_same_samples_in_order(drawers, data, local_ray, monkeypatch):
     recipe = Recipe(depth=2, patch=(60, 60), seed=5)
-    wave_of(5, monkeypatch)
+    limit_waves(5, monkeypatch)
     stream = streamed(local_ray.put(data), recipe, 1, sample_slots(3, 1, 2), drawers)
     sampler = Sampler(data, recipe)
-    for place in itertools.islice(sample_slots(3, 1, 2), 32):
-        assert same(next(stream), sampler[place])
+    for slot in itertools.islice(sample_slots(3, 1, 2), 32):
+        assert same(next(stream), sampler[slot])
     stream.close()
     assert drawers_end()
 
 
 @pytest.mark.ray
-def test_ray_data_ends_where_nothing_more_is_wanted(data, local_ray, monkeypatch):
+def test_ray_data_ends_after_the_last_slot(data, local_ray, monkeypatch):
     recipe = Recipe(depth=2, patch=(60, 60), seed=5)
-    wave_of(2, monkeypatch)
-    wanted = list(itertools.islice(sample_slots(0, 0, 1), 5))  # the last wave is half a one
-    stream = streamed(local_ray.put(data), recipe, 1, iter(wanted), drawers=2)
+    limit_waves(2, monkeypatch)
+    slots = list(itertools.islice(sample_slots(0, 0, 1), 5))  # the last wave is half full
+    stream = streamed(local_ray.put(data), recipe, 1, iter(slots), drawers=2)
     sampler = Sampler(data, recipe)
-    assert all(same(a, sampler[b]) for a, b in zip(stream, wanted, strict=True))
+    assert all(same(sample, sampler[slot]) for sample, slot in zip(stream, slots, strict=True))
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("drawers", [1, 2])
-def test_a_lost_drawer_is_told_instead_of_waited_for(drawers, data, local_ray, monkeypatch):
+def test_a_lost_drawing_task_raises_instead_of_blocking(drawers, data, local_ray, monkeypatch):
     recipe = Recipe(depth=2, patch=(60, 60), seed=5)
-    wave_of(2, monkeypatch)
+    limit_waves(2, monkeypatch)
     stream = streamed(local_ray.put(data), recipe, 1, sample_slots(0, 0, 1), drawers)
     next(stream)
     os.kill(drawing()[0], signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="a task that drew training patches was lost") as told:
+    with pytest.raises(RuntimeError, match="a task that drew training patches was lost") as raised:
         for _ in range(20):
             next(stream)
-    # Training is tried again after it, which it is not after errors of our own.
-    assert not isinstance(told.value, UnetRayError)
+    # Training is retried after this error, but not after errors of unet-ray.
+    assert not isinstance(raised.value, UnetRayError)
 
 
-def test_what_ray_says_of_a_drawer_lost_between_two_answers_is_told_as_well(monkeypatch):
-    class Lost:
+def test_an_assertion_error_of_ray_data_is_reported_as_a_lost_task(monkeypatch):
+    class LostDataset:
         def map_batches(self, *args, **kwargs):
             return self
 
         def iter_batches(self, **kwargs):
             raise AssertionError("Above ray.get should raise an exception.")
 
-    monkeypatch.setattr("ray.data.from_items", lambda *args, **kwargs: Lost())
+    monkeypatch.setattr("ray.data.from_items", lambda *args, **kwargs: LostDataset())
     monkeypatch.setattr(stream, "_this_node", dict)
     with pytest.raises(RuntimeError, match="a task that drew training patches was lost"):
         next(stream._blocks(None, Recipe(), None, 1, 1 << 20))
@@ -405,11 +405,12 @@ DRAWER = "ray::MapBatches(_draw)"
 
 
 def drawing():
-    """The processes that draw, of all that this test session started."""
+    """Ids of the drawing processes that this test session started."""
     return [pid for pid in session(os.getsid(0)) if title(pid).startswith(DRAWER)]
 
 
 def drawers_end():
+    """Waits for the drawing processes; returns whether they have ended."""
     end = time.monotonic() + 30
     while drawing() and time.monotonic() < end:
         time.sleep(0.1)
@@ -421,7 +422,7 @@ def threads():
 
 
 def ended():
-    """Waits for the threads that draw; whether they have ended."""
+    """Waits for the drawing threads; returns whether they have ended."""
     for thread in threads():
         thread.join(timeout=5)
     return not threads()
@@ -436,23 +437,23 @@ def test_ahead_draws_no_more_than_its_depth_in_advance():
     drawn = []
     stream = ahead(lambda n: drawn.append(n) or n, itertools.count(), depth=3)
     assert next(stream) == 0
-    time.sleep(0.3)  # all that it would draw by itself
-    assert 4 <= len(drawn) <= 5  # three that wait, and one in the hand
+    time.sleep(0.3)  # enough to draw everything in advance
+    assert 4 <= len(drawn) <= 5  # three in the queue, and one waiting to enter it
     stream.close()
     assert ended()
 
 
-def test_ahead_passes_on_an_error_after_the_samples_before_it():
+def test_ahead_raises_an_error_after_the_samples_before_it():
     def draw(number):
         if number == 3:
             raise ValueError("sample 3 is bad")
         return number
 
-    seen = []
+    received = []
     with pytest.raises(ValueError, match="sample 3 is bad"):
         for sample in ahead(draw, itertools.count()):
-            seen.append(sample)
-    assert seen == [0, 1, 2]
+            received.append(sample)
+    assert received == [0, 1, 2]
     assert ended()
 
 

@@ -1,4 +1,4 @@
-"""Training on the local engine: it learns, repeats itself, goes on, and refuses what differs."""
+"""Training on the local engine: it learns, repeats exactly, resumes, and refuses other runs."""
 
 import dataclasses
 import json
@@ -35,18 +35,18 @@ from unet_ray.volumes.phantom import make_phantom
 
 
 class StoppedError(Exception):
-    """What stands for a kill in the middle of training."""
+    """Simulates a kill during training."""
 
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """Threads that wait for each other on a busy machine take many times as long."""
+    """One thread: on a busy machine, several threads wait for each other."""
     monkeypatch.setattr(cluster, "usable_cores", lambda: 1)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Paths of an image that equals its labels but for noise, and of the labels."""
+    """Paths of an image that equals its labels except for noise, and of the labels."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     labels = 255 * rng.integers(0, 2, (2, 10, 10), np.uint8).repeat(7, 1).repeat(7, 2)
@@ -89,49 +89,49 @@ def test_a_network_of_depth_two_learns_from_batches_in_bfloat16(files, tmp_path)
     assert (network.depth, header.training["precision"]) == (2, "bfloat16")
 
 
-def test_measures_are_told_and_kept(files, tmp_path):
-    told = []
-    run(files, tmp_path / "run", told.append, steps=25)
-    assert [m.step for m in told] == [10, 20, 25]
-    assert [json.loads(m.line()) for m in told] == measures(tmp_path / "run")
-    assert [m.progress for m in told] == pytest.approx([0.4, 0.8, 1.0], abs=0.041)
+def test_measures_are_reported_and_logged(files, tmp_path):
+    reported = []
+    run(files, tmp_path / "run", reported.append, steps=25)
+    assert [m.step for m in reported] == [10, 20, 25]
+    assert [json.loads(m.line()) for m in reported] == measures(tmp_path / "run")
+    assert [m.progress for m in reported] == pytest.approx([0.4, 0.8, 1.0], abs=0.041)
     rates = [0.02 * (1 - step / 25) ** 0.9 for step in (9, 19, 24)]
-    assert [m.learning_rate for m in told] == pytest.approx(rates)
-    assert sorted(m.seconds for m in told) == [m.seconds for m in told]
+    assert [m.learning_rate for m in reported] == pytest.approx(rates)
+    assert sorted(m.seconds for m in reported) == [m.seconds for m in reported]
 
 
 @pytest.mark.parametrize("steps", [7, 20])
-def test_the_last_measure_says_that_all_is_done(files, tmp_path, steps):
-    told = []
-    run(files, tmp_path / "run", told.append, steps=steps)
-    assert (told[-1].step, told[-1].progress) == (steps, 1.0)
+def test_the_last_measure_reports_full_progress(files, tmp_path, steps):
+    reported = []
+    run(files, tmp_path / "run", reported.append, steps=steps)
+    assert (reported[-1].step, reported[-1].progress) == (steps, 1.0)
 
 
-def test_minutes_end_training_too(files, tmp_path):
-    told = []
-    model = run(files, tmp_path / "run", told.append, steps=None, minutes=0.01)
-    assert read_model(model)[1].training["steps"] == told[-1].step > 1
-    assert told[-1].progress > 0.5
-    assert 0.5 < told[-1].seconds < 5
+def test_the_limit_of_minutes_ends_training(files, tmp_path):
+    reported = []
+    model = run(files, tmp_path / "run", reported.append, steps=None, minutes=0.01)
+    assert read_model(model)[1].training["steps"] == reported[-1].step > 1
+    assert reported[-1].progress > 0.5
+    assert 0.5 < reported[-1].seconds < 5
 
 
-def test_the_bound_that_comes_first_ends_training(files, tmp_path):
+def test_the_limit_that_is_reached_first_ends_training(files, tmp_path):
     model = run(files, tmp_path / "run", steps=5, minutes=60.0)
     assert read_model(model)[1].training["steps"] == 5
 
 
 def test_no_thread_is_left(files, tmp_path):
     run(files, tmp_path / "run", steps=3)
-    left = [t for t in threading.enumerate() if t.name == "samples"]
-    for thread in left:
+    threads = [t for t in threading.enumerate() if t.name == "samples"]
+    for thread in threads:
         thread.join(timeout=5)
-    assert not any(t.is_alive() for t in left)
+    assert not any(t.is_alive() for t in threads)
 
 
 def classes_by_own_statistics(network, held):
-    """Classes (z, y, x) where batch norm takes the statistics of each image.
+    """Predicts classes (z, y, x) with batch norm that uses the statistics of each image.
 
-    Exact under no tiling: a yardstick for what the network has learned.
+    Serves as a reference for what the network has learned; it depends on the tiling.
     """
     for layer in network.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
@@ -141,16 +141,16 @@ def classes_by_own_statistics(network, held):
     classes = []
     for z in range(len(held.targets)):
         plane = held.intensity.normalise(held.image[:, z])
-        seen = np.pad(plane, ((0, 0), (before, after), (before, after)), "reflect")
+        padded = np.pad(plane, ((0, 0), (before, after), (before, after)), "reflect")
         with torch.inference_mode():
-            scores = network(torch.from_numpy(seen)[None])
+            scores = network(torch.from_numpy(padded)[None])
         classes.append(scores[0].argmax(0).numpy()[:height, :width])
     return np.stack(classes).astype(np.uint8)
 
 
 def test_a_network_predicts_as_well_as_it_has_learned(tmp_path):
-    # Batch norm that learns with the statistics of each patch, and predicts with a running mean of
-    # them, reaches an IoU of 0.42 here, where it has learned 0.53.
+    # Conventional batch norm, with running statistics for prediction, reaches an IoU of 0.42 here,
+    # but 0.53 with the statistics of each patch.
     phantom = make_phantom((6, 192, 192), seed=3)
     files = {"image": phantom.image, "labels": phantom.classes}
     for name, voxels in files.items():
@@ -184,13 +184,13 @@ def test_statistics_of_batch_norm_are_those_of_the_first_patches(files, tmp_path
     fresh = made.network(1, 2)
     images = [sampler[step, 0].image for step in range(training.CALIBRATION_PATCHES)]
     fresh.calibrate(torch.from_numpy(np.stack(images)))
-    wanted = dict(fresh.named_buffers())
-    assert wanted
-    for name, found in network.named_buffers():
-        torch.testing.assert_close(found, wanted[name], rtol=1e-5, atol=1e-5)
+    expected = dict(fresh.named_buffers())
+    assert expected
+    for name, buffer in network.named_buffers():
+        torch.testing.assert_close(buffer, expected[name], rtol=1e-5, atol=1e-5)
 
 
-# The same again
+# Repetition and resumption
 
 
 @pytest.mark.parametrize(
@@ -212,16 +212,16 @@ class TestRepeats:
         whole = run(files, tmp_path / "whole", steps=35, **chosen, checkpoint_seconds=0)
         with pytest.raises(StoppedError):
             run(files, tmp_path / "cut", stop_at(step), steps=35, **chosen, checkpoint_seconds=0)
-        kept = [p.name for p in sorted((tmp_path / "cut" / "checkpoints").glob("step-*"))]
-        assert kept == [f"step-{n:09d}.safetensors" for n in (step - 2, step - 1)]
-        told = []
+        names = [p.name for p in sorted((tmp_path / "cut" / "checkpoints").glob("step-*"))]
+        assert names == [f"step-{n:09d}.safetensors" for n in (step - 2, step - 1)]
+        reported = []
         resumed = run(
-            files, tmp_path / "cut", told.append, steps=35, **chosen, checkpoint_seconds=0
+            files, tmp_path / "cut", reported.append, steps=35, **chosen, checkpoint_seconds=0
         )
-        assert told[0].step == step  # the steps before the checkpoint are not done again
+        assert reported[0].step == step  # steps before the checkpoint are not repeated
         assert model_content(resumed) == model_content(whole)
 
-    def test_interrupted_before_a_checkpoint_starts_anew(self, files, tmp_path, chosen):
+    def test_interrupted_before_a_checkpoint_starts_over(self, files, tmp_path, chosen):
         whole = run(files, tmp_path / "whole", steps=15, **chosen)
         with pytest.raises(StoppedError):
             run(files, tmp_path / "cut", stop_at(10), steps=15, **chosen)
@@ -243,21 +243,21 @@ def test_another_seed_gives_other_weights(files, tmp_path):
     assert not (one["head.weight"] == other["head.weight"]).any()
 
 
-def test_metrics_go_on_without_doubled_steps(files, tmp_path, monkeypatch):
+def test_metrics_resume_without_duplicate_steps(files, tmp_path, monkeypatch):
     out = tmp_path / "run"
     for step in (20, 30):
         with pytest.raises(StoppedError):
             run(files, out, stop_at(step), checkpoint_seconds=0)
         with open(out / "metrics.jsonl", "a") as file:
-            file.write('{"step": 1')  # what a kill may leave of a line
+            file.write('{"step": 1')  # an incomplete line, as after a kill
     run(files, out, checkpoint_seconds=0)
-    told = measures(out)
-    assert [m["step"] for m in told] == [10, 20, 30, 40]
-    assert [m["progress"] for m in told] == sorted(m["progress"] for m in told)
-    assert [m["seconds"] for m in told] == sorted(m["seconds"] for m in told)
+    reported = measures(out)
+    assert [m["step"] for m in reported] == [10, 20, 30, 40]
+    assert [m["progress"] for m in reported] == sorted(m["progress"] for m in reported)
+    assert [m["seconds"] for m in reported] == sorted(m["seconds"] for m in reported)
 
 
-def test_time_already_trained_counts(files, tmp_path, monkeypatch):
+def test_training_time_before_an_interruption_counts(files, tmp_path, monkeypatch):
     with pytest.raises(StoppedError):
         run(files, tmp_path / "run", stop_at(10), steps=None, minutes=60.0, checkpoint_seconds=0)
     newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
@@ -274,15 +274,15 @@ def test_a_finished_run_does_nothing(files, tmp_path):
     assert files_in(tmp_path) == before
 
 
-def test_a_model_lost_after_the_last_step_is_written_again(files, tmp_path):
+def test_a_model_removed_after_the_last_step_is_rewritten(files, tmp_path):
     model = run(files, tmp_path / "run", steps=3)
-    told = model_content(model)
+    content = model_content(model)
     model.unlink()
-    assert model_content(run(files, tmp_path / "run", steps=3)) == told
+    assert model_content(run(files, tmp_path / "run", steps=3)) == content
     assert [m["step"] for m in measures(tmp_path / "run")] == [3]
 
 
-# What is refused
+# Refused runs
 
 
 OTHER = {
@@ -321,7 +321,7 @@ def test_other_settings_are_refused_by_name(files, finished, field):
     assert files_in(finished) == before
 
 
-def test_momentum_is_refused_where_the_optimiser_has_none(files, tmp_path):
+def test_momentum_is_refused_for_an_optimiser_without_it(files, tmp_path):
     with pytest.raises(InputError, match=r"momentum=0\.5 applies only to SGD"):
         run(files, tmp_path / "run", momentum=0.5)
     assert not (tmp_path / "run").exists()
@@ -332,18 +332,18 @@ def test_another_recipe_is_refused_by_name(files, finished):
         run(files, finished, steps=2, name="paper")
 
 
-@pytest.mark.parametrize("which, field", [(0, "images"), (1, "labels")])
-def test_other_data_are_refused_by_name(files, finished, tmp_path, which, field):
-    changed = tifffile.imread(files[which])
+@pytest.mark.parametrize("index, field", [(0, "images"), (1, "labels")])
+def test_other_data_are_refused_by_name(files, finished, tmp_path, index, field):
+    changed = tifffile.imread(files[index])
     changed[0, :10, :10] = np.where(changed[0, :10, :10] < 128, 255, 0)
     other = list(files)
-    other[which] = str(tmp_path / f"{field}.tif")
-    tifffile.imwrite(other[which], changed)
+    other[index] = str(tmp_path / f"{field}.tif")
+    tifffile.imwrite(other[index], changed)
     with pytest.raises(InputError, match=rf"another {field} \("):
         run(other, finished, steps=2)
 
 
-def test_an_interrupted_run_is_refused_as_a_finished_one_is(files, tmp_path, monkeypatch):
+def test_an_interrupted_run_refuses_another_seed(files, tmp_path, monkeypatch):
     with pytest.raises(StoppedError):
         run(files, tmp_path / "run", stop_at(10), checkpoint_seconds=0)
     before = files_in(tmp_path)
@@ -352,7 +352,7 @@ def test_an_interrupted_run_is_refused_as_a_finished_one_is(files, tmp_path, mon
     assert files_in(tmp_path) == before
 
 
-def test_what_is_not_a_run_is_refused(files, tmp_path):
+def test_a_file_or_another_folder_is_refused(files, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
     (tmp_path / "file").write_text("a file")
@@ -384,16 +384,16 @@ def test_several_workers_need_ray_and_leave_nothing_behind(files, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_loss_that_is_no_number_ends_training(files, tmp_path):
+def test_a_nonfinite_loss_ends_training(files, tmp_path):
     with pytest.raises(RunError, match=r"step \d+: the loss is (nan|inf); train again with a"):
         run(files, tmp_path / "run", learning_rate=1e30)
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-# Recipes and what the model says of itself
+# Recipes and model headers
 
 
-def test_the_default_recipe_is_what_its_description_says():
+def test_the_default_recipe_matches_its_description():
     made = Recipe.of("default")
     assert (made.optimiser, made.norm, made.dropout, made.decay) == ("adamw", "weight", 0.0, 0.9)
     assert (made.patch, made.output, made.minutes, made.steps) == ((380, 380), (196, 196), 15, None)
@@ -412,8 +412,8 @@ def test_the_paper_recipe_has_the_papers_settings(files, tmp_path):
     assert (network.norm, network.dropout) == ("none", 0.5)
     assert header.training["recipe"]["momentum"] == 0.99
     tensors, _ = read_tensors(max((tmp_path / "run" / "checkpoints").glob("step-*")))
-    kept = {name.split(".")[-1] for name in tensors if name.startswith("optimiser")}
-    assert kept == {"momentum_buffer"}
+    states = {name.split(".")[-1] for name in tensors if name.startswith("optimiser")}
+    assert states == {"momentum_buffer"}
 
 
 BAD = {
@@ -438,12 +438,12 @@ def test_a_setting_out_of_range_is_refused_with_its_rule(name, value):
         Recipe.of("default", **{name: value})
 
 
-def test_a_patch_that_does_not_fit_names_the_nearest_that_do():
+def test_a_patch_that_does_not_fit_names_the_nearest_valid_sizes():
     with pytest.raises(InputError, match=r"570 does not fit .*188 \+ 16k.*556 and 572"):
         Recipe.of("default", patch=(380, 570))
 
 
-def test_the_model_says_how_it_was_made(files, tmp_path):
+def test_the_model_header_documents_the_training(files, tmp_path):
     model = run(files, tmp_path / "run", steps=2, precision="float32")
     network, header = read_model(model)
     assert header.architecture == {
@@ -456,7 +456,7 @@ def test_the_model_says_how_it_was_made(files, tmp_path):
     }
     assert header.class_values == [0, 255]
     assert header.normalisation == {"method": "mean-std"}
-    assert header.voxel_size is None  # z is not known of a stack without it
+    assert header.voxel_size is None  # the stack does not state its spacing along z
     settings = dataclasses.asdict(recipe(steps=2, precision="float32"))
     assert header.training["recipe"] == json.loads(json.dumps(settings))
     assert (header.training["precision"], header.training["steps"]) == ("float32", 2)
@@ -467,7 +467,7 @@ def test_the_model_says_how_it_was_made(files, tmp_path):
     assert not network.training
 
 
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+def test_a_truncated_newest_checkpoint_is_replaced_by_the_previous_one(
     files, tmp_path, monkeypatch, capsys
 ):
     whole = run(files, tmp_path / "whole", steps=30, checkpoint_seconds=0)
@@ -485,65 +485,65 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
 def test_a_checkpoint_is_a_model_too(files, tmp_path):
     model = run(files, tmp_path / "run", steps=5)
     checkpoint = next((tmp_path / "run" / "checkpoints").glob("step-*"))
-    (whole, header), (same, told) = read_model(model), read_model(checkpoint)
-    assert told == header
+    (whole, header), (same, same_header) = read_model(model), read_model(checkpoint)
+    assert same_header == header
     assert all(torch.equal(t, same.state_dict()[n]) for n, t in whole.state_dict().items())
     model.unlink()
     with pytest.raises(InputError, match=r"has not ended; .*step-000000005\.safetensors"):
         find_model(tmp_path / "run")
 
 
-# What is kept beside the run
+# Stored weight maps and patches
 
 
-def test_weight_maps_are_kept_and_taken_again(files, tmp_path, monkeypatch):
+def test_stored_weight_maps_are_reused(files, tmp_path, monkeypatch):
     with pytest.raises(StoppedError):
         run(files, tmp_path / "run", stop_at(10))
     tensors, header = read_tensors(tmp_path / "run" / WEIGHTS)
     assert (tensors["weights.0"].shape, header["w0"]) == ((2, 70, 70), 10.0)
-    monkeypatch.setattr(annotations, "weight_map", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr(annotations, "weight_map", lambda *a: pytest.fail("recomputed"))
     run(files, tmp_path / "run")
 
 
-@pytest.mark.parametrize("what", ["damaged", "of other settings"])
-def test_kept_weight_maps_that_do_not_fit_are_computed_again(files, tmp_path, capsys, what):
+@pytest.mark.parametrize("defect", ["damaged", "of other settings"])
+def test_stored_weight_maps_that_do_not_fit_are_recomputed(files, tmp_path, capsys, defect):
     whole = run(files, tmp_path / "whole", steps=3)
     for name, sigma in (("run", 5.0), ("other", 2.0)):
         with pytest.raises(StoppedError):
             run(files, tmp_path / name, stop_at(10), sigma=sigma)
-    kept = tmp_path / "run" / WEIGHTS
+    stored = tmp_path / "run" / WEIGHTS
     for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
         checkpoint.unlink()
-    if what == "damaged":
-        kept.write_bytes(kept.read_bytes()[:-9])
+    if defect == "damaged":
+        stored.write_bytes(stored.read_bytes()[:-9])
     else:
-        kept.write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())
+        stored.write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())
     assert model_content(run(files, tmp_path / "run", steps=3)) == model_content(whole)
-    assert kept.read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
-    assert ("recomputed" in capsys.readouterr().err) == (what == "damaged")
+    assert stored.read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    assert ("recomputed" in capsys.readouterr().err) == (defect == "damaged")
 
 
-def test_what_a_kill_left_half_written_is_removed(files, tmp_path):
+def test_partly_written_files_are_removed(files, tmp_path):
     with pytest.raises(StoppedError):
         run(files, tmp_path / "run", stop_at(10))
-    left = [tmp_path / "run" / n for n in (".a.partial", "checkpoints/.step.partial")]
-    for path in left:
+    partial = [tmp_path / "run" / n for n in (".a.partial", "checkpoints/.step.partial")]
+    for path in partial:
         path.write_bytes(b"half")
     run(files, tmp_path / "run")
-    assert not any(path.exists() for path in left)
+    assert not any(path.exists() for path in partial)
 
 
-def test_a_run_of_other_settings_keeps_its_weight_maps(files, finished):
+def test_a_refused_run_does_not_change_the_weight_maps(files, finished):
     before = (finished / WEIGHTS).read_bytes()
     with pytest.raises(InputError, match="another sigma"):
         run(files, finished, steps=2, sigma=1.0)
     assert (finished / WEIGHTS).read_bytes() == before
 
 
-def test_weights_that_are_no_longer_finite_are_not_saved(files, tmp_path, monkeypatch):
+def test_nonfinite_weights_are_not_saved(files, tmp_path, monkeypatch):
     good = tmp_path / "run" / "checkpoints" / "step-000000001.safetensors"
 
-    def spoil(self, samples, number, progress):
+    def step_then_nan(self, samples, number, progress):
         loss = real(self, samples, number, progress)
         if number == 1:
             with torch.no_grad():
@@ -551,39 +551,41 @@ def test_weights_that_are_no_longer_finite_are_not_saved(files, tmp_path, monkey
         return loss
 
     real = training.Learner.step
-    monkeypatch.setattr(training.Learner, "step", spoil)
-    with pytest.raises(RunError, match=r"step 2: weight .* is no longer finite.*000000001") as told:
+    monkeypatch.setattr(training.Learner, "step", step_then_nan)
+    with pytest.raises(
+        RunError, match=r"step 2: weight .* is no longer finite.*000000001"
+    ) as raised:
         run(files, tmp_path / "run", steps=9, checkpoint_seconds=0)
-    assert str(good) in str(told.value)
+    assert str(good) in str(raised.value)
     assert max(good.parent.glob("step-*")) == good
     read_model(good)
 
 
-# What is damaged or of another run
+# Damaged files, and files of other runs
 
 
-def spoil(path):
-    """Zeros the last bytes, as a crashed disk may."""
+def damage(path):
+    """Sets the last bytes to zero, as a crashed disk may do."""
     path.write_bytes(path.read_bytes()[:-200] + bytes(200))
 
 
-def test_a_checkpoint_with_spoilt_bytes_gives_way_and_is_set_aside(files, tmp_path, capsys):
+def test_a_checkpoint_with_damaged_bytes_is_renamed_and_skipped(files, tmp_path, capsys):
     whole = run(files, tmp_path / "whole", steps=30)
     with pytest.raises(StoppedError):
         run(files, tmp_path / "run", stop_at(20), steps=30, checkpoint_seconds=0)
     newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
-    spoil(newest)
+    damage(newest)
     assert model_content(run(files, tmp_path / "run", steps=30)) == model_content(whole)
-    said = capsys.readouterr().err
-    assert said.count(newest.name) == 1 and "the previous checkpoint is used" in said
+    stderr = capsys.readouterr().err
+    assert stderr.count(newest.name) == 1 and "the previous checkpoint is used" in stderr
     assert newest.with_suffix(".damaged").exists()
 
 
-def test_a_run_without_a_whole_checkpoint_is_refused_and_loses_nothing(files, tmp_path):
+def test_a_run_with_only_damaged_checkpoints_is_refused_and_not_changed(files, tmp_path):
     with pytest.raises(StoppedError):
         run(files, tmp_path / "run", stop_at(20), checkpoint_seconds=0)
     for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
-        spoil(path)
+        damage(path)
     before = without_lease(tmp_path)
     with pytest.raises(InputError, match="all its checkpoints are damaged"):
         run(files, tmp_path / "run", seed=8)
@@ -591,20 +593,20 @@ def test_a_run_without_a_whole_checkpoint_is_refused_and_loses_nothing(files, tm
 
 
 def without_lease(folder):
-    """All files but the lease, which each command takes anew."""
-    return {path: found for path, found in files_in(folder).items() if path.name != "lease.json"}
+    """All files except the lease, which each command renews."""
+    return {
+        path: content for path, content in files_in(folder).items() if path.name != "lease.json"
+    }
 
 
-def test_another_seed_is_refused_from_the_first_second(files, tmp_path):
+def test_another_seed_is_refused_before_the_first_regular_checkpoint(files, tmp_path):
     with pytest.raises(StoppedError):
         run(files, tmp_path / "run", stop_at(10))
     with pytest.raises(InputError, match=r"another seed \(0, now 1\)"):
         run(files, tmp_path / "run", seed=1)
 
 
-def test_a_checkpoint_that_appears_after_the_first_look_is_checked_too(
-    files, tmp_path, monkeypatch
-):
+def test_a_checkpoint_written_after_the_first_check_is_checked_too(files, tmp_path, monkeypatch):
     with pytest.raises(StoppedError):
         run(files, tmp_path / "run", stop_at(10))
     monkeypatch.setattr(training.RunFolder, "refuse_other", lambda *a: None)
@@ -612,7 +614,7 @@ def test_a_checkpoint_that_appears_after_the_first_look_is_checked_too(
         run(files, tmp_path / "run", seed=1)
 
 
-def test_lines_that_another_program_left_in_the_log_are_dropped(files, tmp_path):
+def test_invalid_lines_in_the_log_are_removed(files, tmp_path):
     run(files, tmp_path / "whole")
     with pytest.raises(StoppedError):
         run(files, tmp_path / "run", stop_at(20), checkpoint_seconds=0)
@@ -623,7 +625,7 @@ def test_lines_that_another_program_left_in_the_log_are_dropped(files, tmp_path)
     assert steps == [m["step"] for m in measures(tmp_path / "whole")]
 
 
-def test_a_file_that_is_only_touched_is_the_same(files, tmp_path):
+def test_modification_times_do_not_matter(files, tmp_path):
     copies = [str(tmp_path / f"{n}.tif") for n in ("image", "labels")]
     for source, copy in zip(files, copies, strict=True):
         Path(copy).write_bytes(Path(source).read_bytes())
@@ -634,18 +636,18 @@ def test_a_file_that_is_only_touched_is_the_same(files, tmp_path):
     run(copies, tmp_path / "run")
 
 
-def test_patches_of_another_seed_are_drawn_again(files, tmp_path):
+def test_stored_patches_of_another_seed_are_redrawn(files, tmp_path):
     run(files, tmp_path / "one", steps=1)
     run(files, tmp_path / "other", steps=1, seed=3)
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / METRICS).touch()
     (tmp_path / "new" / PATCHES).write_bytes((tmp_path / "other" / PATCHES).read_bytes())
     run(files, tmp_path / "new", steps=1)
-    kept = [(tmp_path / n / PATCHES).read_bytes() for n in ("one", "other", "new")]
-    assert kept[0] == kept[2] != kept[1]
+    one, other, new = ((tmp_path / n / PATCHES).read_bytes() for n in ("one", "other", "new"))
+    assert one == new != other
 
 
-def test_somebody_elses_checkpoints_are_not_touched(files, tmp_path):
+def test_checkpoints_of_another_program_are_not_changed(files, tmp_path):
     (tmp_path / "thesis" / "checkpoints").mkdir(parents=True)
     (tmp_path / "thesis" / "checkpoints" / ".x.partial").write_text("work")
     with pytest.raises(InputError, match="is not a training run"):

@@ -1,7 +1,7 @@
-"""Kills in the middle of training: the same command again ends where an undisturbed run ends.
+"""Kills during training: the same command run again gives the result of an uninterrupted run.
 
-Every kill is a SIGKILL of a real process, at a step that is drawn with a fixed seed and then seen
-in the log of the run, or that has a checkpoint of its own; never after a time.
+Every kill is a SIGKILL of a real process. It happens at a random step with a fixed seed, once the
+log or a checkpoint shows this step, and never after a fixed time.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 240  # the longest wait for anything
+SECONDS = 240  # timeout of every wait
 CHECKPOINT_SECONDS = 0.2
-LOSS_BOUND = 1e-6  # relative, of two workers to one with twice the batch; measured: 6e-8
-WORKER = "ray::RayTrainWorker"  # title of a process of Ray Train that trains
+LOSS_BOUND = 1e-6  # relative, two workers against one with twice the batch; measured: 6e-8
+WORKER = "ray::RayTrainWorker"  # title of a worker process of Ray Train
 
 SCRIPT = """
 import json, sys
@@ -43,10 +43,10 @@ from unet_ray.training.train import train
 
 
 def main():
-    asked = json.loads(sys.argv[1])
-    cluster.usable_cores = lambda: asked["cores"]
-    made = Recipe(**{**asked["recipe"], "patch": tuple(asked["recipe"]["patch"])})
-    train(**asked["run"], recipe=made)
+    request = json.loads(sys.argv[1])
+    cluster.usable_cores = lambda: request["cores"]
+    made = Recipe(**{**request["recipe"], "patch": tuple(request["recipe"]["patch"])})
+    train(**request["run"], recipe=made)
 
 
 if __name__ == "__main__":
@@ -55,13 +55,13 @@ if __name__ == "__main__":
 
 
 def lines_of(log):
-    """The whole lines of a log that may be in the making."""
+    """Complete lines of a log that a process may be writing."""
     return log.read_text().split("\n")[:-1] if log.exists() else []
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Paths of an image that equals its labels but for noise, and of the labels: four slices."""
+    """Paths of an image that equals its labels except for noise, and of the labels: four slices."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     labels = 255 * rng.integers(0, 2, (4, 10, 10), np.uint8).repeat(7, 1).repeat(7, 2)
@@ -76,7 +76,7 @@ def write_pair(folder, image, labels):
 
 
 class Training:
-    """A training in a process of its own; it and all that it starts are one session."""
+    """A training run in its own process; all processes that it starts are in its session."""
 
     def __init__(
         self,
@@ -91,13 +91,13 @@ class Training:
         run = {"images": [files[0]], "labels": [files[1]], "out": str(out)}
         run |= {"engine": engine, "workers": workers, "checkpoint_seconds": checkpoint_seconds}
         run["takeover"] = takeover
-        asked = {"run": run, "recipe": dataclasses.asdict(made)}
+        request = {"run": run, "recipe": dataclasses.asdict(made)}
         # One thread per worker: threads that wait for each other are slow on a busy machine.
-        asked |= {"cores": workers}
+        request |= {"cores": workers}
         self.out, self._log = out, out.parent / f"{out.name}.log"
         with open(self._log, "a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, json.dumps(asked)],
+                [sys.executable, "-c", SCRIPT, json.dumps(request)],
                 env={**os.environ, "PYTHONPATH": str(ROOT)},
                 stdout=log,
                 stderr=log,
@@ -105,20 +105,20 @@ class Training:
             )
 
     @property
-    def said(self):
-        """The end of what this training, and those of the same folder before it, printed."""
+    def output(self):
+        """The end of the output of all training runs in this folder."""
         return self._log.read_text()[-4000:]
 
-    def wait_until(self, ready, what):
-        """Returns when `ready()` holds while the process runs."""
+    def wait_until(self, ready, event):
+        """Waits until `ready()` is true; fails if the process ends before."""
         end = time.monotonic() + SECONDS
         while not ready():
-            assert self.process.poll() is None, f"ended before {what}:\n{self.said}"
-            assert time.monotonic() < end, f"{SECONDS} s without {what}:\n{self.said}"
+            assert self.process.poll() is None, f"ended before {event}:\n{self.output}"
+            assert time.monotonic() < end, f"{SECONDS} s without {event}:\n{self.output}"
             time.sleep(0.002)
 
     def wait_for(self, step):
-        """Returns when a line of this step or a later one is there, and a checkpoint is new."""
+        """Waits for a log line of this step or a later one, and for a new checkpoint."""
         old = newest_step(self.out)
         self.wait_until(
             lambda: last_step(self.out) >= step and newest_step(self.out) > old,
@@ -126,10 +126,10 @@ class Training:
         )
 
     def kill(self):
-        """Kills the process, not what it started; gives the lines up to the newest checkpoint."""
+        """Kills the process only; returns the log lines up to the newest checkpoint."""
         os.kill(self.process.pid, signal.SIGKILL)
         assert self.process.wait(SECONDS) == -signal.SIGKILL
-        assert not (self.out / MODEL).exists(), "too late for a kill in the middle"
+        assert not (self.out / MODEL).exists(), "the run ended before the kill"
         return kept_lines(self.out)
 
     def kill_at(self, step):
@@ -137,7 +137,7 @@ class Training:
         return self.kill()
 
     def finish(self):
-        assert self.process.wait(SECONDS) == 0, self.said
+        assert self.process.wait(SECONDS) == 0, self.output
         assert (self.out / MODEL).exists()
 
     def workers(self):
@@ -145,30 +145,30 @@ class Training:
         return [pid for pid in session(self.process.pid) if title(pid).startswith(WORKER)]
 
     def end(self):
-        """Kills all that is left of the session."""
+        """Kills all remaining processes of the session."""
         limit = time.monotonic() + 30
-        while left := session(self.process.pid):
-            assert time.monotonic() < limit, f"processes {left} do not die"
-            for pid in left:
+        while pids := session(self.process.pid):
+            assert time.monotonic() < limit, f"processes {pids} do not end"
+            for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            self.process.poll()  # or it would stay as a zombie
+            self.process.poll()  # otherwise it remains a zombie
             time.sleep(0.05)
         self.process.wait(30)
 
 
 @pytest.fixture
 def start():
-    """Starts a `Training`; at the end of the test nothing of it is left."""
-    begun = []
+    """Returns a function that starts a `Training`; the fixture ends all its processes."""
+    trainings = []
 
-    def start(*args, **more):
-        begun.append(Training(*args, **more))
-        return begun[-1]
+    def start(*args, **kwargs):
+        trainings.append(Training(*args, **kwargs))
+        return trainings[-1]
 
     yield start
-    for each in begun:
-        each.end()
+    for training in trainings:
+        training.end()
 
 
 def last_step(out):
@@ -186,21 +186,21 @@ def newest_step(out):
 
 
 def kept_lines(out):
-    """The lines of the log that the newest checkpoint vouches for."""
+    """Log lines up to the newest checkpoint, which a resumed run keeps."""
     newest = newest_step(out)
     assert newest > 0
-    kept = [line for line in lines_of(out / METRICS) if json.loads(line)["step"] <= newest]
-    assert kept
-    return kept
+    lines = [line for line in lines_of(out / METRICS) if json.loads(line)["step"] <= newest]
+    assert lines
+    return lines
 
 
-def assert_goes_on(out, kept):
-    """The lines before the checkpoint were not written again, which would take other seconds."""
+def assert_resumed(out, kept):
+    """The lines before the checkpoint are unchanged; repeated steps would differ in seconds."""
     assert lines_of(out / METRICS)[: len(kept)] == kept
 
 
 def assert_same_run(out, other):
-    """Model and log of two runs are equal, but for the seconds."""
+    """Model and log of two runs are equal, except for the seconds."""
     assert (out / MODEL).read_bytes() == (other / MODEL).read_bytes()
     assert timeless(out) == timeless(other)
     seconds = [m["seconds"] for m in measures(out)]
@@ -211,8 +211,8 @@ def timeless(out):
     return [{k: v for k, v in m.items() if k != "seconds"} for m in measures(out)]
 
 
-def undisturbed(files, out, made, monkeypatch):
-    """The folder of a run in this process that nobody kills."""
+def uninterrupted(files, out, made, monkeypatch):
+    """The folder of an uninterrupted run in this process."""
     monkeypatch.setattr(cluster, "usable_cores", lambda: 1)
     train([files[0]], [files[1]], out, made)
     return out
@@ -222,31 +222,31 @@ def tiny(name="default", **chosen):
     return recipe(name, **{"precision": "float32", **chosen})
 
 
-def test_a_killed_training_ends_in_the_bytes_of_an_undisturbed_one(
+def test_a_killed_training_gives_the_bytes_of_an_uninterrupted_one(
     files, tmp_path, start, monkeypatch
 ):
     made, rng = tiny(steps=600), random.Random(1)
-    whole = undisturbed(files, tmp_path / "whole", made, monkeypatch)
+    whole = uninterrupted(files, tmp_path / "whole", made, monkeypatch)
     out, kept = tmp_path / "run", []
     for first in (50, 200, 350):
         before = kept
         kept = start(files, out, made).kill_at(rng.randrange(first, first + 100))
-        assert_goes_on(out, before)
+        assert_resumed(out, before)
     start(files, out, made).finish()
-    assert_goes_on(out, kept)
+    assert_resumed(out, kept)
     assert_same_run(out, whole)
 
 
 @pytest.mark.slow
 def test_the_best_model_from_before_a_kill_is_kept(files, tmp_path, start, monkeypatch):
-    # What hardly learns never gets better than it was first.
+    # With this tiny learning rate, the first validation remains the best.
     made = tiny(steps=400, val="1:2", best_by="iou", norm="none", learning_rate=1e-9)
-    whole = undisturbed(files, tmp_path / "whole", made, monkeypatch)
+    whole = uninterrupted(files, tmp_path / "whole", made, monkeypatch)
     assert read_model(whole / BEST)[1].training["steps"] == 40
     out = tmp_path / "run"
     kept = start(files, out, made).kill_at(random.Random(2).randrange(100, 250))
     start(files, out, made).finish()
-    assert_goes_on(out, kept)
+    assert_resumed(out, kept)
     assert_same_run(out, whole)
     assert (out / BEST).read_bytes() == (whole / BEST).read_bytes()
     assert len([m for m in measures(out) if "validation" in m]) == 10
@@ -254,7 +254,7 @@ def test_the_best_model_from_before_a_kill_is_kept(files, tmp_path, start, monke
 
 @pytest.fixture(scope="module")
 def large_files(tmp_path_factory):
-    """As `files`, of slices that take long to score."""
+    """As `files`, with slices that take long to score."""
     rng = np.random.default_rng(0)
     labels = 255 * rng.integers(0, 2, (3, 50, 50), np.uint8).repeat(7, 1).repeat(7, 2)
     image = (labels // 4 + rng.integers(60, 90, labels.shape)).astype(np.uint8)
@@ -262,84 +262,84 @@ def large_files(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_training_killed_while_it_validates_validates_again(
+def test_a_training_killed_during_validation_repeats_the_validation(
     large_files, tmp_path, start, monkeypatch
 ):
     made = tiny(steps=40, val="1:3", best_by="iou")
-    whole = undisturbed(large_files, tmp_path / "whole", made, monkeypatch)
+    whole = uninterrupted(large_files, tmp_path / "whole", made, monkeypatch)
     out, step = tmp_path / "run", random.Random(3).randrange(8, 40, 4)
-    # A tenth of the training is four steps, and a checkpoint comes only before a validation.
-    begun = start(large_files, out, made, checkpoint_seconds=SECONDS)
-    begun.wait_until(lambda: newest_step(out) == step, f"a checkpoint of step {step}")
-    kept = begun.kill()
-    done = [m["step"] for m in measures(out) if "validation" in m]
-    assert max(done) == step - 4, "too late for a kill in a validation"
+    # A tenth of the training is four steps; checkpoints are written only before validations.
+    training = start(large_files, out, made, checkpoint_seconds=SECONDS)
+    training.wait_until(lambda: newest_step(out) == step, f"a checkpoint of step {step}")
+    kept = training.kill()
+    validated = [m["step"] for m in measures(out) if "validation" in m]
+    assert max(validated) == step - 4, "the validation ended before the kill"
     start(large_files, out, made, checkpoint_seconds=SECONDS).finish()
-    assert_goes_on(out, kept)
+    assert_resumed(out, kept)
     assert_same_run(out, whole)
     assert (out / BEST).read_bytes() == (whole / BEST).read_bytes()
 
 
 @pytest.mark.slow
-def test_minutes_before_a_kill_count(files, tmp_path, start):
+def test_training_time_before_a_kill_counts(files, tmp_path, start):
     made, out = tiny(steps=None, minutes=0.15), tmp_path / "run"
     kept = start(files, out, made).kill_at(random.Random(4).randrange(200, 300))
     header = read_tensors(checkpoint_files(out)[-1])[1]
     start(files, out, made).finish()
-    assert_goes_on(out, kept)
-    told = measures(out)
-    steps, seconds = ([m[name] for m in told] for name in ("step", "seconds"))
+    assert_resumed(out, kept)
+    lines = measures(out)
+    steps, seconds = ([m[name] for m in lines] for name in ("step", "seconds"))
     assert steps == sorted(set(steps))
     assert seconds == sorted(seconds)
-    assert told[len(kept)]["seconds"] >= header["seconds"] > 0
-    # The last step may begin just before the end.
+    assert lines[len(kept)]["seconds"] >= header["seconds"] > 0
+    # The last step may begin just before the limit.
     assert 9 <= seconds[-1] < 11
     assert read_model(out / MODEL)[1].training["steps"] == steps[-1]
 
 
-def test_a_training_that_is_stopped_loses_its_folder_only_to_takeover(
-    files, tmp_path, start, monkeypatch
-):
+def test_a_paused_training_loses_its_folder_only_to_takeover(files, tmp_path, start, monkeypatch):
     made, out = tiny(steps=200), tmp_path / "run"
-    whole = undisturbed(files, tmp_path / "whole", made, monkeypatch)
+    whole = uninterrupted(files, tmp_path / "whole", made, monkeypatch)
     first = start(files, out, made)
     first.wait_for(random.Random(5).randrange(50, 100))
-    os.kill(first.process.pid, signal.SIGSTOP)  # it lives on, but writes nothing
+    os.kill(first.process.pid, signal.SIGSTOP)  # alive, but unable to write
     before = files_in(out)
     second = start(files, out, made)
     assert second.process.wait(SECONDS) == 1
-    assert f"process {first.process.pid} on " in second.said
-    assert "is writing here" in second.said and "--takeover" in second.said
+    assert f"process {first.process.pid} on " in second.output
+    assert "is writing here" in second.output and "--takeover" in second.output
     assert files_in(out) == before
     kept = kept_lines(out)
     third = start(files, out, made, takeover=True)
     third.finish()
-    done = files_in(out)
+    after = files_in(out)
     os.kill(first.process.pid, signal.SIGCONT)
     assert first.process.wait(SECONDS) == 1
-    assert "so this run stops" in first.said
-    assert files_in(out) == done
-    assert_goes_on(out, kept)
+    assert "so this run stops" in first.output
+    assert files_in(out) == after
+    assert_resumed(out, kept)
     assert_same_run(out, whole)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_training_on_ray_survives_its_driver_and_its_worker(files, tmp_path, start, monkeypatch):
+def test_a_training_on_ray_survives_kills_of_its_driver_and_its_worker(
+    files, tmp_path, start, monkeypatch
+):
     made, rng = tiny(steps=1500), random.Random(6)
-    whole = undisturbed(files, tmp_path / "whole", made, monkeypatch)
+    whole = uninterrupted(files, tmp_path / "whole", made, monkeypatch)
     out = tmp_path / "run"
     kept = start(files, out, made, "ray").kill_at(rng.randrange(100, 300))
-    # The workers of the killed driver still run; the fence of the new lease stops their writes.
+    # Workers of the killed driver still run; the fence of the new lease blocks their writes.
     second = start(files, out, made, "ray")
     second.wait_for(rng.randrange(900, 1200))
-    assert_goes_on(out, kept)
+    assert_resumed(out, kept)
     (worker,) = second.workers()
     os.kill(worker, signal.SIGKILL)
     kept = kept_lines(out)
     second.finish()
-    assert_goes_on(out, kept)
+    assert_resumed(out, kept)
     assert_same_run(out, whole)
 
 
@@ -352,17 +352,17 @@ def test_two_workers_survive_a_kill_of_one(files, tmp_path, start, monkeypatch, 
     made, rng = tiny(**chosen), random.Random(7)
     whole, out = tmp_path / "whole", tmp_path / "run"
     start(files, whole, made, "ray", workers=2).finish()
-    begun = start(files, out, made, "ray", workers=2)
-    begun.wait_for(rng.randrange(50, 150))
-    os.kill(rng.choice(begun.workers()), signal.SIGKILL)
+    training = start(files, out, made, "ray", workers=2)
+    training.wait_for(rng.randrange(50, 150))
+    os.kill(rng.choice(training.workers()), signal.SIGKILL)
     kept = kept_lines(out)
-    begun.finish()
-    assert_goes_on(out, kept)
+    training.finish()
+    assert_resumed(out, kept)
     assert_same_run(out, whole)
-    alone = undisturbed(files, tmp_path / "alone", tiny(**chosen, batch=2), monkeypatch)
-    (one, _), (other, _) = read_model(alone / MODEL), read_model(out / MODEL)
+    single = uninterrupted(files, tmp_path / "single", tiny(**chosen, batch=2), monkeypatch)
+    (one, _), (other, _) = read_model(single / MODEL), read_model(out / MODEL)
     for name, weights in one.state_dict().items():
         bound = 3e-4 * weights.abs().max()  # measured with AVX-512: 8e-5 of the largest weight
         np.testing.assert_allclose(other.state_dict()[name], weights, rtol=0, atol=bound)
-    losses = [[m["loss"] for m in measures(folder)] for folder in (alone, out)]
+    losses = [[m["loss"] for m in measures(folder)] for folder in (single, out)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=LOSS_BOUND)

@@ -1,4 +1,4 @@
-"""Held-out slices: which they are, how they are scored, and what a run makes of the scores."""
+"""Held-out slices: their selection, their scores, and the effect of scores on a run."""
 
 import json
 
@@ -32,7 +32,7 @@ def one_thread(monkeypatch):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """An image that equals its labels but for noise: six slices."""
+    """Paths of an image that equals its labels except for noise, and of the labels: six slices."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     labels = 255 * rng.integers(0, 2, (6, 10, 10), np.uint8).repeat(7, 1).repeat(7, 2)
@@ -56,7 +56,7 @@ def validations(out):
     return [line for line in lines if "validation" in line]
 
 
-def held(depth=1, cells=None, ignored=False):
+def held_out(depth=1, cells=None, ignored=False):
     targets = np.zeros((depth, 8, 8), np.uint8)
     targets[:, :, :4] = 1
     if ignored:
@@ -65,7 +65,7 @@ def held(depth=1, cells=None, ignored=False):
     return HeldOut(image, targets, cells, Intensity((0.0,), (1.0,)))
 
 
-def test_held_out_slices_are_not_learned_from(files):
+def test_held_out_slices_are_not_used_for_training(files):
     data = load([files[0]] * 2, [files[1]] * 2, val="1:2,5:7")
     assert [len(v.targets) for v in data.volumes] == [4, 5]
     assert [len(h.targets) for h in data.held_out] == [2, 1]
@@ -85,25 +85,25 @@ def test_a_fraction_takes_the_last_slices_and_at_least_one(files):
 
 
 @pytest.mark.parametrize("val", ["4", "a:b", "3:3", "2:7", "-1:2", "0:6", "1:2,"])
-def test_what_is_no_range_of_slices_is_refused(files, val):
+def test_an_invalid_range_of_slices_is_refused(files, val):
     with pytest.raises(InputError, match=r"val=|leave some"):
         load([files[0]], [files[1]], val=val)
 
 
 def test_scores_fit_the_labels():
-    assert score_names([held()], 2)[-1] == "v_rand"
-    assert score_names([held()], 3)[-1] == "iou"
-    assert score_names([held(ignored=True)], 2)[-1] == "iou"
-    assert score_names([held(cells=np.ones((1, 8, 8), np.int64))], 2)[-1] == "seg"
-    assert checked_score([held()], 2, "dice") == "dice"
+    assert score_names([held_out()], 2)[-1] == "v_rand"
+    assert score_names([held_out()], 3)[-1] == "iou"
+    assert score_names([held_out(ignored=True)], 2)[-1] == "iou"
+    assert score_names([held_out(cells=np.ones((1, 8, 8), np.int64))], 2)[-1] == "seg"
+    assert checked_score([held_out()], 2, "dice") == "dice"
     with pytest.raises(InputError, match=r"best_by='sge'.*v_rand"):
-        checked_score([held()], 2, "sge")
+        checked_score([held_out()], 2, "sge")
 
 
 def test_a_validation_equals_segmenting_and_scoring(files, tmp_path):
     model = run(files, tmp_path / "run", val="4:6", precision="float32")
     tensors, header = read_tensors(model)
-    told = header["training"]["validation"]
+    logged = header["training"]["validation"]
     tifffile.imwrite(tmp_path / "image.tif", tifffile.imread(files[0])[4:])
     tifffile.imwrite(tmp_path / "labels.tif", tifffile.imread(files[1])[4:])
     from unet_ray.scores.evaluation import evaluate
@@ -111,14 +111,14 @@ def test_a_validation_equals_segmenting_and_scoring(files, tmp_path):
     data = load([files[0]], [files[1]], val="4:6")
     network = UNet(**header["architecture"]).eval()
     network.load_state_dict(tensors)
-    again = Validator(data.held_out, 2, None, "float32", "cpu")(network)
-    assert again == pytest.approx(told)
-    # The grey values of two slices alone differ a little from those of all six.
+    scores = Validator(data.held_out, 2, None, "float32", "cpu")(network)
+    assert scores == pytest.approx(logged)
+    # The mean grey value of two slices differs a little from that of all six.
     store = segment(
         tmp_path / "image.tif", model, tmp_path / "out.zarr", Settings(precision="float32")
     )
     whole = evaluate(store, tmp_path / "labels.tif", "isbi").scores
-    assert whole["v_rand"].value == pytest.approx(told["v_rand"], abs=0.05)
+    assert whole["v_rand"].value == pytest.approx(logged["v_rand"], abs=0.05)
 
 
 def test_ten_validations_are_written_and_the_best_model_is_kept(files, tmp_path):
@@ -133,7 +133,7 @@ def test_ten_validations_are_written_and_the_best_model_is_kept(files, tmp_path)
     assert read_tensors(run(files, tmp_path / "run", val_fraction=0.3, best_by="iou"))[1] == header
 
 
-def test_validation_changes_nothing_of_what_is_learned(files, tmp_path, monkeypatch):
+def test_validation_does_not_change_the_training(files, tmp_path, monkeypatch):
     run(files, tmp_path / "with", val="4:6", precision="float32")
     monkeypatch.setattr(training, "VALIDATIONS", 0)
     run(files, tmp_path / "without", val="4:6", precision="float32")
@@ -143,7 +143,7 @@ def test_validation_changes_nothing_of_what_is_learned(files, tmp_path, monkeypa
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_patience_ends_a_run_that_gets_no_better(files, tmp_path, monkeypatch):
+def test_patience_ends_a_run_that_does_not_improve(files, tmp_path, monkeypatch):
     scores = iter([0.3, 0.5, 0.4, 0.45, 0.9])
     monkeypatch.setattr(
         validation.Validator, "__call__", lambda self, network: {"iou": next(scores)}
@@ -153,7 +153,7 @@ def test_patience_ends_a_run_that_gets_no_better(files, tmp_path, monkeypatch):
     assert read_tensors(model)[1]["training"]["steps"] == 8
 
 
-def test_a_run_that_was_cut_off_when_patience_ended_does_not_go_on(files, tmp_path, monkeypatch):
+def test_a_run_interrupted_when_patience_ended_does_not_train_on(files, tmp_path, monkeypatch):
     monkeypatch.setattr(validation.Validator, "__call__", lambda self, network: {"iou": 0.5})
     chosen = {"val": "4:6", "best_by": "iou", "patience": 2}
 
@@ -168,11 +168,11 @@ def test_a_run_that_was_cut_off_when_patience_ended_does_not_go_on(files, tmp_pa
 
 
 class StoppedError(Exception):
-    """What stands for a kill."""
+    """Simulates a kill."""
 
 
 @pytest.mark.parametrize("step", [4, 10, 12, 30])
-def test_an_interrupted_run_keeps_the_same_best_and_the_same_curve(files, tmp_path, step):
+def test_an_interrupted_run_has_the_same_best_model_and_the_same_log(files, tmp_path, step):
     def stop(measure):
         if measure.step == step:
             raise StoppedError
@@ -196,50 +196,53 @@ def test_an_interrupted_run_keeps_the_same_best_and_the_same_curve(files, tmp_pa
 def test_cells_are_scored_slice_by_slice(monkeypatch):
     cells = np.zeros((2, 8, 8), np.int64)
     cells[0, :3, :3], cells[0, 5:, 5:], cells[1, :3, :3] = 1, 2, 2
-    out = HeldOut(
+    slices = HeldOut(
         np.zeros((1, 2, 8, 8), np.uint8),
         (cells != 0).astype(np.uint8),
         cells,
         Intensity((0.0,), (1.0,)),
     )
-    validator = Validator([out], 2, None, "float32", "cpu")
+    validator = Validator([slices], 2, None, "float32", "cpu")
     stored = np.where(cells != 0, 255, 0).astype(np.uint8)[None]
     monkeypatch.setattr(validator, "_predict", lambda network, held_out: stored)
     assert validator(UNet(1, 2, 2, 1)) == {"dice": 1.0, "iou": 1.0, "seg": 1.0, "ap50": 1.0}
     assert ndimage.label(stored[0, 0])[1] == 2
 
 
-def test_held_out_slices_that_define_no_score_are_refused():
-    nothing, empty = held(), held()
-    nothing.targets[:], empty.targets[:] = IGNORED, 0
+def test_held_out_slices_without_a_defined_score_are_refused():
+    unannotated, empty = held_out(), held_out()
+    unannotated.targets[:], empty.targets[:] = IGNORED, 0
     with pytest.raises(InputError, match="no annotated voxel"):
-        checked_score([nothing], 2, None)
+        checked_score([unannotated], 2, None)
     with pytest.raises(InputError, match="only the first class"):
         checked_score([empty], 2, None)
 
 
-def test_slices_of_different_sizes_count_by_their_voxels():
+def test_slices_of_different_sizes_are_weighted_by_their_voxels():
     small, large = (
-        held(),
+        held_out(),
         HeldOut(
-            np.zeros((1, 1, 32, 8), np.uint8), np.ones((1, 32, 8), np.uint8), None, held().intensity
+            np.zeros((1, 1, 32, 8), np.uint8),
+            np.ones((1, 32, 8), np.uint8),
+            None,
+            held_out().intensity,
         ),
     )
     large.targets[:, :16] = 0
     validator = Validator([small, large], 2, None, "float32", "cpu")
     right, wrong = np.where(small.targets, 255, 0)[None], np.full((1, 1, 32, 8), 255)
-    found = validator._scores([right.astype(np.uint8), wrong.astype(np.uint8)])
-    alone = Validator([large], 2, None, "float32", "cpu")._scores([wrong.astype(np.uint8)])
-    assert found["pixel_error"] == pytest.approx(alone["pixel_error"] * 256 / 320)
+    together = validator._scores([right.astype(np.uint8), wrong.astype(np.uint8)])
+    large_only = Validator([large], 2, None, "float32", "cpu")._scores([wrong.astype(np.uint8)])
+    assert together["pixel_error"] == pytest.approx(large_only["pixel_error"] * 256 / 320)
 
 
-def test_cells_found_where_nothing_is_known_are_no_errors():
+def test_cells_predicted_without_annotation_are_not_errors():
     cells = np.zeros((1, 8, 8), np.int64)
     cells[0, :3, :3] = 1
     targets = (cells != 0).astype(np.uint8)
     targets[0, 5:] = IGNORED
-    out = HeldOut(np.zeros((1, 1, 8, 8), np.uint8), targets, cells, held().intensity)
+    slices = HeldOut(np.zeros((1, 1, 8, 8), np.uint8), targets, cells, held_out().intensity)
     stored = np.where(cells != 0, 255, 0).astype(np.uint8)[None]
     stored[0, 0, 6:, 6:] = 255
-    scores = Validator([out], 2, None, "float32", "cpu")._scores([stored])
+    scores = Validator([slices], 2, None, "float32", "cpu")._scores([stored])
     assert (scores["ap50"], scores["seg"]) == (1.0, 1.0)

@@ -1,4 +1,4 @@
-"""The weight map against the formula written out: one distance transform per cell."""
+"""Compares the weight map with a direct evaluation: one distance transform per cell."""
 
 import math
 
@@ -25,7 +25,7 @@ def brute_force(instances, w0=10.0, sigma=5.0):
 
 
 def label_images(most=5, dtype=np.uint16):
-    """Few numbers on few voxels: cells touch, fall into pieces, stand alone or are missing."""
+    """Small images with few numbers: cells touch, are in pieces, are isolated or absent."""
     shapes = st.tuples(st.integers(1, 20), st.integers(1, 20))
     numbers = st.one_of(st.just(0), st.integers(0, most))
     return shapes.flatmap(lambda s: arrays(dtype, s, elements=numbers, fill=st.just(0)))
@@ -49,7 +49,7 @@ def test_border_term_matches_brute_force_where_most_cells_are_out_of_reach(count
     np.testing.assert_allclose(border_term(instances), brute_force(instances), rtol=0, atol=1e-6)
 
 
-def test_border_term_of_two_pieces_of_one_cell_is_that_of_one_cell():
+def test_border_term_treats_two_pieces_of_one_number_as_one_cell():
     one_cell = np.array([[3, 0, 0, 3]])
     assert not border_term(one_cell).any()
     with_another = np.array([[3, 0, 0, 3, 0, 7]])
@@ -66,7 +66,7 @@ def test_border_term_of_one_row_by_hand():
 
 @settings(max_examples=60, deadline=None)
 @given(label_images())
-def test_border_term_commutes_with_flips_and_turns(instances):
+def test_border_term_commutes_with_flips_and_rotations(instances):
     term = border_term(instances)
     np.testing.assert_array_equal(border_term(instances.T), term.T)
     for turns in range(4):
@@ -86,9 +86,9 @@ def test_border_term_is_proportional_to_w0(instances, w0):
 @settings(max_examples=40, deadline=None)
 @given(label_images(), st.integers(2, 4))
 def test_border_term_scales_with_sigma_as_the_image_does(instances, factor):
-    apart = np.zeros(np.array(instances.shape) * factor, instances.dtype)
-    apart[::factor, ::factor] = instances  # the same voxels, `factor` times as far apart
-    term = border_term(apart, sigma=5.0 * factor)[::factor, ::factor]
+    spaced = np.zeros(np.array(instances.shape) * factor, instances.dtype)
+    spaced[::factor, ::factor] = instances  # the same voxels, `factor` times as far apart
+    term = border_term(spaced, sigma=5.0 * factor)[::factor, ::factor]
     np.testing.assert_allclose(term, border_term(instances, sigma=5.0), rtol=1e-5, atol=1e-6)
 
 
@@ -97,20 +97,20 @@ def test_border_term_of_one_cell_is_zero_however_wide_it_is():
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.int64, np.uint64])
-def test_border_term_takes_any_cell_numbers(dtype):
+def test_border_term_accepts_any_cell_numbers(dtype):
     largest = np.iinfo(dtype).max
     row = np.array([[largest, 0, 0, largest - 1]], dtype)
     np.testing.assert_allclose(border_term(row), brute_force(np.array([[1, 0, 0, 2]])), rtol=1e-6)
 
 
-def test_border_term_leaves_its_argument_alone():
+def test_border_term_does_not_change_its_argument():
     instances = np.array([[1, 0, 2]])
     border_term(instances)
     np.testing.assert_array_equal(instances, [[1, 0, 2]])
 
 
 @pytest.mark.parametrize("wrong", [{"w0": -1.0}, {"w0": math.nan}, {"sigma": 0.0}, {"sigma": -5.0}])
-def test_border_term_refuses_what_is_no_weight_or_width(wrong):
+def test_border_term_refuses_w0_and_sigma_out_of_range(wrong):
     with pytest.raises(InputError, match="|".join(f"{k}={v}" for k, v in wrong.items())):
         border_term(np.array([[1, 0, 2]]), **wrong)
 
@@ -143,8 +143,8 @@ def test_weight_map_is_class_weight_plus_border_on_the_background():
     np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
 
-def test_weight_map_takes_pieces_of_each_class_as_cells():
-    # Two cells of class 1 that touch at a corner only, and one of class 2 beside the first.
+def test_weight_map_treats_components_of_each_class_as_cells():
+    # First map: adjacent cells of classes 1 and 2. Second map: two cells that touch at a corner.
     targets = np.array([[[1, 2, 0], [0, 0, 0], [0, 0, 0]]], np.uint8)
     diagonal = np.array([[[1, 0, 0], [0, 1, 0], [0, 0, 0]]], np.uint8)
     none = np.zeros(3, np.float32)
@@ -154,7 +154,7 @@ def test_weight_map_takes_pieces_of_each_class_as_cells():
         np.testing.assert_allclose(weight_map(target, 3, balance=none)[0], expected[0], atol=1e-6)
 
 
-def test_weight_map_gives_ignored_voxels_nothing_and_sees_no_cell_in_them():
+def test_weight_map_of_ignored_voxels_is_zero_and_they_are_no_cells():
     targets = np.array([[[1, 0, 0, 255, 1]]], np.uint8)
     weights = weight_map(targets, 2, balance=np.ones(2, np.float32))
     border = brute_force(np.array([[1, 0, 0, 0, 2]]))
@@ -174,10 +174,10 @@ def test_weight_map_of_the_isbi_membranes_matches_brute_force(shared_data):
     assert weights.max() > 9  # the thinnest membrane here: d1 + d2 = 4
 
 
-def test_compiled_works_where_no_cache_can_be_kept():
-    found = {}
-    exec("def twice(number): return 2 * number", found)  # of no file, so numba has nowhere to go
-    assert compiled(found["twice"])(21) == 42
+def test_compiled_works_without_a_cache():
+    namespace = {}
+    exec("def twice(number): return 2 * number", namespace)  # no source file for numba's cache
+    assert compiled(namespace["twice"])(21) == 42
 
 
 @settings(max_examples=40, deadline=None)
@@ -186,48 +186,48 @@ def test_compiled_works_where_no_cache_can_be_kept():
     st.tuples(st.floats(0.3, 5), st.floats(0.3, 5), st.floats(0.3, 5)),
     st.sampled_from([1.0, 5.0]),
 )
-def test_border_term_in_three_dimensions_knows_the_size_of_a_voxel(instances, spacing, sigma):
+def test_border_term_in_three_dimensions_uses_the_size_of_a_voxel(instances, spacing, sigma):
     ids = np.unique(instances[instances != 0])
     expected = np.zeros(instances.shape)
     if len(ids) > 1:
-        away = [ndimage.distance_transform_edt(instances != i, sampling=spacing) for i in ids]
-        d1, d2 = np.sort(away, axis=0)[:2]
+        distances = [ndimage.distance_transform_edt(instances != i, sampling=spacing) for i in ids]
+        d1, d2 = np.sort(distances, axis=0)[:2]
         expected = 10 * np.exp(-((d1 + d2) ** 2) / (2 * sigma**2))
     term = border_term(instances, sigma=sigma, spacing=spacing)
     np.testing.assert_allclose(term, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("spacing", [(1.0,), (1.0, 0.0), (1.0, -2.0), (1.0, math.inf)])
-def test_border_term_refuses_sizes_that_are_none(spacing):
+def test_border_term_refuses_invalid_voxel_sizes(spacing):
     with pytest.raises(InputError, match="spacing"):
         border_term(np.array([[1, 0, 2]]), spacing=spacing)
 
 
 @settings(max_examples=60, deadline=None)
 @given(arrays(np.uint8, (2, 9, 11), elements=st.integers(0, 3)))
-def test_cells_pulled_apart_do_not_touch_and_lose_no_more_than_they_must(instances):
-    apart = separate(instances)
-    assert not apart[instances == 0].any()
-    for plane, kept in zip(instances, apart, strict=True):
+def test_separated_cells_do_not_touch_and_lose_only_border_voxels(instances):
+    separated = separate(instances)
+    assert not separated[instances == 0].any()
+    for plane, mask in zip(instances, separated, strict=True):
         for axis in (0, 1):
             a, b = np.delete(plane, 0, axis), np.delete(plane, -1, axis)
-            here, there = np.delete(kept, 0, axis), np.delete(kept, -1, axis)
-            assert not (here & there & (a != b)).any()
-        # What is lost had a neighbour of another cell.
-        for y, x in np.argwhere((plane != 0) & ~kept):
-            around = [
+            mask_a, mask_b = np.delete(mask, 0, axis), np.delete(mask, -1, axis)
+            assert not (mask_a & mask_b & (a != b)).any()
+        # Every removed voxel had a neighbour in another cell.
+        for y, x in np.argwhere((plane != 0) & ~mask):
+            neighbours = [
                 plane[v, u]
                 for v, u in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1))
                 if 0 <= v < plane.shape[0] and 0 <= u < plane.shape[1]
             ]
-            assert any(n not in (0, plane[y, x]) for n in around)
-    np.testing.assert_array_equal(separate(instances[:, ::-1]), apart[:, ::-1])
+            assert any(n not in (0, plane[y, x]) for n in neighbours)
+    np.testing.assert_array_equal(separate(instances[:, ::-1]), separated[:, ::-1])
     np.testing.assert_array_equal(
-        separate(np.rot90(instances, axes=(1, 2))), np.rot90(apart, axes=(1, 2))
+        separate(np.rot90(instances, axes=(1, 2))), np.rot90(separated, axes=(1, 2))
     )
 
 
-def test_weight_map_of_instances_sees_cells_that_one_class_does_not_tell_apart():
+def test_weight_map_uses_instances_instead_of_components():
     cells = np.array([[[1, 1, 0, 0, 1, 1]]])
     targets = (cells != 0).astype(np.uint8)
     balance = np.zeros(2, np.float32)
