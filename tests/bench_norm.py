@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from unet_ray.machine import keep_freed_memory
 from unet_ray.training.labels import load_training_data
-from unet_ray.training.patches import Sampler, ahead, places
+from unet_ray.training.patches import Sampler, ahead, sample_slots
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.trainer import CALIBRATION_PATCHES, Learner, World, optimiser_for
 from unet_ray.training.validation import Validator
@@ -112,7 +112,7 @@ class Bench:
         self.learns = False
 
     def train(self):
-        samples = ahead(self.sampler.__getitem__, places(0, 0, 1))
+        samples = ahead(self.sampler.__getitem__, sample_slots(0, 0, 1))
         validator = Validator(self.data.held_out, 2, None, "float32", "cpu")
         for step, sample in enumerate(islice(samples, self.steps)):
             progress = step / self.steps

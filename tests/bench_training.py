@@ -15,7 +15,7 @@ from unet_ray.engine.cluster import connect, usable_cores
 from unet_ray.machine import keep_freed_memory
 from unet_ray.training.augment import draw_deformation, warp_image, warp_labels
 from unet_ray.training.labels import TrainingData, TrainingVolume
-from unet_ray.training.patches import Sampler, ahead, places
+from unet_ray.training.patches import Sampler, ahead, sample_slots
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.stream import streamed
 from unet_ray.training.train import CPU_SHARE
@@ -113,7 +113,7 @@ def time_steps(recipe, data, draw, threads, settle, rounds=5, steps=80):
     learner = Learner(
         recipe, network, optimiser_for(recipe, network), world, precision_for(recipe, world), 0.0
     )
-    samples = draw(places(0, 0, 1))
+    samples = draw(sample_slots(0, 0, 1))
     same = next(samples)
     for _ in range(5):
         learner.step([same], 0, 0.0)

@@ -103,9 +103,9 @@ class ProgressBar:
         if self._notebook:
             self._notebook.update(bar)
         else:
-            from IPython.display import display  # type: ignore[import-not-found, unused-ignore]
+            from IPython.display import display
 
-            self._notebook = display(bar, display_id=True)
+            self._notebook = display(bar, display_id=True)  # type: ignore[no-untyped-call, unused-ignore]
 
 
 class _NotebookBar:

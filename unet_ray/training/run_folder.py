@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,10 +122,15 @@ class RunFolder:
         """
         with Lease(self.path / CHECKPOINTS, takeover) as lease:
             run = RunFolder(self.path, lease.fence)
-            for folder in (run.path, run.path / CHECKPOINTS):
-                remove_partial(folder)
+            run._remove_partial()
             run._set_damaged_aside()
             yield run
+            run._remove_partial()  # of workers that were lost meanwhile
+
+    def _remove_partial(self) -> None:
+        with self.guard():
+            for folder in (self.path, self.path / CHECKPOINTS):
+                remove_partial(folder)
 
     def checkpoints(self) -> list[Path]:
         """Returns the checkpoint files, newest first."""
@@ -153,14 +158,17 @@ class RunFolder:
             )
         for path in damaged:
             print(f"unet-ray: {path}: damaged; the previous checkpoint is used.", file=sys.stderr)
-            path.rename(path.with_suffix(".damaged"))
+            # A worker of the owner before may just have removed the file.
+            with self.guard(), suppress(FileNotFoundError):
+                path.rename(path.with_suffix(".damaged"))
 
     def save(self, step: int, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
         """Writes a checkpoint and removes all but the newest ones."""
         path = self.path / CHECKPOINTS / f"step-{step:09d}.safetensors"
         write_tensors(path, tensors, header, self.guard)
-        for old in self.checkpoints()[KEPT_CHECKPOINTS:]:
-            old.unlink()
+        with self.guard():
+            for old in self.checkpoints()[KEPT_CHECKPOINTS:]:
+                old.unlink(missing_ok=True)
 
     def refuse_other(self, recipe: Mapping[str, Any], data: Mapping[str, Any]) -> None:
         """Refuses to resume a run with another recipe or other data.
@@ -284,8 +292,13 @@ class Log:
             self._patches,
             validation,
         )
-        with self._guard(), open(self._path, "a") as file:
-            file.write(measure.line())
+        try:
+            with self._guard(), open(self._path, "a") as file:
+                file.write(measure.line())
+        except TimeoutError:
+            if validation is not None:
+                raise
+            return  # the lock is busy: these steps join the next line
         self.pending.clear()
         self._watch(measure)
 

@@ -93,19 +93,23 @@ def train(
     model = run.path / MODEL
     if model.exists():
         return model
+    # Ray is set up before the lease is taken, and the first attempt runs under the same lease.
+    on_ray = _OnRay(recipe, data, run, workers, checkpoint_seconds) if engine == "ray" else None
     with run.owned(takeover) as owned:
         if model.exists():  # written by the previous owner of the folder in the meantime
             run.refuse_other(dataclasses.asdict(recipe), data.identity)
             return model
         store_weights(data, recipe, run.path / WEIGHTS, owned.guard)
         _store_patches(owned, recipe, data)
-        if engine == "local":
+        if on_ray:
+            on_ray.attempt(owned, watch)
+        else:
             device = torch.device(cluster.local_device())
             world = World(0, 1, device, cluster.usable_cores())
             draw = partial(ahead, Sampler(data, recipe).__getitem__)
             Training(recipe, data, owned, world, draw, watch, checkpoint_seconds).go()
-    if engine == "ray":
-        _train_on_ray(recipe, data, run, workers, watch, checkpoint_seconds)
+    if on_ray:
+        on_ray.retry(run, watch)
     return model
 
 
@@ -126,57 +130,89 @@ def _store_patches(run: RunFolder, recipe: Recipe, data: TrainingData) -> None:
     write_tensors(path, tensors, header, run.guard)
 
 
-def _train_on_ray(
-    recipe: Recipe,
-    data: TrainingData,
-    run: RunFolder,
-    workers: Workers,
-    watch: OnMeasure,
-    checkpoint_seconds: float,
-) -> None:
-    import ray
-    import ray.train as ray_train
-    from ray.train.torch import TorchTrainer
+class _OnRay:
+    """A training on Ray Train: attempts until one succeeds or too many fail in a row."""
 
-    fewest, most = workers if isinstance(workers, tuple) else (workers, workers)
-    device = cluster.find_device("ray", fewest)
-    gpu = device == "cuda"
-    fewest = cluster.pool_size(device, fewest) if gpu or fewest else 1
-    most = most or fewest
-    # A worker cannot use more CPUs than the largest machine has.
-    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-    threads = max(1, int(min(cluster.size_of("CPU") // most, largest)))
-    scratch = run.path / "checkpoints" / "ray"
-    worker = partial(_ray_worker, recipe, [ray.put(data)], threads, checkpoint_seconds)
-    scaling = ray_train.ScalingConfig(
-        num_workers=fewest if fewest == most else (fewest, most),
-        use_gpu=gpu,
-        resources_per_worker={"CPU": CPU_SHARE * (1 if gpu else threads)},
-    )
-    with _following(run.path / METRICS, watch):
-        failures = 0
-        while failures <= FAILURES:
-            before = run.checkpoints()[:1]
-            config = ray_train.RunConfig(
-                # A new name, so that Ray Train restores nothing: runs resume from our checkpoints.
-                name=f"attempt-{time.time_ns()}",
-                storage_path=str(scratch),
-            )
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: TrainingData,
+        run: RunFolder,
+        workers: Workers,
+        checkpoint_seconds: float,
+    ) -> None:
+        import ray
+        import ray.train as ray_train
+
+        fewest, most = workers if isinstance(workers, tuple) else (workers, workers)
+        device = cluster.find_device("ray", fewest)
+        gpu = device == "cuda"
+        fewest = cluster.pool_size(device, fewest) if gpu or fewest else 1
+        most = most or fewest
+        # A worker cannot use more CPUs than the largest machine has.
+        largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+        threads = max(1, int(min(cluster.size_of("CPU") // most, largest)))
+        self._worker = partial(_ray_worker, recipe, [ray.put(data)], threads, checkpoint_seconds)
+        self._scaling = ray_train.ScalingConfig(
+            num_workers=fewest if fewest == most else (fewest, most),
+            use_gpu=gpu,
+            resources_per_worker={"CPU": CPU_SHARE * (1 if gpu else threads)},
+        )
+        self._scratch = run.path / "checkpoints" / "ray"
+        self._done, self._failures = False, 0
+
+    def attempt(self, owned: RunFolder, watch: OnMeasure) -> None:
+        """Trains to the end, or until a worker is lost.
+
+        Raises:
+            RunError: if the error is final, or too many attempts in a row failed.
+        """
+        import ray.train as ray_train
+        from ray.train.torch import TorchTrainer
+
+        config = ray_train.RunConfig(
+            # A new name, so that Ray Train restores nothing: runs resume from our checkpoints.
+            name=f"attempt-{time.time_ns()}",
+            storage_path=str(self._scratch),
+        )
+        loop, before = partial(self._worker, owned), owned.checkpoints()[:1]
+        try:
+            with _following(owned.path / METRICS, watch):
+                TorchTrainer(loop, scaling_config=self._scaling, run_config=config).fit()
+            self._done = True
+        except ray_train.TrainingFailedError as error:
+            # On preemptible machines, any number of failures is fine if training progresses.
+            cause, final = _cause(error)
+            if final:
+                raise RunError(cause) from error
+            if owned.checkpoints()[:1] != before:
+                self._failures = 0
+            else:
+                self._count(cause, error)
+
+    def retry(self, run: RunFolder, watch: OnMeasure) -> None:
+        """Attempts again until one succeeds; each attempt has a lease of its own.
+
+        A new lease stops writes by workers of the attempt before.
+
+        Raises:
+            InputError: if another training writes to the folder.
+            RunError: as `attempt`.
+        """
+        while not self._done:
             try:
-                # A new lease per attempt stops writes by workers of the previous attempt.
                 with run.owned() as owned:
-                    loop = partial(worker, owned)
-                    TorchTrainer(loop, scaling_config=scaling, run_config=config).fit()
-                break
-            except ray_train.TrainingFailedError as error:
-                # On preemptible machines, any number of failures is fine if training progresses.
-                failures = failures + 1 if run.checkpoints()[:1] == before else 0
-                cause, final = _cause(error)
-                if final or failures > FAILURES:
-                    raise RunError(
-                        cause if final else f"training failed on Ray: {cause}"
-                    ) from error
-    shutil.rmtree(scratch, ignore_errors=True)
+                    self.attempt(owned, watch)
+            except InputError as error:
+                if not isinstance(error.__cause__, OSError):
+                    raise
+                self._count(str(error), error)  # a lock that a lost machine still holds
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _count(self, cause: str, error: Exception) -> None:
+        self._failures += 1
+        if self._failures > FAILURES:
+            raise RunError(f"training failed on Ray: {cause}") from error
 
 
 def _ray_worker(

@@ -11,7 +11,6 @@ import functools
 import logging
 import math
 import os
-import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -47,10 +46,12 @@ _SUB_DIRECTORIES = 330
 # without; of others two: it and a copy, for its pieces, byte order or predictor. PackBits is
 # decoded to a list of numbers, JPEG 2000 to wide integers, and WebP with an opacity.
 _COPIES = {32773: 9, **dict.fromkeys((33003, 33004, 33005, 34712), 7), 50001: 3}
-# Opening a file takes at most this many times the bytes of its directories, its tables of strips or
-# tiles and its OME metadata; measured: 2 to 10 in tifffile and the XML parser.
-_MARGIN = 12
+# Opening a file takes at most this many times the bytes of what is read from it: tables of strips
+# or tiles, descriptions (OME metadata among them), and a part of each directory.
+_MARGIN = 14
+_DIRECTORY_BYTES = 64  # the part of a directory that stays in memory
 _TABLES = 273, 279, 324, 325  # where strips or tiles start, and how many bytes they have
+_DESCRIPTIONS = 270, 50839  # of the image; and of ImageJ
 _X_RESOLUTION, _Y_RESOLUTION = 282, 283
 
 
@@ -165,13 +166,13 @@ class _Directories:
         self.room = 8 if big else 4  # a longer value stands elsewhere in the file
         fields = [("tag", "u2"), ("type", "u2"), ("count", self.link), ("value", self.link)]
         self.entry = np.dtype(fields).newbyteorder(self.order)
-        self.listed = 0  # bytes of directories and tables so far
+        self.listed = 0
 
     def check(self) -> int:
         """Refuses links, tag values and sub-directories beyond the end of the file.
 
         Returns:
-            Bytes of all directories, with their tables of strips or tiles.
+            Bytes of all directories as they are counted for memory; see `_MARGIN`.
         """
         seen: set[int] = set()
         offset = self._number(self.start, self.room)
@@ -194,7 +195,10 @@ class _Directories:
         ends = np.where(lengths > self.room, tags["value"] + lengths, 0)
         if (ends > self.size).any():
             raise InputError(_cut(self.path, self.size, int(ends.max())))
-        self.listed += length + int(lengths[np.isin(tags["tag"], _TABLES)].sum())
+        tables, texts = (np.isin(tags["tag"], each) for each in (_TABLES, _DESCRIPTIONS))
+        # A number of a table takes eight bytes, however few it has in the file.
+        self.listed += _DIRECTORY_BYTES + 8 * int(tags["count"][tables].sum())
+        self.listed += int(lengths[texts].sum())
         return tags, first + length
 
     def _below(self, tags: NDArray[Any]) -> list[int]:
@@ -247,7 +251,7 @@ def _load(path: str, tif: Any, size: int, listed: int) -> TiffImage:
     mapped = 1, min(64, page.imagelength), page.imagewidth
     segment = mapped if isinstance(planes, _Mapped) else _segment(page)
     overhead = 0 if isinstance(planes, _Mapped) else _overhead(page, dtype, planes)
-    index_bytes = _MARGIN * (listed + sys.getsizeof(tif.ome_metadata or ""))
+    index_bytes = _MARGIN * listed
     return TiffImage(path, axes, shape, dtype, sizes, names, segment, planes, overhead, index_bytes)
 
 
