@@ -472,6 +472,7 @@ def train(
             together,
             watch or bar,
             takeover=takeover,
+            announce=bar.show_table,
         )
     if not (Path(out) / "report.html").exists():
         write_report(out)

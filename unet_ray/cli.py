@@ -179,6 +179,7 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
             together,
             watch,
             takeover=takeover,
+            announce=watch.show_table,
         )
     if finished:
         say("already trained; nothing to do.")

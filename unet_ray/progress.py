@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,6 +24,7 @@ LINE_SECONDS = 10.0
 NOTEBOOK_SECONDS = 0.2
 PACE_SECONDS, PACE_TILES = 60.0, 20
 BAR_WIDTH = 24
+LOG_WIDTH = 100
 
 
 class ProgressBar:
@@ -76,6 +78,23 @@ class ProgressBar:
             self._bar.console.print(line, markup=False, highlight=False)
         else:
             print(line, file=sys.stderr, flush=True)
+
+    def show_table(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Prints names and values as a table of two columns; equal names are written once."""
+        if self._quiet:
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        before = ""
+        for name, value in rows:
+            table.add_row("" if name == before else name, value)
+            before = name
+        width = None if sys.stderr.isatty() else LOG_WIDTH
+        Console(file=sys.stderr, width=width, markup=False, highlight=False).print(table)
 
     def _show_on_terminal(self, fraction: float, text: str) -> None:
         if not self._bar:

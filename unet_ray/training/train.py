@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -36,7 +36,8 @@ from unet_ray.training.run_folder import (
     read_measures,
 )
 from unet_ray.training.stream import streamed
-from unet_ray.training.trainer import Training, World, header_of
+from unet_ray.training.summary import Rows, summary
+from unet_ray.training.trainer import Training, World, header_of, interrupts_between_steps
 from unet_ray.training.validation import checked_score
 
 CHECKPOINT_SECONDS = 60.0
@@ -60,6 +61,7 @@ def train(
     watch: OnMeasure = lambda measure: None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     takeover: bool = False,
+    announce: Callable[[Rows], None] = lambda rows: None,
 ) -> Path:
     """Trains a network on labelled volumes; resumes an interrupted run.
 
@@ -73,6 +75,7 @@ def train(
         watch: called with each measure.
         checkpoint_seconds: time between two checkpoints; does not affect the result.
         takeover: take `out` over from another training run that is writing to it.
+        announce: called once before the first step, with a table of what is trained.
 
     Returns:
         Path of the model file.
@@ -102,12 +105,18 @@ def train(
         store_weights(data, recipe, run.path / WEIGHTS, owned.guard)
         _store_patches(owned, recipe, data)
         if on_ray:
+            announce(on_ray.summary(owned))
             on_ray.attempt(owned, watch)
         else:
             device = torch.device(cluster.local_device())
             world = World(0, 1, device, cluster.usable_cores())
             draw = partial(ahead, Sampler(data, recipe).__getitem__)
-            Training(recipe, data, owned, world, draw, watch, checkpoint_seconds).go()
+            training = Training(recipe, data, owned, world, draw, watch, checkpoint_seconds)
+            seconds = training.step_seconds() if recipe.minutes else None
+            where = f"{training.precision} on {device.type}"
+            announce(summary(data, recipe, 1, where, training.step, seconds))
+            with interrupts_between_steps() as interrupted:
+                training.go(interrupted)
     if on_ray:
         on_ray.retry(run, watch)
     return model
@@ -158,8 +167,16 @@ class _OnRay:
             use_gpu=gpu,
             resources_per_worker={"CPU": CPU_SHARE * (1 if gpu else threads)},
         )
+        self._recipe, self._data = recipe, data
+        self._fewest, self._device = fewest, device
         self._scratch = run.path / "checkpoints" / "ray"
         self._done, self._failures = False, 0
+
+    def summary(self, owned: RunFolder) -> Rows:
+        """Describes the training; the time of a step on the workers is not measured."""
+        newest = owned.newest()
+        step = newest.header["step"] if newest else 0
+        return summary(self._data, self._recipe, self._fewest, f"on {self._device} by Ray", step)
 
     def attempt(self, owned: RunFolder, watch: OnMeasure) -> None:
         """Trains to the end, or until a worker is lost.

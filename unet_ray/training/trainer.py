@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -89,6 +93,32 @@ def header_of(path: Path) -> dict[str, Any]:
         return {}
 
 
+@contextmanager
+def interrupts_between_steps() -> Iterator[Callable[[], bool]]:
+    """Delays Ctrl-C to the end of a step; a second one takes effect at once.
+
+    An interrupt within a step would leave weights that no undisturbed run has.
+
+    Yields:
+        A function that returns whether Ctrl-C was pressed.
+    """
+    pressed = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, before)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # Python delivers signals to the main thread only
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class _Clock:
     """Measures training time, and progress towards the limit of steps or minutes."""
 
@@ -98,6 +128,10 @@ class _Clock:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._start
+
+    def leave_out(self, seconds: float) -> None:
+        """Does not count some seconds since the start."""
+        self._start += seconds
 
     def progress(self, step: int) -> float:
         """Returns the larger of the completed shares of steps and minutes, 0 to 1."""
@@ -157,16 +191,14 @@ class Training:
         self._network.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._optimiser = optimiser_for(recipe, self._network)
         state = self._restore() or self._begin()
-        self._step, self._precision = (
-            state.step,
-            state.precision or precision_for(recipe, world),
-        )
+        self.step = state.step
+        self.precision: Precision = state.precision or precision_for(recipe, world)
         self._learner = Learner(
             recipe,
             self._network,
             self._optimiser,
             world,
-            self._precision,
+            self.precision,
             state.learning_rate,
         )
         self._clock, self._saved = _Clock(recipe, state.seconds), time.monotonic()
@@ -177,29 +209,52 @@ class Training:
             patches = world.size * recipe.batch
             self._log = Log(run, state.step, state.pending_losses, world.size, patches, watch)
             if data.held_out:
-                self._validation = _Validation(recipe, data, run, self._log, self._precision, world)
-                self._validation.forget_after(self._step)
+                self._validation = _Validation(recipe, data, run, self._log, self.precision, world)
+                self._validation.forget_after(self.step)
 
-    def go(self) -> None:
+    def step_seconds(self) -> float:
+        """Measures one step on a copy of the network; nothing of the run changes."""
+        copy = deepcopy(self._network)
+        optimiser = optimiser_for(self._recipe, copy)
+        learner = Learner(self._recipe, copy, optimiser, self._world, self.precision, 0.0)
+        sampler = Sampler(self._data, self._recipe)
+        batch = [sampler[0, slot] for slot in range(self._recipe.batch)]
+        begun = time.monotonic()
+        learner.step(batch, 0, 0.0)  # the first step is slow: libraries choose their kernels
+        start = time.monotonic()
+        learner.step(batch, 0, 0.0)
+        seconds = time.monotonic() - start
+        self._clock.leave_out(time.monotonic() - begun)
+        return seconds
+
+    def go(self, interrupted: Callable[[], bool] = lambda: False) -> None:
         """Trains until a limit or the end of patience is reached, then writes the model.
+
+        Args:
+            interrupted: returns whether to stop after this step.
 
         Raises:
             RunError: if the loss or a weight is not finite.
+            KeyboardInterrupt: if the training was interrupted; a checkpoint of the last step is
+                written before.
         """
-        samples = self._draw(sample_slots(self._step, self._world.rank, self._recipe.batch))
-        _, progress = self._world.agree(0.0, self._clock.progress(self._step))
+        samples = self._draw(sample_slots(self.step, self._world.rank, self._recipe.batch))
+        _, progress = self._world.agree(0.0, self._clock.progress(self.step))
         while not self._between_steps(progress) and progress < 1:
+            if interrupted():
+                self._save()
+                raise KeyboardInterrupt
             batch = list(islice(samples, self._recipe.batch))
-            loss = self._learner.step(batch, self._step, progress)
-            self._step += 1
-            loss, progress = self._world.agree(loss, self._clock.progress(self._step))
+            loss = self._learner.step(batch, self.step, progress)
+            self.step += 1
+            loss, progress = self._world.agree(loss, self._clock.progress(self.step))
             if not math.isfinite(loss):
                 raise self._diverged(f"the loss is {loss}")
             if self._log:
                 rate, seconds = self._learner.rate, self._clock.seconds
-                self._log.add(self._step, loss, rate, seconds, progress)
+                self._log.add(self.step, loss, rate, seconds, progress)
         if self._log:
-            self._log.flush(self._step, self._learner.rate, self._clock.seconds, 1.0)
+            self._log.flush(self.step, self._learner.rate, self._clock.seconds, 1.0)
             self._save()
             self._write_model()
 
@@ -209,7 +264,7 @@ class Training:
             self._save()  # so that a kill during validation loses no step
             header, rate = self._header(), self._learner.rate
             self._validation.run(
-                self._network, header, self._step, rate, self._clock.seconds, progress
+                self._network, header, self.step, rate, self._clock.seconds, progress
             )
         if self._world.first and time.monotonic() - self._saved > self._checkpoint_seconds:
             self._save()
@@ -222,7 +277,7 @@ class Training:
         trained = [path for path in self._run.checkpoints() if int(path.stem.removeprefix("step-"))]
         models = [path for path in [self._run.path / BEST, *trained] if path.exists()]
         return RunError(
-            f"step {self._step}: {symptom}; train again with a --learning-rate below "
+            f"step {self.step}: {symptom}; train again with a --learning-rate below "
             f"{self._recipe.learning_rate:g} and another --out"
             + (f" (the last good model is {models[0]})." if models else ".")
         )
@@ -235,8 +290,8 @@ class Training:
             voxel_size=list(self._data.voxel_size) if self._data.voxel_size else None,
             training={
                 "recipe": dataclasses.asdict(self._recipe),
-                "precision": self._precision,
-                "steps": self._step,
+                "precision": self.precision,
+                "steps": self.step,
             },
             data=self._data.identity,
             versions=versions(),
@@ -253,12 +308,12 @@ class Training:
                 if value is not None:
                     tensors[f"optimiser.{index}.{name}"] = torch.as_tensor(value)
         state = {
-            "step": self._step,
+            "step": self.step,
             "seconds": self._clock.seconds,
             "learning_rate": self._learner.rate,
             "pending_losses": self._log.pending if self._log else [],
         }
-        self._run.save(self._step, tensors, {**dataclasses.asdict(self._header()), **state})
+        self._run.save(self.step, tensors, {**dataclasses.asdict(self._header()), **state})
         self._saved = time.monotonic()
 
     def _begin(self) -> _State:
