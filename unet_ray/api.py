@@ -473,6 +473,7 @@ def train(
             watch or bar,
             takeover=takeover,
             announce=bar.show_table,
+            any_classes=flags.get("labels_are") == "classes",
         )
     if not (Path(out) / "report.html").exists():
         write_report(out)

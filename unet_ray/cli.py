@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,15 +23,22 @@ from unet_ray.errors import (
     refuse_below_file,
 )
 from unet_ray.flags import (
+    DATA,
     ENGINE,
+    MACHINE,
     MODEL,
+    NETWORK,
+    OUTPUT,
     PRECISION,
+    QUIET,
     TAKEOVER,
     TILING,
+    TRAINING,
     WRITING,
     Overview,
     Verb,
     check_workers,
+    flag,
     options,
     read_config,
     say,
@@ -65,11 +73,11 @@ def app() -> None:
 @app.command(
     cls=Verb,
     epilog="\b\nExample: unet-ray demo --out demo",
-    short_help="Make a phantom, train on it, segment a larger one on Ray, score, draw.",
+    short_help="Make a synthetic volume, train, segment a larger one on Ray, score and draw.",
 )
-@click.option("--out", default="demo", show_default=True, help="Folder of the results.")
+@flag("--out", default="demo", show_default=True, help="Folder of the results.")
 def demo(out: str) -> None:
-    """Shows the whole system on a phantom: train, segment on Ray, score, pictures. 6 minutes."""
+    """Shows the whole system on synthetic volumes. Takes about 6 minutes on two cores."""
     from unet_ray import demo as demonstration
 
     demonstration.run(Path(out), say)
@@ -82,107 +90,199 @@ def demo(out: str) -> None:
     short_help="Train a U-Net on labelled volumes.",
 )
 @options(
-    click.option(
+    flag(
         "--config",
         metavar="FILE.yaml",
+        group=DATA,
         callback=read_config,
         is_eager=True,
         expose_value=False,
-        help="Flags as YAML, `base-channels: 32`; the command line wins.",
+        help="Flags as YAML, such as `base-channels: 32`. The command line overrides them.",
     ),
-    click.option("--images", required=True, multiple=True, metavar="PATH...", help="The volumes."),
-    click.option(
-        "--labels",
+    flag(
+        "--images",
+        group=DATA,
         required=True,
         multiple=True,
         metavar="PATH...",
-        help="Their class labels, in the same order and shape; classes are the distinct values.",
+        help="Volumes to learn from.",
     ),
-    click.option(
+    flag(
+        "--labels",
+        group=DATA,
+        required=True,
+        multiple=True,
+        metavar="PATH...",
+        help="Labels of each volume, in the same order and shape. Each distinct value is a class.",
+    ),
+    flag(
         "--labels-are",
+        group=DATA,
         type=click.Choice(["classes", "instances"]),
-        default="classes",
-        show_default=True,
-        help="instances: numbers of cells, 0 is background; cell is learned, with background "
-        "between cells that touch.",
+        help="instances: each value numbers one cell, and 0 is background. The network learns cell "
+        "and background, with background between touching cells. [classes]",
     ),
-    click.option("--ignore-label", type=int, metavar="N", help="Label without annotation."),
-    click.option("--val", metavar="A:B,...", help="Slices to hold out and score, from A to B - 1."),
-    click.option("--val-fraction", type=float, metavar="F", help="Or a share, the last ones."),
-    click.option("--best-by", metavar="SCORE", help="[v_rand; seg of instances; else iou]"),
-    click.option("--patience", type=int, metavar="N", help="Stop after N tenths without a best."),
-    click.option("--out", required=True, metavar="RUN", help="Folder of the run."),
-    click.option(
+    flag(
+        "--ignore-label",
+        group=DATA,
+        type=int,
+        metavar="N",
+        help="Label value that marks unannotated voxels; they are ignored.",
+    ),
+    flag("--val", group=DATA, metavar="A:B,...", help="Hold out slices A to B - 1 and score them."),
+    flag(
+        "--val-fraction",
+        group=DATA,
+        type=float,
+        metavar="F",
+        help="Or hold out this fraction, taken from the last slices.",
+    ),
+    flag(
+        "--out",
+        group=OUTPUT,
+        required=True,
+        metavar="RUN",
+        help="Folder of the run. The same command resumes an interrupted run.",
+    ),
+    TAKEOVER,
+    flag(
         "--recipe",
+        group=NETWORK,
         type=click.Choice(["default", "paper"]),
         default="default",
         show_default=True,
         help="paper: SGD with momentum 0.99, dropout, no norm, patches of 572, as published.",
     ),
-    click.option("--dims", type=click.IntRange(2, 3), default=2, show_default=True, help="Axes."),
-    click.option("--depth", type=int, help="Number of poolings. [4]"),
-    click.option("--base-channels", type=int, help="Channels at full resolution. [64]"),
-    click.option(
+    flag(
+        "--dims",
+        group=NETWORK,
+        type=click.IntRange(2, 3),
+        default=2,
+        show_default=True,
+        help="2-D or 3-D network; only 2 is built.",
+    ),
+    flag("--depth", group=NETWORK, type=int, help="Number of pooling steps. [4]"),
+    flag("--base-channels", group=NETWORK, type=int, help="Channels at full resolution. [64]"),
+    flag(
         "--norm",
+        group=NETWORK,
         type=click.Choice(["none", "weight", "batch"]),
-        help="None, weight standardisation, or batch norm with statistics measured once. "
+        help="None, weight standardisation, or batch norm with fixed statistics. "
         "[weight; paper: none]",
     ),
-    click.option("--dropout", type=float, metavar="P", help="[0; paper: 0.5]"),
-    click.option("--patch", metavar="N|Z,Y,X", help="Voxels the network reads. [380; paper: 572]"),
-    click.option("--batch", type=int, metavar="N", help="Patches of a step and worker. [1]"),
-    click.option("--steps", type=int, metavar="N", help="Stop after N steps."),
-    click.option(
-        "--minutes", type=float, metavar="M", help="Stop after M minutes. [15, or --steps]"
+    flag(
+        "--dropout",
+        group=NETWORK,
+        type=float,
+        metavar="P",
+        help="Dropout rate of the two deepest levels. [0; paper: 0.5]",
     ),
-    click.option("--learning-rate", type=float, metavar="R", help="At the start. [0.001]"),
-    click.option("--momentum", type=float, metavar="R", help="Of SGD. [paper: 0.99]"),
-    click.option("--w0", type=float, help="Weight of borders between cells, eq. 2. [10]"),
-    click.option("--sigma", type=float, help="Width of that border term in voxels. [5]"),
-    click.option("--elastic", type=float, metavar="VOXELS", help="Random deformation, sd. [10]"),
-    click.option("--seed", type=int, metavar="N", help="Where chance starts. [0]"),
-    click.option(
+    flag("--steps", group=TRAINING, type=int, metavar="N", help="Stop after N steps."),
+    flag(
+        "--minutes",
+        group=TRAINING,
+        type=float,
+        metavar="M",
+        help="Stop after M minutes of training. [15, unless --steps is set]",
+    ),
+    flag(
+        "--patience",
+        group=TRAINING,
+        type=int,
+        metavar="N",
+        help="Stop after N validations without improvement (10 validations per run).",
+    ),
+    flag(
+        "--best-by",
+        group=TRAINING,
+        metavar="SCORE",
+        help="Score that selects the best model. [v_rand; instances: seg; else iou]",
+    ),
+    flag(
+        "--patch",
+        group=TRAINING,
+        metavar="N|Z,Y,X",
+        help="Size of a patch in voxels, as the network reads it. [380; paper: 572]",
+    ),
+    flag(
+        "--batch",
+        group=TRAINING,
+        type=int,
+        metavar="N",
+        help="Patches per step on each worker. [1]",
+    ),
+    flag(
+        "--learning-rate",
+        group=TRAINING,
+        type=float,
+        metavar="R",
+        help="Initial learning rate. [0.001]",
+    ),
+    flag(
+        "--momentum",
+        group=TRAINING,
+        type=float,
+        metavar="R",
+        help="Momentum of SGD; for --recipe paper only. [0.99]",
+    ),
+    flag(
+        "--w0",
+        group=TRAINING,
+        type=float,
+        help="Weight of borders between cells (eq. 2 of the paper). [10]",
+    ),
+    flag("--sigma", group=TRAINING, type=float, help="Width of these borders in voxels. [5]"),
+    flag(
+        "--elastic",
+        group=TRAINING,
+        type=float,
+        metavar="VOXELS",
+        help="Standard deviation of the elastic deformation. [10]",
+    ),
+    flag("--seed", group=TRAINING, type=int, metavar="N", help="Random seed. [0]"),
+    flag(
         "--workers",
+        group=MACHINE,
         metavar="N|MIN:MAX",
-        help="Processes that train together, or as many as the cluster has from MIN to MAX. [1; "
-        "GPUs]",
+        help="Processes that train together. MIN:MAX: as many as the cluster has. [1; one per GPU]",
     ),
     ENGINE,
     PRECISION,
-    TAKEOVER,
+    QUIET,
 )
 @click.pass_context
 def train(ctx: click.Context, /, **flags: Any) -> None:
     """Trains a U-Net with the paper's weighted loss on labelled volumes.
 
-    The same command again goes on where it was interrupted.
+    The same command resumes an interrupted training.
     """
     if flags.pop("dims") == 3:
-        raise InputError("dims=3 is not built yet: choose --dims 2, which takes stacks by slices.")
+        raise InputError("dims=3 is not built; set --dims 2, which segments stacks by slices.")
     patch = parse_patch(flags.pop("patch"))
     from unet_ray.training.recipes import Recipe
     from unet_ray.training.train import train
 
-    images, labels, out, engine, workers, recipe, takeover = (
+    images, labels, out, engine, workers, recipe, takeover, quiet = (
         flags.pop(name)
-        for name in ("images", "labels", "out", "engine", "workers", "recipe", "takeover")
+        for name in ["images", "labels", "out", "engine", "workers", "recipe", "takeover", "quiet"]
     )
-    chosen, together = Recipe.of(recipe, patch=patch, **flags), parse_workers(workers)
+    settings, together = Recipe.of(recipe, patch=patch, **flags), parse_workers(workers)
     finished = (Path(out) / "model.safetensors").exists()
-    with TrainingBar("train") as watch:
+    with TrainingBar("train", quiet) as watch:
         model = train(
             list(images),
             list(labels),
             out,
-            chosen,
+            settings,
             _engine(ctx, engine),
             together,
             watch,
             takeover=takeover,
             announce=watch.show_table,
+            any_classes=flags["labels_are"] == "classes",
         )
     if finished:
-        say("already trained; nothing to do.")
+        say(f"{out}: training is finished; nothing to do.")
     if not finished or not (Path(out) / "report.html").exists():
         from unet_ray.report.page import write_report
 
@@ -193,18 +293,26 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
 @app.command(
     cls=Verb,
     epilog="\b\nExample: unet-ray plan volume.zarr --model runs/first --memory 8GiB",
-    short_help="Say what segmenting would take; nothing is written.",
+    short_help="State tiles, memory, disk and time of a segmentation; nothing is written.",
 )
 @click.argument("input", metavar="INPUT")
 @options(
     MODEL,
-    click.option("--out", metavar="OUT.zarr", help="Store; tells what is free on its disk."),
     *TILING,
-    *WRITING,
-    click.option(
-        "--price-per-hour", type=click.FloatRange(min=0), help="Of one worker; tells the price."
+    flag(
+        "--out",
+        group=OUTPUT,
+        metavar="OUT.zarr",
+        help="Planned output; also reports the free space there.",
     ),
-    click.option("--json", "as_json", is_flag=True, help="For machines."),
+    *WRITING,
+    flag(
+        "--price-per-hour",
+        group=OUTPUT,
+        type=click.FloatRange(min=0),
+        help="Hourly price of one worker; adds a cost estimate.",
+    ),
+    flag("--json", "as_json", group=OUTPUT, is_flag=True, help="Print JSON."),
 )
 @click.pass_context
 def plan(
@@ -217,14 +325,14 @@ def plan(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Shows tiles, halo cost, memory, disk and time of a run before it starts; writes nothing.
+    """Plans a segmentation: tiles, cost of the halo, memory, disk and time.
 
-    A few tiles of the volume are tried, which takes a quarter of a minute or so.
+    Time and disk are estimated from a few tiles, which takes about 15 seconds. Nothing is written.
     """
     if price_per_hour is not None and not math.isfinite(price_per_hour):
         raise InputError(f"price-per-hour={price_per_hour} must be a number, 0 or more.")
     if out == "":
-        raise InputError("out='' names no store; leave --out out, or name one.")
+        raise InputError("out='' names no store; omit --out, or name one.")
     settings = _settings(ctx, flags)
     from unet_ray.segmentation.disk import free_bytes
     from unet_ray.segmentation.outlook import plan as outlook_of
@@ -238,13 +346,15 @@ def plan(
     free = free_bytes([place_of(out or Path.cwd())], bool(out) and settings.overwrite)
     refusal = refusal_of(outlook, settings, out, free)
     if as_json:
-        known = None if math.isinf(free) else int(free)
-        told = {**outlook.to_json(), **trial_json(outlook, trial, price_per_hour)}
-        click.echo(json.dumps({**told, "disk_free_bytes": known, "refusal": refusal}, indent=2))
+        free_or_none = None if math.isinf(free) else int(free)
+        figures = {**outlook.to_json(), **trial_json(outlook, trial, price_per_hour)}
+        click.echo(
+            json.dumps({**figures, "disk_free_bytes": free_or_none, "refusal": refusal}, indent=2)
+        )
     else:
-        there = f"at {out}" if out else "in this folder"
-        told_free = "" if math.isinf(free) else f"; {format_bytes(free)} free {there}"
-        lines = describe_trial(outlook, trial, price_per_hour, told_free)
+        folder = f"at {out}" if out else "in this folder"
+        free_space = "" if math.isinf(free) else f"; {format_bytes(free)} free {folder}"
+        lines = describe_trial(outlook, trial, price_per_hour, free_space)
         refused = [f"  refused by segment: {refusal}"] if refusal else []
         click.echo("\n".join([describe(outlook, settings), *lines, *refused]))
 
@@ -257,9 +367,16 @@ def plan(
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @options(
     MODEL,
-    click.option("--out", required=True, metavar="OUT.zarr", help="Store; a folder for several."),
     *TILING,
+    flag(
+        "--out",
+        group=OUTPUT,
+        required=True,
+        metavar="OUT.zarr",
+        help="Output store. With several inputs: a folder, which gets one store for each.",
+    ),
     *WRITING,
+    QUIET,
 )
 @click.pass_context
 def segment(
@@ -268,28 +385,33 @@ def segment(
     inputs: tuple[str, ...],
     model: str,
     out: str,
+    quiet: bool,
     **flags: Any,
 ) -> None:
     """Segments volumes, tile by tile, into OME-Zarr 0.5 stores.
 
-    The same command again goes on where it was interrupted; a finished one does nothing.
+    The same command resumes an interrupted run; a finished one does nothing.
     """
+    _refuse_image_name(out)
     settings = _settings(ctx, flags)
     from unet_ray.segmentation.execution import execute
-    from unet_ray.segmentation.preparation import wanted_tiles
+    from unet_ray.segmentation.preparation import pending_tiles, wanted_tiles
     from unet_ray.segmentation.segment import prepare_all
 
     quarantined = None
     for run in prepare_all(inputs, model, out, settings):
+        request = wanted_tiles(run, settings)
+        if run.resumed and not pending_tiles(run, request).any():
+            overlap = request.tiles.any()
+            why = "is finished" if overlap else "region and mask have no tile in common"
+            say(f"{run.out.name}: {why}; nothing to do.")
+            click.echo(run.out)
+            continue
         _announce(run, settings)
         try:
-            with TilesBar(Path(run.volume.path).name) as watch:
-                finished = execute(run, settings, watch)
-            if not finished:
-                asked = wanted_tiles(run, settings).tiles.any()
-                why = "already finished" if asked else "region and mask have no tile in common"
-                say(f"{run.out.name}: {why}; nothing to do.")
-        except QuarantinedError as error:  # told at once; other inputs come first
+            with TilesBar(Path(run.volume.path).name, quiet) as watch:
+                execute(run, settings, watch)
+        except QuarantinedError as error:  # reported at once, since other inputs follow
             say(f"unet-ray: {error}")
             quarantined = error
         click.echo(run.out)
@@ -304,37 +426,45 @@ def segment(
 )
 @click.argument("prediction", metavar="PREDICTION")
 @click.argument("truth", metavar="TRUTH")
-@click.option(
+@flag(
     "--as",
     "kind",
     type=click.Choice(["isbi", "instances", "classes"]),
     required=True,
-    help="isbi: membranes, from probabilities of cell. instances: labelled objects. "
+    help="isbi: membranes, from the probability of cell. instances: labelled objects. "
     "classes: class maps.",
 )
-@click.option("--per-slice", is_flag=True, help="Each slice is an image of its own; ids too.")
-@click.option("--json", "file", metavar="FILE", help="Also write the scores as JSON; - for stdout.")
-def evaluate(prediction: str, truth: str, kind: Any, per_slice: bool, file: str | None) -> None:
-    """Scores a prediction against the truth: TIFF, a folder of slices, Zarr or our own store.
+@flag(
+    "--per-slice",
+    is_flag=True,
+    help="Score each slice as an image of its own; ids need not match between slices.",
+)
+@flag("--json", "file", metavar="FILE", help="Also write the scores as JSON; - for stdout.")
+@QUIET
+def evaluate(
+    prediction: str, truth: str, kind: Any, per_slice: bool, file: str | None, quiet: bool
+) -> None:
+    """Scores a prediction against the truth: TIFF, a folder of slices, Zarr or a unet-ray store.
 
-    Of a store, what --as needs is taken. docs/scores.md explains every score.
+    From a unet-ray store the matching output is chosen automatically. docs/reference/scores.md
+    explains every score.
     """
     if file not in (None, "-"):
         _refuse_json(Path(file), (prediction, truth))
     from unet_ray.scores.evaluation import evaluate as score
 
-    with ProgressBar("evaluate") as bar:
-        found = score(
+    with ProgressBar("evaluate", quiet) as bar:
+        evaluation = score(
             prediction,
             truth,
             kind,
             per_slice,
             lambda done, total: bar.show(done / total, f"{done}/{total}"),
         )
-    if found.note:
-        say(found.note)
-    text = json.dumps(found.to_json(), indent=2) + "\n"
-    click.echo(text if file == "-" else found.table(), nl=file != "-")
+    if evaluation.note:
+        say(evaluation.note)
+    text = json.dumps(evaluation.to_json(), indent=2) + "\n"
+    click.echo(text if file == "-" else evaluation.table(), nl=file != "-")
     if file not in (None, "-"):
         write_whole(Path(file), text.encode())
 
@@ -342,48 +472,58 @@ def evaluate(prediction: str, truth: str, kind: Any, per_slice: bool, file: str 
 @app.command(
     cls=Verb,
     epilog="\b\nExample: unet-ray verify volume.zarr --tiles 10",
-    short_help="Check every checksum of a store, and some tiles by making them again.",
+    short_help="Check every checksum of a store, and recompute some tiles.",
 )
 @click.argument("out", metavar="OUT.zarr")
-@click.option(
+@flag(
     "--tiles",
     type=int,
     default=3,
     show_default=True,
     metavar="N",
-    help="Tiles, chosen at random, to make again and compare; they need input and model.",
+    help="Number of random tiles to recompute and compare; this needs input and model.",
 )
-@click.option("--repair", is_flag=True, help="Make damaged and missing shards again.")
+@flag("--repair", is_flag=True, help="Recompute damaged and missing shards.")
 @click.pass_context
 def verify(ctx: click.Context, /, out: str, tiles: int, repair: bool) -> None:
-    """Names every damaged or missing shard of the tiles that are done; exit code 1 if there is one.
+    """Names every damaged or missing shard of the finished tiles; exit code 1 if there is one.
 
-    Every byte of a shard is under a checksum; that shards were swapped, only new tiles tell.
+    Checksums find corrupted bytes; swapped shards are found only by recomputing tiles (--tiles).
     """
     from unet_ray.segmentation.verification import verify as check
 
-    verdict = check(out, tiles, repair)
-    click.echo("\n".join([*verdict.notes, *verdict.damage, f"{out}: {verdict.summary()}"]))
-    if verdict.refusal:
-        say(f"unet-ray: {verdict.refusal}")
-    ctx.exit(1 if verdict.damage else 2 if verdict.refusal else 0)
+    verification = check(out, tiles, repair)
+    lines = [*verification.notes, *verification.damage, f"{out}: {verification.summary()}"]
+    click.echo("\n".join(lines))
+    if verification.refusal:
+        say(f"unet-ray: {verification.refusal}")
+    ctx.exit(1 if verification.damage else 2 if verification.refusal else 0)
 
 
 @app.command(
     cls=Verb,
     epilog="\b\nExample: unet-ray report volume.zarr --truth truth.tif",
-    short_help="Write a page with pictures about a run.",
+    short_help="Write a page with pictures of a training or a segmentation.",
 )
 @click.argument("path", metavar="RUN|OUT.zarr")
-@click.option("--truth", metavar="PATH", help="Class labels of the volume: adds scores, borders.")
+@flag("--truth", metavar="PATH", help="Class labels of the volume; adds scores and borders.")
 def report(path: str, truth: str | None) -> None:
-    """Writes one page, report.html, with curves, pictures, scores and how it was made.
+    """Writes one HTML page with curves, pictures, scores and the provenance.
 
-    It needs no network. Of a run it lies in RUN, of a store beside it: OUT.report.html.
+    For a run the page is written into RUN; for a store, next to it: OUT.report.html.
     """
     from unet_ray.report.page import write_report
 
     click.echo(write_report(path, truth))
+
+
+def _refuse_image_name(out: str) -> None:
+    """Refuses an output that is named as an image, since a folder of Zarr chunks is written."""
+    if re.search(r"\.(tiff?|png|jpe?g|h5|hdf5|npy)$", out, re.I):
+        stem = out.rpartition(".")[0]
+        raise InputError(
+            f"{out}: the output is an OME-Zarr folder, not an image file; name it {stem}.zarr."
+        )
 
 
 def _refuse_json(file: Path, inputs: Sequence[str]) -> None:
@@ -399,15 +539,17 @@ def _refuse_json(file: Path, inputs: Sequence[str]) -> None:
 def _announce(run: Segmentation, settings: Settings) -> None:
     tiles = run.plan
     if settings.tile and settings.tile != tiles.core:
-        asked, fitted = commas(settings.tile), commas(tiles.core)
-        say(f"tile {asked} fitted to the network and the volume: {fitted}")
-    if unread := run.intensity.unread:
-        since = "could not be read when this was begun" if run.resumed else "cannot be read"
         say(
-            f"{len(unread)} parts of the input {since}, as {unread[0]}: the mean grey value is "
-            "that of the rest; once they can be read, --overwrite makes it that of all."
+            f"tile {commas(settings.tile)} does not fit the network and the volume; "
+            f"{commas(tiles.core)} is used."
         )
-    verb = "going on with" if run.resumed else "writing"
+    if unread := run.intensity.unread:
+        since = "could not be read when the run began" if run.resumed else "cannot be read"
+        say(
+            f"{len(unread)} parts of the input {since}, such as {unread[0]}. The mean grey value "
+            "leaves them out; to include them later, use --overwrite."
+        )
+    verb = "resuming" if run.resumed else "writing"
     say(
         f"{verb} {run.out.name}: {len(tiles)} tiles of {commas(tiles.core)}, {run.precision} on "
         f"{run.device}, engine {settings.engine}, {_memory(run, settings)}"
@@ -466,7 +608,7 @@ def main(verb: str | None = None) -> int:
     command: click.Command = app.commands[verb] if verb else app
     name = f"python jobs/{verb}.py" if verb else "unet-ray"
     try:
-        # What `ctx.exit` was given; verbs themselves return nothing.
+        # The code of `ctx.exit`; verbs return nothing.
         return command.main(prog_name=name, standalone_mode=False, obj="job" if verb else None) or 0
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
@@ -482,7 +624,7 @@ def main(verb: str | None = None) -> int:
         say(f"unet-ray: {place}{error.strerror or error}.")
         return 1
     except (KeyboardInterrupt, click.Abort):
-        say("unet-ray: interrupted; what was committed stays, the same command goes on.")
+        say("unet-ray: Interrupted. Progress is saved; run the same command to resume.")
         sys.stderr.flush()
-        # Passes that still run in threads are dropped: nothing half-done counts as done.
+        # Threads may still compute; an unfinished tile never counts as finished.
         os._exit(130)

@@ -1,4 +1,4 @@
-"""What the verbs share on the command line: option types, common flags, parsers.
+"""The parts that verbs share on the command line: groups of flags, common flags, hints.
 
 Knows click and the text of flags. Does not know what a verb does.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,78 @@ from unet_ray.versions import VERSION
 Function = Callable[..., Any]
 
 
+DATA, NETWORK, TRAINING, OUTPUT, MACHINE = "Data", "Network", "Training", "Output", "Machine"
+HELP = {"help_option_names": ["-h", "--help"]}
+# Names that users of other tools try first.
+OTHER_VERBS = {
+    "predict": "segment",
+    "infer": "segment",
+    "inference": "segment",
+    "fit": "train",
+    "score": "evaluate",
+    "eval": "evaluate",
+    "check": "verify",
+}
+OTHER_FLAGS = {
+    "--gpu": "A GPU is used where torch finds one; no flag is needed.",
+    "--device": "A GPU is used where torch finds one; no flag is needed.",
+    "--epochs": "Set --steps or --minutes.",
+    "--output": "Did you mean --out?",
+    "--lr": "Did you mean --learning-rate?",
+}
+
+
+class Flag(click.Option):
+    """An option that the help text shows under the heading of its group."""
+
+    def __init__(self, *args: Any, group: str = "Options", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+flag = partial(click.option, cls=Flag)
+
+
 class Verb(click.Command):
     """A command whose options may take several values at once, and which reads ``--config``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"context_settings": HELP, **kwargs})
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Turns ``--images a b`` into ``--images a --images b`` before click reads it."""
         many = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
-        return super().parse_args(ctx, list(_spread(args, many)))
+        args = _spread(args, many)
+        try:
+            return super().parse_args(ctx, list(args))
+        except click.MissingParameter:
+            given, _, _ = self.make_parser(ctx).parse_args(list(args))
+            given |= ctx.default_map or {}
+            missing = [p for p in self.params if p.required and not given.get(p.name or "")]
+            if len(missing) < 2:
+                raise
+            names = ", ".join(_name(parameter, ctx) for parameter in missing)
+            raise click.UsageError(f"Missing: {names}.", ctx) from None
+        except click.NoSuchOption as error:
+            if hint := OTHER_FLAGS.get(error.option_name):
+                raise click.UsageError(
+                    f"No such option: {error.option_name}. {hint}", ctx
+                ) from None
+            raise
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the flags under the headings of their groups."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                group = getattr(parameter, "group", "Options")
+                groups.setdefault(group, []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
 
     def synopsis(self) -> str:
-        """All flags on one line, as the overview of all verbs shows them."""
+        """Returns all flags on one line, as the overview of all verbs shows them."""
         pieces = [_piece(p, click.Context(self)) for p in self.params]
         return " ".join([*pieces, "[--help]"])
 
@@ -47,17 +110,26 @@ def _spread(args: Sequence[str], many: set[str]) -> list[str]:
     return spread
 
 
+def _name(parameter: click.Parameter, ctx: click.Context) -> str:
+    return (
+        parameter.make_metavar(ctx) if isinstance(parameter, click.Argument) else parameter.opts[0]
+    )
+
+
 def _piece(parameter: click.Parameter, ctx: click.Context) -> str:
     if isinstance(parameter, click.Argument):
         return parameter.make_metavar(ctx)
     option = parameter.opts[0]
-    flag = isinstance(parameter, click.Option) and parameter.is_flag
-    text = option if flag else f"{option} {parameter.make_metavar(ctx)}"
+    has_no_value = isinstance(parameter, click.Option) and parameter.is_flag
+    text = option if has_no_value else f"{option} {parameter.make_metavar(ctx)}"
     return text if parameter.required else f"[{text}]"
 
 
 class Overview(click.Group):
     """The list of verbs, each with all its flags and an example."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"context_settings": HELP, **kwargs})
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes every verb with its flags, so that one page shows everything."""
@@ -81,16 +153,18 @@ class Overview(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Names the nearest verb when there is none of that name."""
+        """Suggests the nearest verb for an unknown one."""
         if args and not args[0].startswith("-") and args[0] not in self.commands:
-            known = ", ".join(self.commands)
-            hint = nearest(args[0], self.commands)
-            raise InputError(f"{args[0]!r} is not a verb{hint}: choose from {known}.")
+            other = OTHER_VERBS.get(args[0])
+            hint = f" (did you mean {other!r}?)" if other else nearest(args[0], self.commands)
+            raise InputError(
+                f"{args[0]!r} is not a verb{hint}; choose from {', '.join(self.commands)}."
+            )
         return super().resolve_command(ctx, args)
 
 
 def options(*options: Function) -> Function:
-    """A decorator that adds several flags, in the order of the help text."""
+    """Returns a decorator that adds several flags, in the order of the help text."""
 
     def decorate(function: Function) -> Function:
         for option in reversed(options):
@@ -100,8 +174,8 @@ def options(*options: Function) -> Function:
     return decorate
 
 
-def read_config(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:
-    """Takes flags from a YAML file; the command line wins over it."""
+def read_config(ctx: click.Context, option: click.Parameter, value: str | None) -> None:
+    """Reads flags from a YAML file; the command line overrides them."""
     if value is None:
         return
     try:
@@ -112,96 +186,130 @@ def read_config(ctx: click.Context, parameter: click.Parameter, value: str | Non
         ) from error
     if not isinstance(settings, dict):
         raise InputError(f"{value}: must be a list of flags, as in `base-channels: 32`.")
-    flags = {p.opts[0].removeprefix("--"): p for p in ctx.command.params if p is not parameter}
+    flags = {p.opts[0].removeprefix("--"): p for p in ctx.command.params if p is not option}
     defaults = {}
     for key, setting in settings.items():
-        flag = flags.get(str(key).replace("_", "-"))
-        if flag is None or flag.name is None:
+        parameter = flags.get(str(key).replace("_", "-"))
+        if parameter is None or parameter.name is None:
             raise InputError(f"{value}: {key!r} is not a flag of train{nearest(str(key), flags)}.")
         # As text, so that a value is checked as it would be on the command line.
         values = [str(item) for item in (setting if isinstance(setting, list) else [setting])]
-        many = getattr(flag, "multiple", False)
+        many = getattr(parameter, "multiple", False)
         if not many and isinstance(setting, list):
             raise InputError(
-                f"{value}: {key!r} takes one value, not {setting}; see {flag.opts[0]}."
+                f"{value}: {key!r} takes one value, not {setting}; see {parameter.opts[0]}."
             )
-        defaults[flag.name] = values if many else values[0]
+        defaults[parameter.name] = values if many else values[0]
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
 
 
-ENGINE = click.option(
+ENGINE = flag(
     "--engine",
+    group=MACHINE,
     type=click.Choice(["auto", "ray", "local"]),
     default="auto",
     show_default=True,
-    help="Who runs it: Ray, or this process. auto: Ray in jobs/, with RAY_ADDRESS set or several "
+    help="Run on Ray or in this process. auto: Ray in jobs/, with RAY_ADDRESS set or with several "
     "GPUs; else local.",
 )
-PRECISION = click.option(
+PRECISION = flag(
     "--precision",
+    group=MACHINE,
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="Number format of the network. auto: bfloat16 where the hardware multiplies in it.",
+    help="Number format of the network. auto: bfloat16 if the hardware computes in it.",
 )
-TAKEOVER = click.option(
-    "--takeover", is_flag=True, help="End another run that is writing to the same output."
+TAKEOVER = flag(
+    "--takeover",
+    group=OUTPUT,
+    is_flag=True,
+    help="End another run that is writing to the same output.",
 )
+QUIET = flag("--quiet", "-q", group=MACHINE, is_flag=True, help="Show no progress.")
 WRITING = (
-    click.option(
+    flag(
         "--overwrite",
+        group=OUTPUT,
         is_flag=True,
-        help="Delete the store first, if it is ours. After a kill, leave it out to go on.",
+        help="Delete an existing unet-ray store first. Omit to resume.",
     ),
     TAKEOVER,
 )
-MODEL = click.option("--model", required=True, metavar="RUN|FILE", help="What `train` made.")
+MODEL = flag(
+    "--model",
+    group=DATA,
+    required=True,
+    metavar="RUN|FILE",
+    help="RUN folder of `train`, or a model file.",
+)
 TILING = (
-    click.option("--outputs", metavar="A,B", help="probabilities,classes (default: both)."),
-    click.option(
+    flag(
+        "--outputs",
+        group=OUTPUT,
+        metavar="A,B",
+        help="Outputs to store: probabilities, classes. Default: both.",
+    ),
+    flag(
         "--region",
+        group=DATA,
         metavar="z0:z1,y0:y1,x0:x1",
-        help="Only this part, in voxels, rounded outwards to whole tiles.",
+        help="Segment this part only, in voxels; rounded outwards to whole tiles.",
     ),
-    click.option(
+    flag(
         "--mask",
+        group=DATA,
         metavar="PATH",
-        help="Only tiles where this volume, coarser or as fine as the input, is not zero.",
+        help="Segment only tiles in which this volume is not zero; it may be coarser.",
     ),
-    click.option("--level", type=int, default=0, help="Resolution level of an OME-Zarr input."),
-    click.option("--channel", type=int, help="Channel of the input, from 0."),
-    click.option("--time", type=int, help="Time point of the input, from 0."),
-    click.option(
-        "--tile",
-        metavar="Z,Y,X",
-        help="Voxels that a tile owns; rounded up to the network's step, clamped to the volume. "
-        "Default: chosen from --memory, equal tiles.",
-    ),
-    click.option(
-        "--memory", default="4GiB", show_default=True, help="What one predicting worker may use."
-    ),
-    click.option(
-        "--workers", type=int, metavar="N", help="Tiles at once. Default: cores, or GPUs."
-    ),
-    ENGINE,
-    PRECISION,
-    click.option(
-        "--tta",
-        is_flag=True,
-        help="Average over the 8 rotations and mirror images of each tile: 8 times the time.",
-    ),
-    click.option(
+    flag("--level", group=DATA, type=int, default=0, help="Resolution level of an OME-Zarr input."),
+    flag("--channel", group=DATA, type=int, help="Channel of the input, from 0."),
+    flag("--time", group=DATA, type=int, help="Time point of the input, from 0."),
+    flag(
         "--nan",
+        group=DATA,
         type=click.Choice(["error", "zero"]),
         default="error",
         show_default=True,
-        help="Voxels that are not finite numbers: quarantine their tiles, or take them as 0.",
+        help="For voxels that are not finite: quarantine their tiles, or read them as 0.",
     ),
+    flag(
+        "--tta",
+        group=NETWORK,
+        is_flag=True,
+        help="Average over the 8 rotations and mirror images of each tile; takes 8 times as long.",
+    ),
+    flag(
+        "--tile",
+        group=MACHINE,
+        metavar="Z,Y,X",
+        help="Voxels of a tile, rounded up to the step of the network. Default: from --memory.",
+    ),
+    flag(
+        "--memory",
+        group=MACHINE,
+        default="4GiB",
+        show_default=True,
+        help="Memory limit of one predicting worker.",
+    ),
+    flag(
+        "--workers",
+        group=MACHINE,
+        type=int,
+        metavar="N",
+        help="Tiles at the same time. Default: one per core or GPU.",
+    ),
+    ENGINE,
+    PRECISION,
 )
 
 
 def check_workers(workers: int | None) -> None:
-    """Refuses a number of workers below 1."""
+    """Refuses a number of workers below 1.
+
+    Raises:
+        InputError: naming the number.
+    """
     if workers is not None and workers < 1:
         raise InputError(f"workers={workers} must be at least 1.")
 

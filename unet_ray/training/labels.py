@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from unet_ray.errors import InputError
 from unet_ray.network.checkpoints import read_tensors, write_tensors
@@ -29,6 +30,11 @@ from unet_ray.volumes.volume import Volume
 
 # Labels with more distinct values than this are taken for object numbers, not classes.
 MOST_CLASSES = 32
+# Labels with this many values or more may number cells, if this share of the values on each slice is
+# one connected object.
+FEWEST_CELLS, SINGLE_OBJECTS = 5, 0.9
+# Shares of voxels that equal a neighbour, in an image and in labels that seem to be exchanged.
+EXCHANGED = (0.9, 0.6)
 IGNORED = 255  # target of a voxel without annotation, until its weight is 0
 
 
@@ -113,16 +119,21 @@ class _Truth:
 
 
 def load_training_data(
-    images: Sequence[str], labels: Sequence[str], recipe: Recipe, weights_file: Path | None = None
+    images: Sequence[Any],
+    labels: Sequence[Any],
+    recipe: Recipe,
+    weights_file: Path | None = None,
+    any_classes: bool = False,
 ) -> TrainingData:
     """Reads labelled volumes, and reads or computes their weight maps.
 
     Args:
-        images: paths of the images.
-        labels: paths of the labels, in the same order.
+        images: paths of the images, or arrays.
+        labels: paths of the labels, or arrays, in the same order.
         recipe: sets the kind of labels, the held-out slices and the weight maps.
         weights_file: file of `store_weights`. Its weight maps are used if they belong to the same
             labels and settings; the file need not exist.
+        any_classes: accept label values as classes even if they look like cell numbers.
 
     Raises:
         InputError: if the numbers of files, the shapes or the channels differ, if values are
@@ -130,8 +141,13 @@ def load_training_data(
     """
     pairs = _open_pairs(images, labels)
     labelled = [label.read(Box.of(label.shape[1:]))[0] for _, label in pairs]
-    values, truths = _truths([label.path for _, label in pairs], labelled, recipe)
     arrays = [_read_finite(image) for image, _ in pairs]
+    paths = [label.path for _, label in pairs]
+    for (image, label), voxels, values_there in zip(pairs, arrays, labelled, strict=True):
+        _refuse_exchanged(image.path, label.path, voxels, values_there)
+    if recipe.labels_are == "classes" and not any_classes:
+        _refuse_cell_numbers(paths, labelled, recipe.ignore_label)
+    values, truths = _truths(paths, labelled, recipe)
     intensities = [measure(image) for image, _ in pairs]
     masks = _held_out([len(t.targets) for t in truths], recipe.val, recipe.val_fraction)
     identity = {
@@ -172,7 +188,7 @@ def store_weights(data: TrainingData, recipe: Recipe, path: Path, guard: Guard) 
         write_tensors(path, maps, header, guard)
 
 
-def _open_pairs(images: Sequence[str], labels: Sequence[str]) -> list[tuple[Volume, Volume]]:
+def _open_pairs(images: Sequence[Any], labels: Sequence[Any]) -> list[tuple[Volume, Volume]]:
     if len(images) != len(labels):
         raise InputError(
             f"--images names {len(images)} files and --labels {len(labels)}; pass one label file "
@@ -219,6 +235,46 @@ def _truths(
     for target, mask in zip(targets, annotated, strict=True):
         target[~mask] = IGNORED
     return values.tolist(), [_Truth(*pair) for pair in zip(targets, cells, strict=True)]
+
+
+def _refuse_exchanged(image: str, label: str, voxels: NDArray[Any], labels: NDArray[Any]) -> None:
+    """Refuses an image that is constant in large parts where its labels are not.
+
+    Raises:
+        InputError: naming both files.
+    """
+    if _constant_share(voxels[0]) > EXCHANGED[0] and _constant_share(labels) < EXCHANGED[1]:
+        raise InputError(
+            f"{label} looks like an image and {image} like its labels; exchange --images and "
+            "--labels."
+        )
+
+
+def _constant_share(array: NDArray[Any]) -> float:
+    """Returns the share of voxels of (z, y, x) that equal their neighbour along x."""
+    return float((array[..., 1:] == array[..., :-1]).mean()) if array.shape[-1] > 1 else 1.0
+
+
+def _refuse_cell_numbers(
+    paths: Sequence[str], labels: Sequence[NDArray[Any]], ignore_label: int | None
+) -> None:
+    """Refuses labels of which nearly every value is one connected object on each slice.
+
+    Raises:
+        InputError: naming the file and the flag for cell numbers.
+    """
+    for path, array in zip(paths, labels, strict=True):
+        values = [v for v in np.unique(array).tolist() if v not in (0, ignore_label)]
+        if not FEWEST_CELLS <= len(values) <= MOST_CLASSES:
+            continue
+        parts = [ndimage.label(plane == v, np.ones((3, 3)))[1] for plane in array for v in values]
+        present = [count for count in parts if count]
+        if sum(count == 1 for count in present) >= SINGLE_OBJECTS * len(present):
+            raise InputError(
+                f"{path}: has {len(values)} values besides 0, and nearly each is one connected "
+                "object on a slice, so they look like cell numbers; set --labels-are instances, or "
+                "--labels-are classes if they are classes."
+            )
 
 
 def _signed(path: str, labels: NDArray[Any]) -> NDArray[np.int64]:
@@ -302,7 +358,7 @@ def _held_out(depths: Sequence[int], val: str | None, fraction: float) -> list[N
     return np.split(out, np.cumsum(depths)[:-1])
 
 
-def _open_pair(image: str, label: str) -> tuple[Volume, Volume]:
+def _open_pair(image: Any, label: Any) -> tuple[Volume, Volume]:
     volume, truth = open_volume(image), open_volume(label)
     if volume.shape[1:] != truth.shape[1:]:
         raise InputError(

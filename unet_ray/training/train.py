@@ -62,6 +62,7 @@ def train(
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     takeover: bool = False,
     announce: Callable[[Rows], None] = lambda rows: None,
+    any_classes: bool = False,
 ) -> Path:
     """Trains a network on labelled volumes; resumes an interrupted run.
 
@@ -76,6 +77,7 @@ def train(
         checkpoint_seconds: time between two checkpoints; does not affect the result.
         takeover: take `out` over from another training run that is writing to it.
         announce: called once before the first step, with a table of what is trained.
+        any_classes: accept label values as classes even if they look like cell numbers.
 
     Returns:
         Path of the model file.
@@ -89,7 +91,7 @@ def train(
     if engine == "local" and workers not in (None, 1):
         count = ":".join(map(str, workers)) if isinstance(workers, tuple) else workers
         raise InputError(f"workers={count} needs --engine ray; the local engine has one worker.")
-    data = load_training_data(images, labels, recipe, run.path / WEIGHTS)
+    data = load_training_data(images, labels, recipe, run.path / WEIGHTS, any_classes)
     if data.held_out:
         checked_score(data.held_out, len(data.class_values), recipe.best_by)
     run.refuse_other(dataclasses.asdict(recipe), data.identity)
