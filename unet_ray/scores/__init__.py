@@ -1,4 +1,4 @@
-"""Predictions compared with the truth: what is counted, and how counts become scores.
+"""Scores of a prediction against the ground truth.
 
-Knows label maps and probabilities as arrays and files. Does not know training or runs.
+Handles label maps and probability maps, as arrays and as files. Independent of training and runs.
 """

@@ -1,18 +1,19 @@
-"""Scores of a segmentation against the truth, as the reference implementations give them.
+"""Scores of a segmentation against the ground truth, equal to their reference implementations.
 
-Each function says what its score means, what it does not see, how it is computed and whose
-definition that is; totals.py computes several in one pass. A prediction and a truth are arrays
-(y, x) or (z, y, x), or volumes; a stack larger than the memory is read by slices or by pieces.
+Each function documents what the score measures, what it ignores, its formula and its source.
+totals.py computes several scores in one pass. Prediction and truth are arrays (y, x) or (z, y, x),
+or volumes. Stacks that exceed the memory are read slice by slice or piece by piece.
 
-Membranes (ISBI 2012): 0 is membrane and 1 is cell, or 255 in uint8; the prediction is the
-probability of cell. Slices are 2-D images of their own. Thresholds are those of Fiji, sums of 0.1
-in double precision; above a threshold is cell. Sources: Arganda-Carreras et al. 2015,
-Front. Neuroanat. 9:142, and Fiji's Trainable_Segmentation, package `metrics`.
+Membranes (ISBI 2012): in the truth 0 is membrane and 1 is cell, or 255 in uint8. The prediction is
+the probability of cell. Each slice is scored as a separate 2-D image. Pixels above the threshold
+are cell. The thresholds are Fiji's: 0.1 added repeatedly in double precision. Sources:
+Arganda-Carreras et al. 2015, Front. Neuroanat. 9:142, and Fiji's Trainable_Segmentation, package
+`metrics`.
 
-Objects: integers, 0 is background, each other number an object, connected or not. Classes:
-integers, each number a class.
+Objects: integer labels. 0 is background; every other label is one object, connected or not.
+Classes: integers, one per class.
 
-Every function raises InputError if the shapes differ or a number is not allowed.
+Every function raises InputError if the shapes differ or a value is not allowed.
 """
 
 from __future__ import annotations
@@ -39,89 +40,90 @@ from unet_ray.scores.totals import (
 
 
 def pixel_error(prediction: Scored, truth: Scored) -> Score:
-    """How badly cell pixels are found: 1 minus their F1, which is not the share of wrong pixels.
+    """1 minus the F1 score of the cell pixels; not the fraction of wrong pixels.
 
-    It compares pixel by pixel, so a border moved by one pixel costs more than a gap of one pixel
-    that merges two neurons; it does not see topology. 0 is best.
+    Pixels are compared one by one, so topology is ignored. Moving a border by one pixel costs more
+    than a gap of one pixel that merges two neurons. 0 is best.
 
-    Formula: 1 - F, F = 2 TP / (2 TP + FP + FN) of cell pixels summed over all slices; least over
+    Formula: 1 - F, F = 2 TP / (2 TP + FP + FN) of cell pixels summed over all slices; minimum over
     10 thresholds. Source: Fiji `PixelError.getPrecisionRecallStats`.
     """
     return isbi_scores(prediction, truth, ["pixel_error"])["pixel_error"]
 
 
 def rand_error(prediction: Scored, truth: Scored) -> Score:
-    """How often two pixels that belong together are apart, or the other way round.
+    """1 minus the F1 score of pixel pairs that belong to the same segment.
 
-    The membrane counts as one more segment, so its thickness matters a lot; it does not see
-    where in a cell an error lies. 0 is best.
+    All membrane counts as one more segment, so its thickness matters a lot. The position of an
+    error within a cell is ignored. 0 is best.
 
     Formula: 1 - F, F = 2 TP / (2 TP + FP + FN) of pixel pairs in the same 4-connected segment,
-    n(n - 1)/2 per segment, summed over slices; least over 10 thresholds. Source: Fiji
+    n(n - 1)/2 per segment, summed over slices; minimum over 10 thresholds. Source: Fiji
     `RandError.getRandIndexStats`; Rand 1971.
     """
     return isbi_scores(prediction, truth, ["rand_error"])["rand_error"]
 
 
 def rand_error_foreground(prediction: Scored, truth: Scored) -> Score:
-    """As `rand_error`, looking only at pixels that are cell in the truth.
+    """`rand_error` restricted to pixels that are cell in the truth.
 
-    A merger of two large cells costs much, one of two small ones little; it does not see
-    membranes that are drawn where truth has membrane too. 0 is best. The U-Net paper's "Rand
-    error" is, as far as can be told, this one.
+    Merging two large cells costs more than merging two small ones. Membrane predicted where the
+    truth has membrane is ignored. 0 is best. This is most likely the "Rand error" of the U-Net
+    paper.
 
-    Formula: 1 - F as in `rand_error`, pairs with replacement (n * n), over true cell pixels; one
-    with predicted membrane is a segment of its own. Least over 10 thresholds. Source: Fiji
-    `RandError.getForegroundRestrictedRandIndexStats`.
+    Formula: 1 - F as in `rand_error`, pairs with replacement (n * n), over true cell pixels. Each
+    of them that is predicted as membrane is its own segment. Minimum over 10 thresholds. Source:
+    Fiji `RandError.getForegroundRestrictedRandIndexStats`.
     """
     return isbi_scores(prediction, truth, ["rand_error_foreground"])["rand_error_foreground"]
 
 
 def warping_error(prediction: Scored, truth: Scored) -> Score:
-    """How many pixels split or merge cells, after every shift of a border has been forgiven.
+    """The fraction of pixels that split or merge cells; shifts of a border are free.
 
-    It counts errors of topology only: a membrane in a slightly wrong place costs nothing, and a
-    gap of one pixel costs one pixel. It does not see how large the merged cells are, nor cells
-    that vanish: a prediction without any cell scores 0. 0 is best.
+    Only errors of topology count: a shifted membrane costs nothing, a gap of one pixel costs one
+    pixel. The size of merged cells is ignored, and so are cells that vanish: a prediction without
+    any cell scores 0. 0 is best.
 
     Formula: (split pixels + merger pixels) / all pixels, after flipping simple points of the
-    truth towards the prediction; least over 10 thresholds. Source: Fiji
+    truth towards the prediction; minimum over 10 thresholds. Source: Fiji
     `WarpingError.getMinimumSplitsAndMergersErrorValue(0, 0.9, 0.1, false, 20)`; Jain et al. 2010.
     """
     return isbi_scores(prediction, truth, ["warping_error"])["warping_error"]
 
 
 def v_rand(prediction: Scored, truth: Scored) -> Score:
-    """As `rand_error_foreground`, after thinning the membranes: do cells stay apart and whole?
+    """The F1 score of pixel pairs within true cells, after thinning the membranes.
 
-    Thick membranes cost nothing any more, only gaps and false walls do; it does not see whether
-    the line runs in the middle of the membrane. 1 is best; the leaderboard's order since 2015.
+    Thick membranes are free; only gaps and false walls cost. The position of the thinned line
+    within the membrane is ignored. 1 is best. It has ranked the leaderboard since 2015.
 
-    Formula: the mean over slices of F of the foreground-restricted pairs, largest over 11
-    thresholds; slices whose truth has no cell are left out. Source: Fiji
+    Formula: the mean over slices of F of the foreground-restricted pairs, maximum over 11
+    thresholds. Slices whose truth has no cell are skipped. Source: Fiji
     `RandError.getForegroundRestrictedRandAfterThinningStats`; Arganda-Carreras et al. 2015.
     """
     return isbi_scores(prediction, truth, ["v_rand"])["v_rand"]
 
 
 def v_info(prediction: Scored, truth: Scored) -> Score:
-    """How much the prediction tells about which cell a pixel belongs to, after thinning.
+    """How much information prediction and truth share about the cell of a pixel, after thinning.
 
-    Small cells count more than in `v_rand`, since information grows with the logarithm of a
-    size; a slice with one cell only, on either side, carries none and scores 0. 1 is best.
+    Small cells weigh more than in `v_rand`, because information grows with the logarithm of the
+    size. A slice with one cell, in truth or prediction, carries no information and scores 0.
+    1 is best.
 
     Formula: the mean over slices of F = 2 I / (H(truth) + H(prediction)), over true cell pixels,
-    largest over 11 thresholds. Source: Fiji
+    maximum over 11 thresholds. Source: Fiji
     `VariationOfInformation.getForegroundRestrictedScoreAfterThinning`.
     """
     return isbi_scores(prediction, truth, ["v_info"])["v_info"]
 
 
 def seg(prediction: Scored, truth: Scored, per_slice: bool = False) -> Score:
-    """How well each true object is covered by its prediction, on average over all true objects.
+    """The overlap (IoU) of each true object with its predicted object, averaged over true objects.
 
-    An object counts 0 if no predicted one covers more than half of it; predicted objects that
-    are in no true one cost nothing: it does not see them. 1 is best.
+    An object scores 0 if no predicted object covers more than half of it. Predicted objects
+    without a true one are ignored. 1 is best.
 
     Formula: the mean over true objects of |R and S| / |R or S|, with S the predicted object for
     which |R and S| > |R| / 2. Source: Cell Tracking Challenge, SEG; Maska et al. 2014.
@@ -130,10 +132,10 @@ def seg(prediction: Scored, truth: Scored, per_slice: bool = False) -> Score:
 
 
 def ap50(prediction: Scored, truth: Scored, per_slice: bool = False) -> Score:
-    """The share of objects that are found, of all true and all false ones, at IoU 0.5.
+    """The fraction of matched objects among all true and all false objects, at IoU 0.5.
 
-    An object counts as found when it overlaps its partner by half of their union; how much
-    better than that it fits is not seen. 1 is best.
+    An object is matched if it overlaps its partner by at least half of their union. A better fit
+    does not raise the score. 1 is best.
 
     Formula: TP / (TP + FP + FN), matched one to one with IoU >= 0.5. Source: the "average
     precision" of StarDist and Cellpose (Data Science Bowl 2018).
@@ -142,9 +144,9 @@ def ap50(prediction: Scored, truth: Scored, per_slice: bool = False) -> Score:
 
 
 def ap_mean(prediction: Scored, truth: Scored, per_slice: bool = False) -> Score:
-    """As `ap50`, averaged over ever stricter demands on the overlap.
+    """`ap50` averaged over IoU thresholds from 0.5 to 0.95.
 
-    It rewards exact outlines; it does not see which objects are missed. 1 is best.
+    It rewards exact outlines. It does not show which objects are missed. 1 is best.
 
     Formula: the mean of TP / (TP + FP + FN) over IoU >= 0.5, 0.55, ... 0.95. Source: Data Science
     Bowl 2018.
@@ -153,10 +155,10 @@ def ap_mean(prediction: Scored, truth: Scored, per_slice: bool = False) -> Score
 
 
 def adapted_rand_error(prediction: Scored, truth: Scored, per_slice: bool = False) -> Score:
-    """How often two voxels of true objects that belong together are apart, or the other way.
+    """1 minus the F1 score of voxel pairs that belong to the same object.
 
-    Large objects weigh more, with the square of their size; voxels without a true object are not
-    seen. 0 is best.
+    An object weighs with the square of its size. Voxels that are background in the truth are
+    ignored. 0 is best.
 
     Formula: 1 - 2 sum p_ij / (sum a_i + sum b_j) of voxel pairs without replacement, over voxels
     whose truth is not 0. Source: CREMI; scikit-image `adapted_rand_error`.
@@ -167,10 +169,9 @@ def adapted_rand_error(prediction: Scored, truth: Scored, per_slice: bool = Fals
 
 
 def voi_split(prediction: Scored, truth: Scored, per_slice: bool = False) -> Score:
-    """How torn the true objects are: bits needed to say which piece of an object a voxel is in.
+    """Over-segmentation: bits needed to name a voxel's predicted object, given its true one.
 
-    0 means that no true object is split. Objects that are merged are not seen; `voi_merge`
-    sees them.
+    0 means that no true object is split. Mergers are ignored; `voi_merge` measures them.
 
     Formula: H(prediction | truth) in bits, over voxels whose truth is not 0. Source: Meila 2007;
     CREMI; scikit-image `variation_of_information(..., ignore_labels=(0,))`, its first number.
@@ -179,10 +180,10 @@ def voi_split(prediction: Scored, truth: Scored, per_slice: bool = False) -> Sco
 
 
 def voi_merge(prediction: Scored, truth: Scored, per_slice: bool = False) -> Score:
-    """How mixed the predicted objects are: bits needed to say which true object a voxel is of.
+    """Under-segmentation: bits needed to name a voxel's true object, given its predicted one.
 
-    0 means that no predicted object holds two true ones. Objects that are split are not seen;
-    `voi_split` sees them.
+    0 means that no predicted object merges two true ones. Splits are ignored; `voi_split`
+    measures them.
 
     Formula: H(truth | prediction) in bits, over voxels whose truth is not 0. Source: as
     `voi_split`, its second number.
@@ -191,7 +192,9 @@ def voi_merge(prediction: Scored, truth: Scored, per_slice: bool = False) -> Sco
 
 
 def accuracy(prediction: Scored, truth: Scored) -> Score:
-    """The share of voxels whose class is right. A frequent class can hide that a rare one is lost.
+    """The fraction of voxels with the right class.
+
+    A frequent class can hide the loss of a rare one.
 
     Formula: correct voxels / all voxels. 1 is best.
     """
@@ -199,24 +202,24 @@ def accuracy(prediction: Scored, truth: Scored) -> Score:
 
 
 def iou(prediction: Scored, truth: Scored) -> ClassScore:
-    """The overlap of each class, as a share of all voxels that either side gives that class.
+    """The intersection over union of each class.
 
-    A voxel wrong by a class counts against both classes; where the errors lie is not seen.
+    A voxel of the wrong class counts against both classes. The position of errors is ignored.
 
     Formula: TP / (TP + FP + FN) (Jaccard 1901); the mean is over the classes that occur. 1 is
     best.
     """
-    found = class_scores(overlap_tables(prediction, truth))["iou"]
-    return ClassScore(**vars(found))
+    score = class_scores(overlap_tables(prediction, truth))["iou"]
+    return ClassScore(**vars(score))
 
 
 def dice(prediction: Scored, truth: Scored) -> ClassScore:
-    """As `iou`, with the overlap counted twice; of a class it is never below its IoU.
+    """The F1 score of each class; never below its `iou`.
 
-    It is the F1 score of each class; where the errors lie is not seen.
+    The position of errors is ignored.
 
     Formula: 2 TP / (2 TP + FP + FN) (Dice 1945); the mean is over the classes that occur. 1 is
     best.
     """
-    found = class_scores(overlap_tables(prediction, truth))["dice"]
-    return ClassScore(**vars(found))
+    score = class_scores(overlap_tables(prediction, truth))["dice"]
+    return ClassScore(**vars(score))
