@@ -1,7 +1,7 @@
-"""One slice of a proposal, cut at one threshold and compared with its truth.
+"""One predicted slice at one threshold, compared with its truth.
 
-Knows what the scores of the ISBI 2012 challenge count in a slice; does not know how counts of
-many slices become a score. What two scores need is computed once.
+Handles the counts of one slice that the ISBI 2012 scores need; results shared by several scores
+are computed once. Independent of how the counts of many slices become a score.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from unet_ray.scores.warping import Mismatches, classify, warp
 
 
 class Slice:
-    """A slice of a proposal and its truth.
+    """A slice of a prediction (proposal) and of its truth.
 
     Args:
-        proposal: (y, x), probability of cell.
+        proposal: probability of cell, 0 to 1, (y, x).
         truth: (y, x), True is cell.
     """
 
@@ -30,12 +30,12 @@ class Slice:
 
     @cached_property
     def segments(self) -> NDArray[np.int32]:
-        """The 4-connected cells of the truth, numbered from 1."""
+        """4-connected cells of the truth, numbered from 1; 0 is membrane."""
         return _segments(self.truth)
 
 
 class Cut:
-    """A slice whose proposal is cut: above the threshold is cell."""
+    """A slice at one threshold; pixels above it are cell."""
 
     def __init__(self, plane: Slice, threshold: float) -> None:
         self._plane, self._threshold = plane, threshold
@@ -43,28 +43,28 @@ class Cut:
 
     @property
     def size(self) -> int:
-        """Pixels of the slice."""
+        """Number of pixels in the slice."""
         return self._cells.size
 
     def pixels(self) -> tuple[int, int, int]:
-        """Cell pixels found, wrongly found and missed: (tp, fp, fn)."""
+        """True positive, false positive and false negative cell pixels: (tp, fp, fn)."""
         truth = self._plane.truth
-        right = int(np.count_nonzero(self._cells & truth))
-        return right, int(self._cells.sum()) - right, int(truth.sum()) - right
+        tp = int(np.count_nonzero(self._cells & truth))
+        return tp, int(self._cells.sum()) - tp, int(truth.sum()) - tp
 
     @cached_property
     def overlaps(self) -> Overlaps:
-        """True cells against 4-connected cells of the proposal; 0 is membrane on both sides."""
+        """Overlaps of true cells and 4-connected predicted cells; 0 is membrane in both."""
         return Overlaps.of(self._plane.segments, _segments(self._cells))
 
     @cached_property
     def thinned(self) -> Overlaps:
-        """True cells against the segments of the proposal with its membranes thinned."""
+        """Overlaps of true cells and predicted segments, after thinning the membranes."""
         return Overlaps.of(self._plane.segments, thin(self._cells))
 
     @cached_property
     def mismatches(self) -> Mismatches:
-        """Topological errors of the proposal."""
+        """Topological errors of the prediction."""
         plane = self._plane
         return classify(*warp(plane.truth, plane.proposal, self._threshold))
 

@@ -1,8 +1,10 @@
-"""Membranes thinned to lines one pixel wide, by flooding; knows one binary slice.
+"""Thins the membranes of a slice to lines one pixel wide, by flooding.
 
-The cells grow into the membrane, 4-connected, and where two meet a line stays. The order of the
-flood decides on which side of a gap a line runs, so it is kept exactly: the first-in first-out
-algorithm of Vincent and Soille 1991 on two grey levels, as Fiji's `WatershedTransform2D` does it.
+Handles one binary slice. Independent of stacks and scores.
+
+Cells grow into the membrane, 4-connected; a line remains where two cells meet. The flooding order
+decides the position of the line, so it must match Fiji's `WatershedTransform2D` exactly: the
+first-in first-out algorithm of Vincent and Soille 1991 on two grey levels.
 """
 
 from __future__ import annotations
@@ -14,19 +16,19 @@ from scipy import ndimage
 from unet_ray.compiled import compiled
 
 LINE, WAITING, QUEUED = 0, -1, -2
-# Neighbours (y, x) in the order in which a pixel looks at them.
+# Steps (y, x) to the 4 neighbours, in the order of the flood.
 SIDES = np.array([(0, -1), (-1, 0), (0, 1), (1, 0)])
 
 
 def thin(cells: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """The segments of a slice after its membranes are thinned.
+    """Grows the cells of a slice until only lines of membrane remain.
 
     Args:
         cells: (y, x), True is cell.
 
     Returns:
-        (y, x): number of the segment from 1, and 0 on the lines between segments. A slice
-        without a cell is one segment.
+        Segment numbers from 1, (y, x), and 0 on the lines between segments. A slice without any
+        cell is one segment.
     """
     labels = ndimage.label(cells)[0].astype(np.int32)
     if not labels.any():
@@ -38,7 +40,7 @@ def thin(cells: NDArray[np.bool_]) -> NDArray[np.int32]:
 
 @compiled
 def _flood(labels: NDArray[np.int32], sides: NDArray[np.int64]) -> None:
-    """Floods the waiting pixels of `labels` from its cells, in place."""
+    """Floods the pixels marked `WAITING` from the cells, in place."""
     height, width = labels.shape
     queue = np.empty((labels.size, 2), np.int64)
     last = 0

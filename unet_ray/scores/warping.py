@@ -1,10 +1,10 @@
-"""The warping error of Jain et al. 2010 on one slice: what is left after all harmless changes.
+"""Topological errors of one slice, for the warping error of Jain et al. 2010.
 
-The truth is flipped, pixel by pixel, towards the proposal wherever the flip changes no topology.
-What cannot be flipped is a split, a merger, or a hole or an object too many or too few. Knows two
-binary slices and a threshold; does not know stacks, files or what the score of a stack is.
+Pixels of the truth are flipped towards the prediction (the proposal) wherever the flip keeps the
+topology. Each remaining mismatch is a split, a merger, or an extra or missing hole or object.
+Handles one slice at one threshold. Independent of stacks, files and the score of a stack.
 
-The order of flips and the rules are those of Fiji's Trainable_Segmentation, `WarpingError`.
+The rules and the order of the flips equal those of Fiji's Trainable_Segmentation, `WarpingError`.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from scipy import ndimage
 from unet_ray.compiled import compiled
 
 RADIUS = 20
-"""A split is looked for in a window of this radius, as the challenge did; in voxels."""
+"""Radius in pixels of the window in which a split is detected; the challenge used 20."""
 
-# The 8 neighbours (y, x) as a ring: two that follow each other are 4-neighbours of each other.
+# Steps (y, x) to the 8 neighbours as a ring: consecutive ones are 4-neighbours of each other.
 RING = np.array([(-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)])
 
 
 class Mismatches(NamedTuple):
-    """Pixels of a slice that no harmless flip could bring to agree with the proposal.
+    """Counts of mismatched pixels that cannot be flipped without changing the topology.
 
     Attributes:
-        splits: cell pixels whose loss tears a cell apart.
-        mergers: membrane pixels whose loss joins two cells.
-        others: holes and objects that appear or vanish.
+        splits: cell pixels whose removal splits a cell.
+        mergers: membrane pixels whose removal merges two cells.
+        others: pixels of holes and objects that appear or vanish.
     """
 
     splits: int
@@ -41,38 +41,39 @@ class Mismatches(NamedTuple):
 def warp(
     truth: NDArray[np.bool_], proposal: NDArray[np.float64], threshold: float
 ) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
-    """Flips simple points of the truth until it is as like the proposal as topology allows.
+    """Flips simple points of the truth until it matches the proposal as far as topology allows.
 
-    Mismatches are visited from the surest to the least sure, |proposal - threshold| in float32,
-    ties by x, then y; again and again, until a round flips none.
+    Mismatches are visited in order of decreasing confidence, |proposal - threshold| in float32,
+    ties by x, then y. The rounds repeat until one flips nothing.
 
     Args:
         truth: (y, x), True is cell.
-        proposal: (y, x), 0 to 1, 1 is certainly cell.
-        threshold: above it the proposal says cell.
+        proposal: probability of cell, 0 to 1, (y, x).
+        threshold: pixels above it are cell.
 
     Returns:
-        The warped truth, (y, x), and the mismatches left, (n, 2) as (y, x), in order of visit.
+        The warped truth (y, x), and the remaining mismatches as (y, x) in order of visit, (n, 2).
     """
-    source = np.pad(truth, 1).astype(np.uint8)
+    warped = np.pad(truth, 1).astype(np.uint8)
     wrong = truth != (proposal > threshold)
     x, y = np.nonzero(wrong.T)
-    doubt = np.abs(proposal[y, x] - threshold).astype(np.float32)
-    order = np.argsort(-doubt, kind="stable")
+    confidence = np.abs(proposal[y, x] - threshold).astype(np.float32)
+    order = np.argsort(-confidence, kind="stable")
     queue = np.stack([y[order] + 1, x[order] + 1], axis=1)
-    left = _flip_simple(source, queue, SIMPLE, RING)
-    return source[1:-1, 1:-1].astype(bool), queue[:left] - 1
+    remaining = _flip_simple(warped, queue, SIMPLE, RING)
+    return warped[1:-1, 1:-1].astype(bool), queue[:remaining] - 1
 
 
 def classify(
     warped: NDArray[np.bool_], mismatches: NDArray[np.intp], radius: int = RADIUS
 ) -> Mismatches:
-    """Sorts what `warp` left over into splits, mergers and the rest.
+    """Counts the splits, mergers and other errors among the mismatches that `warp` returns.
 
     Args:
         warped: (y, x), True is cell.
-        mismatches: (n, 2) as (y, x).
-        radius: of the window in which a split is looked for; larger than the slice: all of it.
+        mismatches: pixels as (y, x), (n, 2).
+        radius: of the window in which a split is detected, in pixels. If it exceeds the shorter
+            side of the slice, the window is the whole slice, as in Fiji.
     """
     labels = ndimage.label(warped)[0].astype(np.int32)
     if radius > min(warped.shape):
@@ -83,10 +84,11 @@ def classify(
 
 
 def _simple_points() -> NDArray[np.bool_]:
-    """For each of the 256 neighbourhoods (bit k is place k of `RING`): is its middle simple?
+    """Whether the central pixel is simple, for each of the 256 neighbourhoods.
 
-    It is if exactly one 4-connected piece of cell touches it by a side and not all is cell
-    (topological numbers 1 and 1, Bertrand and Malandain 1994); adding and removing are alike.
+    Bit k of the index is neighbour k of `RING`. The pixel is simple if exactly one 4-connected
+    piece of cell shares a side with it and not all neighbours are cell (topological numbers 1
+    and 1, Bertrand and Malandain 1994). The rule is the same for adding and for removing a pixel.
     """
     simple = np.zeros(256, bool)
     for code in range(255):
@@ -107,26 +109,26 @@ SIMPLE = _simple_points()
 
 @compiled
 def _flip_simple(
-    source: NDArray[np.uint8],
+    warped: NDArray[np.uint8],
     queue: NDArray[np.intp],
     simple: NDArray[np.bool_],
     ring: NDArray[np.int64],
 ) -> int:
-    """Flips what is simple, in the queue's order; moves the rest to its front, returns how many."""
-    left, before = len(queue), -1
-    while left != before:
-        before, left = left, 0
+    """Flips simple pixels in queue order; moves the others to the front, returns their number."""
+    remaining, before = len(queue), -1
+    while remaining != before:
+        before, remaining = remaining, 0
         for i in range(before):
             y, x = queue[i, 0], queue[i, 1]
             code = 0
             for k in range(8):
-                code |= source[y + ring[k, 0], x + ring[k, 1]] << k
+                code |= warped[y + ring[k, 0], x + ring[k, 1]] << k
             if simple[code]:
-                source[y, x] = 1 - source[y, x]
+                warped[y, x] = 1 - warped[y, x]
             else:
-                queue[left, 0], queue[left, 1] = y, x
-                left += 1
-    return left
+                queue[remaining, 0], queue[remaining, 1] = y, x
+                remaining += 1
+    return remaining
 
 
 @compiled
@@ -137,7 +139,7 @@ def _count(
     radius: int,
     ring: NDArray[np.int64],
 ) -> tuple[int, int]:
-    """Counts (splits, mergers); `seen` is scratch of the labels' shape, all 0."""
+    """Returns (splits, mergers); `seen` is scratch memory of the labels' shape, all 0."""
     height, width = labels.shape
     splits = mergers = 0
     around = np.empty(8, np.int32)
@@ -148,10 +150,10 @@ def _count(
         for k in range(8):
             v, u = y + ring[k, 0], x + ring[k, 1]
             if 0 <= v < height and 0 <= u < width:
-                known = False
+                listed = False
                 for j in range(kinds):
-                    known = known or around[j] == labels[v, u]
-                if not known:
+                    listed = listed or around[j] == labels[v, u]
+                if not listed:
                     around[kinds] = labels[v, u]
                     kinds += 1
         if labels[y, x] == 0:
@@ -172,19 +174,19 @@ def _tears(
     radius: int,
     ring: NDArray[np.int64],
 ) -> bool:
-    """Whether cell pixels around (y, x) lose touch, within the window, once it is membrane.
+    """Whether turning (y, x) into membrane disconnects its cell neighbours within the window.
 
-    Floods from one of them, nearest pixels first, until all the others are reached.
+    Floods from one neighbour, nearest pixels first, until all others are reached.
     """
     height, width = labels.shape
     top, bottom = max(0, y - radius), min(height, y + radius + 1)
     left, right = max(0, x - radius), min(width, x + radius + 1)
     seen[y, x] = mark
-    first = last = wanted = 0
+    first = last = unreached = 0
     for k in range(8):
         v, u = y + ring[k, 0], x + ring[k, 1]
         if top <= v < bottom and left <= u < right and labels[v, u] != 0:
-            wanted += 1
+            unreached += 1
             queue[0] = v, u
             last = 1
     if last == 1:
@@ -192,8 +194,8 @@ def _tears(
     while first < last:
         b, a = queue[first]
         first += 1
-        wanted -= max(abs(b - y), abs(a - x)) == 1
-        if wanted == 0:
+        unreached -= max(abs(b - y), abs(a - x)) == 1
+        if unreached == 0:
             return False
         for side in range(0, 8, 2):
             d, c = b + ring[side, 0], a + ring[side, 1]
@@ -202,4 +204,4 @@ def _tears(
                 seen[d, c] = mark
                 queue[last] = d, c
                 last += 1
-    return wanted > 0
+    return unreached > 0
