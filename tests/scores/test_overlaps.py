@@ -203,7 +203,7 @@ def test_objects_found_are_those_of_the_best_assignment(images):
         # exact fractions: 3/5 is not below 0.6, nor 13/20 below 0.65
         good = np.round(overlap * 1e9) >= percent * 1e7
         rows, columns = linear_sum_assignment(good, maximize=True)
-        assert table.found(percent) == good[rows, columns].sum()
+        assert table.matched(percent) == good[rows, columns].sum()
 
 
 @given(labels(most=4))
@@ -223,7 +223,7 @@ def test_two_halves_are_one_match_at_half_and_none_above():
     whole, halves = np.array([1, 1, 1, 1]), np.array([1, 1, 2, 2])
     for truth, prediction in ((whole, halves), (halves, whole)):
         matches = Matches.of(Overlaps.of(truth, prediction))
-        assert [matches.found(percent) for percent in (50, 51, 55)] == [1, 0, 0]
+        assert [matches.matched(percent) for percent in (50, 51, 55)] == [1, 0, 0]
     # neither half holds more than half of the whole; the whole holds each half, with IoU 1/2
     assert Matches.of(Overlaps.of(whole, halves)).covered().tolist() == []
     assert Matches.of(Overlaps.of(halves, whole)).covered().tolist() == [0.5, 0.5]
@@ -232,6 +232,6 @@ def test_two_halves_are_one_match_at_half_and_none_above():
 @pytest.mark.parametrize("percent", IOU_PERCENT)
 def test_an_overlap_of_exactly_the_threshold_counts(percent):
     truth, prediction = np.ones(100, int), np.repeat([1, 0], [percent, 100 - percent])
-    assert Matches.of(Overlaps.of(truth, prediction)).found(percent) == 1
+    assert Matches.of(Overlaps.of(truth, prediction)).matched(percent) == 1
     prediction[percent - 1] = 0
-    assert Matches.of(Overlaps.of(truth, prediction)).found(percent) == 0
+    assert Matches.of(Overlaps.of(truth, prediction)).matched(percent) == 0

@@ -1,6 +1,7 @@
-"""How many voxels each true segment shares with each predicted one: the table behind most scores.
+"""Contingency tables of true and predicted labels, from which most scores are computed.
 
-Knows labels as numbers; does not know which of them is background or what a score makes of them.
+Handles voxel counts, pair counts, entropies and the matching of objects. Independent of files and
+of the scores themselves.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-EXACT_IN_INT64 = 3_000_000_000  # a sum of squares over so many voxels stays below 2^63
+EXACT_IN_INT64 = 3_000_000_000  # below this many voxels a sum of squares stays below 2^63
 
 
 @dataclass(frozen=True, eq=False)
 class Overlaps:
-    """The contingency table of two labellings; pairs that share no voxel are left out.
+    """The contingency table of two labellings: one row per pair of labels that share voxels.
 
     Attributes:
-        truth: label of the truth, of each pair of labels that meet, int64 or uint64.
-        prediction: label of the prediction, likewise.
-        voxels: how many voxels the two share, int64, above 0.
+        truth: the true label of each row, an integer type.
+        prediction: the predicted label of each row, likewise.
+        voxels: number of shared voxels of each row, int64, above 0.
     """
 
     truth: NDArray[Any]
@@ -32,9 +33,9 @@ class Overlaps:
 
     @classmethod
     def of(cls, truth: NDArray[Any], prediction: NDArray[Any]) -> Overlaps:
-        """The table of two arrays of integers of one shape."""
+        """Counts the label pairs of two integer arrays of equal shape."""
         t, p = truth.ravel(), prediction.ravel()
-        # Labels come in runs: comparing neighbours first leaves a tenth of the voxels to sort.
+        # Labels form runs of voxels: counting runs first leaves about a tenth of them to sort.
         breaks = np.flatnonzero((t[1:] != t[:-1]) | (p[1:] != p[:-1])) + 1
         starts = np.concatenate([np.zeros(min(1, t.size), np.int64), breaks])
         lengths = np.diff(starts, append=t.size)
@@ -42,7 +43,7 @@ class Overlaps:
 
     @classmethod
     def joined(cls, tables: Iterable[Overlaps]) -> Overlaps:
-        """The table of a whole from the tables of its pieces."""
+        """Sums the tables of the pieces of an image."""
         parts = list(tables)
         return cls(
             np.concatenate([part.truth for part in parts]),
@@ -51,57 +52,57 @@ class Overlaps:
         )._gathered()
 
     def _gathered(self) -> Overlaps:
-        """Each pair once."""
+        """Merges rows of the same pair of labels."""
         truths, t = np.unique(self.truth, return_inverse=True)
         predictions, p = np.unique(self.prediction, return_inverse=True)
-        pairs, place = np.unique(t * len(predictions) + p, return_inverse=True)
+        pairs, row = np.unique(t * len(predictions) + p, return_inverse=True)
         voxels = np.zeros(len(pairs), np.int64)
-        np.add.at(voxels, place, self.voxels)
+        np.add.at(voxels, row, self.voxels)
         width = max(1, len(predictions))
         return Overlaps(truths[pairs // width], predictions[pairs % width], voxels)
 
-    def where(self, kept: NDArray[np.bool_]) -> Overlaps:
-        """The table without the pairs for which `kept` is false."""
-        return Overlaps(self.truth[kept], self.prediction[kept], self.voxels[kept])
+    def where(self, rows: NDArray[np.bool_]) -> Overlaps:
+        """The rows for which `rows` is true."""
+        return Overlaps(self.truth[rows], self.prediction[rows], self.voxels[rows])
 
     @property
     def total(self) -> int:
-        """All voxels of the table."""
+        """Number of voxels in the table."""
         return int(self.voxels.sum())
 
     def truth_sizes(self) -> NDArray[np.int64]:
-        """Voxels of each true segment, of the pair's row, per pair of the table."""
+        """Size in voxels of the true segment of each row."""
         return _sums(self.truth, self.voxels)
 
     def prediction_sizes(self) -> NDArray[np.int64]:
-        """Voxels of each predicted segment, of the pair's column, per pair of the table."""
+        """Size in voxels of the predicted segment of each row."""
         return _sums(self.prediction, self.voxels)
 
 
 def sizes(labels: NDArray[Any], voxels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Voxels of each label, in ascending order of the labels."""
-    _, place = np.unique(labels, return_inverse=True)
-    found = np.zeros(place.max(initial=-1) + 1, np.int64)
-    np.add.at(found, place, voxels)
-    return found
+    """Total voxels of each distinct label, in ascending order of the labels."""
+    _, index = np.unique(labels, return_inverse=True)
+    totals = np.zeros(index.max(initial=-1) + 1, np.int64)
+    np.add.at(totals, index, voxels)
+    return totals
 
 
 def _sums(labels: NDArray[Any], voxels: NDArray[np.int64]) -> NDArray[np.int64]:
-    _, place = np.unique(labels, return_inverse=True)
-    return sizes(labels, voxels)[place]
+    _, index = np.unique(labels, return_inverse=True)
+    return sizes(labels, voxels)[index]
 
 
 def sum_of_squares(voxels: NDArray[np.int64]) -> int:
-    """The sum of n * n, exact for any number of voxels."""
+    """The sum of n * n over all counts n, exact even beyond 2^63."""
     if voxels.sum() < EXACT_IN_INT64:
         return int(np.dot(voxels, voxels))
     return sum(n * n for n in voxels.tolist())
 
 
 def pair_counts(table: Overlaps) -> tuple[int, int, int]:
-    """Pairs of different voxels: (together in both, together in truth, together in prediction).
+    """Pairs of different voxels in the same segment of (both, the truth, the prediction).
 
-    Without replacement, n(n - 1) / 2 of n voxels; every label counts as a segment.
+    A segment of n voxels has n(n - 1) / 2 pairs. Every label counts as a segment, including 0.
     """
     parts = (table.voxels, sizes(table.truth, table.voxels), sizes(table.prediction, table.voxels))
     both, truth, prediction = ((sum_of_squares(n) - table.total) // 2 for n in parts)
@@ -109,46 +110,46 @@ def pair_counts(table: Overlaps) -> tuple[int, int, int]:
 
 
 def foreground_pair_counts(table: Overlaps) -> tuple[int, int, int] | None:
-    """As `pair_counts`, with replacement (n * n), over the voxels whose truth is not 0.
+    """As `pair_counts`, but n * n pairs, over the voxels whose truth is not 0.
 
-    A voxel with prediction 0 there is a segment of its own. None if the truth has no foreground.
+    Each of these voxels with prediction 0 is its own segment. None if the truth is 0 everywhere.
     """
     table = table.where(table.truth != 0)
     if not table.total:
         return None
     inside = table.where(table.prediction != 0)
-    alone = table.total - inside.total
+    singles = table.total - inside.total
     return (
-        sum_of_squares(inside.voxels) + alone,
+        sum_of_squares(inside.voxels) + singles,
         sum_of_squares(sizes(table.truth, table.voxels)),
-        sum_of_squares(sizes(inside.prediction, inside.voxels)) + alone,
+        sum_of_squares(sizes(inside.prediction, inside.voxels)) + singles,
     )
 
 
 def foreground_information(table: Overlaps) -> tuple[float, float, float] | None:
-    """Entropies in nats over the voxels whose truth is not 0: (truth, prediction, both).
+    """Entropies in nats over the voxels whose truth is not 0: (truth, prediction, joint).
 
-    A voxel with prediction 0 there is a segment of its own. None if the truth has no foreground.
+    Each of these voxels with prediction 0 is its own segment. None if the truth is 0 everywhere.
     """
     table = table.where(table.truth != 0)
     if not table.total:
         return None
     n = table.total
     inside = table.where(table.prediction != 0)
-    alone = (n - inside.total) / n * math.log(n)
+    singles = (n - inside.total) / n * math.log(n)
     return (
         _entropy(sizes(table.truth, table.voxels), n),
-        _entropy(sizes(inside.prediction, inside.voxels), n) + alone,
-        _entropy(inside.voxels, n) + alone,
+        _entropy(sizes(inside.prediction, inside.voxels), n) + singles,
+        _entropy(inside.voxels, n) + singles,
     )
 
 
 def conditional_entropies(table: Overlaps) -> tuple[float, float]:
-    """In bits: (prediction given truth, truth given prediction); every label is a segment."""
+    """H(prediction | truth) and H(truth | prediction) in bits; label 0 is a segment too."""
     n = table.total
-    together = _entropy(table.voxels, n)
-    split = together - _entropy(sizes(table.truth, table.voxels), n)
-    merge = together - _entropy(sizes(table.prediction, table.voxels), n)
+    joint = _entropy(table.voxels, n)
+    split = joint - _entropy(sizes(table.truth, table.voxels), n)
+    merge = joint - _entropy(sizes(table.prediction, table.voxels), n)
     return max(0.0, split) / math.log(2), max(0.0, merge) / math.log(2)
 
 
@@ -159,14 +160,14 @@ def _entropy(voxels: NDArray[np.int64], total: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Matches:
-    """Pairs of a true and a predicted object that meet, and what they share.
+    """Overlapping pairs of a true and a predicted object.
 
     Attributes:
-        truth, prediction: labels, none of them 0.
-        shared: voxels in both.
-        union: voxels in either.
-        size: voxels of the true object.
-        truths, predictions: how many objects there are on each side.
+        truth, prediction: labels of each pair, never 0.
+        shared: voxels in both objects of each pair.
+        union: voxels in either object of each pair.
+        size: voxels of the true object of each pair.
+        truths, predictions: number of objects in the truth and in the prediction.
     """
 
     truth: NDArray[Any]
@@ -179,16 +180,16 @@ class Matches:
 
     @classmethod
     def of(cls, table: Overlaps) -> Matches:
-        """The objects of a table; label 0 is background on both sides."""
-        size, other = table.truth_sizes(), table.prediction_sizes()
-        met = (table.truth != 0) & (table.prediction != 0)
-        shared = table.voxels[met]
+        """The objects of a table; label 0 is background in truth and prediction."""
+        size, predicted_size = table.truth_sizes(), table.prediction_sizes()
+        overlap = (table.truth != 0) & (table.prediction != 0)
+        shared = table.voxels[overlap]
         return cls(
-            table.truth[met],
-            table.prediction[met],
+            table.truth[overlap],
+            table.prediction[overlap],
             shared,
-            size[met] + other[met] - shared,
-            size[met],
+            size[overlap] + predicted_size[overlap] - shared,
+            size[overlap],
             len(np.unique(table.truth[table.truth != 0])),
             len(np.unique(table.prediction[table.prediction != 0])),
         )
@@ -198,19 +199,19 @@ class Matches:
         most = 2 * self.shared > self.size
         return self.shared[most] / self.union[most]
 
-    def found(self, percent: int) -> int:
-        """True objects that a predicted one covers with IoU >= percent / 100, one to one.
+    def matched(self, percent: int) -> int:
+        """Number of true objects matched one to one with IoU >= percent / 100.
 
-        From 50 on an object has one partner, or exactly 50 with both halves of it: so the first
-        partner that is free will do.
+        `percent` is at least 50. An object then has at most one partner, or two halves at
+        exactly 50. The first free partner is therefore as good as any.
         """
-        good = 100 * self.shared >= percent * self.union
-        pairs = zip(self.truth[good].tolist(), self.prediction[good].tolist(), strict=True)
-        taken: tuple[set[int], set[int]] = set(), set()
+        close = 100 * self.shared >= percent * self.union
+        pairs = zip(self.truth[close].tolist(), self.prediction[close].tolist(), strict=True)
+        used: tuple[set[int], set[int]] = set(), set()
         count = 0
         for truth, prediction in pairs:
-            if truth not in taken[0] and prediction not in taken[1]:
-                taken[0].add(truth)
-                taken[1].add(prediction)
+            if truth not in used[0] and prediction not in used[1]:
+                used[0].add(truth)
+                used[1].add(prediction)
                 count += 1
         return count
