@@ -181,25 +181,27 @@ def test_slices_without_a_truth_are_left_out(sequence):
     found = evaluate(folder, right, "instances", per_slice=True)
     assert found.scores == instance_scores(results[chosen], truth[chosen], per_slice=True)
     assert found.shape == (3, 9, 12)
-    assert found.note == "3 of 12 slices have a truth, found by their numbers."
+    assert found.note == "3 of 12 slices have a truth, paired by their numbers."
 
 
 def test_a_truth_without_a_result_is_refused(sequence):
     folder, right, *_ = sequence
     (folder / "mask009.tif").unlink()
-    with pytest.raises(InputError, match=r"01_RES: has no slice numbered as man_seg009\.tif of "):
+    with pytest.raises(
+        InputError, match=r"01_RES: has no slice with the number of man_seg009\.tif"
+    ):
         evaluate(folder, right, "instances")
     for path in folder.iterdir():
         if path.name not in ("mask000.tif", "mask001.tif"):
             path.unlink()
-    with pytest.raises(InputError, match=r"numbered as man_seg002\.tif"):
+    with pytest.raises(InputError, match=r"with the number of man_seg002\.tif"):
         evaluate(folder, right, "instances")
 
 
 def test_a_truth_without_a_number_is_refused(sequence):
     folder, right, *_ = sequence
     (right / "man_seg009.tif").rename(right / "truth.tif")
-    with pytest.raises(InputError, match=r"numbered as truth\.tif"):
+    with pytest.raises(InputError, match=r"with the number of truth\.tif"):
         evaluate(folder, right, "instances")
 
 
@@ -436,7 +438,7 @@ def test_an_unfinished_store_is_refused_on_either_side(tmp_path, made, cells, ki
     region = dataclasses.replace(TILED, region=Box((0, 0, 0), (3, 30, 75)))
     store = segment(*inputs, tmp_path / "part.zarr", region)
     truth = as_tiff(tmp_path, "truth", cells.astype(np.uint8))
-    told = r"part\.zarr: 12 of 24 tiles are not done; finish it"
+    told = r"part\.zarr: 12 of 24 tiles are not done; run the same"
     for files in ((store, truth), (truth, store)):
         with pytest.raises(InputError, match=told):
             evaluate(*files, kind)
@@ -662,7 +664,7 @@ def test_a_class_that_a_slice_does_not_have_is_null_in_its_row():
 def test_a_table_without_slices_ends_with_its_scores():
     table = Evaluation("instances", {"seg": Score(0.5), "ap50": Score(0.25)}, (1, 1, 1)).table()
     head, *rows = table.splitlines()
-    assert head.split() == ["score", "at", "best", "what", "it", "tells"]
+    assert head.split() == ["score", "at", "best", "meaning"]
     assert [row.split()[:3] for row in rows] == [
         ["seg", "0.500000", "1"],
         ["ap50", "0.250000", "1"],

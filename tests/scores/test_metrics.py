@@ -348,7 +348,7 @@ def test_what_is_no_label_is_refused(function):
         (whole.astype(np.int8) - 1, "not int8 with -1"),
     ):
         for images in ((bad, whole), (whole, bad)):
-            with pytest.raises(InputError, match=f"labels must be integers of 0 or more, {told}"):
+            with pytest.raises(InputError, match=f"labels must be integers of at least 0, {told}"):
                 function(*images)
 
 

@@ -331,5 +331,5 @@ def test_labels_with_a_point_are_refused(dtype):
 
 
 def test_negative_labels_are_refused():
-    with pytest.raises(InputError, match="labels must be integers of 0 or more, not int16 with -3"):
+    with pytest.raises(InputError, match="integers of at least 0, not int16 with -3"):
         labels(np.array([[0, -3], [-1, 5]], np.int16))

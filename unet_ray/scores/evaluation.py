@@ -1,6 +1,7 @@
-"""Scoring of files: a prediction and its truth are opened, brought together, scored and shown.
+"""Scores a stored prediction against a stored truth.
 
-Knows paths, our own stores and which label is which class; what a score is stands in metrics.py.
+Handles paths, unet-ray stores, the pairing of slices and the mapping of labels to classes.
+Independent of how a score is computed (metrics.py).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from unet_ray.volumes.opening import open_volume
 from unet_ray.volumes.volume import Volume
 
 Kind = Literal["isbi", "instances", "classes"]
-# What a store holds for each kind of score; probabilities are stored as 255 p.
+# The output of a store that each kind of score needs; probabilities p are stored as 255 p.
 STORED: dict[str, str] = {"isbi": "probabilities", "instances": "instances", "classes": "classes"}
 LARGEST_CLASS = 31
 WHITES = (1, 255, 65535)
@@ -49,11 +50,11 @@ class Evaluation:
     """Scores of one prediction.
 
     Attributes:
-        kind: which scores.
-        scores: by their names in metrics.py.
-        shape: of what was compared, (z, y, x).
-        note: on how the two were brought together, or nothing.
-        labels: the label in the truth of each class number, where they differ.
+        kind: the kind of scores.
+        scores: each score by its name in metrics.py.
+        shape: of the compared stacks, (z, y, x).
+        note: how slices and labels were matched, and tiles left out; may be empty.
+        labels: the truth's label of each class number; empty if they are equal.
     """
 
     kind: Kind
@@ -63,32 +64,33 @@ class Evaluation:
     labels: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The scores for a machine; NaN becomes None."""
-        told: dict[str, Any] = {name: self._one(score) for name, score in self.scores.items()}
+        """The scores as JSON values; NaN becomes None."""
+        values: dict[str, Any] = {name: self._one(score) for name, score in self.scores.items()}
         columns = {name: score.slices for name, score in self.scores.items() if score.slices}
         if columns:
-            told["slices"] = [
-                {name: _known(value) for name, value in zip(columns, row, strict=True)}
+            values["slices"] = [
+                {name: _or_none(value) for name, value in zip(columns, row, strict=True)}
                 for row in zip(*columns.values(), strict=True)
             ]
-        return told
+        return values
 
     def _one(self, score: Score) -> Any:
         if isinstance(score, ClassScore):
-            each = {str(label): _known(value) for label, value in score.classes}
-            return {**each, "mean": _known(score.value)}
+            by_class = {str(label): _or_none(value) for label, value in score.classes}
+            return {**by_class, "mean": _or_none(score.value)}
         if self.kind == "isbi":
-            curve = [[threshold, _known(value)] for threshold, value in score.curve]
-            return {"value": _known(score.value), "threshold": score.threshold, "curve": curve}
-        return _known(score.value)
+            curve = [[threshold, _or_none(value)] for threshold, value in score.curve]
+            return {"value": _or_none(score.value), "threshold": score.threshold, "curve": curve}
+        return _or_none(score.value)
 
     def table(self) -> str:
-        """The scores for people, one a line; then one line a slice if that was asked for."""
-        lines = [f"{'':22}{'score':>10}  {'at':3}  best  what it tells"]
+        """The scores as text, one per line, then one line per slice if requested."""
+        lines = [f"{'':22}{'score':>10}  {'at':3}  best  meaning"]
         for name, score in self.scores.items():
-            cut = "" if score.threshold is None else f"{score.threshold:.1f}"
-            best, what = MEANINGS[name]
-            lines.append(f"{name:22}{_number(score.value):>10}  {cut:3}  {best:>4}  {what}")
+            threshold = "" if score.threshold is None else f"{score.threshold:.1f}"
+            best, meaning = MEANINGS[name]
+            value = _number(score.value)
+            lines.append(f"{name:22}{value:>10}  {threshold:3}  {best:>4}  {meaning}")
             if isinstance(score, ClassScore):
                 lines += [f"  {self._class(k):<20}{_number(v):>10}" for k, v in score.classes]
         return "\n".join(lines + self._slice_lines())
@@ -110,7 +112,7 @@ class Evaluation:
         ]
 
 
-def _known(value: float) -> float | None:
+def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
@@ -128,21 +130,23 @@ def evaluate(
     """Scores a stored prediction against a stored truth.
 
     Args:
-        prediction: a volume, a folder of slices or a store of ours, of which what fits `kind` is
-            taken: probabilities, instances or classes.
-        truth: likewise; of two folders that differ in their number of slices, those slices are
-            compared whose file names end in the same number.
+        prediction: a volume, a folder of slices, or a unet-ray store, whose output for `kind` is
+            scored: probabilities, instances or classes.
+        truth: likewise. If two folders differ in their number of slices, slices are paired by
+            the last number in their file names.
         kind: ``isbi`` for membranes, ``instances`` for objects, ``classes`` for class maps.
-        per_slice: each slice is an image of its own, and its scores are told too.
+        per_slice: treats each slice as a separate image and reports its scores too.
         watch: called with the number of pieces done and their total.
 
     Raises:
-        InputError: if files cannot be read, do not fit each other, or hold what is not allowed.
+        InputError: if a file cannot be read or holds a value that is not allowed, a store is
+            unfinished, or prediction and truth do not fit each other.
+        RunError: if a store lacks a shard.
     """
-    found, right = _Opened(prediction, kind), _Opened(truth, kind)
-    first, note = _side_by_side(found, right)
-    notes = [note, found.note, right.note]
-    second = right.stack()
+    predicted, true = _Opened(prediction, kind), _Opened(truth, kind)
+    first, note = _side_by_side(predicted, true)
+    notes = [note, predicted.note, true.note]
+    second = true.stack()
     scores: dict[str, Score]
     labels: tuple[int, ...] = ()
     if kind == "isbi":
@@ -153,14 +157,14 @@ def evaluate(
         scores = instance_scores(first, second, per_slice, watch=watch)
     else:
         tables = overlap_tables(first, second, per_slice, watch)
-        numbering = _numbering(tables, found, right)
+        numbering = _numbering(tables, predicted, true)
         scores = class_scores([numbering.applied(table) for table in tables], per_slice)
         labels, notes = numbering.labels, [*notes, numbering.note()]
     return Evaluation(kind, scores, first.shape, " ".join(filter(None, notes)), labels)
 
 
 class _Opened:
-    """One of the two files, opened as what `kind` needs of it."""
+    """The prediction or the truth, opened for one kind of score."""
 
     def __init__(self, source: PathOrUrl | NDArray[Any], kind: Kind) -> None:
         self.class_values: list[int] | None = None
@@ -171,44 +175,49 @@ class _Opened:
             self.path: Place | str = self.volume.path
             return
         self.path = path = place_of(source)
-        found = inspect(path)
-        if found.is_output:
-            provenance = _provenance(found)
+        inspected = inspect(path)
+        if inspected.is_output:
+            provenance = _provenance(inspected)
             path, self.note = _stored(path, provenance, kind)
             self._scale = 255.0 if kind == "isbi" else None
             self.class_values = provenance.class_values
         self.volume = open_volume(path)
 
     def stack(self, planes: list[int] | None = None) -> Stack:
-        """The volume as a stack of some of its slices."""
+        """The volume as a stack of the slices `planes`; of all slices by default."""
         return Stack(self.volume, str(self.path), self._scale, planes)
 
 
-def _provenance(found: Found) -> Provenance:
-    """How a store was made.
+def _provenance(inspected: Found) -> Provenance:
+    """The provenance of a store.
 
     Raises:
-        InputError: if it does not say so.
+        InputError: if its private folder is missing or its provenance is damaged.
     """
-    path = found.path
-    if not found.private:
+    path = inspected.path
+    if not inspected.private:
         raise InputError(
-            f"{path}: its folder {PRIVATE} is missing, so nothing says whether it is whole; copy "
-            "it with hidden files, or name one of its arrays."
+            f"{path}: its folder {PRIVATE} is missing, so completeness cannot be checked; copy the "
+            "store with its hidden files, or name one of its arrays."
         )
-    provenance = found.provenance
+    provenance = inspected.provenance
     if not provenance or provenance.damage("plan", "outputs", "class_values"):
         raise InputError(f"{path}: is an output of unet-ray with damaged metadata.")
     return provenance
 
 
 def _stored(path: Place, provenance: Provenance, kind: Kind) -> tuple[Place, str]:
-    """The array of a store that holds what `kind` needs, all of it; and what a mask left out."""
-    what = STORED[kind]
-    if what not in provenance.outputs:
+    """The path of the array that `kind` needs, and a note on tiles that a mask left out.
+
+    Raises:
+        InputError: if the store lacks the output or tiles are missing.
+        RunError: if a shard is missing.
+    """
+    output = STORED[kind]
+    if output not in provenance.outputs:
         raise InputError(
-            f"{path}: holds {' and '.join(provenance.outputs)}, no {what}, which --as {kind} "
-            "needs; give another --as or another store."
+            f"{path}: holds {' and '.join(provenance.outputs)}, no {output}, which --as {kind} "
+            "needs; set another --as or name another store."
         )
     plan = provenance.plan
     done = committed(path / LEDGER, len(plan))
@@ -216,42 +225,43 @@ def _stored(path: Place, provenance: Provenance, kind: Kind) -> tuple[Place, str
     missing, left_out = int((~done & ~masked).sum()), int(masked.sum())
     if missing:
         raise InputError(
-            f"{path}: {missing} of {len(plan)} tiles are not done; finish it with the same "
-            "`unet-ray segment` and no --region."
+            f"{path}: {missing} of {len(plan)} tiles are not done; run the same `unet-ray "
+            "segment` without --region."
         )
-    store = Store(path, [what])
-    for number in np.flatnonzero(done):
-        store.require(what, plan[int(number)])
-    counts = f"{left_out} of {len(plan)} tiles were left out by a mask and count as 0."
-    return path / ARRAYS[what], counts if left_out else ""
+    store = Store(path, [output])
+    for index in np.flatnonzero(done):
+        store.require(output, plan[int(index)])
+    note = f"{left_out} of {len(plan)} tiles were left out by a mask and count as 0."
+    return path / ARRAYS[output], note if left_out else ""
 
 
-def _side_by_side(found: _Opened, right: _Opened) -> tuple[Stack, str]:
-    """The slices of the prediction that have a truth, and a sentence if they are not all.
+def _side_by_side(predicted: _Opened, true: _Opened) -> tuple[Stack, str]:
+    """The slices of the prediction that have a truth, and a note on how they were paired.
 
-    A sequence of the Cell Tracking Challenge has many result frames, mask000.tif and on, and a
-    truth, man_seg021.tif, for a few of them.
+    A sequence of the Cell Tracking Challenge has many result frames (mask000.tif, ...) and truth
+    for a few of them (man_seg021.tif, ...).
     """
-    results, truths = found.volume.slice_files(), right.volume.slice_files()
+    results, truths = predicted.volume.slice_files(), true.volume.slice_files()
     if not results or not truths:
-        return found.stack(), ""
+        return predicted.stack(), ""
     if len(results) == len(truths):
         for pair in zip(results, truths, strict=True):
             if len({*map(_last_number, pair)}) == 2:
-                return found.stack(), f"Slices are compared in order: {pair[0]} with {pair[1]}, ..."
-        return found.stack(), ""
+                note = f"Slices are compared in order: {pair[0]} with {pair[1]}, ..."
+                return predicted.stack(), note
+        return predicted.stack(), ""
     by_number = {_last_number(name): z for z, name in enumerate(results)}
-    once = len(by_number) == len(results) and len({*map(_last_number, truths)}) == len(truths)
-    if not once or None in by_number:
-        return found.stack(), ""
+    unique = len(by_number) == len(results) and len({*map(_last_number, truths)}) == len(truths)
+    if not unique or None in by_number:
+        return predicted.stack(), ""
     for name in truths:
         if _last_number(name) not in by_number:
             raise InputError(
-                f"{found.path}: has no slice numbered as {name} of {right.path}; slices of "
-                "folders of different length are compared by the last number of their names."
+                f"{predicted.path}: has no slice with the number of {name} in {true.path}; slices "
+                "of folders of different length are paired by the last number in their names."
             )
-    note = f"{len(truths)} of {len(results)} slices have a truth, found by their numbers."
-    return found.stack([by_number[_last_number(name)] for name in truths]), note
+    note = f"{len(truths)} of {len(results)} slices have a truth, paired by their numbers."
+    return predicted.stack([by_number[_last_number(name)] for name in truths]), note
 
 
 def _last_number(name: str) -> int | None:
@@ -261,11 +271,11 @@ def _last_number(name: str) -> int | None:
 
 @dataclass(frozen=True)
 class _Numbering:
-    """Which label is which class.
+    """The mapping of labels to class numbers.
 
     Attributes:
         truth, prediction: the class number of each label.
-        labels: the label in the truth of each class.
+        labels: the truth's label of each class number; empty if they are equal.
     """
 
     truth: Mapping[int, int]
@@ -273,10 +283,10 @@ class _Numbering:
     labels: tuple[int, ...]
 
     def applied(self, table: Overlaps) -> Overlaps:
-        """A table of labels as one of class numbers."""
+        """Converts a table of labels into one of class numbers."""
         truth, prediction = (
-            np.array([names[label] for label in labels.tolist()], np.uint64)
-            for names, labels in (
+            np.array([numbers[label] for label in labels.tolist()], np.uint64)
+            for numbers, labels in (
                 (self.truth, table.truth),
                 (self.prediction, table.prediction),
             )
@@ -284,83 +294,95 @@ class _Numbering:
         return Overlaps(truth, prediction, table.voxels)
 
     def note(self) -> str:
-        """How labels were read, if one is not the number of its class and the sides differ."""
-        plain = all(k == n for names in (self.truth, self.prediction) for k, n in names.items())
+        """States the mapping if a label differs from its class number and the sides differ."""
+        plain = all(k == n for side in (self.truth, self.prediction) for k, n in side.items())
         if plain or all(self.truth.get(k) == n for k, n in self.prediction.items()):
             return ""
         sides = [
-            f"{side} {', '.join(f'{label} = {n}' for label, n in names.items())}"
-            for side, names in (("truth", self.truth), ("prediction", self.prediction))
+            f"{side} {', '.join(f'{label} = {n}' for label, n in numbers.items())}"
+            for side, numbers in (("truth", self.truth), ("prediction", self.prediction))
         ]
         return f"Labels read as classes: {'; '.join(sides)}."
 
 
-def _numbering(tables: Sequence[Overlaps], found: _Opened, right: _Opened) -> _Numbering:
-    """Classes are 0, 1, ...; a prediction holds their numbers or the label values of the truth."""
-    theirs = np.unique(np.concatenate([table.truth for table in tables])).tolist()
-    ours = np.unique(np.concatenate([table.prediction for table in tables])).tolist()
-    for opened, labels in ((found, ours), (right, theirs)):
-        if len(labels) > LARGEST_CLASS + 1:
+def _numbering(tables: Sequence[Overlaps], predicted: _Opened, true: _Opened) -> _Numbering:
+    """Maps labels to classes 0, 1, ...; a prediction holds class numbers or the truth's labels."""
+    true_labels = np.unique(np.concatenate([table.truth for table in tables])).tolist()
+    labels = np.unique(np.concatenate([table.prediction for table in tables])).tolist()
+    for opened, held_labels in ((predicted, labels), (true, true_labels)):
+        if len(held_labels) > LARGEST_CLASS + 1:
             raise InputError(
-                f"{opened.path}: holds {len(labels)} labels, too many for a class map; objects "
-                "are scored with --as instances."
+                f"{opened.path}: holds {len(held_labels)} labels, too many for a class map (at "
+                f"most {LARGEST_CLASS + 1}); score objects with --as instances."
             )
-    stored = found.class_values is not None
-    if not stored and right.class_values is None and _is_mask(ours) and _is_mask(theirs):
-        truth, prediction = ({k: int(k > 0) for k in each} for each in (theirs, ours))
-        return _Numbering(truth, prediction, (0, max(theirs)) if max(theirs) > 1 else ())
-    values = _class_values(theirs, found, right)
-    known = _numbers(ours, values, stored)
-    if known is None and max(ours + values) <= LARGEST_CLASS:
-        values = sorted({*ours, *values})
-        known = _numbers(ours, values, stored=False)
-    if known is None:
-        strange = next(label for label in ours if label not in values)
+    stored = predicted.class_values is not None
+    if not stored and true.class_values is None and _is_mask(labels) and _is_mask(true_labels):
+        truth, prediction = ({k: int(k > 0) for k in side} for side in (true_labels, labels))
+        return _Numbering(truth, prediction, (0, max(true_labels)) if max(true_labels) > 1 else ())
+    values = _class_values(true_labels, predicted, true)
+    numbers = _numbers(labels, values, stored)
+    if numbers is None and max(labels + values) <= LARGEST_CLASS:
+        values = sorted({*labels, *values})
+        numbers = _numbers(labels, values, stored=False)
+    if numbers is None:
+        foreign = next(label for label in labels if label not in values)
         raise InputError(
-            f"{found.path}: holds {strange}, which is no class of {right.path} "
-            f"({_few(theirs)}); --as classes compares class maps."
+            f"{predicted.path}: holds {foreign}, which is no class of {true.path} "
+            f"({_listed(true_labels)}); --as classes compares class maps."
         )
-    numbers = {label: values.index(label) for label in theirs}
-    return _Numbering(numbers, known, tuple(values) if values != [*range(len(values))] else ())
+    true_numbers = {label: values.index(label) for label in true_labels}
+    differing = tuple(values) if values != [*range(len(values))] else ()
+    return _Numbering(true_numbers, numbers, differing)
 
 
 def _is_mask(labels: Sequence[int]) -> bool:
-    """Whether labels are black and white, one of them perhaps missing: then 255 is 1."""
+    """Whether all labels are 0 or one white value (1, 255 or 65535), which is class 1."""
     white = [label for label in labels if label]
     return not white or (len(white) == 1 and white[0] in WHITES)
 
 
-def _class_values(theirs: list[int], found: _Opened, right: _Opened) -> list[int]:
-    """The label value of each class in the truth; a store knows also those that do not occur."""
-    if right.class_values is not None:
-        return list(range(len(right.class_values)))
-    if found.class_values is None:
-        return theirs
-    for values in (found.class_values, list(range(len(found.class_values)))):
-        if set(theirs) <= set(values):
+def _class_values(labels: list[int], predicted: _Opened, true: _Opened) -> list[int]:
+    """The truth's label of each class; a store also lists classes that do not occur.
+
+    Args:
+        labels: the labels that occur in the truth.
+        predicted: the prediction.
+        true: the truth.
+    """
+    if true.class_values is not None:
+        return list(range(len(true.class_values)))
+    if predicted.class_values is None:
+        return labels
+    for values in (predicted.class_values, list(range(len(predicted.class_values)))):
+        if set(labels) <= set(values):
             return values
-    if len(found.class_values) == 2 and _is_mask(theirs) and _is_mask(found.class_values):
-        return [0, max(theirs)]
+    if len(predicted.class_values) == 2 and _is_mask(labels) and _is_mask(predicted.class_values):
+        return [0, max(labels)]
     raise InputError(
-        f"{right.path}: holds {_few(theirs)}, but the classes of {found.path} are "
-        f"{_few(found.class_values)}; --as classes compares class maps."
+        f"{true.path}: holds {_listed(labels)}, but the classes of {predicted.path} are "
+        f"{_listed(predicted.class_values)}; --as classes compares class maps."
     )
 
 
-def _numbers(ours: list[int], values: list[int], stored: bool) -> dict[int, int] | None:
-    """The class number of each label of the prediction: label values, numbers, or black and white.
+def _numbers(labels: list[int], values: list[int], stored: bool) -> dict[int, int] | None:
+    """The class number of each label of the prediction; None if the labels are no classes.
 
-    A store of ours holds class numbers. None if the labels are none of these.
+    Labels are the truth's labels, class numbers, or black and white, tried in this order.
+
+    Args:
+        labels: the labels that occur in the prediction.
+        values: the truth's label of each class.
+        stored: skips the truth's labels, since unet-ray stores hold class numbers.
     """
-    meanings = [] if stored else [values]
-    for labels in [*meanings, list(range(len(values)))]:
-        if set(ours) <= set(labels):
-            return {label: labels.index(label) for label in ours}
-    if len(values) == 2 and values[0] == 0 and _is_mask(ours):
-        return {label: int(label > 0) for label in ours}
+    truth_labels = [] if stored else [values]
+    for candidates in [*truth_labels, list(range(len(values)))]:
+        if set(labels) <= set(candidates):
+            return {label: candidates.index(label) for label in labels}
+    if len(values) == 2 and values[0] == 0 and _is_mask(labels):
+        return {label: int(label > 0) for label in labels}
     return None
 
 
-def _few(labels: Sequence[int]) -> str:
+def _listed(labels: Sequence[int]) -> str:
     shown = ", ".join(map(str, labels[:8]))
     return shown if len(labels) <= 8 else f"{shown}, ... {len(labels)} values"
