@@ -1,6 +1,6 @@
-"""The demonstration: a phantom, a network trained on it, a larger phantom segmented on Ray.
+"""The demonstration: trains a network on a phantom and segments a larger phantom on Ray.
 
-Uses the same functions as the command line; knows nothing that a user could not do.
+Handles the sequence of steps. Independent of internals: it uses only what users can call.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from unet_ray.volumes.phantom import Phantom, make_phantom
 
 TRAINING_SHAPE, TEST_SHAPE = (8, 512, 512), (12, 768, 768)
 TRAINING_SEED, TEST_SEED = 1, 2
-# A bound in steps gives the same network on a busy machine. The phantom has thick membranes: with
-# the paper's w0 of 10, a short training makes them too thick.
+# A limit in steps gives the same network on a busy machine. The phantom has thick membranes; with
+# the paper's w0 of 10, a short training predicts them too thick.
 RECIPE = {"base_channels": 16, "patch": (316, 316), "steps": 1400, "w0": 2.0}
 SHOWN_SLICE, SHOWN_CORNER = 6, 384
 
@@ -45,25 +45,26 @@ Say = Callable[[str], None]
 
 
 def run(out: Path, say: Say) -> None:
-    """Runs the demonstration in folder `out`; the same call again goes on or shows it again.
+    """Runs the demonstration in folder `out`; the same call resumes it or repeats its output.
 
     Args:
         out: folder of phantoms, run, store and pictures.
-        say: takes lines about progress; results go to standard output.
+        say: receives progress messages; results go to standard output.
     """
-    say(f"Making two phantoms, {_by(TRAINING_SHAPE)} to learn from and {_by(TEST_SHAPE)} to test.")
-    learn = _phantom(out / "phantom" / "train", TRAINING_SHAPE, TRAINING_SEED)[1]
+    say(f"Making two phantoms: {_by(TRAINING_SHAPE)} for training, {_by(TEST_SHAPE)} for testing.")
+    training = _phantom(out / "phantom" / "train", TRAINING_SHAPE, TRAINING_SEED)[1]
     truth, test = _phantom(out / "phantom" / "test", TEST_SHAPE, TEST_SEED)
-    say("Training a U-Net on the first.")
+    say("Training a U-Net on the first phantom.")
     with TrainingBar("train") as watch:
         model = train(
-            [str(learn / "volume.tif")],
-            [str(learn / "labels.tif")],
+            [str(training / "volume.tif")],
+            [str(training / "labels.tif")],
             out / "run",
             Recipe.of("default", **RECIPE),
             watch=watch,
+            announce=watch.show_table,
         )
-    say("Segmenting the second on Ray.")
+    say("Segmenting the second phantom on Ray.")
     settings = Settings(engine="ray")
     with TilesBar("segment") as watch_tiles:
         store = segment(test / "volume.tif", model, out / "test.zarr", settings, watch_tiles)
@@ -78,7 +79,7 @@ def run(out: Path, say: Say) -> None:
 
 
 def _phantom(folder: Path, shape: tuple[int, int, int], seed: int) -> tuple[Phantom, Path]:
-    """The phantom and the folder with its files, which are written if they are not there."""
+    """Returns the phantom and the folder of its files; writes the files if they are missing."""
     phantom = make_phantom(shape, seed)
     folder.mkdir(parents=True, exist_ok=True)
     for name, voxels in (("volume", phantom.image), ("labels", phantom.classes)):
@@ -91,24 +92,24 @@ def _phantom(folder: Path, shape: tuple[int, int, int], seed: int) -> tuple[Phan
 
 
 def _score_table(truth: Phantom, classes: NDArray[np.uint8]) -> str:
-    """The network beside two answers that need none: everything is cell, and the best threshold."""
-    right = (truth.classes > 0).astype(np.uint8)
-    answers = {
+    """Compares the network with two baselines: the best threshold, and cell everywhere."""
+    cells = (truth.classes > 0).astype(np.uint8)
+    predictions = {
         "U-Net": classes,
-        "best threshold": _best_threshold(truth.image, right),
-        "all cell": np.ones_like(right),
+        "best threshold": _best_threshold(truth.image, cells),
+        "all cell": np.ones_like(cells),
     }
     lines = [f"{'':16}{'accuracy':>10}{'IoU membrane':>15}{'IoU cell':>11}"]
-    for name, answer in answers.items():
-        share, overlap = accuracy(answer, right), dict(iou(answer, right).classes)
-        lines.append(f"{name:16}{share.value:>10.4f}{overlap[0]:>15.4f}{overlap[1]:>11.4f}")
+    for name, prediction in predictions.items():
+        correct, overlap = accuracy(prediction, cells), dict(iou(prediction, cells).classes)
+        lines.append(f"{name:16}{correct.value:>10.4f}{overlap[0]:>15.4f}{overlap[1]:>11.4f}")
     return "\n".join(lines)
 
 
-def _best_threshold(image: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Cell where the image is brighter than the threshold of the best mean IoU."""
-    answers: list[Any] = [(image > level).astype(np.uint8) for level in range(16, 240, 8)]
-    return max(answers, key=lambda answer: iou(answer, right).value)
+def _best_threshold(image: NDArray[np.uint8], cells: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Predicts cell above the grey value that gives the best mean IoU."""
+    predictions: list[Any] = [(image > level).astype(np.uint8) for level in range(16, 240, 8)]
+    return max(predictions, key=lambda prediction: iou(prediction, cells).value)
 
 
 def _draw(
@@ -116,17 +117,17 @@ def _draw(
 ) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     z = SHOWN_SLICE
-    image, right = to_grey(truth.image[z]), truth.classes[z] > 0
+    image, cells = to_grey(truth.image[z]), truth.classes[z] > 0
     panels = {
         "input": np.repeat(image[..., None], 3, axis=2),
         "probability": colour_map(probability[z]),
         "classes": colour_classes(classes[z]),
-        "truth": colour_classes(right.astype(np.uint8)),
+        "truth": colour_classes(cells.astype(np.uint8)),
         "overlay": overlay(image, classes[z] == 0),
     }
     captions = ["input", "probability of cell", "classes", "truth", "membrane found, over input"]
-    corner = [panel[:SHOWN_CORNER, :SHOWN_CORNER] for panel in panels.values()]
-    panels["all"] = side_by_side(corner, captions)
+    corners = [panel[:SHOWN_CORNER, :SHOWN_CORNER] for panel in panels.values()]
+    panels["all"] = side_by_side(corners, captions)
     for name, picture in panels.items():
         write_png(folder / f"{name}.png", picture)
     return [folder / f"{name}.png" for name in panels]
