@@ -1,6 +1,6 @@
 """Pictures of a segmentation: grey slices, colour maps, overlays, panels side by side.
 
-Knows pixels and colours; knows no files but the PNG that it writes. A picture is uint8, of
+Handles pixels, colours and PNG files. Independent of stores and pages. A picture is uint8, with
 shape (y, x) in grey or (y, x, 3) in red, green, blue.
 """
 
@@ -36,7 +36,7 @@ VIRIDIS = np.array(
         (253, 231, 37),
     ]
 )
-"""Anchors, evenly spaced, of the map of van der Walt and Smith (2015): lightness only rises."""
+"""Evenly spaced anchors of viridis (van der Walt and Smith 2015); lightness only rises."""
 
 OKABE_ITO = np.array(
     [
@@ -51,16 +51,16 @@ OKABE_ITO = np.array(
     ],
     np.uint8,
 )
-"""Colours that all common kinds of colour vision tell apart (Okabe and Ito 2008)."""
+"""Colours that people with common colour vision deficiencies can distinguish (Okabe, Ito 2008)."""
 
 CYAN = np.array((0, 255, 255))
 YELLOW = np.array((255, 255, 0), np.uint8)
 CYAN_SHARE = 0.4
-# Twelve colours over so many greys, and black, fit the palette of a PNG.
+# Twelve colours over this many greys, and black, fit the 256 colours of a PNG palette.
 CELL_GREYS = 20
-# Cells that are so many pixels apart are neighbours: more than a membrane is wide.
+# Cells at most this many pixels apart are neighbours; it exceeds the width of a membrane.
 APART = 12
-# How light the part of a picture outside a frame is.
+# Brightness of a picture outside a frame, relative to the original.
 OUTSIDE = 0.6
 FONT_SIZE = 16
 LINE_HEIGHT = 20
@@ -68,23 +68,23 @@ INDENT = 2
 
 
 def to_grey(slice_: NDArray[Any], low: float | None = None, high: float | None = None) -> Picture:
-    """Stretches a slice (y, x) of any dtype to uint8: `low` and less is 0, `high` and more 255.
+    """Stretches a slice (y, x) of any dtype to uint8: `low` becomes 0, `high` becomes 255.
 
     Args:
-        slice_: numbers; NaN is shown as 0.
-        low: the slice's 0.5th percentile if not given (its least value if a rare few differ).
-        high: the slice's 99.5th percentile (or its greatest value), likewise.
+        slice_: (y, x), any numeric dtype; NaN is shown as 0, values beyond the ends are clipped.
+        low: by default the slice's 0.5th percentile. If both percentiles are equal, the minimum.
+        high: by default the slice's 99.5th percentile, or the maximum, likewise.
 
     Returns:
-        uint8 (y, x); 128 throughout where `high` is not above `low`, as in a constant slice.
+        uint8 (y, x); 128 throughout if `high` is not above `low`, as in a constant slice.
     """
     values = np.asarray(slice_, np.float64)
-    known = values[np.isfinite(values)]
-    if known.size == 0:
+    finite = values[np.isfinite(values)]
+    if finite.size == 0:
         return np.zeros(values.shape, np.uint8)
-    ends = np.percentile(known, (0.5, 99.5))
+    ends = np.percentile(finite, (0.5, 99.5))
     if ends[0] == ends[1]:
-        ends = np.array((known.min(), known.max()))
+        ends = np.array((finite.min(), finite.max()))
     bottom = ends[0] if low is None else low
     top = ends[1] if high is None else high
     if top <= bottom:
@@ -94,7 +94,7 @@ def to_grey(slice_: NDArray[Any], low: float | None = None, high: float | None =
 
 
 def colour_map(probability: NDArray[np.uint8]) -> Picture:
-    """Shows a map (y, x) of 0..255 in viridis, dark violet to yellow: (y, x, 3)."""
+    """Colours a map (y, x) of 0 to 255 in viridis, dark violet to yellow: (y, x, 3)."""
     levels = np.arange(256) * (len(VIRIDIS) - 1) / 255
     table = [np.interp(levels, np.arange(len(VIRIDIS)), channel) for channel in VIRIDIS.T]
     rgb: Picture = np.rint(np.stack(table, axis=1)).astype(np.uint8)[probability]
@@ -102,9 +102,9 @@ def colour_map(probability: NDArray[np.uint8]) -> Picture:
 
 
 def colour_log(values: NDArray[np.floating[Any]], low: float, high: float) -> Picture:
-    """Shows positive numbers (y, x) in viridis: `low` is violet, `high` yellow, ratios are even.
+    """Colours positive numbers (y, x) in viridis on a logarithmic scale: (y, x, 3).
 
-    Numbers of 0 and less are black. (y, x, 3).
+    `low` and less is dark violet, `high` and more is yellow. Numbers of at most 0 are black.
     """
     span = math.log(high) - math.log(low) or 1.0
     shares = (np.log(np.clip(values, low, high)) - math.log(low)) / span
@@ -114,27 +114,30 @@ def colour_log(values: NDArray[np.floating[Any]], low: float, high: float) -> Pi
 
 
 def colour_classes(classes: NDArray[np.integer[Any]]) -> Picture:
-    """Shows classes or ids (y, x), 0 and up: 0 is black, 1 to 7 differ, 8 looks like 1 again."""
+    """Colours classes or labels (y, x) from 0: 0 is black, 1 to 7 differ, 8 repeats 1."""
     colours = len(OKABE_ITO) - 1
     index = np.where(classes == 0, 0, 1 + (classes.astype(np.int64) - 1) % colours)
     return OKABE_ITO[index]
 
 
 def colour_cells(labels: NDArray[np.integer[Any]], image: Picture | None = None) -> Picture:
-    """Lays a colour of chance over each object of a grey image; the same ones for the same labels.
+    """Colours each object at random; equal labels always get equal colours.
 
-    Objects that lie within `APART` pixels differ, as far as twelve colours go. The colours differ
-    in lightness too, so that neighbours mostly differ in grey.
+    Objects at most `APART` pixels apart get different colours, as far as twelve colours suffice.
+    The colours also differ in lightness, so that most neighbours differ in a grey print too.
 
     Args:
-        labels: objects (y, x), 0 is background and black.
-        image: uint8 (y, x), shown through the colours, in few levels, which keeps the file small;
-            plain colours if not given.
+        labels: objects (y, x); 0 is background and black.
+        image: uint8 (y, x), visible below the colours; plain colours by default. It is reduced
+            to a few grey levels, which keeps the file small.
+
+    Returns:
+        uint8 (y, x, 3).
     """
     light = [(colour.astype(int) + 255) // 2 for colour in OKABE_ITO[[1, 3, 5, 6, 7]]]
     colours = np.array([*OKABE_ITO[1:], *light])
     _, ranks = np.unique(np.append(labels, labels.dtype.type(0)), return_inverse=True)
-    ranks = ranks[:-1].reshape(labels.shape)  # 0 is the background, whether there is some or not
+    ranks = ranks[:-1].reshape(labels.shape)  # rank 0 is the background, even if no voxel has it
     rgb = colours[_draw_apart(ranks, len(colours))[ranks]]
     if image is not None:
         rgb = (rgb + few_greys(image, CELL_GREYS)[..., None]) // 2
@@ -143,35 +146,35 @@ def colour_cells(labels: NDArray[np.integer[Any]], image: Picture | None = None)
 
 
 def _draw_apart(ranks: NDArray[np.integer[Any]], colours: int) -> NDArray[np.int64]:
-    """A number below `colours` for each rank: by chance, or the next that no neighbour has."""
+    """A random colour index for each rank, or the next index that no neighbour has."""
     draws = np.random.default_rng(0).integers(colours, size=int(ranks.max(initial=0)) + 1)
     lower: dict[int, list[int]] = {}
     for low, high in _neighbours(ranks).tolist():
         lower.setdefault(high, []).append(low)
     for rank in sorted(lower):
         taken = {int(draws[other]) for other in lower[rank]}
-        free = ((int(draws[rank]) + k) % colours for k in range(colours))
-        draws[rank] = next((draw for draw in free if draw not in taken), draws[rank])
+        candidates = ((int(draws[rank]) + k) % colours for k in range(colours))
+        draws[rank] = next((draw for draw in candidates if draw not in taken), draws[rank])
     return draws
 
 
 def _neighbours(ranks: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
-    """Pairs (lower, higher) of objects that meet when each grows by half of `APART` pixels."""
-    far, nearest = ndimage.distance_transform_edt(ranks == 0, return_indices=True)
-    grown = np.where(far <= APART / 2, ranks[tuple(nearest)], 0)
+    """Pairs (lower, higher) of objects that touch after each grows by `APART` / 2 pixels."""
+    distance, nearest = ndimage.distance_transform_edt(ranks == 0, return_indices=True)
+    grown = np.where(distance <= APART / 2, ranks[tuple(nearest)], 0)
     sides = [np.stack([a[:-1], a[1:]], -1).reshape(-1, 2) for a in (grown, grown.T)]
     pairs = np.sort(np.concatenate(sides), axis=1)
     return np.unique(pairs[(pairs[:, 0] > 0) & (pairs[:, 0] < pairs[:, 1])], axis=0)
 
 
 def few_greys(image: Picture, levels: int) -> Picture:
-    """A grey picture (y, x) in so many evenly spaced levels, black and white among them."""
+    """Reduces a grey picture (y, x) to `levels` evenly spaced levels, from black to white."""
     steps = np.rint(image.astype(np.float64) / 255 * (levels - 1))
     return np.rint(steps * 255 / (levels - 1)).astype(np.uint8)
 
 
 def frame(image: Picture, top: int, left: int, height: int, width: int) -> Picture:
-    """Marks a part of a picture: a yellow line around it, black on both sides, and dim without."""
+    """Frames a part of a picture with a yellow line between black lines and dims the rest."""
     rgb = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)
     framed = (rgb * OUTSIDE).astype(np.uint8)
     for margin, colour in ((3, OKABE_ITO[0]), (2, OKABE_ITO[4]), (1, OKABE_ITO[0])):
@@ -183,7 +186,7 @@ def frame(image: Picture, top: int, left: int, height: int, width: int) -> Pictu
 
 
 def strike_out(picture: Picture, where: NDArray[np.bool_]) -> Picture:
-    """Shows in light grey with oblique lines what there is no picture of: (y, x, 3)."""
+    """Hatches the pixels in `where`, light grey with oblique lines: (y, x, 3)."""
     struck = picture.copy() if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=-1)
     rows, columns = np.indices(where.shape)
     struck[where] = 230
@@ -196,16 +199,15 @@ def overlay(
     mask: NDArray[np.bool_],
     truth: NDArray[np.bool_ | np.integer[Any]] | None = None,
 ) -> Picture:
-    """Lays a mask in cyan over a grey image, and the border of the truth in yellow.
+    """Draws a mask in cyan over a grey image, and the borders of the truth in yellow.
 
-    The style of figure 4 in Ronneberger et al. 2015.
+    The style is that of figure 4 in Ronneberger et al. 2015.
 
     Args:
-        image: uint8 (y, x), shown as it is; see `to_grey`.
-        mask: what was found, bool (y, x).
-        truth: what should have been found (y, x): 0 is nothing, other numbers are objects. The
-            border is the pixels of objects with another number in one of the 4 neighbours; the
-            edge of the picture is no border.
+        image: uint8 (y, x), see `to_grey`.
+        mask: predicted pixels, bool (y, x).
+        truth: true objects (y, x); 0 is background. A border pixel is an object pixel with a
+            4-neighbour of another value. The edge of the picture is no border.
 
     Returns:
         uint8 (y, x, 3).
@@ -218,34 +220,34 @@ def overlay(
 
 
 def _borders(labels: NDArray[Any]) -> NDArray[np.bool_]:
-    """Pixels that are not 0 and have a 4-neighbour of another number."""
-    found = np.zeros(labels.shape, bool)
-    for near, far in ((labels, found), (labels.T, found.T)):
-        differ = near[1:] != near[:-1]
-        far[1:] |= differ
-        far[:-1] |= differ
-    border: NDArray[np.bool_] = found & (labels != 0)
+    """Pixels that are not 0 and have a 4-neighbour of another value."""
+    edge = np.zeros(labels.shape, bool)
+    for values, marks in ((labels, edge), (labels.T, edge.T)):
+        differ = values[1:] != values[:-1]
+        marks[1:] |= differ
+        marks[:-1] |= differ
+    border: NDArray[np.bool_] = edge & (labels != 0)
     return border
 
 
 def side_by_side(panels: Sequence[Picture], captions: Sequence[str], gap: int = 8) -> Picture:
-    """Puts pictures of one height next to each other, on white, with a caption above each.
+    """Joins pictures of equal height side by side on white, with a caption above each.
 
     Args:
         panels: uint8 (y, x) or (y, x, 3).
-        captions: one for each panel; wrapped between words to the panel's width.
+        captions: one per panel; wrapped between words to the panel's width.
         gap: white pixels between two panels.
 
     Returns:
-        uint8 (y + the captions' height, sum of the widths and gaps, 3).
+        uint8 (y + height of the captions, sum of widths and gaps, 3).
 
     Raises:
-        ValueError: if there is no panel, their heights differ or a caption is missing.
+        ValueError: if there is no panel, the heights differ or the captions do not match.
     """
     if len({panel.shape[0] for panel in panels}) != 1 or len(panels) != len(captions):
         raise ValueError(
             f"Panels of shapes {[panel.shape for panel in panels]} with {len(captions)} captions: "
-            "side_by_side needs panels of one height and one caption for each."
+            "panels must have one height and one caption each."
         )
     widths = [panel.shape[1] for panel in panels]
     texts = [_wrap(text, width) for text, width in zip(captions, widths, strict=True)]
@@ -263,7 +265,7 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    """Breaks a text between words so that its lines fit `width` pixels where words allow it."""
+    """Wraps a text between words to `width` pixels; a longer word keeps a line of its own."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -284,25 +286,29 @@ def _caption(lines: list[str], width: int, height: int) -> Picture:
 
 
 def write_png(path: str | os.PathLike[str], picture: Picture) -> None:
-    """Writes a picture to `path`, all or nothing: a reader sees the old file or the new one.
+    """Writes a picture atomically: readers see either the old file or the new one.
+
+    Args:
+        path: of the PNG file.
+        picture: uint8 (y, x) or (y, x, 3).
 
     Raises:
         InputError: if the folder does not exist.
-        ValueError: if `picture` is not uint8 of shape (y, x) or (y, x, 3).
+        ValueError: if `picture` has another dtype or shape.
     """
     path = Path(path)
     if picture.dtype != np.uint8 or (picture.ndim != 2 and picture.shape[2:] != (3,)):
         raise ValueError(
             f"A picture of {picture.dtype} and shape {picture.shape} cannot be written: "
-            "it must be uint8, (y, x) or (y, x, 3)."
+            "it must be uint8 of shape (y, x) or (y, x, 3)."
         )
     if not path.parent.is_dir():
-        raise InputError(f"{path}: the folder {path.parent} does not exist; make it first.")
+        raise InputError(f"{path}: the folder {path.parent} does not exist; create it first.")
     write_whole(path, encode_png(picture))
 
 
 def encode_png(picture: Picture) -> bytes:
-    """A picture as the bytes of a PNG file; of up to 256 colours as a palette, which is smaller."""
+    """Encodes a picture as PNG; with at most 256 colours as a palette, which is smaller."""
     image = Image.fromarray(picture)
     if picture.ndim == 3:
         packed = picture.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
