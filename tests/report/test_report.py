@@ -238,7 +238,7 @@ def test_a_run_that_has_only_begun_shows_what_there_is(run, left):
     (run / "checkpoints").mkdir()
     page = Page(write_report(run))
     told = {
-        "metrics.jsonl": ["This run kept no patches", "written with the first checkpoint"],
+        "metrics.jsonl": ["This run stored no patches", "written with the first checkpoint"],
         "patches.safetensors": ["No step has been logged", "written with the first checkpoint"],
     }
     assert all(words in page.text for words in told[left])
@@ -264,7 +264,7 @@ def test_pixels_without_weight_are_black(run):
     edited(lambda tensors: tensors["weights.0"][:5].fill_(0))(run / "patches.safetensors")
     page = Page(write_report(run))
     assert (page.pictures("Patch 0. ")[2][:5] == 0).all()
-    assert page.text.count("black does not count") == 1  # in the patches
+    assert page.text.count("black has no weight") == 1  # in the patches
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_the_slice_that_weighs_most_is_shown(run):
     keep_weights(run, weights_0=light, weights_2=heavy / 2, weights_10=heavy)
     page = Page(write_report(run))
     (picture,) = page.pictures("Weights. ")
-    assert "Volume 10, slice 1 of those trained on, 10 x 12 pixels." in page.text
+    assert "Volume 10, slice 1 of the training data, 10 x 12 pixels." in page.text
     assert "thin bright lines where cells touch" in page.text
     assert "equation 2 of Ronneberger" in page.text
     assert picture.shape == (10, 12, 3)
@@ -364,7 +364,7 @@ def test_the_slice_that_weighs_most_is_shown(run):
     assert (picture[0, 0] == 0).all()
     bars = [c for c in page.charts if "<title>Weight of a pixel</title>" in c]
     assert len(bars) == 2 and "Colours from 1 to 9" in bars[1]
-    assert page.text.count("black does not count") == 1  # in the slice
+    assert page.text.count("black has no weight") == 1  # in the slice
 
 
 def test_a_thin_line_is_still_there_in_a_large_slice(run, monkeypatch):
@@ -395,7 +395,7 @@ def test_a_run_that_has_only_weights_shows_them(run):
     (run / "checkpoints").mkdir()
     page = Page(write_report(run))
     assert len(page.all("img")) == len(page.pictures("Weights. Volume 0")) == 1
-    assert "This run kept no patches" in page.text
+    assert "This run stored no patches" in page.text
 
 
 def first(change):
@@ -436,7 +436,7 @@ def test_provenance_is_cut_where_it_is_endless(run, monkeypatch):
     monkeypatch.setattr(report, "LONGEST_JSON", 300)
     page = Page(write_report(run))
     assert len(re.search(r"<pre>(.*)</pre>", page.source, re.S)[1]) < 3000
-    assert "Cut here; the whole is in the header of the model" in page.text
+    assert "Cut here; the complete text is in the header of the model" in page.text
     monkeypatch.undo()
     assert "Cut here" not in Page(write_report(run)).text
 
@@ -639,10 +639,10 @@ def test_without_the_image_the_slices_are_shown_all_the_same(folder, lost):
     page = Page(write_report(folder / "out.zarr"))
     assert len(page.all("img")) == 3 * 3
     assert "shown without the image" in page.text
-    words = {"gone": "does not exist", "no log": "does not say", "another shape": "another shape"}
-    assert words.get(lost, "other voxels") in page.text
+    words = {"gone": "does not exist", "no log": "does not name", "another shape": "another shape"}
+    assert words.get(lost, "have changed since") in page.text
     if lost == "no log":
-        assert "nothing is known of times" in page.text
+        assert "times are unknown" in page.text
 
 
 def test_a_part_of_a_store_is_reported_as_a_part(segmented, tmp_path):
@@ -654,7 +654,7 @@ def test_a_part_of_a_store_is_reported_as_a_part(segmented, tmp_path):
     assert "22 of 24 tiles are not done" in page.text
     assert "Slice z = 1" in page.text
     assert "Slice z = 0" not in page.text
-    found = page.pictures("Found")[0]
+    found = page.pictures("Prediction")[0]
     assert {tuple(c) for c in found[32:].reshape(-1, 3)} == {(230,) * 3, (120,) * 3}
     assert not (found[:32, :40] == 230).all(-1).any()
     assert page.text.count("Not scored.") == 2
@@ -671,7 +671,7 @@ def test_a_window_lies_where_tiles_are_done(segmented, tmp_path, monkeypatch):
     assert "(1:2,36:60,16:40)" in page.text
     grey = to_grey(tifffile.imread(volume)[1][36:60, 16:40])
     np.testing.assert_array_equal(page.pictures("Image")[1][..., 0], grey)
-    assert not any((picture == 230).all(-1).any() for picture in page.pictures("Found"))
+    assert not any((picture == 230).all(-1).any() for picture in page.pictures("Prediction"))
 
 
 def test_a_store_without_a_tile_says_that_there_is_nothing(segmented, tmp_path):
@@ -697,10 +697,10 @@ def test_times_of_all_starts_are_put_together(folder):
     page = Page(write_report(folder / "out.zarr"))
     # Tiles 0 to 2 are 32 x 20 voxels each; 6 s, then 5 s.
     assert f"Throughput {3 * 32 * 20 / 11e6:#.3g} Mvoxel/s" in page.text
-    assert "Time at work 11 s" in page.text
-    assert "median 3.00, least 2.00, most 4.00" in page.text
+    assert "Working time 11 s" in page.text
+    assert "median 3.00, minimum 2.00, maximum 4.00" in page.text
     assert "2, the last on engine ray with 3 workers" in page.text
-    assert "A tile failed 1 time; the last said: full <disk>" in page.text
+    assert "Tiles failed 1 time; last error: full <disk>" in page.text
     assert "1970-01-01 00:01 UTC to 1970-01-01 02:30 UTC" in page.text
 
 
@@ -722,7 +722,7 @@ def test_a_quarantined_tile_is_told_with_its_box_and_first_traceback(folder):
     assert "2 tiles are quarantined" in page.text
     assert "Tile 3 (0:1,0:32,60:75): poison <b>" in page.text
     assert "<i>line 7</i>" in page.text and "a second one" not in page.text
-    assert "Tile 4 (box unknown): the log does not say why" in page.text
+    assert "Tile 4 (box unknown): no error in the log" in page.text
 
 
 def test_a_clock_that_goes_back_costs_no_time(folder):
@@ -748,7 +748,7 @@ def test_what_is_no_tile_of_the_plan_is_not_counted(folder, event):
     path.write_text(json.dumps({"time": 5, **event}) + "\n")
     log = results.read_log(path, plan)
     assert log.voxels == 0
-    assert log.known.size == 0
+    assert log.sorted_seconds.size == 0
 
 
 @pytest.mark.parametrize("seconds", ["abc", [1], None, math.inf, math.nan, -1, True, 1e300])
@@ -767,7 +767,7 @@ def test_a_log_that_names_no_image_is_a_note_on_the_page(folder, place):
     write_events(folder / "out.zarr", [start, failed])
     page = Page(write_report(folder / "out.zarr"))
     assert "shown without the image" in page.text
-    assert "A tile failed 1 time" in page.text
+    assert "Tiles failed 1 time" in page.text
     assert len(page.source) < 500_000
 
 
@@ -789,7 +789,7 @@ def test_a_store_of_one_output_shows_what_it_has(folder, scored, output):
     assert [kind for *_, kind in scored] == [{"probabilities": "isbi"}.get(output, "classes")]
     assert len(page.pictures("Probability")) == (3 if output == "probabilities" else 0)
     whole = Page(write_report(folder / "out.zarr", folder / "truth.tif"))
-    for one, other in zip(page.pictures("Found"), whole.pictures("Found"), strict=True):
+    for one, other in zip(page.pictures("Prediction"), whole.pictures("Prediction"), strict=True):
         assert (one == other).all(-1).mean() > 0.98  # 127.5 of 255 is either class
 
 
@@ -878,7 +878,7 @@ def test_a_large_store_is_read_in_a_few_places_only(large, monkeypatch):
     assert len(slices) == 5
     np.testing.assert_allclose(np.diff(slices), 960 / 5, atol=16)
     assert "a part of each" in page.text
-    assert f"{len(boxes) - 10} storage chunks drawn by chance" in page.text
+    assert f"{len(boxes) - 10} random storage chunks" in page.text
     assert len([c for c in page.charts if "Cells that are done" in c]) == 4
     for picture in page.pictures():
         assert max(picture.shape) <= 640
@@ -930,11 +930,11 @@ def test_what_is_no_run_and_no_store_is_refused(run, folder, tmp_path):
         "nowhere": "does not exist",
         "empty": "neither a training run nor an output",
         "file.zarr": "neither a training run nor an output",
-        "begun": "nothing has been trained here yet",
+        "begun": "training has written nothing yet",
     }.items():
         with pytest.raises(InputError, match=words):
             write_report(tmp_path / path)
-    with pytest.raises(InputError, match="is a training run; --truth is for"):
+    with pytest.raises(InputError, match="is a training run, but --truth needs"):
         write_report(run, folder / "truth.tif")
     assert not list(tmp_path.rglob("*report.html"))
 

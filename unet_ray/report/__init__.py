@@ -1,6 +1,6 @@
-"""Pages and pictures of trainings and stores.
+"""HTML pages and pictures of training runs and of segmentations.
 
-Knows how results are drawn. Does not know how anything was computed.
+Handles the drawing of results. Independent of how they were computed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Numbers and pictures as the pages hold them.
+"""Numbers and pictures in the form that the HTML pages need.
 
-Knows HTML's needs of a picture. Does not know what is drawn.
+Handles formatting and embedding. Independent of the content of pictures.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import numpy as np
 from unet_ray.report import charts
 from unet_ray.report.pictures import Picture, colour_classes, encode_png
 
-# Enough under a colour, and small as a file.
+# Grey levels below an overlay: enough for the eye, and the file stays small.
 OVERLAY_GREYS = 64
-# Pictures `STRIP` times as long as wide are zoomed in until they are `STRIP_WIDTH` wide.
+# Pictures more than `STRIP` times as long as wide are enlarged to a width of `STRIP_WIDTH` pixels.
 STRIP, STRIP_WIDTH = 8, 32
 
 Facts = dict[str, Any]
 
 
 def by(sizes: Sequence[int]) -> str:
-    """Extents as ``512 x 512``."""
+    """Formats sizes as ``512 x 512``."""
     return " x ".join(map(str, sizes))
 
 
 def digits_of(value: float, digits: int = 3) -> str:
-    """A number with `digits` significant digits, or all those before the point."""
+    """Formats a number with `digits` significant digits; integer digits are never dropped."""
     if not math.isfinite(value):
         return "undefined" if math.isnan(value) else "infinite"
     if abs(value) >= 10**digits:
@@ -38,7 +38,7 @@ def digits_of(value: float, digits: int = 3) -> str:
 
 
 def figure(picture: Picture, caption: str) -> Facts:
-    """A picture as the page embeds it, with its caption."""
+    """A picture embedded as a data URL, with its caption, size in pixels and zoom factor."""
     data = base64.b64encode(encode_png(picture)).decode()
     short, long = sorted(picture.shape[:2])
     return {
@@ -51,5 +51,5 @@ def figure(picture: Picture, caption: str) -> Facts:
 
 
 def colours_of(classes: int) -> list[str]:
-    """The colours of the classes in HTML."""
+    """The HTML colours of `classes` classes."""
     return ["#" + bytes(colour).hex() for colour in colour_classes(np.arange(classes)[None])[0]]

@@ -1,6 +1,6 @@
-"""The page about a training run or a segmentation: one HTML file with pictures.
+"""Writes the report about a training run or a segmentation: one HTML file with pictures.
 
-Knows which kind of page a path needs, and its template. Does not know what is worth showing.
+Handles the kind of page that a path needs, and the template. Independent of the page's content.
 """
 
 from __future__ import annotations
@@ -19,41 +19,42 @@ from unet_ray.training.run_folder import METRICS, MODEL
 from unet_ray.units import format_seconds
 from unet_ray.versions import VERSION
 
-# Characters of provenance on the page; a file may hold any amount.
+# At most this many characters of provenance; a damaged file may hold any amount.
 LONGEST_JSON = 200_000
 
 
 def write_report(path: PathOrUrl, truth: PathOrUrl | None = None) -> Place:
-    """Writes the page about a RUN folder, into it, or about an output store, beside it.
+    """Writes the HTML report about a RUN folder, or about an output store.
 
-    The page is one file that loads nothing from elsewhere. Its size and what is read for it are
-    bounded, but for the kept weight maps and the scores, for which all of the maps, of the store
-    and of the truth is read.
+    The page is one file that loads nothing from elsewhere. Its size is bounded. Only parts of
+    the data are read, except for stored weight maps and for scores, which are read completely.
 
     Args:
         path: RUN folder of `train`, or store of `segment`; either may be unfinished.
-        truth: labels of the volume that was segmented, to draw and to score.
+        truth: labels of the segmented volume, to draw and to score.
 
     Returns:
         Path of the page: ``RUN/report.html``, or ``NAME.report.html`` beside ``NAME.zarr``.
 
     Raises:
-        InputError: if `path` is neither, or holds nothing yet; if `truth` does not fit.
-        RunError: if what is stored is damaged.
+        InputError: if `path` is neither or holds nothing yet, or if `truth` does not fit.
+        RunError: if a stored file is damaged.
     """
-    found = place_of(path)
+    place = place_of(path)
     page: Place
-    if isinstance(found, Path) and _is_run(found):
+    if isinstance(place, Path) and _is_run(place):
         if truth is not None:
-            raise InputError(f"{found}: is a training run; --truth is for an output of segment.")
-        page, facts = found / "report.html", about_run(found)
+            raise InputError(
+                f"{place}: is a training run, but --truth needs an output of segment; omit --truth."
+            )
+        page, facts = place / "report.html", about_run(place)
     else:
         page, facts = (
-            found.with_name(f"{_stem(found.name)}.report.html"),
-            about_store(found, truth),
+            place.with_name(f"{_stem(place.name)}.report.html"),
+            about_store(place, truth),
         )
-    text = _rendered({"name": found.name, "version": VERSION, **facts})
-    write_whole(page, text.encode("utf-8", "replace"))  # a file's name need not be UTF-8
+    text = _rendered({"name": place.name, "version": VERSION, **facts})
+    write_whole(page, text.encode("utf-8", "replace"))  # file names need not be valid UTF-8
     return page
 
 
@@ -62,18 +63,18 @@ def _is_run(folder: Path) -> bool:
 
 
 def _stem(name: str) -> str:
-    """A store's name without its ending; ``v1.5`` has none."""
+    """A store's name without ``.zarr``; other suffixes stay, as in ``v1.5``."""
     return name[:-5] if name.lower().endswith(".zarr") and len(name) > 5 else name
 
 
 def _rendered(facts: Facts) -> str:
-    pages = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    pages.filters |= {
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
         "by": by,
         "digits": digits_of,
         "seconds": lambda s: format_seconds(s) if s >= 10 else f"{digits_of(s)} s",
-        "json": lambda told: json.dumps(told, indent=2, ensure_ascii=False),
+        "json": lambda values: json.dumps(values, indent=2, ensure_ascii=False),
     }
-    pages.globals["longest"] = LONGEST_JSON
+    environment.globals["longest"] = LONGEST_JSON
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return pages.from_string(template).render(facts)
+    return environment.from_string(template).render(facts)

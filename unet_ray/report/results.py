@@ -1,7 +1,7 @@
-"""A store as people look at it: some windows of some slices, some chunks, and how the run went.
+"""Reads the parts of a store that its report shows: windows of slices, chunks, the event log.
 
-Knows which few parts stand for the whole, so that a page about a terabyte is made in seconds;
-does not know how anything is drawn.
+Handles the choice of a few representative parts, so that the page about a terabyte takes seconds.
+Independent of drawing.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from unet_ray.tiling.tiles import TilePlan
 from unet_ray.volumes.opening import open_volume
 from unet_ray.volumes.volume import Volume
 
-# What bounds the reading, whatever the volume.
+# Bounds of the reading: slices, the side of a window in voxels, and storage chunks.
 SLICES, WINDOW, CHUNKS = 5, 640, 64
 LONGEST_TEXT = 4096
-FAILURES = 10_000  # tiles of which the first one is kept
+FAILURES = 10_000  # at most this many tiles whose first failure is stored
 
-# What a damaged shard is met with.
+# Errors that reading a damaged shard raises.
 DAMAGE = (ValueError, RuntimeError, OSError)
 
 
 @dataclass(frozen=True)
 class Result:
-    """A store that is looked at.
+    """An output store, opened for a report.
 
     Attributes:
         path: the store.
         provenance: how it was made.
         plan: its tiles.
-        done: which of them are committed.
-        given_up: numbers of those that are quarantined.
-        masked: how many a mask left out.
+        done: whether each tile is committed.
+        given_up: indices of the quarantined tiles.
+        masked: number of tiles that a mask left out.
         store: its arrays.
     """
 
@@ -63,11 +63,15 @@ class Result:
 
     @property
     def class_values(self) -> list[int]:
-        """Label value of each class in training."""
+        """The label value of each class in the training labels."""
         return self.provenance.class_values
 
     def read(self, output: str, box: Box) -> NDArray[Any]:
-        """The voxels of an output, (..., z, y, x)."""
+        """Reads a box of an output, (..., z, y, x).
+
+        Raises:
+            RunError: if a shard of a committed tile is missing or damaged; it names the file.
+        """
         for index in self.plan.within(box):
             if self.done[index]:
                 self.store.require(output, self.plan[index])
@@ -81,7 +85,7 @@ class Result:
         return voxels
 
     def _damaged(self, output: str, box: Box) -> Place:
-        """The first file of a box that cannot be read; the array if each can, by itself."""
+        """The first shard of a box that cannot be read, or the array if each can be read singly."""
         for tile in (self.plan[index] for index in self.plan.within(box)):
             try:
                 self.store.read(output)[(..., *tile.write.intersect(box).slices)]
@@ -90,10 +94,11 @@ class Result:
         return self.path / ARRAYS[output]
 
     def probabilities(self, box: Box) -> NDArray[np.uint8]:
-        """Of all classes, the first one included: (classes, z, y, x)."""
+        """Probabilities times 255 of all classes, including the first: (classes, z, y, x)."""
         stored = self.read("probabilities", box)
-        rest = np.maximum(255 - stored.sum(0, dtype=np.int64, keepdims=True), 0)
-        return np.concatenate([rest.astype(np.uint8), stored])
+        # The first class is not stored. Rounding may bring the sum of the others above 255.
+        first = np.maximum(255 - stored.sum(0, dtype=np.int64, keepdims=True), 0)
+        return np.concatenate([first.astype(np.uint8), stored])
 
     def classes(self, box: Box) -> NDArray[Any]:
         """Class numbers, (z, y, x)."""
@@ -102,28 +107,28 @@ class Result:
         classes: NDArray[np.int64] = self.probabilities(box).argmax(0)
         return classes
 
-    def known(self, box: Box) -> NDArray[np.bool_]:
-        """Which voxels of a box are computed, (z, y, x)."""
-        known = np.zeros(box.shape, bool)
+    def computed(self, box: Box) -> NDArray[np.bool_]:
+        """Whether each voxel of a box is computed, (z, y, x)."""
+        computed = np.zeros(box.shape, bool)
         for tile in self.plan.within(box):
             inside = self.plan[tile].write.intersect(box).relative_to(box.start)
-            known[inside.slices] = self.done[tile]
-        return known
+            computed[inside.slices] = self.done[tile]
+        return computed
 
 
 def open_result(path: Place) -> Result:
-    """Opens a store to look at it, finished or not.
+    """Opens a store, finished or not.
 
     Raises:
-        InputError: if there is no store of ours at `path`.
+        InputError: if `path` is not an output of segment, or its provenance is damaged.
     """
-    found = inspect(path)
-    if found.what in ("foreign", "damaged"):
+    inspected = inspect(path)
+    if inspected.what in ("foreign", "damaged"):
         raise InputError(f"{path}: is neither a training run nor an output of segment.")
-    if not found.provenance:
-        what = "is neither a training run nor an output" if path.exists() else "does not exist"
-        raise InputError(f"{path}: {what}; name a folder of train or segment.")
-    provenance = found.provenance
+    if not inspected.provenance:
+        reason = "is neither a training run nor an output" if path.exists() else "does not exist"
+        raise InputError(f"{path}: {reason}; name an output of train or segment.")
+    provenance = inspected.provenance
     if damage := provenance.damage("plan", "outputs", "class_values"):
         raise InputError(f"{path}: its provenance is damaged ({damage}).")
     plan, outputs = provenance.plan, provenance.outputs
@@ -134,35 +139,35 @@ def open_result(path: Place) -> Result:
 
 
 def open_truth(truth: PathOrUrl, result: Result) -> Volume:
-    """Opens the labels of the volume that was segmented.
+    """Opens the true labels of the segmented volume.
 
     Raises:
-        InputError: if they cannot be read or have another shape.
+        InputError: if they cannot be read or their shape differs from that of `result`.
     """
     volume = open_volume(truth)
     if volume.shape != (1, *result.plan.shape):
-        found, wanted = (" x ".join(map(str, s)) for s in (volume.shape, (1, *result.plan.shape)))
+        shape, needed = (" x ".join(map(str, s)) for s in (volume.shape, (1, *result.plan.shape)))
         raise InputError(
-            f"{volume.path}: its shape (c, z, y, x) is {found}, but truth for {result.path} must "
-            f"be {wanted}."
+            f"{volume.path}: its shape (c, z, y, x) is {shape}, but the truth for {result.path} "
+            f"must be {needed}."
         )
     return volume
 
 
 @dataclass
 class RunLog:
-    """What the event log says of all starts together.
+    """A summary of the event log over all starts of `segment`.
 
     Attributes:
-        seconds: of each tile, NaN if unknown.
-        starts: number of times that `segment` was started.
-        start: the facts of the last start that are texts or whole numbers.
-        began, ended: times of the first and of the last event, or None.
-        working: seconds from each start to the last event before the next, summed.
-        voxels: written in that time.
-        failed: how often a tile failed.
-        failure: what the last of them failed with.
-        failures: facts of the first failure of each tile of the plan, of so many tiles.
+        seconds: time of each tile, NaN if unknown.
+        starts: number of starts.
+        start: the facts of the last start that are texts or integers.
+        began, ended: dates of the first and of the last event, or None.
+        working: seconds from each start to its last event, summed.
+        voxels: voxels written in that time.
+        failed: number of failures of tiles.
+        failure: error of the last failure.
+        failures: facts of the first failure of a tile, by tile, for at most `FAILURES` tiles.
     """
 
     seconds: NDArray[np.float64]
@@ -177,31 +182,31 @@ class RunLog:
     failures: dict[int, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
-    def known(self) -> NDArray[np.float64]:
-        """Seconds of the tiles of which they are known, ascending."""
+    def sorted_seconds(self) -> NDArray[np.float64]:
+        """Times of all tiles with a time, in seconds, ascending."""
         return np.sort(self.seconds[np.isfinite(self.seconds)])
 
 
 def read_log(path: Place, plan: TilePlan) -> RunLog:
-    """Adds up the event log of a store; what is not an event of a tile of the plan is left out."""
+    """Summarises the event log of a store; skips tiles that are not in the plan."""
     log = RunLog(np.full(len(plan), np.nan))
     last = 0.0
     for event in read_events(path):
-        now, what, tile = measured(event.get("time")), event.get("event"), event.get("tile")
+        now, kind, tile = measured(event.get("time")), event.get("event"), event.get("tile")
         if now is None:
             continue
         if event.get("stage", SEGMENT) != SEGMENT:
             continue
         log.began, log.ended = log.began or _date(now), _date(now)
-        if what == "start":
+        if kind == "start":
             log.starts, log.start = log.starts + 1, _plain(event)
         else:
             log.working += max(0.0, now - last)
-        if what == "tile" and type(tile) is int and 0 <= tile < len(plan):
+        if kind == "tile" and type(tile) is int and 0 <= tile < len(plan):
             seconds = measured(event.get("seconds"))
             log.seconds[tile] = math.nan if seconds is None else seconds
             log.voxels += plan[tile].write.size
-        elif what == "failed":
+        elif kind == "failed":
             facts = _plain(event)
             log.failed, log.failure = log.failed + 1, str(facts.get("error", "nothing"))
             if type(tile) is int and 0 <= tile < len(plan) and len(log.failures) < FAILURES:
@@ -211,11 +216,11 @@ def read_log(path: Place, plan: TilePlan) -> RunLog:
 
 
 def _plain(event: Mapping[str, Any]) -> dict[str, str | int]:
-    """The facts of an event that are whole numbers or texts, these not endless."""
+    """The facts of an event that are integers or texts; long texts are cut."""
     return {
-        name: told[:LONGEST_TEXT] if isinstance(told, str) else told
-        for name, told in event.items()
-        if isinstance(told, str | int)
+        name: value[:LONGEST_TEXT] if isinstance(value, str) else value
+        for name, value in event.items()
+        if isinstance(value, str | int)
     }
 
 
@@ -224,7 +229,7 @@ def _date(seconds: float) -> str:
 
 
 def windows(result: Result) -> list[Box]:
-    """Up to `SLICES` windows of one slice each, evenly spaced over what is committed."""
+    """At most `SLICES` windows, each in one slice, evenly spaced over the committed slices."""
     depth, core = result.plan.shape[0], result.plan.core[0]
     slabs = np.flatnonzero(result.done.reshape(result.plan.counts).any((1, 2)))
     planes = (slabs[:, None] * core + np.arange(core)).ravel()
@@ -236,7 +241,7 @@ def windows(result: Result) -> list[Box]:
 
 
 def _window(result: Result, z: int) -> Box:
-    """At most `WINDOW` square voxels of a slice, where tiles are committed: near its middle."""
+    """At most `WINDOW` x `WINDOW` voxels on committed tiles, near the centre of slice `z`."""
     core, extents = np.array(result.plan.core[1:]), np.array(result.plan.shape[1:])
     tiles = np.argwhere(result.done.reshape(result.plan.counts)[z // result.plan.core[0]])
     centres = np.minimum(tiles * core + core // 2, extents)
@@ -249,7 +254,7 @@ def _window(result: Result, z: int) -> Box:
 
 
 def _can_name(path: str) -> bool:
-    """Whether a text can be the path of a file at all."""
+    """Whether a text is a valid path of a file."""
     try:
         return b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:
@@ -259,34 +264,34 @@ def _can_name(path: str) -> bool:
 def image_windows(
     result: Result, log: RunLog, boxes: Sequence[Box]
 ) -> tuple[list[Picture | None], str]:
-    """The windows of the image that was segmented; or none, and a sentence that says why."""
-    nothing: list[Picture | None] = [None] * len(boxes)
+    """The windows of the segmented image, or None for each and the reason."""
+    missing: list[Picture | None] = [None] * len(boxes)
     source = result.provenance
     place = (log.start or {}).get("input")
     if not (isinstance(place, str) and _can_name(place)):
-        return nothing, "The event log of this store does not say where its image lies."
+        return missing, "The event log of this store does not name the image."
     try:
         volume = open_volume(place, channel=source.channel, time=source.time, level=source.level)
         if volume.shape != source.shape:
-            return nothing, f"{volume.path} has another shape now, {volume.shape} (c, z, y, x)."
+            return missing, f"{volume.path} now has another shape, {volume.shape} (c, z, y, x)."
         if volume.identity()["sampled_sha256"] != source.sampled_sha256:
-            return nothing, f"{volume.path} holds other voxels now than when it was segmented."
+            return missing, f"The voxels of {volume.path} have changed since the segmentation."
         return [to_grey(volume.read(box)[0, 0]) for box in boxes], ""
     except (InputError, RunError) as error:
-        return nothing, str(error)
+        return missing, str(error)
 
 
 def sampled_chunks(result: Result) -> tuple[list[Box], int]:
-    """Boxes of at most `CHUNKS` committed storage chunks, and how many there are of these."""
+    """Boxes of at most `CHUNKS` random committed chunks, and the number of committed chunks."""
     chunk = result.store.read("probabilities").chunks[-3:]
     grid = [n // m for n, m in zip(result.plan.core, chunk, strict=True)]
-    tiles, each = np.flatnonzero(result.done), math.prod(grid)
-    every = len(tiles) * each
-    picks = np.random.default_rng(0).choice(every, min(CHUNKS, every), replace=False)
+    tiles, chunks_per_tile = np.flatnonzero(result.done), math.prod(grid)
+    chunks = len(tiles) * chunks_per_tile
+    picks = np.random.default_rng(0).choice(chunks, min(CHUNKS, chunks), replace=False)
     boxes = []
     for pick in np.sort(picks).tolist():
-        write = result.plan[int(tiles[pick // each])].write
-        place = np.unravel_index(pick % each, grid)
-        start = [a + int(i) * n for a, i, n in zip(write.start, place, chunk, strict=True)]
+        write = result.plan[int(tiles[pick // chunks_per_tile])].write
+        index = np.unravel_index(pick % chunks_per_tile, grid)
+        start = [a + int(i) * n for a, i, n in zip(write.start, index, chunk, strict=True)]
         boxes.append(Box.of(chunk).shift(start).intersect(write))
-    return [box for box in boxes if box.size], every
+    return [box for box in boxes if box.size], chunks

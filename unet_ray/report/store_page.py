@@ -1,6 +1,6 @@
-"""The page about an output store: slices, histograms, times and scores.
+"""The content of the page about an output store: slices, histograms, times and scores.
 
-Knows what stands for a whole store. Does not know training runs, or how a page is laid out.
+Handles the selection of content. Independent of training runs and of the layout of the page.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from unet_ray.storage.places import PathOrUrl, Place, place_of
 from unet_ray.tiling.boxes import Box
 from unet_ray.volumes.volume import Volume
 
-CHANNELS = 6  # histograms, of as many classes
-# Maps of slabs of tiles, and cells along each side of a map.
+HISTOGRAMS = 6  # at most, one per class
+# At most this many maps of tiles, and cells along each side of a map.
 LARGEST_MAP = (4, 64)
 
 
 def about_store(path: Place, truth: PathOrUrl | None) -> Facts:
-    """What the page says about the store at `path`, scored against `truth` if it is given."""
+    """The content of the page about the store at `path`; scored if `truth` is set."""
     result = open_result(path)
-    right = open_truth(truth, result) if truth is not None else None
+    truth_volume = open_truth(truth, result) if truth is not None else None
     log = read_log(path / EVENTS, result.plan)
     boxes = windows(result)
     images, no_image = image_windows(result, log, boxes)
@@ -60,7 +60,7 @@ def about_store(path: Place, truth: PathOrUrl | None) -> Facts:
     )
     return {
         "kind": "store",
-        "told": result.provenance.json,
+        "provenance": result.provenance.json,
         "values": result.class_values,
         "class_colours": colours_of(len(result.class_values)),
         "tiles": len(plan),
@@ -70,56 +70,61 @@ def about_store(path: Place, truth: PathOrUrl | None) -> Facts:
         "log": log,
         "no_image": no_image,
         "slices": [
-            _slice(result, box, image, right) for box, image in zip(boxes, images, strict=True)
+            _slice(result, box, image, truth_volume)
+            for box, image in zip(boxes, images, strict=True)
         ],
         "probability_bar": Markup(charts.colour_bar("Probability", (0.0, 1.0), "")),
-        "truth": place_of(right.path) if right else None,
+        "truth": place_of(truth_volume.path) if truth_volume else None,
         **_histograms(result),
         "tile_maps": [(title, Markup(svg)) for title, svg in maps],
         "tile_bar": Markup(bar),
         "grouped": grouped,
-        "evaluations": _evaluations(result, right) if right else [],
+        "evaluations": _evaluations(result, truth_volume) if truth_volume else [],
     }
 
 
 def _slice(result: Result, box: Box, image: Picture | None, truth: Volume | None) -> Facts:
-    """The panels of one slice; what is not computed in it is struck out."""
-    known, classes = result.known(box)[0], result.classes(box)[0]
+    """The panels of one slice; voxels that are not computed are hatched."""
+    computed, classes = result.computed(box)[0], result.classes(box)[0]
     grey = np.zeros(classes.shape, np.uint8) if image is None else few_greys(image, OVERLAY_GREYS)
     border = None if truth is None else _objects_of(truth.read(box)[0, 0], result.class_values)
-    drawn = {"found": overlay(grey, classes != 0, border)}
+    panels = {"prediction": overlay(grey, classes != 0, border)}
     if "probabilities" in result.provenance.outputs:
-        drawn["probability"] = colour_map(_shown_probability(result, box))
-    drawn |= _parts(result, box, classes, image)
-    if not known.all():
-        drawn = {name: strike_out(picture, ~known) for name, picture in drawn.items()}
+        panels["probability"] = colour_map(_shown_probability(result, box))
+    panels |= _parts(result, box, classes, image)
+    if not computed.all():
+        panels = {name: strike_out(picture, ~computed) for name, picture in panels.items()}
     if image is not None:
-        drawn = {"image": image, **drawn}
+        panels = {"image": image, **panels}
     whole = classes.shape == result.plan.shape[1:]
     return {
         "z": box.start[0],
         "window": "" if whole else str(box),
-        "panels": [figure(picture, name) for name, picture in drawn.items()],
+        "panels": [figure(picture, name) for name, picture in panels.items()],
     }
 
 
 def _objects_of(labels: NDArray[Any], class_values: Sequence[int]) -> NDArray[Any]:
-    """Truth with 0 where it is of the first class, whether it holds label values or other ids."""
+    """Truth with 0 for the first class.
+
+    Truth that holds other values than the label values of training is returned unchanged.
+    """
     if set(np.unique(labels).tolist()) <= set(class_values):
         return np.where(labels == class_values[0], 0, labels)
     return labels
 
 
 def _shown_probability(result: Result, box: Box) -> NDArray[np.uint8]:
-    """Of class 1 where there are two; of whichever is largest where there are more."""
-    every = result.probabilities(box)[:, 0]
-    shown: NDArray[np.uint8] = every[1] if len(every) == 2 else every.max(0)
+    """Probability of class 1 if there are two classes, else of the most probable class."""
+    probabilities = result.probabilities(box)[:, 0]
+    shown: NDArray[np.uint8] = probabilities[1] if len(probabilities) == 2 else probabilities.max(0)
     return shown
 
 
 def _parts(
     result: Result, box: Box, classes: NDArray[Any], image: Picture | None
 ) -> dict[str, Picture]:
+    """One panel: instances, or connected parts of class 1, or several classes."""
     if "instances" in result.provenance.outputs:
         return {"instances": colour_cells(result.read("instances", box)[0], image)}
     if len(result.class_values) == 2:
@@ -128,55 +133,55 @@ def _parts(
 
 
 def _histograms(result: Result) -> Facts:
-    """How often each probability is stored, in some random storage chunks."""
+    """Histograms of the stored probabilities in randomly chosen storage chunks."""
     if "probabilities" not in result.provenance.outputs or not result.done.any():
         return {"histograms": []}
     counts = np.zeros((len(result.class_values) - 1, 256), np.int64)
-    boxes, every = sampled_chunks(result)
+    boxes, chunks = sampled_chunks(result)
     for box in boxes:
         for channel, voxels in enumerate(result.read("probabilities", box)):
             counts[channel] += np.bincount(voxels.ravel(), minlength=256)
     shares = 100 * counts.reshape(len(counts), 32, 8).sum(2) / counts[0].sum()
     edges = np.linspace(0, 1, 33)
-    drawn = [
+    histograms = [
         charts.histogram(f"class {k}", edges, share, "probability", "% of the voxels")
-        for k, share in enumerate(shares[:CHANNELS], start=1)
+        for k, share in enumerate(shares[:HISTOGRAMS], start=1)
     ]
     return {
-        "histograms": [Markup(svg) for svg in drawn],
+        "histograms": [Markup(svg) for svg in histograms],
         "sampled": len(boxes),
-        "chunks": every,
-        "all_chunks": every <= CHUNKS,
+        "chunks": chunks,
+        "all_chunks": chunks <= CHUNKS,
     }
 
 
 def _evaluations(result: Result, truth: Volume) -> list[Facts]:
-    """The scores of each kind that fits the store, or a sentence on why there are none."""
+    """The scores of each kind that the store allows, or the reason why one cannot be computed."""
     outputs = result.provenance.outputs
     kinds: list[Kind] = []
     if "probabilities" in outputs and len(result.class_values) == 2:
         kinds.append("isbi")
     kinds += [kind for kind in ("instances", "classes") if kind in outputs]
-    found = []
+    evaluations = []
     for kind in kinds:
         try:
-            found.append(_scored(evaluate(result.path, truth.path, kind)))
+            evaluations.append(_scored(evaluate(result.path, truth.path, kind)))
         except InputError as error:
-            found.append({"kind": kind, "refused": str(error)})
-    return found
+            evaluations.append({"kind": kind, "refused": str(error)})
+    return evaluations
 
 
 def _scored(evaluation: Evaluation) -> Facts:
     rows = []
     for name, score in evaluation.scores.items():
-        across = "IoU threshold" if name == "ap_mean" else "threshold"
+        x_label = "IoU threshold" if name == "ap_mean" else "threshold"
         x, y = np.array(score.curve).reshape(-1, 2).T
         mark = None
         if score.threshold is not None:
-            told = f"best {digits_of(score.value)} at {score.threshold:.1f}"
-            mark = score.threshold, score.value, told
+            text = f"best {digits_of(score.value)} at {score.threshold:.1f}"
+            mark = score.threshold, score.value, text
         label = name.replace("_", " ")
-        curve = charts.line_chart(label, [charts.Series(label, x, y)], across, label, mark=mark)
+        curve = charts.line_chart(label, [charts.Series(label, x, y)], x_label, label, mark=mark)
         rows.append(
             {
                 "name": name,

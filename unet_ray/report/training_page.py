@@ -1,6 +1,6 @@
-"""The page about a training run: losses, scores, patches and weight maps.
+"""The content of the page about a training run: losses, scores, patches and weight maps.
 
-Knows the files of a RUN folder. Does not know stores, or how a page is laid out.
+Handles the files of a RUN folder. Independent of stores and of the layout of the page.
 """
 
 from __future__ import annotations
@@ -24,19 +24,25 @@ from unet_ray.storage.events import measured, read_events
 from unet_ray.training.run_folder import METRICS, MODEL, PATCHES, WEIGHTS
 
 LARGEST_LOSS = 1e39  # beyond float32
-# Pixels along a side of the square that all kept images fit in, however many there are.
+# Side in pixels of the square that the images of all patches fit in, whatever their number.
 SHEET = 1152
 
 
 def about_run(run: Path) -> Facts:
-    """What the page says about a RUN folder."""
+    """The content of the page about a RUN folder.
+
+    Raises:
+        InputError: if the folder holds no log, model, checkpoint, patches or weight maps yet.
+    """
     lines = list(read_events(run / METRICS))
     measures = [line for line in lines if _is_measure(line)]
     header = _header(run)
     patches = _unless_damaged(_patches, run / PATCHES)
     weight_map = _unless_damaged(_weight_map, run / WEIGHTS)
     if not (measures or header or patches or weight_map):
-        raise InputError(f"{run}: nothing has been trained here yet; come back when it has.")
+        raise InputError(
+            f"{run}: training has written nothing yet; try again after the first steps."
+        )
     return {
         "kind": "run",
         "measures": measures,
@@ -51,9 +57,9 @@ def about_run(run: Path) -> Facts:
 
 
 def _is_measure(line: Facts) -> bool:
-    """Whether a line of the log can be drawn."""
-    known = (measured(line.get(name)) for name in ("step", "seconds", "progress"))
-    return _finite(line.get("loss")) is not None and None not in known
+    """Whether a line of the log has all its numbers."""
+    numbers = (measured(line.get(name)) for name in ("step", "seconds", "progress"))
+    return _finite(line.get("loss")) is not None and None not in numbers
 
 
 def _finite(value: object) -> float | None:
@@ -61,7 +67,7 @@ def _finite(value: object) -> float | None:
 
 
 def _header(run: Path) -> Facts:
-    """What the model, or else the newest checkpoint, says of itself; nothing if there is none."""
+    """The header of the model, or else of the newest checkpoint; empty if there is none."""
     checkpoints = sorted((run / "checkpoints").glob("step-*.safetensors"), reverse=True)
     newest = next((path for path in [run / MODEL, *checkpoints] if path.exists()), None)
     return read_tensors(newest)[1] if newest else {}
@@ -74,7 +80,7 @@ def _loss_chart(measures: Sequence[Facts]) -> Markup:
 
 
 def _validation_charts(measures: Sequence[Facts]) -> list[Markup]:
-    """Scores from 0 to 1 share charts, six a chart; any other number has a chart of its own."""
+    """Charts of the scores: those within 0 to 1 six per chart, any other in its own chart."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for measure in measures:
         scores = measure.get("validation")
@@ -95,7 +101,7 @@ def _validation_charts(measures: Sequence[Facts]) -> list[Markup]:
 
 
 def _unless_damaged(draw: Callable[[Path], Facts], path: Path) -> Facts:
-    """What is drawn of a file, or a sentence on why it is not; nothing if there is no file."""
+    """The result of `draw`, or the reason why it failed; empty if there is no file."""
     if not path.exists():
         return {}
     try:
@@ -105,30 +111,30 @@ def _unless_damaged(draw: Callable[[Path], Facts], path: Path) -> Facts:
 
 
 def _patches(path: Path) -> Facts:
-    """The kept patches as pictures, each an image, its classes and its weights."""
-    kept = _kept(path)
-    images, targets, weights = zip(*kept, strict=True)
+    """The stored patches as pictures, each an image, its classes and its weights."""
+    patches = _stored_patches(path)
+    images, targets, weights = zip(*patches, strict=True)
     longest = max(max(image.shape[1:]) for image in images)
-    step = math.ceil(longest * math.sqrt(len(kept)) / SHEET)
+    step = math.ceil(longest * math.sqrt(len(patches)) / SHEET)
     ends, scale = _weight_scale(np.concatenate([each.ravel() for each in weights]))
     return {
-        "sheet": [_patch(*each, ends, step) for each in kept],
+        "sheet": [_patch(*each, ends, step) for each in patches],
         "thinned": step,
         "colours": colours_of(1 + max(int(each.max()) for each in targets)),
         **scale,
     }
 
 
-def _kept(path: Path) -> list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
-    """Image, classes and weights of each kept patch.
+def _stored_patches(path: Path) -> list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+    """Image, classes and weights of each stored patch.
 
     Raises:
-        InputError: if the file is damaged, or of another kind.
+        InputError: if the file is damaged or of another kind.
     """
     tensors = read_tensors(path)[0]
     numbers = [name[6:] for name in tensors if name.startswith("image.")]
     try:
-        kept = [
+        patches = [
             (
                 tensors[f"image.{n}"].numpy(),
                 tensors[f"targets.{n}"].numpy(),
@@ -136,20 +142,20 @@ def _kept(path: Path) -> list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
             )
             for n in _in_order(numbers)
         ]
-    except (KeyError, TypeError):  # a tensor is missing, or of a type that NumPy lacks
-        kept = []
-    if not kept or not all(_is_patch(*each) for each in kept):
-        raise InputError(f"{path}: does not hold patches as train keeps them.")
-    return kept
+    except (KeyError, TypeError):  # a tensor is missing, or NumPy lacks its dtype
+        patches = []
+    if not patches or not all(_is_patch(*each) for each in patches):
+        raise InputError(f"{path}: does not hold patches as train writes them.")
+    return patches
 
 
 def _in_order(numbers: Iterable[str]) -> list[str]:
-    """Numbers as they are written in names, 2 before 10."""
+    """Sorts the numbers in tensor names, 2 before 10."""
     return sorted(numbers, key=lambda number: (len(number), number))
 
 
 def _is_patch(image: NDArray[Any], targets: NDArray[Any], weights: NDArray[Any]) -> bool:
-    """Whether (c, y, x) pixels, (y, x) classes and weights can be drawn."""
+    """Whether image (c, y, x), classes (y, x) and weights (y, x) can be drawn."""
     kinds = image.dtype.kind, targets.dtype.kind, weights.dtype.kind
     axes = image.ndim, targets.ndim, weights.ndim
     if kinds not in {("f", "u", "f"), ("f", "i", "f")} or axes != (3, 2, 2):
@@ -181,14 +187,14 @@ def _patch(
 
 
 def _greatest(weights: NDArray[Any], step: int) -> NDArray[Any]:
-    """One number for `step` x `step` pixels (y, x): the greatest, so that thin lines remain."""
+    """The maximum of each `step` x `step` pixels (y, x), so that thin lines remain."""
     rows = np.maximum.reduceat(weights, range(0, len(weights), step), axis=0)
     most: NDArray[Any] = np.maximum.reduceat(rows, range(0, rows.shape[1], step), axis=1)
     return most
 
 
 def _weight_scale(weights: NDArray[Any]) -> tuple[tuple[float, float], Facts]:
-    """The least weight above 0 and the greatest, and the colour bar from one to the other."""
+    """The smallest weight above 0 and the largest, and the colour bar between them."""
     counted = weights[weights > 0] if (weights > 0).any() else np.ones(1)
     ends = float(counted.min()), float(counted.max())
     bar = Markup(charts.colour_bar("Weight of a pixel", ends, "", log=True))
@@ -196,7 +202,7 @@ def _weight_scale(weights: NDArray[Any]) -> tuple[tuple[float, float], Facts]:
 
 
 def _weight_map(path: Path) -> Facts:
-    """The slice with the largest mean weight, of all volumes that were trained on."""
+    """The slice with the largest mean weight in all training volumes."""
     maps = _weight_maps(path)
     means = {number: each.mean((1, 2), np.float64) for number, each in maps.items()}
     volume = max(means, key=lambda number: float(means[number].max()))
@@ -204,7 +210,7 @@ def _weight_map(path: Path) -> Facts:
     weights = maps[volume][z]
     step = -(-max(weights.shape) // WINDOW)
     ends, scale = _weight_scale(weights)
-    caption = f"Volume {volume}, slice {z} of those trained on, {by(weights.shape)} pixels"
+    caption = f"Volume {volume}, slice {z} of the training data, {by(weights.shape)} pixels"
     if step > 1:
         caption += f"; each pixel shows the greatest weight of {step} x {step}"
     picture = colour_log(_greatest(weights, step), *ends)
@@ -215,20 +221,20 @@ def _weight_maps(path: Path) -> dict[str, NDArray[Any]]:
     """The weights (z, y, x) of each volume, by its number.
 
     Raises:
-        InputError: if the file is damaged, or of another kind.
+        InputError: if the file is damaged or of another kind.
     """
     tensors = read_tensors(path)[0]
     try:
         maps = {n: tensors[f"weights.{n}"].numpy() for n in _in_order(t[8:] for t in tensors)}
-    except (KeyError, TypeError):  # a tensor has another name, or a type that NumPy lacks
+    except (KeyError, TypeError):  # a tensor has another name, or NumPy lacks its dtype
         maps = {}
     if not maps or not all(_is_weight_map(each) for each in maps.values()):
-        raise InputError(f"{path}: does not hold weight maps as train keeps them.")
+        raise InputError(f"{path}: does not hold weight maps as train writes them.")
     return maps
 
 
 def _is_weight_map(weights: NDArray[Any]) -> bool:
-    """Whether these are finite float32 numbers (z, y, x) of 0 and more."""
+    """Whether the weights are float32 (z, y, x), finite and at least 0."""
     if weights.dtype != np.float32 or weights.ndim != 3 or weights.size == 0:
         return False
     return bool(np.isfinite(weights).all() and weights.min() >= 0)
