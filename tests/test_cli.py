@@ -582,7 +582,7 @@ def test_evaluate_says_which_slices_have_a_truth(unet_ray, files):
     args = evaluate(files, "instances", "--json", "-", prediction="masks", truth="truth")
     code, out, err = unet_ray(*args)
     assert (code, strict(out)["seg"]) == (0, 1)
-    assert "2 of 4 slices have a truth, found by their numbers.\n" in err
+    assert "2 of 4 slices have a truth, paired by their numbers.\n" in err
 
 
 def test_evaluate_loads_neither_torch_nor_ray(files):

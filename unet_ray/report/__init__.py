@@ -1,6 +1,6 @@
 """HTML pages and pictures of training runs and of segmentations.
 
-Handles the drawing of results. Independent of how they were computed.
+Knows how results are drawn. Does not know how they were computed.
 """
 
 from __future__ import annotations

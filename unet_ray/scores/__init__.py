@@ -1,4 +1,4 @@
 """Scores of a prediction against the ground truth.
 
-Handles label maps and probability maps, as arrays and as files. Independent of training and runs.
+Knows label maps and probability maps, as arrays and as files. Does not know training or runs.
 """
