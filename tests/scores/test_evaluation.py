@@ -1,4 +1,4 @@
-"""Scoring of files: formats, our own stores, what is compared with what, and what is refused."""
+"""Scoring of files: formats, unet-ray stores, the pairing of slices and labels, and errors."""
 
 import dataclasses
 import json
@@ -42,12 +42,12 @@ from unet_ray.tiling.boxes import Box
 
 
 def stripped(scores):
-    """Without the values of slices."""
+    """The scores without the values of slices."""
     return {name: dataclasses.replace(score, slices=()) for name, score in scores.items()}
 
 
 def of_classes(prediction, truth, per_slice=False):
-    """What arrays of class numbers give."""
+    """The scores of arrays of class numbers."""
     return class_scores(overlap_tables(prediction, truth, per_slice), per_slice)
 
 
@@ -88,10 +88,10 @@ def test_membranes_of_any_format(tmp_path, write):
     proposal, truth = random_stack(0, shape=(12, 16, 18))
     proposal, truth = np.rint(255 * proposal).astype(np.uint8), 255 * truth.astype(np.uint8)
     files = write(tmp_path, "prediction", proposal), write(tmp_path, "truth", truth)
-    found = evaluate(*files, "isbi")
-    assert (found.kind, found.shape, found.note) == ("isbi", (12, 16, 18), "")
+    evaluation = evaluate(*files, "isbi")
+    assert (evaluation.kind, evaluation.shape, evaluation.note) == ("isbi", (12, 16, 18), "")
     expected = isbi_scores(proposal, truth)
-    assert found.scores == stripped(expected)
+    assert evaluation.scores == stripped(expected)
     assert evaluate(*files, "isbi", per_slice=True).scores == expected
 
 
@@ -99,64 +99,68 @@ def test_membranes_of_any_format(tmp_path, write):
 @pytest.mark.parametrize("per_slice", [False, True])
 def test_objects_of_any_format(tmp_path, write, per_slice):
     arrays = [a.astype(np.uint8) for a in random_labels(0, (12, 9, 12))]
-    files = [write(tmp_path, name, a) for name, a in zip(("found", "truth"), arrays, strict=True)]
-    found = evaluate(*files, "instances", per_slice)
-    assert found.scores == instance_scores(*arrays, per_slice)
+    files = [
+        write(tmp_path, name, a) for name, a in zip(("prediction", "truth"), arrays, strict=True)
+    ]
+    evaluation = evaluate(*files, "instances", per_slice)
+    assert evaluation.scores == instance_scores(*arrays, per_slice)
 
 
 @formats
 @pytest.mark.parametrize("per_slice", [False, True])
 def test_classes_of_any_format(tmp_path, write, per_slice):
     arrays = [a.astype(np.uint8) for a in random_labels(1, (12, 9, 12), most=3)]
-    files = [write(tmp_path, name, a) for name, a in zip(("found", "truth"), arrays, strict=True)]
-    found = evaluate(*files, "classes", per_slice)
-    assert repr(found.scores) == repr(of_classes(*arrays, per_slice))
+    files = [
+        write(tmp_path, name, a) for name, a in zip(("prediction", "truth"), arrays, strict=True)
+    ]
+    evaluation = evaluate(*files, "classes", per_slice)
+    assert repr(evaluation.scores) == repr(of_classes(*arrays, per_slice))
 
 
 def test_two_formats_and_an_image_of_two_axes(tmp_path):
     prediction, truth = random_labels(2, (1, 30, 30))
-    one = as_tiff(tmp_path, "found", prediction[0].astype(np.uint16))
+    one = as_tiff(tmp_path, "prediction", prediction[0].astype(np.uint16))
     other = as_zarr(tmp_path, "truth", truth[0].astype(np.int64))
-    found = evaluate(one, str(other), "instances")
-    assert found.shape == (1, 30, 30)
-    assert found.scores == instance_scores(prediction, truth)
+    evaluation = evaluate(one, str(other), "instances")
+    assert evaluation.shape == (1, 30, 30)
+    assert evaluation.scores == instance_scores(prediction, truth)
 
 
 def test_ids_of_64_bits_survive(tmp_path):
     truth = np.array([[[2**63, 2**63, 2**63 + 1, 2**63 + 1, 1]]], np.uint64)
     merged = np.array([[[2**63, 2**63, 2**63, 2**63, 1]]], np.uint64)
-    files = as_zarr(tmp_path, "found", merged), as_zarr(tmp_path, "truth", truth)
+    files = as_zarr(tmp_path, "prediction", merged), as_zarr(tmp_path, "truth", truth)
     assert evaluate(*files, "instances").scores["ap50"].value == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("voxels", [1, 100])
 def test_the_size_of_pieces_makes_no_difference(tmp_path, monkeypatch, voxels):
     prediction, truth = random_labels(3)
-    files = as_zarr(tmp_path, "found", prediction), as_zarr(tmp_path, "truth", truth)
+    files = as_zarr(tmp_path, "prediction", prediction), as_zarr(tmp_path, "truth", truth)
     monkeypatch.setattr(stacks, "PIECE_VOXELS", voxels)
     assert evaluate(*files, "instances").scores == instance_scores(prediction, truth)
 
 
-def test_progress_is_told(tmp_path):
+def test_progress_is_reported(tmp_path):
     _, truth = random_stack(0)
     file = as_tiff(tmp_path, "truth", truth.astype(np.uint8))
     for kind, steps in (("isbi", 3), ("instances", 1), ("classes", 1)):
-        told = []
-        evaluate(file, file, kind, watch=lambda *numbers, told=told: told.append(numbers))
-        assert told == [(n, steps) for n in range(1, steps + 1)]
+        calls = []
+        evaluate(file, file, kind, watch=lambda *numbers, calls=calls: calls.append(numbers))
+        assert calls == [(n, steps) for n in range(1, steps + 1)]
 
 
-# Slices that are images of their own
+# Slices as separate images
 
 
-def test_ids_do_not_run_on_from_slice_to_slice(tmp_path):
+def test_equal_labels_in_two_slices_are_two_objects(tmp_path):
     truth = np.array([[[1, 1, 1, 1]], [[1, 1, 0, 0]]], np.uint8)
     prediction = np.array([[[1, 1, 1, 1]], [[0, 0, 1, 1]]], np.uint8)
-    files = as_folder(tmp_path, "found", prediction), as_folder(tmp_path, "truth", truth)
+    files = as_folder(tmp_path, "prediction", prediction), as_folder(tmp_path, "truth", truth)
     assert evaluate(*files, "instances").scores["seg"].value == pytest.approx(4 / 8)
-    found = evaluate(*files, "instances", per_slice=True)
-    assert found.scores["seg"].value == pytest.approx((1 + 0) / 2)
-    assert [row["seg"] for row in found.to_json()["slices"]] == [1, 0]
+    evaluation = evaluate(*files, "instances", per_slice=True)
+    assert evaluation.scores["seg"].value == pytest.approx((1 + 0) / 2)
+    assert [row["seg"] for row in evaluation.to_json()["slices"]] == [1, 0]
 
 
 # Folders of the Cell Tracking Challenge
@@ -164,7 +168,7 @@ def test_ids_do_not_run_on_from_slice_to_slice(tmp_path):
 
 @pytest.fixture
 def sequence(tmp_path):
-    """Result masks of twelve frames, and a truth of three of them; gives folders and arrays."""
+    """Folders and arrays of twelve result masks, and of the truth of three of them."""
     results, truth = (a.astype(np.uint16) for a in random_labels(4, (12, 9, 12)))
     for name in ("01_RES", "SEG"):
         (tmp_path / name).mkdir()
@@ -178,10 +182,10 @@ def sequence(tmp_path):
 def test_slices_without_a_truth_are_left_out(sequence):
     folder, right, results, truth = sequence
     chosen = [2, 9, 10]
-    found = evaluate(folder, right, "instances", per_slice=True)
-    assert found.scores == instance_scores(results[chosen], truth[chosen], per_slice=True)
-    assert found.shape == (3, 9, 12)
-    assert found.note == "3 of 12 slices have a truth, paired by their numbers."
+    evaluation = evaluate(folder, right, "instances", per_slice=True)
+    assert evaluation.scores == instance_scores(results[chosen], truth[chosen], per_slice=True)
+    assert evaluation.shape == (3, 9, 12)
+    assert evaluation.note == "3 of 12 slices have a truth, paired by their numbers."
 
 
 def test_a_truth_without_a_result_is_refused(sequence):
@@ -205,39 +209,39 @@ def test_a_truth_without_a_number_is_refused(sequence):
         evaluate(folder, right, "instances")
 
 
-def test_folders_of_equal_length_are_compared_in_their_order(sequence):
+def test_folders_of_equal_length_are_compared_in_order(sequence):
     folder, right, results, truth = sequence
     for path in folder.iterdir():
         if path.name not in ("mask001.tif", "mask005.tif", "mask011.tif"):
             path.unlink()
-    found = evaluate(folder, right, "instances", per_slice=True)
-    assert "in order: mask001.tif with man_seg002.tif" in found.note
+    evaluation = evaluate(folder, right, "instances", per_slice=True)
+    assert "in order: mask001.tif with man_seg002.tif" in evaluation.note
     expected = instance_scores(results[[1, 5, 11]], truth[[2, 9, 10]], per_slice=True)
-    assert found.scores == expected
+    assert evaluation.scores == expected
 
 
-def test_numbers_that_do_not_tell_slices_apart_are_not_used(sequence):
+def test_numbers_that_are_not_unique_do_not_pair_slices(sequence):
     folder, right, *_ = sequence
     (folder / "mask003.tif").rename(folder / "other002.tif")
     with pytest.raises(InputError, match="same shape, but are 12 x 9 x 12 and 3 x 9 x 12"):
         evaluate(folder, right, "instances")
 
 
-def test_two_truths_of_one_number_are_not_matched_with_one_result(sequence):
+def test_two_truths_of_one_number_are_not_paired_with_one_result(sequence):
     folder, right, *_ = sequence
     (right / "man_seg010.tif").rename(right / "man_seg_1_002.tif")
     with pytest.raises(InputError, match="same shape, but are 12 x 9 x 12 and 3 x 9 x 12"):
         evaluate(folder, right, "instances")
 
 
-def test_a_stack_is_not_matched_by_numbers(sequence, tmp_path):
+def test_a_stack_is_not_paired_by_numbers(sequence, tmp_path):
     _, right, results, _ = sequence
     file = as_tiff(tmp_path, "all", results)
     with pytest.raises(InputError, match="same shape, but are 12 x 9 x 12 and 3 x 9 x 12"):
         evaluate(file, right, "instances")
 
 
-# Our own stores
+# Stores of unet-ray
 
 
 @pytest.fixture(scope="module")
@@ -274,12 +278,12 @@ def test_stored_probabilities_are_k_over_255(tmp_path, store, cells):
     truth = as_tiff(tmp_path, "truth", cells.astype(np.uint8))
     map_ = zarr.open_array(store / "0", mode="r")[0]
     assert len(np.unique(map_)) > 50
-    found = evaluate(store, truth, "isbi").scores
-    assert found == stripped(isbi_scores(map_ / 255, cells))
+    scores = evaluate(store, truth, "isbi").scores
+    assert scores == stripped(isbi_scores(map_ / 255, cells))
     # a threshold T on the stored map means k > 255 T
-    told = dict(found["pixel_error"].curve)[0.5]
+    error = dict(scores["pixel_error"].curve)[0.5]
     hits = map_ > 127.5
-    assert told == pytest.approx(1 - 2 * (hits & cells).sum() / (hits.sum() + cells.sum()))
+    assert error == pytest.approx(1 - 2 * (hits & cells).sum() / (hits.sum() + cells.sum()))
 
 
 def test_a_stored_map_is_divided_by_255_even_if_all_is_0_or_1(tmp_path, store, cells):
@@ -287,7 +291,7 @@ def test_a_stored_map_is_divided_by_255_even_if_all_is_0_or_1(tmp_path, store, c
     array[:] = cells[None]
     truth = as_tiff(tmp_path, "truth", cells.astype(np.uint8))
     score = evaluate(store, truth, "isbi").scores["pixel_error"]
-    # 1 is 1/255: cell at threshold 0 alone
+    # 1 is 1/255: cell only at threshold 0
     assert [value for _, value in score.curve] == [0] + [1] * 9
     # as an array without its store it is a map of zeros and ones
     score = evaluate(store / "0", truth, "isbi").scores["pixel_error"]
@@ -297,45 +301,45 @@ def test_a_stored_map_is_divided_by_255_even_if_all_is_0_or_1(tmp_path, store, c
 @pytest.mark.parametrize("white", [1, 255])
 def test_classes_of_a_store_are_numbers(tmp_path, store, cells, white):
     truth = as_tiff(tmp_path, "truth", cells * np.uint8(white))
-    found = evaluate(store, truth, "classes")
-    assert found.scores == of_classes(classes_of(store), cells.astype(np.uint8))
-    assert [k for k, _ in found.scores["iou"].classes] == [0, 1]
-    # the other way round: a store may be the truth
+    evaluation = evaluate(store, truth, "classes")
+    assert evaluation.scores == of_classes(classes_of(store), cells.astype(np.uint8))
+    assert [k for k, _ in evaluation.scores["iou"].classes] == [0, 1]
+    # a store may also be the truth
     turned = evaluate(truth, store, "classes").scores
-    assert turned["accuracy"] == found.scores["accuracy"]
-    assert turned["iou"] == found.scores["iou"]
+    assert turned["accuracy"] == evaluation.scores["accuracy"]
+    assert turned["iou"] == evaluation.scores["iou"]
 
 
 def test_a_store_against_itself(store):
-    found = evaluate(store, store, "classes").scores
-    assert [score.value for score in found.values()] == [1, 1, 1]
+    scores = evaluate(store, store, "classes").scores
+    assert [score.value for score in scores.values()] == [1, 1, 1]
 
 
-def test_numbers_of_a_store_are_matched_with_label_values(tmp_path, three):
+def test_class_numbers_of_a_store_are_matched_with_label_values(tmp_path, three):
     numbers = (noise((3, 61, 75), seed=7) // 40).clip(0, 2)
     expected = of_classes(classes_of(three), numbers)
     for name, truth in (
         ("values", np.array([3, 7, 200], np.uint8)[numbers]),
         ("numbers", numbers),
     ):
-        found = evaluate(three, as_tiff(tmp_path, name, truth), "classes")
-        assert repr(found.scores) == repr(expected), name
+        evaluation = evaluate(three, as_tiff(tmp_path, name, truth), "classes")
+        assert repr(evaluation.scores) == repr(expected), name
     others = as_tiff(tmp_path, "others", np.array([0, 128, 255], np.uint8)[numbers])
     with pytest.raises(InputError, match=r"others\.tif: holds 0, 128, 255, but the classes"):
         evaluate(three, others, "classes")
 
 
-def test_how_labels_were_read_is_told(tmp_path, three):
+def test_the_mapping_of_labels_is_reported(tmp_path, three):
     numbers = (noise((3, 61, 75), seed=7) // 40).clip(0, 2)
     truth = as_tiff(tmp_path, "values", np.array([3, 7, 200], np.uint8)[numbers])
-    found = evaluate(three, truth, "classes")
-    assert "truth 3 = 0, 7 = 1, 200 = 2" in found.note
-    assert "class 2 (label 200)" in found.table()
+    evaluation = evaluate(three, truth, "classes")
+    assert "truth 3 = 0, 7 = 1, 200 = 2" in evaluation.note
+    assert "class 2 (label 200)" in evaluation.table()
     assert evaluate(three, three, "classes").note == ""
 
 
 @pytest.mark.parametrize("kind", ["isbi", "classes"])
-def test_a_shard_that_is_gone_is_named_and_not_taken_for_background(store, tmp_path, kind):
+def test_a_missing_shard_is_named_and_not_read_as_background(store, tmp_path, kind):
     copy = tmp_path / "copy.zarr"
     shutil.copytree(store, copy)
     gone = sorted((copy / {"isbi": "0", "classes": "labels/classes/0"}[kind] / "c").rglob("*"))
@@ -354,56 +358,58 @@ def test_a_copy_without_hidden_files_is_refused(store, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["model", "plan", "outputs"])
-def test_damaged_metadata_of_a_store_are_said(store, tmp_path, key):
+def test_damaged_metadata_of_a_store_is_reported(store, tmp_path, key):
     copy = tmp_path / "copy.zarr"
     shutil.copytree(store, copy)
-    told = json.loads((copy / "zarr.json").read_text())
-    del told["attributes"]["unet_ray"][key]
-    (copy / "zarr.json").write_text(json.dumps(told))
+    metadata = json.loads((copy / "zarr.json").read_text())
+    del metadata["attributes"]["unet_ray"][key]
+    (copy / "zarr.json").write_text(json.dumps(metadata))
     with pytest.raises(InputError, match="damaged metadata"):
         evaluate(copy, copy, "classes")
 
 
-def test_numbers_of_a_store_are_never_taken_for_label_values(tmp_path, made):
-    # Number 1 is the class of label value 2, also where no other number occurs.
+def test_class_numbers_of_a_store_are_never_read_as_label_values(tmp_path, made):
+    # Number 1 is the class of label value 2, even if no other number occurs.
     model = random_model(tmp_path / "model.safetensors", (1, 2))
     store = segment(made / "volume.tif", model, tmp_path / "out.zarr", TILED)
     zarr.open_array(store / "labels/classes/0", mode="r+")[:] = 1
     truth = np.full((3, 61, 75), 1, np.uint8)
     truth[0] = 2
-    found = evaluate(store, as_tiff(tmp_path, "truth", truth), "classes").scores
-    assert found["accuracy"].value == pytest.approx(1 / 3)
-    assert found["iou"].classes == ((0, 0), (1, pytest.approx(1 / 3)))
+    scores = evaluate(store, as_tiff(tmp_path, "truth", truth), "classes").scores
+    assert scores["accuracy"].value == pytest.approx(1 / 3)
+    assert scores["iou"].classes == ((0, 0), (1, pytest.approx(1 / 3)))
 
 
-def test_a_class_that_the_truth_does_not_have_keeps_its_number(tmp_path, three):
-    # without the middle one, 200 is still class 2, as the store says
+def test_a_class_missing_in_the_truth_keeps_its_number(tmp_path, three):
+    # without the middle one, 200 is still class 2, as in the store
     truth = np.where(noise((3, 61, 75), seed=7) > 100, 200, 3).astype(np.uint8)
     expected = of_classes(classes_of(three), np.where(truth == 200, 2, 0))
-    found = evaluate(three, as_tiff(tmp_path, "truth", truth), "classes")
-    assert repr(found.scores) == repr(expected)
-    assert dict(found.scores["iou"].classes)[1] == 0
+    evaluation = evaluate(three, as_tiff(tmp_path, "truth", truth), "classes")
+    assert repr(evaluation.scores) == repr(expected)
+    assert dict(evaluation.scores["iou"].classes)[1] == 0
 
 
-def test_a_class_that_the_store_does_not_find_keeps_its_number_as_truth_too(tmp_path, three):
+def test_a_class_missing_in_a_store_used_as_truth_keeps_its_number(tmp_path, three):
     array = zarr.open_array(three / "labels/classes/0", mode="r+")
     array[:] = np.where(array[:] == 1, 2, array[:])
     prediction = np.where(noise((3, 61, 75), seed=7) > 100, 2, 0).astype(np.uint8)
-    found = evaluate(as_tiff(tmp_path, "found", prediction), three, "classes").scores
-    assert found == of_classes(prediction, array[:])
-    assert [k for k, _ in found["iou"].classes] == [0, 2]
+    scores = evaluate(as_tiff(tmp_path, "prediction", prediction), three, "classes").scores
+    assert scores == of_classes(prediction, array[:])
+    assert [k for k, _ in scores["iou"].classes] == [0, 2]
 
 
 @pytest.mark.parametrize("values", [(0, 1, 2, 3), (0, 9), (3, 7, 200, 201)], ids=str)
 def test_a_truth_of_other_classes_than_the_store_is_refused(tmp_path, three, values):
     truth = np.array(values, np.uint8)[noise((3, 61, 75), seed=7) // 8 % len(values)]
     file = as_tiff(tmp_path, "truth", truth)
-    told = rf"truth\.tif: holds {', '.join(map(str, values))}, but the classes of .*three\.zarr are"
-    with pytest.raises(InputError, match=told + " 3, 7, 200; --as classes compares class maps"):
+    message = (
+        rf"truth\.tif: holds {', '.join(map(str, values))}, but the classes of .*three\.zarr are"
+    )
+    with pytest.raises(InputError, match=message + " 3, 7, 200; --as classes compares class maps"):
         evaluate(three, file, "classes")
 
 
-def test_objects_are_no_truth_of_the_classes_of_a_store(tmp_path, store):
+def test_objects_are_refused_as_truth_for_classes(tmp_path, store):
     for most in (5, 100):
         truth = (noise((3, 61, 75), seed=7) * 2.5).astype(np.uint8) % (most + 1)
         file = as_tiff(tmp_path, f"truth {most}", truth)
@@ -411,7 +417,7 @@ def test_objects_are_no_truth_of_the_classes_of_a_store(tmp_path, store):
             evaluate(store, file, "classes")
 
 
-def test_several_maps_of_a_store_are_refused_as_membranes(tmp_path, three, cells):
+def test_a_store_of_several_classes_is_refused_as_membranes(tmp_path, three, cells):
     truth = as_tiff(tmp_path, "truth", cells.astype(np.uint8))
     with pytest.raises(InputError, match=r"three\.zarr: has 2 channels; scores need one map"):
         evaluate(three, truth, "isbi")
@@ -438,9 +444,9 @@ def test_an_unfinished_store_is_refused_on_either_side(tmp_path, made, cells, ki
     region = dataclasses.replace(TILED, region=Box((0, 0, 0), (3, 30, 75)))
     store = segment(*inputs, tmp_path / "part.zarr", region)
     truth = as_tiff(tmp_path, "truth", cells.astype(np.uint8))
-    told = r"part\.zarr: 12 of 24 tiles are not done; run the same"
+    message = r"part\.zarr: 12 of 24 tiles are not done; run the same"
     for files in ((store, truth), (truth, store)):
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             evaluate(*files, kind)
     segment(*inputs, store, TILED)
     evaluate(store, truth, kind)
@@ -453,7 +459,7 @@ def test_a_store_that_cannot_be_read_is_refused(tmp_path, store, cells):
         evaluate(store, truth, "isbi")
 
 
-def test_one_tile_that_is_not_committed_is_enough(tmp_path, store, cells):
+def test_a_single_missing_tile_is_refused(tmp_path, store, cells):
     truth = as_tiff(tmp_path, "truth", cells.astype(np.uint8))
     shutil.rmtree(store / LEDGER)
     with Ledger(store / LEDGER, 24) as ledger:
@@ -490,41 +496,41 @@ NUMBERS = ([0, 1, 1, 0, 1], [0, 1, 0, 0, 1])
 )
 def test_two_classes_by_values_numbers_or_black_and_white(tmp_path, ours, theirs):
     rows = (np.array(values)[row] for values, row in zip((ours, theirs), NUMBERS, strict=True))
-    found = classes(tmp_path, *([row] for row in rows))
-    assert found["accuracy"].value == 4 / 5
+    scores = classes(tmp_path, *([row] for row in rows))
+    assert scores["accuracy"].value == 4 / 5
     # 0: two right of three; 1: two right of three
-    assert found["iou"].classes == ((0, 2 / 3), (1, 2 / 3))
+    assert scores["iou"].classes == ((0, 2 / 3), (1, 2 / 3))
 
 
 def test_numbers_of_three_classes_against_values(tmp_path):
-    found = classes(tmp_path, [[0, 1, 2, 2]], [[3, 7, 200, 7]])
-    assert found["iou"].classes == ((0, 1), (1, 1 / 2), (2, 1 / 2))
+    scores = classes(tmp_path, [[0, 1, 2, 2]], [[3, 7, 200, 7]])
+    assert scores["iou"].classes == ((0, 1), (1, 1 / 2), (2, 1 / 2))
 
 
-def test_label_values_are_meant_before_numbers(tmp_path):
+def test_label_values_take_precedence_over_class_numbers(tmp_path):
     # 1 could be number 1, which is 2; it is the value 1, number 0
-    found = classes(tmp_path, [[1, 1, 2]], [[1, 2, 2]])
-    assert found["accuracy"].value == pytest.approx(2 / 3)
-    assert found["iou"].classes == ((0, 1 / 2), (1, 1 / 2))
+    scores = classes(tmp_path, [[1, 1, 2]], [[1, 2, 2]])
+    assert scores["accuracy"].value == pytest.approx(2 / 3)
+    assert scores["iou"].classes == ((0, 1 / 2), (1, 1 / 2))
 
 
 @pytest.mark.parametrize(
     "prediction, truth", [([[0, 0, 2]], [[0, 1, 2]]), ([[0, 1, 2]], [[0, 0, 2]])]
 )
-def test_a_class_that_is_missing_on_one_side_has_no_overlap(tmp_path, prediction, truth):
-    found = classes(tmp_path, prediction, truth)
-    assert found["iou"].classes == ((0, 1 / 2), (1, 0), (2, 1))
-    assert found["iou"].value == pytest.approx(1 / 2)
+def test_a_class_missing_in_truth_or_prediction_has_no_overlap(tmp_path, prediction, truth):
+    scores = classes(tmp_path, prediction, truth)
+    assert scores["iou"].classes == ((0, 1 / 2), (1, 0), (2, 1))
+    assert scores["iou"].value == pytest.approx(1 / 2)
 
 
 def test_a_prediction_of_one_class_is_scored(tmp_path):
     for black_and_white in ([[0, 0, 255]], [[0, 0, 1]]):
-        found = classes(tmp_path, [[0, 0, 0]], black_and_white)
-        assert found["iou"].classes == ((0, 2 / 3), (1, 0))
+        scores = classes(tmp_path, [[0, 0, 0]], black_and_white)
+        assert scores["iou"].classes == ((0, 2 / 3), (1, 0))
 
 
 @pytest.mark.parametrize(
-    "prediction, truth, told",
+    "prediction, truth, message",
     [
         ([[0, 255]], [[0, 1]], None),  # black and white
         ([[0, 77]], [[0, 1]], r"holds 77, which is no class of"),
@@ -540,15 +546,15 @@ def test_a_prediction_of_one_class_is_scored(tmp_path):
     ],
     ids=str,
 )
-def test_labels_that_are_no_classes_are_refused(tmp_path, prediction, truth, told):
-    if told is None:
+def test_labels_that_are_not_classes_are_refused(tmp_path, prediction, truth, message):
+    if message is None:
         assert classes(tmp_path, prediction, truth)["accuracy"].value == 1
         return
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         classes(tmp_path, prediction, truth)
 
 
-def test_probabilities_are_no_classes(tmp_path):
+def test_probabilities_are_refused_as_classes(tmp_path):
     file = as_tiff(tmp_path, "p", np.zeros((1, 3, 3), np.float32))
     with pytest.raises(InputError, match=r"p\.tif: labels must be integers .* not float32"):
         evaluate(file, file, "classes")
@@ -557,7 +563,7 @@ def test_probabilities_are_no_classes(tmp_path):
 # Errors name files
 
 
-def test_what_is_refused_names_the_file(tmp_path):
+def test_errors_name_the_file(tmp_path):
     small = as_tiff(tmp_path, "small", np.zeros((2, 3, 4), np.uint8))
     large = as_tiff(tmp_path, "large", np.zeros((2, 3, 5), np.uint8))
     grey = as_tiff(tmp_path, "grey", np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
@@ -576,7 +582,7 @@ def test_what_is_refused_names_the_file(tmp_path):
         evaluate(signed, small, "instances")
 
 
-def test_a_voxel_is_named_by_its_slice_in_what_is_compared(sequence):
+def test_an_error_counts_slices_in_the_compared_stack(sequence):
     folder, right, *_ = sequence
     for path in folder.iterdir():
         z = int(path.stem[-3:])
@@ -587,11 +593,11 @@ def test_a_voxel_is_named_by_its_slice_in_what_is_compared(sequence):
         evaluate(folder, right, "isbi")
 
 
-# What is told
+# JSON and text
 
 
 def strict(text):
-    """JSON as its standard has it: no NaN."""
+    """Parses standard JSON, which has no NaN."""
 
     def refuse(word):
         raise AssertionError(word)
@@ -604,58 +610,60 @@ def test_every_score_has_a_meaning():
     assert all(best in (0, 1) and what for best, what in MEANINGS.values())
 
 
-def test_membranes_for_machines_and_people():
+def test_membranes_as_json_and_as_text():
     proposal, truth = random_stack(1)
-    found = Evaluation("isbi", isbi_scores(proposal, truth), truth.shape)
-    told = strict(json.dumps(found.to_json()))
-    slices = told.pop("slices")
-    assert list(told) == list(ISBI)
-    for name, score in found.scores.items():
-        assert told[name]["value"] == score.value and told[name]["threshold"] == score.threshold
-        assert [tuple(point) for point in told[name]["curve"]] == list(score.curve)
+    evaluation = Evaluation("isbi", isbi_scores(proposal, truth), truth.shape)
+    values = strict(json.dumps(evaluation.to_json()))
+    slices = values.pop("slices")
+    assert list(values) == list(ISBI)
+    for name, score in evaluation.scores.items():
+        assert values[name]["value"] == score.value and values[name]["threshold"] == score.threshold
+        assert [tuple(point) for point in values[name]["curve"]] == list(score.curve)
         assert [row[name] for row in slices] == list(score.slices)
-    lines = found.table().splitlines()
-    for name, score in found.scores.items():
+    lines = evaluation.table().splitlines()
+    for name, score in evaluation.scores.items():
         [line] = [line for line in lines if line.startswith(f"{name} ")]
         assert re.match(rf"{name} +{score.value:.6f}  {score.threshold:.1f}  +[01]  \w", line)
     assert lines[7] == "" and len(lines) == 7 + 1 + 1 + 3
     for z, line in enumerate(lines[9:]):
-        numbers = [f"{score.slices[z]:.6f}" for score in found.scores.values()]
+        numbers = [f"{score.slices[z]:.6f}" for score in evaluation.scores.values()]
         assert line.split() == [str(z), *numbers]
     assert lines[8].split() == ["slice", *ISBI]
 
 
-def test_classes_for_machines_and_people():
-    found = Evaluation(
+def test_classes_as_json_and_as_text():
+    evaluation = Evaluation(
         "classes", of_classes(np.array([[0, 0, 1]]), np.array([[0, 1, 1]])), (1, 1, 3)
     )
-    assert strict(json.dumps(found.to_json())) == {
+    assert strict(json.dumps(evaluation.to_json())) == {
         "accuracy": 2 / 3,
         "iou": {"0": 1 / 2, "1": 1 / 2, "mean": 1 / 2},
         "dice": {"0": 2 / 3, "1": 2 / 3, "mean": 2 / 3},
     }
-    assert re.search(r"^iou +0\.500000 .*\n  class 0 +0\.500000\n  class 1 ", found.table(), re.M)
+    assert re.search(
+        r"^iou +0\.500000 .*\n  class 0 +0\.500000\n  class 1 ", evaluation.table(), re.M
+    )
 
 
-def test_what_is_not_defined_is_null_for_machines_and_undefined_for_people(tmp_path):
+def test_an_undefined_score_is_null_in_json_and_undefined_in_text(tmp_path):
     empty = as_tiff(tmp_path, "empty", np.zeros((2, 3, 4), np.uint8))
-    found = evaluate(empty, empty, "isbi", per_slice=True)
-    told = strict(json.dumps(found.to_json()))
+    evaluation = evaluate(empty, empty, "isbi", per_slice=True)
+    values = strict(json.dumps(evaluation.to_json()))
     for name in ("v_rand", "v_info", "rand_error_foreground"):
-        assert told[name]["value"] is None and told[name]["threshold"] is None
-        assert {value for _, value in told[name]["curve"]} == {None}
-        assert [row[name] for row in told["slices"]] == [None, None]
-        assert re.search(rf"^{name} +undefined  +[01]  ", found.table(), re.M)
-    assert told["pixel_error"]["value"] == 0
-    found = evaluate(empty, empty, "instances")
-    assert set(found.to_json().values()) == {None} and "slices" not in found.to_json()
-    assert found.table().count("undefined") == 6
+        assert values[name]["value"] is None and values[name]["threshold"] is None
+        assert {value for _, value in values[name]["curve"]} == {None}
+        assert [row[name] for row in values["slices"]] == [None, None]
+        assert re.search(rf"^{name} +undefined  +[01]  ", evaluation.table(), re.M)
+    assert values["pixel_error"]["value"] == 0
+    evaluation = evaluate(empty, empty, "instances")
+    assert set(evaluation.to_json().values()) == {None} and "slices" not in evaluation.to_json()
+    assert evaluation.table().count("undefined") == 6
 
 
-def test_a_class_that_a_slice_does_not_have_is_null_in_its_row():
+def test_a_class_missing_in_a_slice_is_null_in_its_row():
     scores = {"iou": ClassScore(0.5, slices=(0.5, math.nan), classes=((0, 0.5), (1, math.nan)))}
-    told = Evaluation("classes", scores, (2, 1, 1)).to_json()
-    assert told == {
+    values = Evaluation("classes", scores, (2, 1, 1)).to_json()
+    assert values == {
         "iou": {"0": 0.5, "1": None, "mean": 0.5},
         "slices": [{"iou": 0.5}, {"iou": None}],
     }
@@ -672,12 +680,12 @@ def test_a_table_without_slices_ends_with_its_scores():
 
 
 @pytest.mark.parametrize(
-    ("found", "right", "share"),
+    ("prediction", "truth", "accuracy"),
     [(0, 255, 0.0), (255, 0, 0.0), (255, 1, 1.0), (1, 255, 1.0), (0, 0, 1.0)],
 )
-def test_masks_of_one_value_are_compared_as_black_and_white(tmp_path, found, right, share):
+def test_masks_of_one_value_are_compared_as_black_and_white(tmp_path, prediction, truth, accuracy):
     paths = [
         as_tiff(tmp_path, name, np.full((1, 4, 4), value, np.uint8))
-        for name, value in (("found", found), ("right", right))
+        for name, value in (("prediction", prediction), ("truth", truth))
     ]
-    assert evaluate(*paths, "classes").scores["accuracy"].value == share
+    assert evaluate(*paths, "classes").scores["accuracy"].value == accuracy

@@ -1,7 +1,7 @@
-"""Scores against the numbers of their reference implementations, and what breaking a rule does.
+"""Scores against their reference implementations, also with one rule broken at a time.
 
-Membranes: Fiji's Trainable_Segmentation. Objects: py-ctcmetrics and scikit-image. The numbers and
-the images they are of lie beside the project; without them these tests are skipped.
+Membranes: Fiji's Trainable_Segmentation. Objects: py-ctcmetrics and scikit-image. Numbers and
+images are in the shared data folder; these tests are skipped without it.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ close = {"rel": 0, "abs": 1e-9}
 
 @pytest.fixture(scope="module")
 def golden(shared_data):
-    """One of the files of numbers."""
+    """Loads one of the files of reference numbers."""
     return lambda name: json.loads((shared_data / "golden" / f"{name}.json").read_text())["values"]
 
 
@@ -59,60 +59,60 @@ def images(shared_data):
 
 @pytest.fixture(scope="module")
 def cut(images):
-    """One slice of a case at one threshold; what was counted is kept."""
-    kept, sections = {}, {}
+    """One slice of a case at one threshold; counts are cached."""
+    cache, sections = {}, {}
 
     def cut(case, z, threshold):
         if (case, z) not in sections:
             proposal = images[case][z].astype(float)
             sections[case, z] = Slice(proposal, images["labels"][z] > 0)
-        if (case, z, threshold) not in kept:
-            kept[case, z, threshold] = Cut(sections[case, z], threshold)
-        return kept[case, z, threshold]
+        if (case, z, threshold) not in cache:
+            cache[case, z, threshold] = Cut(sections[case, z], threshold)
+        return cache[case, z, threshold]
 
     return cut
 
 
 @pytest.fixture(scope="module")
-def found(images):
+def all_scores(images):
     """All six scores of a case."""
-    kept = {}
+    cache = {}
 
-    def found(case):
-        if case not in kept:
-            kept[case] = isbi_scores(images[case], images["labels"])
-        return kept[case]
+    def all_scores(case):
+        if case not in cache:
+            cache[case] = isbi_scores(images[case], images["labels"])
+        return cache[case]
 
-    return found
+    return all_scores
 
 
 # Fiji: scores
 
 
 @pytest.mark.parametrize("case", BINARY)
-def test_scores_of_binary_proposals(fiji, found, case):
-    told, scores = fiji[case], {name: score.value for name, score in found(case).items()}
-    splits_mergers = told["warping_error_splits_mergers_radius20 (th 0.5)"]
+def test_scores_of_binary_proposals(fiji, all_scores, case):
+    reference, scores = fiji[case], {name: score.value for name, score in all_scores(case).items()}
+    splits_mergers = reference["warping_error_splits_mergers_radius20 (th 0.5)"]
     assert scores == pytest.approx(
         {
-            "pixel_error": told["pixel_error = 1-F"],
-            "rand_error": told["rand_error_standard = 1-F"],
-            "rand_error_foreground": told["rand_error_foreground_restricted = 1-F"],
+            "pixel_error": reference["pixel_error = 1-F"],
+            "rand_error": reference["rand_error_standard = 1-F"],
+            "rand_error_foreground": reference["rand_error_foreground_restricted = 1-F"],
             "warping_error": splits_mergers,
-            "v_rand": told["v_rand_thinned (macro)"],
-            "v_info": told["v_info_thinned"],
+            "v_rand": reference["v_rand_thinned (macro)"],
+            "v_info": reference["v_info_thinned"],
         },
         **close,
     )
     # every threshold of a binary proposal is the same, but for the last rounding
-    for name, score in found(case).items():
+    for name, score in all_scores(case).items():
         assert [value for _, value in score.curve] == pytest.approx(
             [scores[name]] * len(score.curve), **close
         )
         assert score.threshold == 0.0
 
 
-# Of each score: its best value and threshold in Fiji, and the values at every threshold.
+# The keys of each score in Fiji's file: best value, best threshold, value at every threshold.
 PROBABILITIES = {
     "pixel_error": ("pixel_error = 1-max F", "pixel_best", "pixel_F", "micro"),
     "rand_error": ("rand_error_standard = 1-max F", "rand_best", "rand_F", "micro"),
@@ -128,12 +128,12 @@ PROBABILITIES = {
 
 
 @pytest.mark.parametrize("name", PROBABILITIES)
-def test_scores_of_probabilities_at_every_threshold(fiji, found, name):
+def test_scores_of_probabilities_at_every_threshold(fiji, all_scores, name):
     value, threshold, curve, how = PROBABILITIES[name]
-    told, score = fiji["prob_map"], found("prob_map")[name]
-    assert score.value == pytest.approx(told[value], **close)
-    assert score.threshold == float(told[f"{threshold}_threshold"])
-    expected = told[f"{curve}_per_threshold ({how} over 3 slices)"]
+    reference, score = fiji["prob_map"], all_scores("prob_map")[name]
+    assert score.value == pytest.approx(reference[value], **close)
+    assert score.threshold == float(reference[f"{threshold}_threshold"])
+    expected = reference[f"{curve}_per_threshold ({how} over 3 slices)"]
     thresholds, values = zip(*score.curve, strict=True)
     assert list(thresholds) == [float(key) for key in expected]
     turned = [v if name.startswith("v_") else 1 - v for v in values]
@@ -144,31 +144,31 @@ def test_the_best_threshold_of_the_warping_error_of_one_slice(fiji, images):
     score = isbi_scores(images["prob_map"][0], images["labels"][0], ["warping_error"])[
         "warping_error"
     ]
-    told = fiji["prob_map"]["warping slice 0 only"]
+    reference = fiji["prob_map"]["warping slice 0 only"]
     assert (score.value, score.threshold) == (
-        told["warping_minimum_splits_mergers"],
-        told["warping_best_threshold"],
+        reference["warping_minimum_splits_mergers"],
+        reference["warping_best_threshold"],
     )
 
 
-def test_stored_files_give_the_same_scores(shared_data, found):
+def test_stored_files_give_the_same_scores(shared_data, all_scores):
     folder = shared_data / "golden"
     scored = evaluate(folder / "gaps.tif", folder / "labels.tif", "isbi", per_slice=True).scores
-    assert scored == found("gaps")
+    assert scored == all_scores("gaps")
 
 
 # Fiji: counts
 
 
 def stats_of(fiji, case, which, z):
-    """What Fiji counted, by threshold: of slice z, or of the whole stack of a binary case."""
-    told = fiji[case]
-    raw = told["fiji_raw_per_slice"][z] if case == "prob_map" else told["fiji_raw"]
+    """Fiji's counts by threshold: of slice z, or of the whole stack of a binary case."""
+    reference = fiji[case]
+    raw = reference["fiji_raw_per_slice"][z] if case == "prob_map" else reference["fiji_raw"]
     return {float(threshold): stats for threshold, stats in raw[which].items()}
 
 
 def exactly(stats):
-    """(in both, in truth, in prediction); Fiji's doubles may be off by a rounding."""
+    """(in both, in truth, in prediction); Fiji's doubles may have a rounding error."""
     tp, fp, fn = (round(stats[key]) for key in ("tp", "fp", "fn"))
     for key, count in zip(("tp", "fp", "fn"), (tp, fp, fn), strict=True):
         assert abs(stats[key] - count) < 1e-3
@@ -176,7 +176,7 @@ def exactly(stats):
 
 
 def check_counts(fiji, case, which, counted):
-    """Compares counts, by threshold, of each slice or summed over all."""
+    """Compares counts by threshold, of each slice or summed over all."""
     parts = [[0], [1], [2]] if case == "prob_map" else [[0, 1, 2]]
     for slices in parts:
         for threshold, stats in stats_of(fiji, case, which, slices[0]).items():
@@ -235,29 +235,29 @@ def test_information_of_each_slice_at_each_threshold(fiji, cut):
 @pytest.mark.parametrize("case", BINARY)
 def test_information_without_thinning(fiji, cut, case):
     value = np.mean([information_f(cut(case, z, 0.0).overlaps) for z in range(3)])
-    told = fiji[case]["v_info_foreground_restricted_no_thinning"]
-    assert value == pytest.approx(told, **close)
+    reference = fiji[case]["v_info_foreground_restricted_no_thinning"]
+    assert value == pytest.approx(reference, **close)
 
 
 @pytest.mark.parametrize("case", BINARY)
 def test_warping_is_exact_to_the_pixel(fiji, images, cut, case):
-    left = [cut(case, z, 0.5).mismatches for z in range(3)]
+    mismatches = [cut(case, z, 0.5).mismatches for z in range(3)]
     pixels = images["labels"].size
-    told = fiji[case]
-    assert sum(map(sum, left)) == told["warping_error_all_mismatches (th 0.5)"] * pixels
-    topology = sum(each.splits + each.mergers for each in left)
-    assert topology == told["warping_error_splits_mergers_radius20 (th 0.5)"] * pixels
+    reference = fiji[case]
+    assert sum(map(sum, mismatches)) == reference["warping_error_all_mismatches (th 0.5)"] * pixels
+    topology = sum(counts.splits + counts.mergers for counts in mismatches)
+    assert topology == reference["warping_error_splits_mergers_radius20 (th 0.5)"] * pixels
 
 
 def test_warping_is_exact_to_the_pixel_at_every_threshold(fiji, images, cut):
-    told, pixels = fiji["prob_map"]["warping slice 0 only"], images["labels"][0].size
-    everything = told["warping_classic_all_mismatches_per_threshold"]
-    topology = told["warping_splits_mergers_radius20_per_threshold"]
+    reference, pixels = fiji["prob_map"]["warping slice 0 only"], images["labels"][0].size
+    everything = reference["warping_classic_all_mismatches_per_threshold"]
+    topology = reference["warping_splits_mergers_radius20_per_threshold"]
     assert list(map(float, everything)) == list(map(float, topology)) == list(THRESHOLDS)
     for key in everything:
-        left = cut("prob_map", 0, float(key)).mismatches
-        assert sum(left) == everything[key] * pixels
-        assert left.splits + left.mergers == topology[key] * pixels
+        mismatches = cut("prob_map", 0, float(key)).mismatches
+        assert sum(mismatches) == everything[key] * pixels
+        assert mismatches.splits + mismatches.mergers == topology[key] * pixels
 
 
 # py-ctcmetrics: SEG
@@ -285,11 +285,11 @@ def stack_of(folder):
 @pytest.mark.parametrize("result", RESULTS)
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_seg_of_a_sequence_and_of_each_frame(golden, sequence, name, result):
-    told = golden("golden_ctc_seg")[f"{name}/01/{result}"]
+    reference = golden("golden_ctc_seg")[f"{name}/01/{result}"]
     folders = sequence(name, result)
     score = evaluate(*folders, "instances", per_slice=True).scores["seg"]
-    assert score.value == pytest.approx(told["SEG"], **close)
-    frames = list(told["frames"].values())
+    assert score.value == pytest.approx(reference["SEG"], **close)
+    frames = list(reference["frames"].values())
     expected = [sum(frame["iou"]) / frame["n_ref"] for frame in frames]
     assert list(score.slices) == pytest.approx(expected, **close)
     for table, frame in zip(overlap_tables(*map(stack_of, folders), True), frames, strict=True):
@@ -330,14 +330,14 @@ VOLUMES = {
 @pytest.mark.parametrize("volume", VOLUMES)
 def test_pairs_and_information_of_volumes(shared_data, golden, volume):
     labels = tifffile.imread(shared_data / VOLUMES[volume]).astype(np.int64)
-    told = golden("golden_3d_skimage")[volume]
-    assert set(told) == set(CHANGES)
+    reference = golden("golden_3d_skimage")[volume]
+    assert set(reference) == set(CHANGES)
     names = ["adapted_rand_error", "voi_split", "voi_merge"]
-    for change, expected in told.items():
-        found = instance_scores(CHANGES[change](labels), labels, names=names)
+    for change, expected in reference.items():
+        result = instance_scores(CHANGES[change](labels), labels, names=names)
         error = expected["adapted_rand_error(l,p) [error,precision,recall]"][0]
         information = expected["variation_of_information(l,p,ignore_labels=(0,))"]
-        values = [found[name].value for name in names]
+        values = [result[name].value for name in names]
         assert values == pytest.approx([error, *information], **close), change
 
 
@@ -347,21 +347,21 @@ def test_pairs_and_information_of_slices(fiji, images, case):
         np.stack([ndimage.label(plane)[0] for plane in images[name] > 0])
         for name in (case, "labels")
     )
-    found = instance_scores(cells, truth, per_slice=True)
-    told = fiji[case]["skimage_0.26.0 (4-connected labels of each slice)"]
-    errors = told["skimage_adapted_rand_error(true,test) per slice"]
-    information = told["skimage_variation_of_information(ignore_labels=(0,)) per slice"]
+    result = instance_scores(cells, truth, per_slice=True)
+    reference = fiji[case]["skimage_0.26.0 (4-connected labels of each slice)"]
+    errors = reference["skimage_adapted_rand_error(true,test) per slice"]
+    information = reference["skimage_variation_of_information(ignore_labels=(0,)) per slice"]
     expected = {
         "adapted_rand_error": [error for error, _, _ in errors],
         "voi_split": [split for split, _ in information],
         "voi_merge": [merge for _, merge in information],
     }
     for name, values in expected.items():
-        assert list(found[name].slices) == pytest.approx(values, **close)
+        assert list(result[name].slices) == pytest.approx(values, **close)
 
 
-# One rule broken at a time: which golden value notices. The rules as they are give these values,
-# as the tests above show; a rule that could be broken unseen would stand on nothing.
+# One rule broken at a time: each must change a golden value. The tests above show that the correct
+# rules reproduce these values; a rule whose break changes nothing would be untested.
 
 
 def same_at_corners(cells):
@@ -384,7 +384,7 @@ def transposed_warp(truth, proposal, threshold):
 
 
 def warp_regardless_of_doubt(truth, proposal, threshold):
-    """Mismatches in the order of x and y alone."""
+    """Mismatches in the order of x and y only."""
     return warp(truth, (proposal > threshold).astype(float), threshold)
 
 
@@ -399,7 +399,7 @@ def with_radius(radius):
 thin, warp, classify = thinning.thin, warping.warp, warping.classify
 four = SimpleNamespace(label=same_at_corners)
 
-# What is broken: where, what it becomes, the case, and the scores that have to change.
+# Each broken rule: the patched object, the case, and the scores that must change.
 BROKEN = {
     "segments 8-connected": (
         (cuts, "_segments", lambda cells: same_at_corners(cells)[0]),
@@ -443,18 +443,18 @@ BROKEN = {
         ["warping_error"],
     ),
     "no warping": ((cuts, "warp", unwarped), "gaps", ["warping_error"]),
-    "splits are looked for in the whole slice": (
+    "splits are detected in the whole slice": (
         (cuts, "classify", with_radius(10**6)),
         "membrane_thicker",
         ["warping_error"],
     ),
-    "splits are looked for nearby": (
+    "splits are detected in a small window": (
         (cuts, "classify", with_radius(2)),
         "membrane_thicker",
         ["warping_error"],
     ),
 }
-# As above, of rules that are an entry of the table of scores.
+# As above, for rules in the table of scores.
 MEASURES = {
     "mean over slices": ("pixel_error", {"value": scores._mean_of(scores._pixel_error)}),
     "mean over slices, pairs": ("rand_error", {"value": scores._mean_of(scores._pair_error)}),
@@ -481,9 +481,9 @@ MEASURES = {
 
 
 @pytest.mark.parametrize("rule", BROKEN)
-def test_a_broken_rule_is_noticed(monkeypatch, images, found, rule):
+def test_a_broken_rule_changes_its_scores(monkeypatch, images, all_scores, rule):
     where, case, names = BROKEN[rule]
-    right = found(case)
+    right = all_scores(case)
     monkeypatch.setattr(*where)
     wrong = isbi_scores(images[case], images["labels"], names)
     for name in names:
@@ -491,31 +491,31 @@ def test_a_broken_rule_is_noticed(monkeypatch, images, found, rule):
 
 
 @pytest.mark.parametrize("rule", MEASURES)
-def test_a_broken_sum_is_noticed(monkeypatch, images, found, rule):
+def test_a_broken_sum_changes_its_score(monkeypatch, images, all_scores, rule):
     name, parts = MEASURES[rule]
     cases = ("membrane_thicker", "prob_map")
-    right = [found(case)[name].value for case in cases]
+    right = [all_scores(case)[name].value for case in cases]
     monkeypatch.setitem(scores.ISBI, name, dataclasses.replace(scores.ISBI[name], **parts))
     wrong = [isbi_scores(images[case], images["labels"], [name])[name].value for case in cases]
     assert np.abs(np.subtract(wrong, right)).max() > 1e-6
 
 
 @pytest.mark.parametrize("name", scores.ISBI)
-def test_at_the_threshold_is_not_above_it(images, found, name):
+def test_a_pixel_at_the_threshold_is_not_above_it(images, all_scores, name):
     # v >= threshold is the same as: the next larger number > threshold
     nudged = np.minimum(np.nextafter(images["gaps"].astype(float), 2), 1)
     first = isbi_scores(nudged, images["labels"], [name])[name].curve[0][1]
-    assert abs(first - found("gaps")[name].curve[0][1]) > 1e-6
+    assert abs(first - all_scores("gaps")[name].curve[0][1]) > 1e-6
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_seg_is_not_the_mean_of_the_frames(golden, sequence, name):
-    told = golden("golden_ctc_seg")[f"{name}/01/eroded4"]["SEG"]
+    reference = golden("golden_ctc_seg")[f"{name}/01/eroded4"]["SEG"]
     score = seg(*map(stack_of, sequence(name, "eroded4")), per_slice=True)
-    assert abs(np.mean(score.slices) - told) > 1e-4
-    # nor is a sequence a volume, in which equal numbers of two frames are one object
+    assert abs(np.mean(score.slices) - reference) > 1e-4
+    # a sequence is not a volume either, in which equal labels of two frames are one object
     whole = seg(*map(stack_of, sequence(name, "eroded4")))
-    assert abs(whole.value - told) > 1e-4
+    assert abs(whole.value - reference) > 1e-4
 
 
 def test_half_of_an_object_does_not_cover_it():
@@ -526,10 +526,10 @@ def test_half_of_an_object_does_not_cover_it():
     assert seg(prediction, truth).value == 3 / 4
 
 
-def test_thresholds_reach_as_far_as_in_fiji(fiji):
-    told = fiji["prob_map"]
-    assert [float(t) for t in told["pixel_F_per_threshold (micro over 3 slices)"]] == list(
+def test_thresholds_equal_those_of_fiji(fiji):
+    reference = fiji["prob_map"]
+    assert [float(t) for t in reference["pixel_F_per_threshold (micro over 3 slices)"]] == list(
         THRESHOLDS
     )
-    thinned = told["vrand_thinned_per_threshold (macro over 3 slices)"]
+    thinned = reference["vrand_thinned_per_threshold (macro over 3 slices)"]
     assert [float(t) for t in thinned] == list(THINNED_THRESHOLDS)

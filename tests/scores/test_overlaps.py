@@ -1,4 +1,4 @@
-"""The table of overlaps against counting by dictionaries, pairs against looking at every pair."""
+"""The table of overlaps against counts in dictionaries, pairs against a loop over all pairs."""
 
 import itertools
 import math
@@ -31,9 +31,9 @@ IOU_PERCENT = range(50, 100, 5)
 
 def rows_of(table):
     rows = zip(table.truth.tolist(), table.prediction.tolist(), table.voxels.tolist(), strict=True)
-    found = {(t, p): n for t, p, n in rows}
-    assert len(found) == len(table.voxels)  # each pair once
-    return found
+    by_pair = {(t, p): n for t, p, n in rows}
+    assert len(by_pair) == len(table.voxels)  # each pair once
+    return by_pair
 
 
 def counted(truth, prediction):
@@ -48,14 +48,14 @@ def test_a_table_counts_every_voxel(images):
 
 
 @given(st.integers(0, 40), st.data())
-def test_labels_of_any_size_are_kept_apart(length, data):
+def test_labels_of_any_size_are_distinguished(length, data):
     image = arrays(np.uint64, length, elements=st.sampled_from(LARGE))
     truth, prediction = data.draw(image), data.draw(image)
     assert rows_of(Overlaps.of(truth, prediction)) == counted(truth, prediction)
 
 
 @given(labels(), st.lists(st.integers(0, 40)))
-def test_the_table_of_a_whole_is_that_of_its_pieces(images, cuts):
+def test_tables_of_pieces_sum_to_the_table_of_the_whole(images, cuts):
     pieces = [np.split(image.ravel(), sorted(cuts)) for image in images]
     tables = [Overlaps.of(*piece) for piece in zip(*pieces, strict=True)]
     assert rows_of(Overlaps.joined(tables)) == counted(*images)
@@ -85,8 +85,8 @@ def test_a_table_without_voxels():
 # Pairs
 
 
-def pairs_by_looking(truth, prediction):
-    """Pairs of different pixels, each counted once, that are together in both, one, the other."""
+def slow_pairs(truth, prediction):
+    """Unordered pairs of pixels in the same segment of both, truth, prediction."""
     pixels = list(zip(truth.ravel().tolist(), prediction.ravel().tolist(), strict=True))
     both = true = predicted = 0
     for (t, p), (u, q) in itertools.combinations(pixels, 2):
@@ -96,9 +96,11 @@ def pairs_by_looking(truth, prediction):
     return both, true, predicted
 
 
-def foreground_pairs_by_looking(truth, prediction):
-    """Ordered pairs of true cell pixels, each with itself too; where membrane is predicted,
-    a pixel is together with itself alone."""
+def slow_foreground_pairs(truth, prediction):
+    """Ordered pairs of true cell pixels, including each pixel with itself.
+
+    A pixel that is predicted as membrane only pairs with itself.
+    """
     pixels = list(zip(truth.ravel().tolist(), prediction.ravel().tolist(), strict=True))
     inside = [(i, t, p) for i, (t, p) in enumerate(pixels) if t]
     both = true = predicted = 0
@@ -112,18 +114,18 @@ def foreground_pairs_by_looking(truth, prediction):
 
 @settings(max_examples=60)
 @given(labels())
-def test_pair_counts_are_those_of_looking_at_every_pair(images):
-    assert pair_counts(Overlaps.of(*images)) == pairs_by_looking(*images)
+def test_pair_counts_match_counting_every_pair(images):
+    assert pair_counts(Overlaps.of(*images)) == slow_pairs(*images)
 
 
 @settings(max_examples=60)
 @given(labels())
-def test_foreground_pair_counts_are_those_of_looking_at_every_pair(images):
-    found = foreground_pair_counts(Overlaps.of(*images))
+def test_foreground_pair_counts_match_counting_every_pair(images):
+    counts = foreground_pair_counts(Overlaps.of(*images))
     if images[0].any():
-        assert found == foreground_pairs_by_looking(*images)
+        assert counts == slow_foreground_pairs(*images)
     else:
-        assert found is None
+        assert counts is None
 
 
 def test_pairs_of_a_few_pixels_by_hand():
@@ -142,7 +144,7 @@ def test_pairs_of_a_few_pixels_by_hand():
     [[3, 4], [EXACT_IN_INT64 - 1], [EXACT_IN_INT64], [2**32, 2**33, 1], [2**50] * 3, []],
     ids=str,
 )
-def test_squares_are_exact_however_large(voxels):
+def test_sums_of_squares_are_exact_at_any_size(voxels):
     assert sum_of_squares(np.array(voxels, np.int64)) == sum(n * n for n in voxels)
 
 
@@ -158,7 +160,7 @@ def test_pairs_of_a_terabyte_are_exact():
 
 
 def entropy(image):
-    """Of the labels of an image, in nats."""
+    """Entropy of the labels of an image, in nats."""
     counts = np.array(list(Counter(image).values()))
     return -sum(n / len(image) * math.log(n / len(image)) for n in counts.tolist())
 
@@ -166,15 +168,15 @@ def entropy(image):
 @given(labels())
 def test_foreground_information_counts_each_membrane_pixel_as_a_segment(images):
     truth, prediction = (image.ravel().tolist() for image in images)
-    found = foreground_information(Overlaps.of(*images))
+    entropies = foreground_information(Overlaps.of(*images))
     if not any(truth):
-        assert found is None
+        assert entropies is None
         return
     inside = [
-        (t, p or f"alone {i}") for i, (t, p) in enumerate(zip(truth, prediction, strict=True)) if t
+        (t, p or f"single {i}") for i, (t, p) in enumerate(zip(truth, prediction, strict=True)) if t
     ]
     expected = [entropy([t for t, _ in inside]), entropy([p for _, p in inside]), entropy(inside)]
-    assert found == pytest.approx(expected, abs=1e-12)
+    assert entropies == pytest.approx(expected, abs=1e-12)
 
 
 @given(labels())
@@ -196,7 +198,7 @@ def test_a_halved_object_is_split_by_one_bit():
 
 @settings(max_examples=200)
 @given(labels(most=4) | labels(most=2, width=(1, 4)))
-def test_objects_found_are_those_of_the_best_assignment(images):
+def test_matched_objects_are_those_of_the_best_assignment(images):
     table, overlap = Matches.of(Overlaps.of(*images)), ious(*images)
     assert (table.truths, table.predictions) == overlap.shape
     for percent in IOU_PERCENT:

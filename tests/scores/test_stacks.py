@@ -1,4 +1,4 @@
-"""What is scored: shapes, which numbers are probabilities, cells or labels, reading in pieces."""
+"""Stacks: shapes, allowed probabilities, cells and labels, and reading in pieces."""
 
 import re
 
@@ -37,7 +37,7 @@ def labels(array):
 
 
 def stored(folder, array, chunk):
-    """The array as a volume of such storage chunks."""
+    """The array as a stored volume with the given chunks."""
     zarr.create_array(folder / "volume.zarr", data=array, chunks=chunk, overwrite=True)
     return open_volume(folder / "volume.zarr")
 
@@ -69,9 +69,9 @@ def test_an_image_is_a_stack_of_one_slice_or_more(shape):
     ],
     ids=lambda a: f"{a.dtype} {a.shape}",
 )
-def test_what_is_no_image_is_refused(array):
-    told = rf"the array: {array.dtype} of shape {re.escape(str(array.shape))} is not an image"
-    with pytest.raises(InputError, match=told):
+def test_arrays_that_are_not_images_are_refused(array):
+    message = rf"the array: {array.dtype} of shape {re.escape(str(array.shape))} is not an image"
+    with pytest.raises(InputError, match=message):
         Stack(array)
 
 
@@ -91,14 +91,14 @@ def test_shapes_that_differ_are_both_named():
         paired(np.zeros((3, 4)), np.zeros((3, 3, 4)))
 
 
-def test_a_stack_stays_what_it_is():
+def test_a_stack_is_returned_as_it_is():
     stack = Stack(np.zeros((2, 3, 4)), "name", scale=255.0)
     assert Stack.of(stack) is stack
     with pytest.raises(TypeError):
         Stack(stack)
 
 
-def test_a_volume_is_called_by_its_path(tmp_path):
+def test_errors_name_a_volume_by_its_path(tmp_path):
     volume = stored(tmp_path, noise((2, 3, 4)), (1, 3, 4))
     assert Stack(volume).name == str(tmp_path / "volume.zarr")
     assert Stack(volume, "other").name == "other"
@@ -130,7 +130,7 @@ def test_pieces_partition_the_stack(shape, chunk, voxels):
 
 
 class Chunked:
-    """Of a volume what decides about pieces."""
+    """A volume as far as pieces depend on it."""
 
     def __init__(self, shape, chunk):
         self.shape, self.chunk = shape, chunk
@@ -175,13 +175,13 @@ def test_slices_are_read_a_storage_chunk_at_a_time(tmp_path, monkeypatch):
     list(stack.slices())
     assert [(box.start[0], box.stop[0]) for box in boxes] == [(0, 3), (3, 6), (6, 7)]
     boxes.clear()
-    # a chunk of very many slices is read in parts, whatever that costs: the memory is bounded
+    # a chunk of very many slices is read in parts, to bound the memory
     monkeypatch.setattr(stacks, "SLAB_BYTES", 33 * stack.dtype.itemsize)
     list(stack.slices())
     assert [(box.start[0], box.stop[0]) for box in boxes] == [(0, 2), (2, 4), (4, 6), (6, 7)]
 
 
-def test_some_slices_in_an_order_of_their_own():
+def test_slices_are_selected_in_the_given_order():
     array = noise((6, 4, 5))
     stack = Stack(array, planes=[4, 1, 5])
     assert stack.shape == (3, 4, 5)
@@ -196,20 +196,20 @@ def test_some_slices_in_an_order_of_their_own():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_numbers_0_and_1_are_probabilities_as_they_are(dtype):
-    found = probabilities(np.array([[0, 1], [1, 0]], dtype))
-    assert found.dtype == np.float64
-    assert found.tolist() == [[[0, 1], [1, 0]]]
+    values = probabilities(np.array([[0, 1], [1, 0]], dtype))
+    assert values.dtype == np.float64
+    assert values.tolist() == [[[0, 1], [1, 0]]]
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int64"])
 def test_other_integers_are_divided_by_the_largest_of_their_type(dtype):
     largest = np.iinfo(dtype).max
-    found = probabilities(np.array([[0, 1, 2, largest // 2, largest]], dtype))
-    assert found.dtype == np.float64
-    assert found.ravel().tolist() == [n / largest for n in (0, 1, 2, largest // 2, largest)]
+    values = probabilities(np.array([[0, 1, 2, largest // 2, largest]], dtype))
+    assert values.dtype == np.float64
+    assert values.ravel().tolist() == [n / largest for n in (0, 1, 2, largest // 2, largest)]
 
 
-def test_one_large_number_in_the_last_slice_decides_for_all():
+def test_one_large_value_in_the_last_slice_sets_the_scale_of_all():
     array = np.zeros((5, 3, 3), np.uint8)
     array[0] = 1
     assert probabilities(array).max() == 1
@@ -217,35 +217,37 @@ def test_one_large_number_in_the_last_slice_decides_for_all():
     assert probabilities(array).max() == 2 / 255
 
 
-def test_the_scale_given_wins():
+def test_a_given_scale_takes_precedence():
     assert probabilities(np.ones((1, 1), np.uint8), scale=255.0).tolist() == [[[1 / 255]]]
 
 
 def test_every_stored_probability_is_k_over_255_in_double_precision():
-    found = probabilities(np.arange(256, dtype=np.uint8).reshape(16, 16))
-    assert found.ravel().tolist() == [k / 255 for k in range(256)]
+    values = probabilities(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    assert values.ravel().tolist() == [k / 255 for k in range(256)]
 
 
 def test_single_precision_is_promoted_before_it_is_compared():
-    # As Java does: float 0.1 is a little more than double 0.1, so it lies above the threshold.
-    found = probabilities(np.array([[0.1, 0.7]], np.float32))
-    assert found.dtype == np.float64
-    assert found.ravel().tolist() == [float(np.float32(0.1)), float(np.float32(0.7))]
-    assert (found.ravel() > [0.1, 0.7]).tolist() == [True, False]
+    # As in Java: float 0.1 is slightly larger than double 0.1, so it is above the threshold.
+    values = probabilities(np.array([[0.1, 0.7]], np.float32))
+    assert values.dtype == np.float64
+    assert values.ravel().tolist() == [float(np.float32(0.1)), float(np.float32(0.7))]
+    assert (values.ravel() > [0.1, 0.7]).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -0.1, 1.1, 255])
-def test_a_number_that_is_no_probability_is_named_with_its_voxel(dtype, value):
+def test_a_value_that_is_not_a_probability_is_named_with_its_voxel(dtype, value):
     array = np.full((3, 4, 5), 0.5, dtype)
     array[1, 2, 3] = array[2, 0, 0] = value
-    told = rf"the array: voxel \(z, y, x\) = \(1, 2, 3\) is {array[1, 2, 3]}; a probability is a "
-    with pytest.raises(InputError, match=told + "finite number from 0 to 1"):
+    message = (
+        rf"the array: voxel \(z, y, x\) = \(1, 2, 3\) is {array[1, 2, 3]}; a probability is a "
+    )
+    with pytest.raises(InputError, match=message + "finite number from 0 to 1"):
         probabilities(array)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int32"])
-def test_a_negative_integer_is_no_probability(dtype):
+def test_a_negative_integer_is_not_a_probability(dtype):
     with pytest.raises(InputError, match=r"\(0, 0, 1\) is -1; .* from 0 to 1\."):
         probabilities(np.array([[0, -1]], dtype))
     largest = np.iinfo(dtype).max
@@ -265,12 +267,12 @@ def test_the_smallest_and_largest_probabilities_are_allowed():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_truth_is_0_and_1(dtype):
-    found = cells(np.array([[0, 1], [1, 0]], dtype))
-    assert found.dtype == bool and found.tolist() == [[[False, True], [True, False]]]
+    slices = cells(np.array([[0, 1], [1, 0]], dtype))
+    assert slices.dtype == bool and slices.tolist() == [[[False, True], [True, False]]]
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int32", "uint64"])
-def test_or_0_and_the_largest_number_of_its_type(dtype):
+def test_a_truth_is_also_0_and_the_largest_value_of_its_type(dtype):
     largest = np.iinfo(dtype).max
     assert cells(np.array([[0, largest]], dtype)).tolist() == [[[False, True]]]
 
@@ -298,12 +300,12 @@ def test_a_truth_of_one_value_is_allowed(value):
 def test_a_truth_of_other_values_is_refused(values, dtype, strange):
     array = np.zeros((3, 3, 3), dtype)
     array[2, 0, : len(values)] = values
-    told = rf"the array: slice 2 holds {strange}\b.*0 \(membrane\) and one other value, 1"
-    with pytest.raises(InputError, match=told):
+    message = rf"the array: slice 2 holds {strange}\b.*0 \(membrane\) and one other value, 1"
+    with pytest.raises(InputError, match=message):
         cells(array)
 
 
-def test_two_kinds_of_white_are_refused_also_in_different_slices():
+def test_two_cell_values_in_different_slices_are_refused():
     array = np.zeros((2, 2, 2), np.uint8)
     array[0], array[1] = 1, 255
     with pytest.raises(InputError, match="slice 1 holds 255"):
@@ -315,8 +317,8 @@ def test_two_kinds_of_white_are_refused_also_in_different_slices():
 
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "int16", "uint32", "int64", "uint64"])
 def test_labels_are_whole_numbers_of_any_type(dtype):
-    found = labels(np.array([[0, 1]], dtype))
-    assert found.dtype == np.uint64 and found.tolist() == [[[0, 1]]]
+    values = labels(np.array([[0, 1]], dtype))
+    assert values.dtype == np.uint64 and values.tolist() == [[[0, 1]]]
 
 
 def test_labels_keep_64_bits():
@@ -325,7 +327,7 @@ def test_labels_keep_64_bits():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_labels_with_a_point_are_refused(dtype):
+def test_floating_point_labels_are_refused(dtype):
     with pytest.raises(InputError, match=f"the array: labels must be integers .* not {dtype}"):
         labels(np.zeros((2, 2), dtype))
 

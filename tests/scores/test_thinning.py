@@ -1,4 +1,4 @@
-"""Thinning against the rules written out slowly: cells grow until they meet at a line."""
+"""Thinning against a slow implementation of its rules."""
 
 import numpy as np
 import pytest
@@ -35,36 +35,36 @@ def test_thinning_matches_the_rules_written_out(cells):
 
 
 def test_a_gap_of_one_pixel_becomes_a_line():
-    # The membrane is next to both cells: it takes the left one's label, then meets the right one.
+    # The membrane touches both cells: it takes the label of the left one, then meets the right one.
     assert thin(np.array([[1, 0, 1]], bool)).tolist() == [[1, 0, 2]]
 
 
-def test_of_two_pixels_the_line_is_the_one_visited_later():
+def test_in_a_gap_of_two_pixels_the_line_is_the_one_visited_later():
     # x is scanned upwards: the left pixel joins the left cell, the right one meets both.
     assert thin(np.array([[1, 0, 0, 1]], bool)).tolist() == [[1, 1, 0, 2]]
     assert thin(np.array([[1], [0], [0], [1]], bool)).tolist() == [[1], [1], [0], [2]]
 
 
-def test_a_wall_that_ends_is_no_wall():
-    # The cell is one: it grows over its own wall.
+def test_a_wall_with_an_open_end_vanishes():
+    # There is one cell: it grows over its own wall.
     cells = np.array([[1, 0, 1], [1, 0, 1], [1, 1, 1]], bool)
     assert thin(cells).tolist() == [[1, 1, 1]] * 3
 
 
-def test_cells_that_touch_at_a_corner_stay_two():
+def test_cells_that_touch_at_a_corner_stay_separate():
     # The other two corners meet both cells.
     assert thin(np.array([[1, 0], [0, 1]], bool)).tolist() == [[1, 0], [0, 2]]
 
 
 @pytest.mark.parametrize("value", [False, True])
-def test_a_slice_of_one_kind_is_one_segment(value):
+def test_a_slice_of_one_value_is_one_segment(value):
     for shape in [(1, 1), (1, 7), (5, 3)]:
         assert (thin(np.full(shape, value)) == 1).all()
 
 
 @settings(max_examples=60)
 @given(slices())
-def test_cells_keep_their_numbers_and_none_is_made(cells):
+def test_cells_keep_their_numbers_and_no_cell_is_added(cells):
     segments, labels = thin(cells), ndimage.label(cells)[0]
     if cells.any():
         np.testing.assert_array_equal(segments[cells], labels[cells])
@@ -83,9 +83,9 @@ def test_segments_never_touch(cells):
 
 @settings(max_examples=60)
 @given(slices(), st.permutations(range(4)))
-def test_the_order_in_which_a_pixel_looks_around_makes_no_difference(cells, order):
-    # Pixels that one membrane pixel sends into the queue, and all that these send, have the same
-    # colour of a chessboard as long as they wait together: none of them is another's neighbour.
+def test_the_order_of_neighbours_makes_no_difference(cells, order):
+    # Pixels that wait in the queue together have the same colour of a chessboard, so none of them
+    # is a neighbour of another.
     original = thinning.SIDES
     expected = thin(cells)
     try:
@@ -104,8 +104,8 @@ def test_the_order_in_which_pixels_are_scanned_makes_a_difference():
 
 @settings(max_examples=30)
 @given(slices(8))
-def test_the_loop_stays_inside_its_arrays(cells):
-    # Compiled code would read and write outside without a word; the same lines in Python do not.
+def test_the_loop_stays_within_its_arrays(cells):
+    # Compiled code would read and write out of bounds silently; the same code in Python raises.
     labels = ndimage.label(cells)[0].astype(np.int32)
     labels[labels == 0] = thinning.WAITING
     thinning._flood.py_func(labels, thinning.SIDES)
@@ -113,7 +113,7 @@ def test_the_loop_stays_inside_its_arrays(cells):
         np.testing.assert_array_equal(labels, thin(cells))
 
 
-def test_the_slice_given_is_left_as_it_is():
+def test_the_input_slice_is_unchanged():
     cells = np.array([[1, 0, 1]], bool)
     thin(cells)
     assert cells.tolist() == [[True, False, True]]

@@ -1,4 +1,4 @@
-"""From counts to scores: what is summed, what is averaged, which threshold is kept."""
+"""From counts to scores: sums and means over slices, and the best threshold."""
 
 import dataclasses
 import math
@@ -54,7 +54,7 @@ def test_above_a_threshold_is_cell_and_at_it_is_membrane():
 
 
 def test_single_precision_is_compared_in_double():
-    # float 0.1 is a little above double 0.1; float 0.7 a little below double 0.7
+    # float 0.1 is slightly above double 0.1, float 0.7 slightly below double 0.7
     curve = isbi_scores(np.full((1, 1), 0.1, np.float32), np.ones((1, 1)))["pixel_error"].curve
     assert [error for _, error in curve] == [0, 0] + [1] * 8
     curve = isbi_scores(np.full((1, 1), 0.7, np.float32), np.ones((1, 1)))["pixel_error"].curve
@@ -65,19 +65,19 @@ def test_a_threshold_on_a_stored_map_is_k_above_255_times_it():
     for k in range(256):
         map_ = np.array([[k, 255]], np.uint8)
         curve = isbi_scores(map_, np.array([[1, 0]]), ["pixel_error"])["pixel_error"].curve
-        # k is the only true cell pixel: without it there is nothing right at all
+        # k is the only true cell pixel: without it no pixel is correct
         assert [error < 1 for _, error in curve] == [k > 255 * t for t in THRESHOLDS]
 
 
-# ISBI 2012: everything put together from the slow rules of other tests
+# ISBI 2012: scores computed with the slow rules of other tests
 
 
-def f1(right, truth, found):
-    return 2 * right / (truth + found)
+def f1(tp, truth, predicted):
+    return 2 * tp / (truth + predicted)
 
 
 def slow_isbi(proposal, truth):
-    """Every curve, from arrays of one slice and one threshold at a time."""
+    """Every curve, computed one slice and one threshold at a time."""
     curves = {name: [] for name in ISBI}
     for threshold in THINNED_THRESHOLDS:
         rows = [slow_slice(p, t, threshold) for p, t in zip(proposal, truth, strict=True)]
@@ -91,14 +91,18 @@ def slow_isbi(proposal, truth):
 
 
 def slow_slice(proposal, truth, threshold):
-    found = proposal > threshold
-    segments, cells, thinned = ndimage.label(truth)[0], ndimage.label(found)[0], slow_thin(found)
+    predicted = proposal > threshold
+    segments, cells, thinned = (
+        ndimage.label(truth)[0],
+        ndimage.label(predicted)[0],
+        slow_thin(predicted),
+    )
     same = [np.equal.outer(image.ravel(), image.ravel()) for image in (segments, cells)]
     pairs = np.triu(np.ones(same[0].shape, bool), 1)
     splits, mergers, _ = slow_classify(*slow_warp(truth, proposal, threshold), truth.shape, 20)
     return {
-        "pixel_error": ((found & truth).sum(), truth.sum(), found.sum()),
-        "rand_error": [(pairs & each).sum() for each in (same[0] & same[1], *same)],
+        "pixel_error": ((predicted & truth).sum(), truth.sum(), predicted.sum()),
+        "rand_error": [(pairs & mask).sum() for mask in (same[0] & same[1], *same)],
         "rand_error_foreground": foreground_pairs(segments, cells),
         "warping_error": splits + mergers,
         "v_rand": foreground_pairs(segments, thinned),
@@ -106,19 +110,23 @@ def slow_slice(proposal, truth, threshold):
     }
 
 
-def inside_of(segments, found):
-    """Labels of both at the true cells; each pixel of membrane gets a label of its own."""
-    own = np.where(found == 0, np.arange(found.size).reshape(found.shape) + found.size, found)
+def inside_of(segments, predicted):
+    """Labels of both at the true cells; each predicted membrane pixel is its own segment."""
+    own = np.where(
+        predicted == 0,
+        np.arange(predicted.size).reshape(predicted.shape) + predicted.size,
+        predicted,
+    )
     return segments[segments > 0], own[segments > 0]
 
 
-def foreground_pairs(segments, found):
-    same = [np.equal.outer(image, image) for image in inside_of(segments, found)]
+def foreground_pairs(segments, predicted):
+    same = [np.equal.outer(image, image) for image in inside_of(segments, predicted)]
     return (same[0] & same[1]).sum(), same[0].sum(), same[1].sum()
 
 
-def information(segments, found):
-    truth, prediction = inside_of(segments, found)
+def information(segments, predicted):
+    truth, prediction = inside_of(segments, predicted)
 
     def entropy(*images):
         shares = np.unique_counts(np.stack(images, 1) @ [1, 10**6]).counts / truth.size
@@ -134,10 +142,10 @@ def information(segments, found):
 @pytest.mark.parametrize("seed", range(4))
 def test_all_six_curves_match_the_rules_written_out(seed):
     proposal, truth = random_stack(seed, shape=(2, 14, 17))
-    found = isbi_scores(proposal, truth)
+    result = isbi_scores(proposal, truth)
     for name, curve in slow_isbi(proposal, truth).items():
-        assert [value for _, value in found[name].curve] == pytest.approx(curve, abs=1e-12), name
-        assert len(set(curve)) > 3  # or this says little
+        assert [value for _, value in result[name].curve] == pytest.approx(curve, abs=1e-12), name
+        assert len(set(curve)) > 3  # otherwise the test is weak
 
 
 def test_the_best_threshold_is_the_first_of_equals():
@@ -156,15 +164,15 @@ def test_the_value_of_each_slice_is_taken_at_the_threshold_of_the_stack():
     proposal, truth = random_stack(2)
     whole = isbi_scores(proposal, truth)
     for z in range(3):
-        alone = isbi_scores(proposal[z], truth[z])
+        single = isbi_scores(proposal[z], truth[z])
         for name, score in whole.items():
-            at = dict(alone[name].curve)[score.threshold]
+            at = dict(single[name].curve)[score.threshold]
             assert score.slices[z] == pytest.approx(at, abs=1e-15)
     assert whole["v_rand"].value == pytest.approx(np.mean(whole["v_rand"].slices))
     assert whole["warping_error"].value == pytest.approx(np.mean(whole["warping_error"].slices))
 
 
-def test_some_scores_alone_are_the_same():
+def test_selected_scores_equal_those_of_all():
     proposal, truth = random_stack(3)
     together = isbi_scores(proposal, truth)
     assert list(together) == list(ISBI)
@@ -176,8 +184,8 @@ def test_some_scores_alone_are_the_same():
     ]
 
 
-def test_slices_are_images_of_their_own():
-    # One long cell that runs through both slices is two cells: nothing links slices.
+def test_slices_are_separate_images():
+    # One long cell through both slices counts as two cells.
     truth = np.ones((2, 4, 4), np.uint8)
     split = truth.copy()
     split[1] = [[1, 1, 0, 1]] * 4
@@ -192,19 +200,19 @@ def test_slices_are_images_of_their_own():
 def test_slices_whose_truth_has_no_cell_are_left_out_of_means():
     proposal, truth = random_stack(4)
     truth[1] = False
-    found = isbi_scores(proposal, truth)
+    result = isbi_scores(proposal, truth)
     rest = isbi_scores(proposal[[0, 2]], truth[[0, 2]])
     for name in ("v_rand", "v_info", "rand_error_foreground"):
-        assert found[name].value == rest[name].value
-        assert math.isnan(found[name].slices[1])
-        assert not math.isnan(found[name].slices[0])
-    assert found["pixel_error"].value > rest["pixel_error"].value
+        assert result[name].value == rest[name].value
+        assert math.isnan(result[name].slices[1])
+        assert not math.isnan(result[name].slices[0])
+    assert result["pixel_error"].value > rest["pixel_error"].value
 
 
-def test_progress_is_told():
-    told = []
-    isbi_scores(*random_stack(0), ["pixel_error"], lambda *numbers: told.append(numbers))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+def test_progress_is_reported():
+    calls = []
+    isbi_scores(*random_stack(0), ["pixel_error"], lambda *numbers: calls.append(numbers))
+    assert calls == [(1, 3), (2, 3), (3, 3)]
 
 
 # Objects
@@ -221,17 +229,17 @@ def compared_with_skimage(prediction, truth):
 def test_pairs_and_information_agree_with_scikit_image(images):
     truth, prediction = images
     truth[0, :2] = prediction[0, :2] = 1  # skimage divides by zero where there is no pair
-    found = instance_scores(prediction, truth)
+    result = instance_scores(prediction, truth)
     for name, value in compared_with_skimage(prediction, truth).items():
-        assert found[name].value == pytest.approx(value, abs=1e-12), name
+        assert result[name].value == pytest.approx(value, abs=1e-12), name
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_larger_labels_agree_with_scikit_image(seed):
     prediction, truth = random_labels(seed, (5, 30, 30), most=60)
-    found = instance_scores(prediction, truth)
+    result = instance_scores(prediction, truth)
     for name, value in compared_with_skimage(prediction, truth).items():
-        assert found[name].value == pytest.approx(value, abs=1e-12), name
+        assert result[name].value == pytest.approx(value, abs=1e-12), name
 
 
 def slow_precision(prediction, truth, percent):
@@ -246,12 +254,12 @@ def slow_precision(prediction, truth, percent):
 @given(labels(most=5) | st.integers(0, 999).map(random_labels))
 def test_average_precision_is_that_of_the_best_assignment(images):
     truth, prediction = images
-    found = instance_scores(prediction, truth, names=["ap50", "ap_mean"])
+    result = instance_scores(prediction, truth, names=["ap50", "ap_mean"])
     curve = [slow_precision(prediction, truth, percent) for percent in IOU_PERCENT]
-    assert found["ap50"].value == pytest.approx(curve[0], nan_ok=True)
-    assert found["ap_mean"].value == pytest.approx(np.mean(curve), nan_ok=True)
-    assert [v for _, v in found["ap_mean"].curve] == pytest.approx(curve, nan_ok=True)
-    assert [iou for iou, _ in found["ap_mean"].curve] == [n / 100 for n in range(50, 100, 5)]
+    assert result["ap50"].value == pytest.approx(curve[0], nan_ok=True)
+    assert result["ap_mean"].value == pytest.approx(np.mean(curve), nan_ok=True)
+    assert [v for _, v in result["ap_mean"].curve] == pytest.approx(curve, nan_ok=True)
+    assert [iou for iou, _ in result["ap_mean"].curve] == [n / 100 for n in range(50, 100, 5)]
 
 
 @settings(max_examples=100)
@@ -265,8 +273,8 @@ def test_seg_is_the_mean_over_true_objects(images):
         both = [((truth == t) & (prediction == p)).sum() for p in match]
         either = [((truth == t) | (prediction == p)).sum() for p in match]
         values.append(both[0] / either[0] if match else 0)
-    found = instance_scores(prediction, truth, names=["seg"])["seg"]
-    assert found.value == pytest.approx(np.mean(values) if values else math.nan, nan_ok=True)
+    score = instance_scores(prediction, truth, names=["seg"])["seg"]
+    assert score.value == pytest.approx(np.mean(values) if values else math.nan, nan_ok=True)
 
 
 @given(labels(), st.permutations(range(1, 4)))
@@ -281,48 +289,48 @@ def test_names_of_objects_do_not_matter(images, order):
 @given(labels())
 def test_perfect_objects(images):
     truth, _ = images
-    found = {name: score.value for name, score in instance_scores(truth, truth).items()}
+    result = {name: score.value for name, score in instance_scores(truth, truth).items()}
     if not truth.any():
-        assert all(math.isnan(value) for value in found.values())
+        assert all(math.isnan(value) for value in result.values())
         return
-    assert found["seg"] == found["ap50"] == found["ap_mean"] == 1
-    assert found["voi_split"] == found["voi_merge"] == pytest.approx(0, abs=1e-12)
+    assert result["seg"] == result["ap50"] == result["ap_mean"] == 1
+    assert result["voi_split"] == result["voi_merge"] == pytest.approx(0, abs=1e-12)
     if np.unique_counts(truth[truth != 0]).counts.max() > 1:
-        assert found["adapted_rand_error"] == 0
+        assert result["adapted_rand_error"] == 0
 
 
-def test_pooled_scores_are_of_all_objects_of_all_slices():
+def test_pooled_scores_cover_all_objects_of_all_slices():
     prediction, truth = random_labels(5)
     prediction[2:] = truth[2:]
     truth[3, 3:], prediction[3, 3:] = 0, 0
-    found = instance_scores(prediction, truth, per_slice=True)
-    alone = [instance_scores(p, t) for p, t in zip(prediction, truth, strict=True)]
+    result = instance_scores(prediction, truth, per_slice=True)
+    single = [instance_scores(p, t) for p, t in zip(prediction, truth, strict=True)]
     objects = [len(np.unique(t[t > 0])) for t in truth]
     others = [len(np.unique(p[p > 0])) for p in prediction]
     voxels = [(t > 0).sum() for t in truth]
     assert len(set(objects)) > 1
-    for name, score in found.items():
-        assert list(score.slices) == [one[name].value for one in alone]
+    for name, score in result.items():
+        assert list(score.slices) == [scores_of_slice[name].value for scores_of_slice in single]
     for name, weights in (("seg", objects), ("voi_split", voxels), ("voi_merge", voxels)):
-        assert found[name].value == pytest.approx(np.average(found[name].slices, weights=weights))
-        assert found[name].value != pytest.approx(np.mean(found[name].slices), abs=1e-6)
-    ap = np.array(found["ap50"].slices)
+        assert result[name].value == pytest.approx(np.average(result[name].slices, weights=weights))
+        assert result[name].value != pytest.approx(np.mean(result[name].slices), abs=1e-6)
+    ap = np.array(result["ap50"].slices)
     sums = np.array(objects) + others
     tp = np.rint(ap * sums / (1 + ap))  # from ap = tp / (sums - tp)
-    assert found["ap50"].value == pytest.approx(tp.sum() / (sums.sum() - tp.sum()))
+    assert result["ap50"].value == pytest.approx(tp.sum() / (sums.sum() - tp.sum()))
 
 
-def test_ids_do_not_run_on_from_slice_to_slice():
+def test_equal_labels_in_two_slices_are_two_objects():
     # The same id in two slices: one object of six voxels, or two of four and of two.
     truth = np.array([[[1, 1, 1, 1]], [[1, 1, 0, 0]]])
     prediction = np.array([[[1, 1, 1, 1]], [[0, 0, 1, 1]]])
     assert instance_scores(prediction, truth)["seg"].value == pytest.approx(4 / 8)
-    found = instance_scores(prediction, truth, per_slice=True)["seg"]
-    assert found.value == pytest.approx((1 + 0) / 2)
-    assert found.slices == (1, 0)
+    score = instance_scores(prediction, truth, per_slice=True)["seg"]
+    assert score.value == pytest.approx((1 + 0) / 2)
+    assert score.slices == (1, 0)
 
 
-def test_some_scores_of_objects_alone_are_the_same():
+def test_selected_scores_of_objects_equal_those_of_all():
     prediction, truth = random_labels(1)
     for per_slice in (False, True):
         together = instance_scores(prediction, truth, per_slice)
@@ -382,12 +390,12 @@ def test_a_volume_gives_the_membrane_scores_of_its_array(volumes, monkeypatch, c
 
 def test_progress_counts_pieces(monkeypatch):
     monkeypatch.setattr(stacks, "PIECE_VOXELS", 108)
-    told = []
-    instance_scores(*random_labels(0), watch=lambda *numbers: told.append(numbers))
-    assert told == [(n, 4) for n in range(1, 5)]
+    calls = []
+    instance_scores(*random_labels(0), watch=lambda *numbers: calls.append(numbers))
+    assert calls == [(n, 4) for n in range(1, 5)]
 
 
-def test_tables_of_many_pieces_are_joined_on_the_way(monkeypatch):
+def test_tables_of_many_pieces_are_joined_in_groups(monkeypatch):
     lengths, joined = [], Overlaps.joined.__func__
 
     def counted(cls, tables):
@@ -407,32 +415,32 @@ def test_tables_of_many_pieces_are_joined_on_the_way(monkeypatch):
 @given(labels(most=4))
 def test_classes_are_counted_one_by_one(images):
     truth, prediction = images
-    found = class_scores(overlap_tables(prediction, truth))
-    assert found["accuracy"].value == (truth == prediction).mean()
+    result = class_scores(overlap_tables(prediction, truth))
+    assert result["accuracy"].value == (truth == prediction).mean()
     occurring = np.union1d(truth, prediction).tolist()
-    each = []
+    rows = []
     for k in occurring:
         tp = ((truth == k) & (prediction == k)).sum()
         fp, fn = (prediction == k).sum() - tp, (truth == k).sum() - tp
-        each.append((k, tp / (tp + fp + fn), 2 * tp / (2 * tp + fp + fn)))
-    assert list(found["iou"].classes) == [(k, iou) for k, iou, _ in each]
-    assert list(found["dice"].classes) == [(k, dice) for k, _, dice in each]
-    assert found["iou"].value == pytest.approx(np.mean([iou for _, iou, _ in each]))
-    assert found["dice"].value == pytest.approx(np.mean([dice for *_, dice in each]))
+        rows.append((k, tp / (tp + fp + fn), 2 * tp / (2 * tp + fp + fn)))
+    assert list(result["iou"].classes) == [(k, iou) for k, iou, _ in rows]
+    assert list(result["dice"].classes) == [(k, dice) for k, _, dice in rows]
+    assert result["iou"].value == pytest.approx(np.mean([iou for _, iou, _ in rows]))
+    assert result["dice"].value == pytest.approx(np.mean([dice for *_, dice in rows]))
 
 
-def test_a_class_that_a_slice_does_not_have_is_left_out_of_its_mean():
+def test_a_class_missing_in_a_slice_is_left_out_of_its_mean():
     truth = np.array([[[0, 0, 1, 1]], [[0, 0, 0, 0]]])
     prediction = np.array([[[0, 1, 1, 1]], [[0, 0, 0, 0]]])
-    found = class_scores(overlap_tables(prediction, truth, True), per_slice=True)
-    # first slice: class 0 shares 1 of 2, class 1 shares 2 of 3; second: class 0 alone, all right
-    assert found["iou"].slices == pytest.approx(((1 / 2 + 2 / 3) / 2, 1))
-    assert found["iou"].classes == ((0, 5 / 6), (1, 2 / 3))
-    assert found["accuracy"].slices == (3 / 4, 1)
-    assert found["accuracy"].value == 7 / 8
+    result = class_scores(overlap_tables(prediction, truth, True), per_slice=True)
+    # first slice: class 0 shares 1 of 2, class 1 shares 2 of 3; second: only class 0, all correct
+    assert result["iou"].slices == pytest.approx(((1 / 2 + 2 / 3) / 2, 1))
+    assert result["iou"].classes == ((0, 5 / 6), (1, 2 / 3))
+    assert result["accuracy"].slices == (3 / 4, 1)
+    assert result["accuracy"].value == 7 / 8
 
 
-# One rule broken at a time: the scores notice
+# One rule broken at a time changes the scores
 
 
 def changed_by(monkeypatch, name, *, seed=0, **broken):
@@ -443,18 +451,18 @@ def changed_by(monkeypatch, name, *, seed=0, **broken):
 
 
 @pytest.mark.parametrize("name", ["pixel_error", "rand_error", "rand_error_foreground"])
-def test_the_mean_over_slices_is_not_what_counts_summed_give(monkeypatch, name):
+def test_the_mean_over_slices_differs_from_summed_counts(monkeypatch, name):
     value = scores._mean_of(ISBI[name].value)
     before, after = changed_by(monkeypatch, name, value=value)
     assert abs(before.value - after.value) > 1e-4
 
 
-def test_counts_summed_are_not_the_mean_over_slices(monkeypatch):
+def test_summed_counts_differ_from_the_mean_over_slices(monkeypatch):
     before, after = changed_by(monkeypatch, "v_rand", value=scores._pair_f)
     assert abs(before.value - after.value) > 1e-4
 
 
-def test_pieces_that_touch_at_corners_are_not_one_segment(monkeypatch):
+def test_pieces_that_touch_at_corners_are_separate_segments(monkeypatch):
     proposal, truth = random_stack(16)
     before = isbi_scores(proposal, truth)
     eight = np.ones((3, 3))

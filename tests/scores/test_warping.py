@@ -1,4 +1,4 @@
-"""Warping against the rules written out slowly, and the topology that it must not change."""
+"""Warping against a slow implementation of its rules; it must not change the topology."""
 
 import numpy as np
 import pytest
@@ -44,18 +44,18 @@ def test_warping_matches_the_rules_written_out(images, threshold):
 
 @settings(max_examples=100)
 @given(pairs(), st.sampled_from(THRESHOLDS))
-def test_warping_makes_and_loses_no_cell_and_no_membrane(images, threshold):
+def test_warping_adds_and_removes_no_cell_and_no_membrane(images, threshold):
     truth, proposal = images
     warped, _ = warp(truth, proposal, threshold)
     frame = [np.pad(cells, 1) for cells in (truth, warped)]
-    cells = [ndimage.label(each)[1] for each in frame]
-    membranes = [ndimage.label(~each, EVERYWHERE)[1] for each in frame]
+    cells = [ndimage.label(plane)[1] for plane in frame]
+    membranes = [ndimage.label(~plane, EVERYWHERE)[1] for plane in frame]
     assert cells[0] == cells[1] and membranes[0] == membranes[1]
 
 
 @settings(max_examples=60)
 @given(pairs(), st.sampled_from(THRESHOLDS))
-def test_what_is_left_are_all_mismatches_and_none_is_simple(images, threshold):
+def test_the_remaining_pixels_are_all_mismatches_and_none_is_simple(images, threshold):
     truth, proposal = images
     warped, mismatches = warp(truth, proposal, threshold)
     left = [tuple(place) for place in mismatches.tolist()]
@@ -111,7 +111,7 @@ def test_simple_points_are_those_whose_topological_numbers_are_1():
 
 
 @pytest.mark.parametrize("turn", [lambda y, x: (x, -y), lambda y, x: (y, -x)], ids=["turn", "flip"])
-def test_simple_points_do_not_depend_on_how_the_image_lies(turn):
+def test_simple_points_do_not_depend_on_the_orientation(turn):
     codes = {
         frozenset(p for p, is_cell in cell.items() if is_cell): n for n, cell in neighbourhoods()
     }
@@ -120,7 +120,7 @@ def test_simple_points_do_not_depend_on_how_the_image_lies(turn):
 
 
 def test_a_flip_of_a_simple_point_keeps_the_topology_and_no_other_does():
-    """Middle of 3 x 3 with everything around it membrane, or everything around joined: by count."""
+    """Counts cells and membranes before and after flipping the middle of 3 x 3 pixels."""
     for code, cell in neighbourhoods():
         image = np.zeros((5, 5), bool)
         for (i, j), is_cell in cell.items():
@@ -129,18 +129,18 @@ def test_a_flip_of_a_simple_point_keeps_the_topology_and_no_other_does():
         for middle in (False, True):
             image[2, 2] = middle
             counts.append((ndimage.label(image)[1], ndimage.label(~image, EVERYWHERE)[1]))
-        # in so small an image nothing joins pieces elsewhere, so counting sees every change
+        # in so small an image pieces are not joined elsewhere, so the counts show every change
         assert SIMPLE[code] == (counts[0] == counts[1]), cell
 
 
 WALL = image("cc.cc", "cc.cc", "cc.cc")
 
 
-def test_equal_slices_leave_nothing():
+def test_equal_slices_have_no_mismatches():
     assert left(WALL, WALL) == Mismatches(0, 0, 0)
 
 
-def test_a_wall_elsewhere_costs_nothing():
+def test_a_shifted_wall_costs_nothing():
     shifted = image("ccc.c", "ccc.c", "ccc.c")
     assert left(WALL, shifted) == Mismatches(0, 0, 0)
     thick = image("c...c", "c...c", "c...c")
@@ -153,14 +153,14 @@ def test_a_gap_in_a_wall_is_a_merger_of_one_pixel():
 
 
 def test_no_wall_at_all_is_a_merger_of_its_last_line():
-    # A wall can be thinned to one line, and that has to stay, from edge to edge.
+    # A wall can be thinned to one line, which must remain from edge to edge.
     assert left(WALL, np.ones((3, 5), bool)) == Mismatches(splits=0, mergers=3, others=0)
     thick = image("c...c", "c...c", "c...c")
     assert left(thick, np.ones((3, 5), bool)) == Mismatches(splits=0, mergers=3, others=0)
 
 
 def test_a_false_wall_is_a_split_of_one_pixel():
-    # It is drawn from one edge to the other; the pixel that would close it has to stay away.
+    # It runs from one edge to the other; the pixel that would close it cannot be flipped.
     assert left(np.ones((3, 5), bool), WALL) == Mismatches(splits=1, mergers=0, others=0)
 
 
@@ -178,23 +178,23 @@ def test_a_cell_that_vanishes_shrinks_to_one_pixel():
 
 def test_the_surest_pixel_is_flipped_first():
     truth = image("c", "c", "c")
-    # The surer end goes first, then the middle, and the last pixel has to stay.
+    # The surer end is flipped first, then the middle; the last pixel must remain.
     for proposal, stays in (([[0.1], [0.2], [0.3]], 2), ([[0.3], [0.2], [0.1]], 0)):
         warped, _ = warp(truth, np.array(proposal), 0.5)
         assert np.flatnonzero(warped) == [stays]
 
 
-def test_of_pixels_that_are_as_sure_the_one_with_the_smaller_x_is_first():
+def test_equally_sure_pixels_are_flipped_in_the_order_of_x():
     truth = np.ones((2, 2), bool)
-    # all may go but one, in the order (y, x) = 00, 10, 01, 11
+    # all but one may flip, in the order (y, x) = 00, 10, 01, 11
     warped, _ = warp(truth, np.zeros((2, 2)), 0.5)
     assert warped.tolist() == [[False, False], [False, True]]
-    # three must go: after 00 and 10 one of the right column stays
+    # three must flip: after 00 and 10 one of the right column remains
     warped, _ = warp(truth, np.array([[0.0, 0.2], [0.0, 0.0]]), 0.5)
     assert warped.tolist() == [[False, True], [False, False]]
 
 
-def test_how_sure_a_pixel_is_is_compared_in_single_precision():
+def test_confidence_is_compared_in_single_precision():
     # In double precision the second is surer, in single precision they are as sure.
     truth, almost = np.ones((1, 2), bool), 0.25 - 1e-12
     warped, _ = warp(truth, np.array([[0.25, almost]]), 0.5)
@@ -213,19 +213,19 @@ def test_a_pixel_that_may_not_flip_yet_is_tried_again():
     assert len(mismatches) == 0
 
 
-def test_a_split_is_looked_for_in_a_window_only():
-    # A ring of cell, cut at one place: no split of the whole, but one as the window sees it.
+def test_a_split_is_detected_within_a_window():
+    # A ring of cell, cut at one place: no split of the whole, but one within the window.
     truth = np.pad(np.zeros((7, 7), bool), 1, constant_values=True)
     prediction = truth.copy()
     prediction[0, 4] = False
     assert left(truth, prediction, radius=2).splits == 1
     assert left(truth, prediction, radius=9).splits == 0
-    # a window larger than the slice is all of it, as in Fiji
+    # a window larger than the slice covers all of it, as in Fiji
     assert left(truth, prediction, radius=10).splits == 0
 
 
-def test_a_radius_larger_than_one_side_takes_the_whole_slice():
-    # The way round the hole is 30 pixels long: too far for the window of 20, if there was one.
+def test_a_radius_larger_than_one_side_covers_the_whole_slice():
+    # The path around the hole is too long for a window of radius 20, if one applied.
     truth = np.ones((9, 80), bool)
     truth[1:-1, 1:-1] = False
     prediction = truth.copy()
@@ -237,8 +237,8 @@ def test_a_radius_larger_than_one_side_takes_the_whole_slice():
 
 @settings(max_examples=30)
 @given(pairs(8), st.sampled_from(THRESHOLDS))
-def test_the_loops_stay_inside_their_arrays(images, threshold):
-    # Compiled code would read and write outside without a word; the same lines in Python do not.
+def test_the_loops_stay_within_their_arrays(images, threshold):
+    # Compiled code would read and write out of bounds silently; the same code in Python raises.
     truth, proposal = images
     expected = classify(*warp(truth, proposal, threshold), 2)
     compiled = {name: getattr(warping, name) for name in ("_flip_simple", "_count", "_tears")}
@@ -248,7 +248,7 @@ def test_the_loops_stay_inside_their_arrays(images, threshold):
         assert classify(*warp(truth, proposal, threshold), 2) == expected
 
 
-def test_the_slices_given_are_left_as_they_are():
+def test_the_input_slices_are_unchanged():
     truth, proposal = WALL.copy(), 1.0 - WALL
     warp(truth, proposal, 0.5)
     np.testing.assert_array_equal(truth, WALL)
