@@ -1,4 +1,4 @@
-"""Charts are read back: points, bars and cells must lie where their numbers say."""
+"""Charts are parsed: points, bars and cells must be at the positions of their numbers."""
 
 import re
 
@@ -36,7 +36,7 @@ def line(x, y, name="a"):
 
 
 def axes(series, log=False):
-    """The axes of a chart without names, by the chart's own rule."""
+    """The axes of a chart without names."""
     x = Axis.over(np.concatenate([s.x for s in series]), charts.LEFT, charts.WIDTH - charts.RIGHT)
     y = np.concatenate([s.y for s in series])
     return x, Axis.over(y, charts.HEIGHT - charts.BOTTOM, charts.TOP, log)
@@ -74,7 +74,7 @@ def test_a_logarithmic_axis_holds_all_its_numbers(values):
 
 
 @given(st.lists(finite, min_size=1, max_size=9), st.booleans())
-def test_a_place_leads_back_to_its_number(values, log):
+def test_a_position_maps_back_to_its_number(values, log):
     numbers = np.abs(values) + 1e-9 if log else np.array(values)
     axis = Axis.over(numbers, 10, 400, log)
     back = value_at(axis, axis.place(numbers))
@@ -89,14 +89,14 @@ def test_equal_ratios_are_equally_far_apart():
 
 @pytest.mark.parametrize("values", [[5e-324], [1e-323, 1.0], [1e308, 1e-308], [5e-324, 1e308]])
 @pytest.mark.parametrize("log", [False, True])
-def test_numbers_near_the_ends_of_all_have_an_axis(values, log):
+def test_extreme_numbers_have_an_axis(values, log):
     axis = Axis.over(np.array(values), 10, 100, log)
     assert (np.diff(axis.ticks) > 0).all()
     assert np.isfinite(axis.place(values)).all()
     assert ((axis.place(values) >= 9.9) & (axis.place(values) <= 100.1)).all()
 
 
-def test_an_axis_of_nothing_still_has_ends():
+def test_an_axis_without_numbers_has_ends():
     axis = Axis.over(np.array([np.nan]), 0, 100)
     assert axis.low < axis.high
 
@@ -104,7 +104,7 @@ def test_an_axis_of_nothing_still_has_ends():
 @pytest.mark.parametrize(
     ("value", "text"), [(0.3, "0.3"), (0.1 + 0.2, "0.3"), (15000, "15\u202f000"), (-2, "-2")]
 )
-def test_numbers_are_written_for_people(value, text):
+def test_numbers_are_readable(value, text):
     assert number(value) == text
 
 
@@ -129,7 +129,7 @@ def test_no_tick_is_cut_off(last):
     assert float(tick.get("x")) + 3.4 * len(tick.text) <= charts.WIDTH
 
 
-def test_what_is_not_finite_leaves_a_gap():
+def test_a_value_that_is_not_finite_leaves_a_gap():
     series = [line(range(5), [1, 2, np.nan, 2, 1])]
     path = paths(line_chart("t", series, "x", "y"), "line")[0]
     assert path.count("M") == 2
@@ -141,7 +141,7 @@ def test_a_logarithmic_chart_leaves_out_zero():
     assert len(points(paths(line_chart("t", series, "x", "y", log=True), "line")[0])) == 3
 
 
-def test_lines_differ_by_more_than_colour_and_carry_their_names():
+def test_lines_differ_by_more_than_colour_and_are_named():
     series = [line(range(5), np.full(5, 0.5), f"score {i}") for i in range(6)]
     svg = line_chart("t", series, "step", "score", names=True)
     lines = [n for n in parsed(svg).iter(f"{SVG}path") if n.get("class") == "line"]
@@ -155,7 +155,7 @@ def test_lines_differ_by_more_than_colour_and_carry_their_names():
     assert charts.TOP - 14 < heights[0] < heights[-1] <= charts.HEIGHT - charts.BOTTOM + 5
 
 
-def test_long_names_do_not_push_the_chart_away():
+def test_long_names_leave_space_for_the_chart():
     svg = line_chart("t", [line([0, 1], [0, 1], "x" * 300)], "step", "y", names=True)
     assert "x" * 15 + "…" in "".join(texts(svg))
     assert points(paths(svg, "line")[0])[-1, 0] > 200
@@ -218,7 +218,7 @@ def test_bars_are_as_high_as_their_numbers():
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
-def test_cell_means_are_means_of_what_is_known(rows, columns, most):
+def test_cell_means_ignore_nan(rows, columns, most):
     rng = np.random.default_rng([rows, columns])
     values = rng.normal(size=(rows, columns))
     values[rng.random(values.shape) < 0.3] = np.nan
@@ -227,12 +227,12 @@ def test_cell_means_are_means_of_what_is_known(rows, columns, most):
     ends = [[i * n // min(n, most) for i in range(min(n, most))] + [n] for n in values.shape]
     for i, j in np.ndindex(means.shape):
         part = values[ends[0][i] : ends[0][i + 1], ends[1][j] : ends[1][j + 1]]
-        known = part[np.isfinite(part)]
-        expected = known.mean() if known.size else np.nan
+        finite_part = part[np.isfinite(part)]
+        expected = finite_part.mean() if finite_part.size else np.nan
         assert means[i, j] == pytest.approx(expected, nan_ok=True)
 
 
-def test_cell_means_pass_over_what_is_infinite():
+def test_cell_means_ignore_infinity():
     values = np.array([[1.0, np.inf, 3.0, np.inf]])
     np.testing.assert_array_equal(cell_means(values, (1, 2)), [[1.0, 3.0]])
 
@@ -261,7 +261,7 @@ def test_tiles_are_coloured_by_their_time():
     assert "done: 6 of 6." in svg
 
 
-def test_what_is_not_done_is_struck_out_and_what_is_unknown_is_grey():
+def test_unfinished_cells_are_struck_out_and_unknown_times_are_grey():
     seconds = np.array([[1.0, np.nan, np.nan]])
     done = np.array([[0.5, 0.0, 1.0]])
     svg = tile_map("t", seconds, done, (1, 1), AXES)
@@ -272,7 +272,7 @@ def test_what_is_not_done_is_struck_out_and_what_is_unknown_is_grey():
     assert "done: 1 of 3." in svg
 
 
-def test_numbers_stand_in_cells_only_where_they_have_room():
+def test_small_cells_have_no_numbers():
     seconds = np.full((64, 64), 2.0)
     assert "2" not in texts(tile_map("t", seconds, np.ones_like(seconds), (1, 3), AXES))
 
@@ -303,7 +303,7 @@ def test_a_stack_of_slabs_is_one_map_of_z_and_x():
     assert {"1", "2"} <= set(texts(bar))
 
 
-def test_slabs_have_a_map_each_and_share_one_scale():
+def test_each_slab_has_a_map_and_all_share_one_scale():
     seconds = np.arange(8.0).reshape(2, 2, 2)
     maps, bar, _ = tile_maps(seconds, seconds >= 0, (20, 64, 64), (16, 32, 32), (4, 64))
     assert [title for title, _ in maps] == ["slices 0 to 15", "slices 16 to 19"]
@@ -318,7 +318,7 @@ def test_a_single_slice_is_named_as_one():
     assert [title for title, _ in maps] == ["slice 0", "slice 1"]
 
 
-def test_nothing_known_of_times_has_no_legend():
+def test_maps_without_times_have_no_colour_bar():
     nothing = np.full((1, 2, 2), np.nan)
     maps, bar, _ = tile_maps(nothing, np.isfinite(nothing), (4, 9, 9), (4, 8, 8), (4, 64))
     assert bar == ""
@@ -326,10 +326,10 @@ def test_nothing_known_of_times_has_no_legend():
 
 
 @pytest.mark.parametrize("log", [False, True])
-def test_a_colour_bar_tells_its_ends_and_middle(log):
+def test_a_colour_bar_shows_its_ends_and_middle(log):
     svg = colour_bar("Weight", (1.0, 16.0), "s", log)
-    told = texts(svg)
-    assert {"1", "16", "4" if log else "8.5", "Weight, s"} <= set(told)
+    labels = texts(svg)
+    assert {"1", "16", "4" if log else "8.5", "Weight, s"} <= set(labels)
     assert len(list(parsed(svg).iter(f"{SVG}rect"))) == charts.LEVELS
 
 

@@ -49,13 +49,13 @@ def test_grey_keeps_given_limits():
     np.testing.assert_array_equal(grey, [[0, 0, 128, 255, 255]])
 
 
-def test_grey_is_not_ruled_by_a_few_outliers():
+def test_grey_is_not_dominated_by_a_few_outliers():
     values = np.tile(np.arange(100.0), (100, 1))
     values[0, 0] = 1e9
     assert to_grey(values)[50, 99] == 255
 
 
-def test_grey_shows_a_rare_few_that_differ():
+def test_grey_shows_a_few_differing_pixels():
     values = np.zeros((100, 100))
     values[3, 4] = 7
     grey = to_grey(values)
@@ -102,7 +102,7 @@ def test_logarithmic_colours():
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint64])
-def test_cells_have_colours_of_chance_on_black(dtype):
+def test_cells_have_random_colours_on_black(dtype):
     labels = np.arange(64, dtype=dtype).reshape(8, 8).repeat(4, 0).repeat(4, 1)
     rgb = colour_cells(labels)
     assert (rgb[labels == 0] == 0).all()
@@ -128,7 +128,7 @@ def test_neighbouring_cells_differ(gap):
     np.testing.assert_array_equal(rgb, colour_cells(labels))
 
 
-def test_far_cells_keep_the_colours_of_chance():
+def test_distant_cells_may_share_a_colour():
     labels = np.arange(1, 401).reshape(20, 20).repeat(30, 0).repeat(30, 1)
     inside = np.arange(len(labels)) % 30 < 8
     labels[~(inside[:, None] & inside)] = 0
@@ -136,7 +136,7 @@ def test_far_cells_keep_the_colours_of_chance():
     assert not np.diff(shown, axis=0).any(-1).all()
 
 
-def test_more_neighbours_than_colours_are_coloured_all_the_same():
+def test_more_neighbours_than_colours_are_still_coloured():
     labels = np.arange(1, 17, dtype=np.int64).reshape(4, 4).repeat(2, 0).repeat(2, 1)
     labels = np.pad(labels, ((0, 0), (20, 0)))
     assert colour_cells(labels)[labels > 0].any(-1).all()
@@ -162,7 +162,7 @@ def test_few_greys_are_few_and_near(image, levels):
     np.testing.assert_array_equal(few_greys(image, 256), image)
 
 
-def test_a_frame_keeps_what_is_inside_and_dims_the_rest():
+def test_a_frame_dims_only_its_outside():
     image = np.full((20, 30), 200, np.uint8)
     framed = frame(image, 5, 8, 6, 10)
     assert (framed[5:11, 8:18] == 200).all()
@@ -173,7 +173,7 @@ def test_a_frame_keeps_what_is_inside_and_dims_the_rest():
     np.testing.assert_array_equal(frame(image, 0, 0, 20, 30), np.stack([image] * 3, -1))
 
 
-def test_what_is_struck_out_is_grey_with_lines():
+def test_struck_out_pixels_are_grey_with_lines():
     image = np.full((24, 24), 7, np.uint8)
     where = np.zeros((24, 24), bool)
     where[:, 12:] = True
@@ -185,8 +185,8 @@ def test_what_is_struck_out_is_grey_with_lines():
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint32, np.uint64])
 def test_ids_of_any_size_are_coloured(dtype):
-    greatest = np.array([[0, np.iinfo(dtype).max // 2]], dtype)
-    assert colour_classes(greatest)[0, 1].any()
+    labels = np.array([[0, np.iinfo(dtype).max // 2]], dtype)
+    assert colour_classes(labels)[0, 1].any()
 
 
 def test_overlay_colours_at_known_pixels():
@@ -204,7 +204,7 @@ def test_overlay_colours_at_known_pixels():
 
 
 @given(grey_pictures)
-def test_overlay_of_nothing_is_the_grey_image(image):
+def test_an_empty_overlay_is_the_grey_image(image):
     nothing = np.zeros(image.shape, bool)
     for truth in (None, nothing, ~nothing):
         np.testing.assert_array_equal(overlay(image, nothing, truth), np.stack([image] * 3, -1))
@@ -218,7 +218,7 @@ def test_touching_objects_of_the_truth_have_a_border_between_them():
     np.testing.assert_array_equal(yellow, [[False, False, True, True, True, False]] * 3)
 
 
-def test_overlay_leaves_its_image_alone():
+def test_overlay_does_not_change_its_image():
     image = np.full((4, 4), 9, np.uint8)
     overlay(image, np.ones((4, 4), bool), np.eye(4, dtype=bool))
     assert (image == 9).all()
@@ -226,7 +226,7 @@ def test_overlay_leaves_its_image_alone():
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.integers(0, 12))
-def test_panels_stand_side_by_side_below_their_captions(widths, gap):
+def test_panels_are_side_by_side_below_their_captions(widths, gap):
     panels = [np.full((20, w), i, np.uint8) for i, w in enumerate(widths)]
     composite = side_by_side(panels, ["a b"] * len(panels), gap)
     assert composite.shape[1:] == (sum(widths) + gap * (len(widths) - 1), 3)
@@ -280,12 +280,12 @@ def test_png_round_trip(tmp_path, shape):
 
 
 def pixels(image, axes):
-    """What a picture shows, however it is stored."""
+    """The pixels of an image in any mode."""
     return np.asarray(image.convert("RGB" if axes == 3 else "L"))
 
 
 @pytest.mark.parametrize("colours", [1, 256, 257, 5000])
-def test_few_colours_are_a_palette_and_all_are_kept(colours):
+def test_few_colours_are_a_palette_and_none_changes(colours):
     rng = np.random.default_rng(colours)
     table = rng.integers(256, size=(colours, 3), dtype=np.uint8)
     picture = table[rng.permutation(np.arange(100 * 100) % colours).reshape(100, 100)]
@@ -322,7 +322,7 @@ def test_a_missing_folder_is_named(tmp_path):
 @pytest.mark.parametrize(
     "picture", [np.zeros((2, 2)), np.zeros((2, 2, 4), np.uint8), np.zeros(3, np.uint8)]
 )
-def test_what_is_no_picture_is_not_written(tmp_path, picture):
+def test_arrays_that_are_not_pictures_are_refused(tmp_path, picture):
     with pytest.raises(ValueError, match="uint8"):
         write_png(tmp_path / "a.png", picture)
     assert not list(tmp_path.iterdir())

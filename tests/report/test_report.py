@@ -1,4 +1,4 @@
-"""The report is read back: what it shows, what it leaves out, and that it needs nothing else."""
+"""Reports are parsed: their content, what they leave out, and that they load no other file."""
 
 import base64
 import dataclasses
@@ -82,9 +82,9 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
     def pictures(self, alt=""):
-        """Pixels of the pictures whose description begins so."""
-        found = [a for a in self.all("img") if a["alt"].startswith(alt)]
-        data = [base64.b64decode(a["src"].removeprefix("data:image/png;base64,")) for a in found]
+        """Pixels of the pictures whose description begins with `alt`."""
+        images = [a for a in self.all("img") if a["alt"].startswith(alt)]
+        data = [base64.b64decode(a["src"].removeprefix("data:image/png;base64,")) for a in images]
         return [np.asarray(Image.open(io.BytesIO(each)).convert("RGB")) for each in data]
 
     def chart(self, title):
@@ -143,7 +143,7 @@ def test_the_loss_curve_has_every_line_of_the_log(run):
     assert len(points(paths(page.chart("Training loss"), "line")[0])) == 4
 
 
-def test_patches_are_shown_as_they_are_kept(run):
+def test_patches_are_shown_as_stored(run):
     page = Page(write_report(run))
     image, classes, weights = page.pictures("Patch 0. ")
     assert image.shape == (44, 48, 3)
@@ -154,7 +154,7 @@ def test_patches_are_shown_as_they_are_kept(run):
 
 
 def keep_patches(run, count, side, inner):
-    """Patches of noise; of each the first class tells its number, and so does its weight."""
+    """Patches of noise; the first class and the first weight of each encode its number."""
     rng, tensors = np.random.default_rng(0), {}
     for n in range(count):
         targets = rng.integers(0, 8, (inner, inner), np.uint8)
@@ -174,7 +174,7 @@ def keep_weights(run, **volumes):
 @pytest.mark.parametrize(
     ("count", "side", "inner", "thinned"), [(1, 84, 44, 84), (3, 84, 44, 84), (16, 572, 388, 286)]
 )
-def test_any_number_of_patches_is_a_sheet_of_bounded_size(run, count, side, inner, thinned):
+def test_any_number_of_patches_gives_a_sheet_of_bounded_size(run, count, side, inner, thinned):
     keep_patches(run, count, side, inner)
     keep_weights(run, weights_0=np.random.default_rng(0).random((1, 900, 900), np.float32))
     page = Page(write_report(run))
@@ -196,7 +196,7 @@ def test_patches_are_in_the_order_of_their_numbers(run):
     page = Page(write_report(run))
     pixels = [page.pictures(f"Patch {n}. ")[2][0, 0].astype(int) for n in range(11)]
     green = [int(pixel[1]) for pixel in pixels]
-    assert green == sorted(green)  # the weight of the first pixel rises with the number
+    assert green == sorted(green)  # the weight of the first pixel grows with the number
 
 
 def test_the_frame_of_a_thinned_patch_is_whole(run, monkeypatch):
@@ -231,22 +231,22 @@ def test_a_run_in_progress_is_shown_from_its_newest_checkpoint(run):
 
 
 @pytest.mark.parametrize("left", ["metrics.jsonl", "patches.safetensors"])
-def test_a_run_that_has_only_begun_shows_what_there_is(run, left):
+def test_a_run_that_has_just_begun_shows_its_files(run, left):
     for path in run.iterdir():
         if path.name != left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     (run / "checkpoints").mkdir()
     page = Page(write_report(run))
-    told = {
+    texts = {
         "metrics.jsonl": ["This run stored no patches", "written with the first checkpoint"],
         "patches.safetensors": ["No step has been logged", "written with the first checkpoint"],
     }
-    assert all(words in page.text for words in told[left])
+    assert all(words in page.text for words in texts[left])
     assert len(page.all("img")) == (48 if left == "patches.safetensors" else 0)
     assert "Weights of a whole slice" not in page.text
 
 
-def test_a_line_that_a_kill_cut_short_is_passed_over(run):
+def test_an_incomplete_last_line_is_skipped(run):
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 50, "lo')
     assert "40 steps" in Page(write_report(run)).text
@@ -282,7 +282,7 @@ def test_pixels_without_weight_are_black(run):
         ("loss", None),
     ],
 )
-def test_lines_of_a_log_without_their_numbers_are_left_out_and_counted(run, name, value):
+def test_lines_of_a_log_without_valid_numbers_are_left_out_and_counted(run, name, value):
     add_lines(run, [{**measured(50), name: value}])
     page = Page(write_report(run))
     assert "1 line of metrics.jsonl is not shown" in page.text
@@ -291,7 +291,7 @@ def test_lines_of_a_log_without_their_numbers_are_left_out_and_counted(run, name
     assert len(points(paths(page.chart("Training loss"), "line")[0])) == 4
 
 
-def test_every_odd_line_is_passed_over(run):
+def test_every_malformed_line_is_skipped(run):
     odd = [1, [2], "x", {"seconds": 3}, measured(50, validation=[1, 2])]
     odd += [measured(60, validation={"iou": "high", "dice": math.inf, "seg": True})]
     odd += [measured(70, loss=5e-324), measured(80, seconds=5e-324), measured(90, loss=0)]
@@ -348,9 +348,9 @@ def test_damaged_patches_are_a_note_on_the_page(run, damage):
     assert "40 steps" in page.text
 
 
-def test_the_slice_that_weighs_most_is_shown(run):
+def test_the_slice_with_the_largest_mean_weight_is_shown(run):
     light, heavy = np.ones((3, 20, 30), np.float32), np.ones((2, 10, 12), np.float32)
-    light[1, :, 15] = 30  # more in sum, but less in mean, than what is heavy
+    light[1, :, 15] = 30  # larger sum, but smaller mean, than `heavy`
     heavy[1, 5:] = 9
     heavy[1, 0, 0] = 0
     keep_weights(run, weights_0=light, weights_2=heavy / 2, weights_10=heavy)
@@ -367,7 +367,7 @@ def test_the_slice_that_weighs_most_is_shown(run):
     assert page.text.count("black has no weight") == 1  # in the slice
 
 
-def test_a_thin_line_is_still_there_in_a_large_slice(run, monkeypatch):
+def test_a_thin_line_is_visible_in_a_large_slice(run, monkeypatch):
     monkeypatch.setattr(training_page, "WINDOW", 20)
     slices = np.ones((1, 95, 75), np.float32)
     slices[0, :, 33] = 8
@@ -432,7 +432,7 @@ def test_damaged_weights_are_a_note_on_the_page(run, damage):
     assert "thin bright lines" not in page.text
 
 
-def test_provenance_is_cut_where_it_is_endless(run, monkeypatch):
+def test_long_provenance_is_cut(run, monkeypatch):
     monkeypatch.setattr(report, "LONGEST_JSON", 300)
     page = Page(write_report(run))
     assert len(re.search(r"<pre>(.*)</pre>", page.source, re.S)[1]) < 3000
@@ -441,7 +441,7 @@ def test_provenance_is_cut_where_it_is_endless(run, monkeypatch):
     assert "Cut here" not in Page(write_report(run)).text
 
 
-def test_key_says_when_colours_repeat(run):
+def test_the_key_states_that_colours_repeat(run):
     assert "seven colours" not in Page(write_report(run)).text
     edited(lambda tensors: tensors["targets.0"].fill_(8))(run / "patches.safetensors")
     assert "seven colours besides black: class 8 looks like" in Page(write_report(run)).text
@@ -479,7 +479,7 @@ def segmented(tmp_path_factory):
 
 @pytest.fixture
 def folder(segmented, tmp_path):
-    """A copy of all that, whose event log names the copy of the volume."""
+    """A copy of `segmented`, whose event log names the copy of the volume."""
     copy = shutil.copytree(segmented, tmp_path / "work")
     edit_events(copy / "out.zarr", lambda e: e.update(input=str(copy / "volume.tif")))
     return copy
@@ -501,7 +501,7 @@ def write_events(store, events):
 
 @pytest.fixture
 def scored(monkeypatch):
-    """Stands for evaluate, whose own tests say whether scores are right; gives its calls."""
+    """Replaces evaluate, which has its own tests; returns the list of its calls."""
     calls = []
     curve = ((0.0, 0.5), (0.1, 0.03), (0.2, math.nan))
     isbi = {"pixel_error": Score(0.03, 0.1, curve), "v_info": Score(math.nan, None, curve)}
@@ -515,7 +515,7 @@ def scored(monkeypatch):
     return calls
 
 
-def test_a_store_is_reported_beside_it_and_left_as_it_was(folder):
+def test_the_report_of_a_store_is_beside_it_and_the_store_is_unchanged(folder):
     store = folder / "out.zarr"
     before, log = bytes_of(store), (store / ".unet_ray" / "events.jsonl").read_bytes()
     assert write_report(f"{store}/") == folder / "out.report.html"
@@ -532,12 +532,12 @@ def test_a_store_is_reported_beside_it_and_left_as_it_was(folder):
     ("name", "page"),
     [("v1.5", "v1.5"), ("v1.6.ZARR", "v1.6"), ("a.b.zarr", "a.b"), ("zarr", "zarr")],
 )
-def test_each_store_has_a_page_of_its_own(folder, name, page):
+def test_each_store_has_its_own_page(folder, name, page):
     store = (folder / "out.zarr").rename(folder / name)
     assert write_report(store) == folder / f"{page}.report.html"
 
 
-def test_a_strip_of_a_volume_can_be_seen(segmented, tmp_path):
+def test_a_narrow_volume_is_enlarged(segmented, tmp_path):
     write_stack(tmp_path / "strip.tif", noise((1, 5, 900)))
     model = segmented / "model.safetensors"
     store = segment(tmp_path / "strip.tif", model, tmp_path / "out.zarr", FLOAT32)
@@ -589,14 +589,16 @@ def test_the_overlay_is_that_of_the_stored_classes(folder, scored):
     classes = Store(folder / "out.zarr", ["classes"]).read("classes")[1]
     truth = tifffile.imread(folder / "truth.tif")[1]
     image = to_grey(tifffile.imread(folder / "volume.tif")[1])
-    shown, found, probability, parts = page.pictures()[4:8]  # the second of three slices
+    shown, prediction, probability, parts = page.pictures()[4:8]  # the second of three slices
     np.testing.assert_array_equal(shown, np.stack([image] * 3, -1))
-    np.testing.assert_array_equal(found, overlay(few_greys(image, 64), classes == 1, truth == 255))
+    np.testing.assert_array_equal(
+        prediction, overlay(few_greys(image, 64), classes == 1, truth == 255)
+    )
     np.testing.assert_array_equal(parts.any(-1), classes == 1)
     assert probability.shape == (61, 75, 3)
 
 
-def test_scores_are_told_with_what_they_mean(folder, scored):
+def test_scores_are_shown_with_their_meaning(folder, scored):
     store = folder / "out.zarr"
     page = Page(write_report(store, folder / "truth.tif"))
     truth = str(folder / "truth.tif")
@@ -618,7 +620,7 @@ def test_real_scores_are_those_of_evaluate(folder):
     assert page.text.count("is best.") == 9
 
 
-def test_a_kind_that_does_not_fit_is_said_on_the_page(folder, monkeypatch):
+def test_a_refused_score_is_explained_on_the_page(folder, monkeypatch):
     def refuse(*_):
         raise InputError("truth.tif: holds <3> values.")
 
@@ -628,7 +630,7 @@ def test_a_kind_that_does_not_fit_is_said_on_the_page(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("lost", ["gone", "another shape", "other voxels", "no log"])
-def test_without_the_image_the_slices_are_shown_all_the_same(folder, lost):
+def test_slices_are_shown_without_the_image(folder, lost):
     volume = folder / "volume.tif"
     if lost == "gone":
         volume.unlink()
@@ -645,7 +647,7 @@ def test_without_the_image_the_slices_are_shown_all_the_same(folder, lost):
         assert "times are unknown" in page.text
 
 
-def test_a_part_of_a_store_is_reported_as_a_part(segmented, tmp_path):
+def test_an_unfinished_store_is_reported_as_unfinished(segmented, tmp_path):
     region = dataclasses.replace(TILED, region=Box((1, 0, 0), (2, 32, 40)))
     model, volume = segmented / "model.safetensors", segmented / "volume.tif"
     store = segment(volume, model, tmp_path / "part.zarr", region)
@@ -654,14 +656,14 @@ def test_a_part_of_a_store_is_reported_as_a_part(segmented, tmp_path):
     assert "22 of 24 tiles are not done" in page.text
     assert "Slice z = 1" in page.text
     assert "Slice z = 0" not in page.text
-    found = page.pictures("Prediction")[0]
-    assert {tuple(c) for c in found[32:].reshape(-1, 3)} == {(230,) * 3, (120,) * 3}
-    assert not (found[:32, :40] == 230).all(-1).any()
+    picture = page.pictures("Prediction")[0]
+    assert {tuple(c) for c in picture[32:].reshape(-1, 3)} == {(230,) * 3, (120,) * 3}
+    assert not (picture[:32, :40] == 230).all(-1).any()
     assert page.text.count("Not scored.") == 2
     assert "done: 2 of 8." in "".join(page.charts)
 
 
-def test_a_window_lies_where_tiles_are_done(segmented, tmp_path, monkeypatch):
+def test_a_window_is_on_finished_tiles(segmented, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "WINDOW", 24)
     region = dataclasses.replace(TILED, region=Box((0, 32, 0), (3, 61, 40)))
     model, volume = segmented / "model.safetensors", segmented / "volume.tif"
@@ -674,7 +676,7 @@ def test_a_window_lies_where_tiles_are_done(segmented, tmp_path, monkeypatch):
     assert not any((picture == 230).all(-1).any() for picture in page.pictures("Prediction"))
 
 
-def test_a_store_without_a_tile_says_that_there_is_nothing(segmented, tmp_path):
+def test_a_store_without_a_tile_is_reported_as_empty(segmented, tmp_path):
     parts = json.loads((segmented / "out.zarr" / "zarr.json").read_text())["attributes"]["unet_ray"]
     layout = StoreLayout(TilePlan.from_json(parts["plan"]), (0, 255), parts["outputs"], None)
     create_store(tmp_path / "new.zarr", layout, Provenance(parts))
@@ -683,7 +685,7 @@ def test_a_store_without_a_tile_says_that_there_is_nothing(segmented, tmp_path):
     assert page.all("img") == []
 
 
-def test_times_of_all_starts_are_put_together(folder):
+def test_times_of_all_starts_are_summed(folder):
     start = {"event": "start", "input": "x", "engine": "ray", "workers": 3, "missing": 24}
     events = [
         {"time": 100, **start},
@@ -704,11 +706,11 @@ def test_times_of_all_starts_are_put_together(folder):
     assert "1970-01-01 00:01 UTC to 1970-01-01 02:30 UTC" in page.text
 
 
-def test_a_quarantined_tile_is_told_with_its_box_and_first_traceback(folder):
-    told = {"event": "failed", "tile": 3, "box": "0:1,0:32,60:75"}
+def test_a_quarantined_tile_is_shown_with_its_box_and_first_traceback(folder):
+    failure = {"event": "failed", "tile": 3, "box": "0:1,0:32,60:75"}
     events = [
-        {"time": 1, **told, "error": "poison <b>", "trace": "Traceback:\n  <i>line 7</i>"},
-        {"time": 2, **told, "error": "later", "trace": "a second one"},
+        {"time": 1, **failure, "error": "poison <b>", "trace": "Traceback:\n  <i>line 7</i>"},
+        {"time": 2, **failure, "error": "later", "trace": "a second one"},
     ]
     write_events(folder / "out.zarr", events)
     with Ledger(folder / "out.zarr" / LEDGER, 24) as ledger:
@@ -725,7 +727,7 @@ def test_a_quarantined_tile_is_told_with_its_box_and_first_traceback(folder):
     assert "Tile 4 (box unknown): no error in the log" in page.text
 
 
-def test_a_clock_that_goes_back_costs_no_time(folder):
+def test_a_clock_set_back_adds_no_time(folder):
     path, plan = folder / "events.jsonl", results.open_result(folder / "out.zarr").plan
     events = [{"time": t, "event": "tile", "tile": 0, "seconds": 1} for t in (104, 90, 95)]
     start = {"time": 100, "event": "start", "input": "x"}
@@ -743,7 +745,7 @@ ODD_EVENTS = [
 
 
 @pytest.mark.parametrize("event", ODD_EVENTS, ids=str)
-def test_what_is_no_tile_of_the_plan_is_not_counted(folder, event):
+def test_tiles_outside_the_plan_are_not_counted(folder, event):
     path, plan = folder / "events.jsonl", results.open_result(folder / "out.zarr").plan
     path.write_text(json.dumps({"time": 5, **event}) + "\n")
     log = results.read_log(path, plan)
@@ -771,7 +773,7 @@ def test_a_log_that_names_no_image_is_a_note_on_the_page(folder, place):
     assert len(page.source) < 500_000
 
 
-def test_the_histogram_counts_what_is_stored(folder):
+def test_the_histogram_counts_stored_probabilities(folder):
     chart = Page(write_report(folder / "out.zarr")).chart("class 1")
     stored = Store(folder / "out.zarr", ["probabilities"]).read("probabilities")[0]
     counts = np.bincount(np.asarray(stored).ravel() // 8, minlength=32)
@@ -781,7 +783,7 @@ def test_the_histogram_counts_what_is_stored(folder):
 
 
 @pytest.mark.parametrize("output", ["probabilities", "classes"])
-def test_a_store_of_one_output_shows_what_it_has(folder, scored, output):
+def test_a_store_of_one_output_is_reported(folder, scored, output):
     settings = dataclasses.replace(FLOAT32, outputs=(output,))
     model, volume = folder / "model.safetensors", folder / "volume.tif"
     store = segment(volume, model, folder / "one.zarr", settings)
@@ -793,7 +795,7 @@ def test_a_store_of_one_output_shows_what_it_has(folder, scored, output):
         assert (one == other).all(-1).mean() > 0.98  # 127.5 of 255 is either class
 
 
-def test_several_classes_have_a_key_and_a_histogram_each(segmented, tmp_path):
+def test_several_classes_have_a_key_and_one_histogram_each(segmented, tmp_path):
     model = random_model(tmp_path / "model.safetensors", values=(0, 7, 9))
     store = segment(segmented / "volume.tif", model, tmp_path / "out.zarr", FLOAT32)
     page = Page(write_report(store))
@@ -803,7 +805,7 @@ def test_several_classes_have_a_key_and_a_histogram_each(segmented, tmp_path):
     assert len(page.pictures("Classes")) == 3
 
 
-def test_damage_is_named(folder):
+def test_a_damaged_file_is_named(folder):
     for path in (folder / "out.zarr" / ARRAYS["classes"] / "c").rglob("*"):
         if path.is_file():
             data = bytearray(path.read_bytes())
@@ -817,19 +819,19 @@ def test_damage_is_named(folder):
     assert not (folder / "out.report.html").exists()
 
 
-def test_a_shard_that_is_gone_is_named_and_not_drawn_as_background(folder):
+def test_a_missing_shard_is_named_and_not_drawn_as_background(folder):
     gone = folder / "out.zarr" / ARRAYS["classes"] / "c/0/0/0"
     gone.unlink()
     with pytest.raises(RunError, match=rf"{gone}: is missing, though tile 0 was finished"):
         write_report(folder / "out.zarr")
 
 
-# What must not happen
+# Limits and safety
 
 
 @pytest.fixture
 def large(tmp_path, monkeypatch):
-    """A store of 83 Gvoxel of which every third tile is committed, and none is on disk."""
+    """A store of 83 Gvoxel with every third tile committed, but no shard on disk."""
     core = (16, 960, 960)
     plan = TilePlan(
         (960, 9300, 9300), core, Context((0, 4, 4), (0, 8, 8), (1, 2, 2)), (1, 960, 960)
@@ -854,9 +856,9 @@ def large(tmp_path, monkeypatch):
     return path
 
 
-def test_a_large_store_is_read_in_a_few_places_only(large, monkeypatch):
+def test_only_small_parts_of_a_large_store_are_read(large, monkeypatch):
     boxes, read = [], results.Result.read
-    monkeypatch.setattr(Store, "require", lambda *_: None)  # no shard is there
+    monkeypatch.setattr(Store, "require", lambda *_: None)  # there are no shards
 
     def counted(result, output, box):
         boxes.append(box)
@@ -882,7 +884,7 @@ def test_a_large_store_is_read_in_a_few_places_only(large, monkeypatch):
     assert len([c for c in page.charts if "Cells that are done" in c]) == 4
     for picture in page.pictures():
         assert max(picture.shape) <= 640
-        assert not (picture == 230).all(-1).all()  # something of it is done
+        assert not (picture == 230).all(-1).all()  # a part of it is done
 
 
 @pytest.mark.parametrize("kind", ["run", "store"])
@@ -922,7 +924,7 @@ def test_names_from_files_are_harmless(segmented, tmp_path, run, scored):
         assert not page.all("script")
 
 
-def test_what_is_no_run_and_no_store_is_refused(run, folder, tmp_path):
+def test_a_path_that_is_neither_run_nor_store_is_refused(run, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
     (tmp_path / "file.zarr").write_text("x")
