@@ -271,7 +271,7 @@ def _ring(mark: tuple[float, float, str], x: Axis, y: Axis) -> str:
 
 
 def histogram(title: str, edges: Any, heights: Any, x_label: str, y_label: str) -> str:
-    """Draws bars of the given heights between `edges`, which are one more than the bars."""
+    """Draws bars from 0 to `heights` between `edges`, which has one more element."""
     sides, tops = np.asarray(edges, np.float64), np.asarray(heights, np.float64)
     x = Axis.over(sides, LEFT, WIDTH - RIGHT)
     y = Axis.over(np.append(tops, 0.0), HEIGHT - BOTTOM, TOP)

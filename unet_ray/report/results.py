@@ -208,7 +208,7 @@ def read_log(path: Place, plan: TilePlan) -> RunLog:
             log.voxels += plan[tile].write.size
         elif kind == "failed":
             facts = _plain(event)
-            log.failed, log.failure = log.failed + 1, str(facts.get("error", "nothing"))
+            log.failed, log.failure = log.failed + 1, str(facts.get("error", "unknown"))
             if type(tile) is int and 0 <= tile < len(plan) and len(log.failures) < FAILURES:
                 log.failures.setdefault(tile, facts)
         last = now

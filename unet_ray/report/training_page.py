@@ -179,7 +179,7 @@ def _patch(
     return [
         figure(
             frame(greys, top, left, *classes.shape[:2]),
-            f"Image, {by(grey.shape)} pixels; framed: what the network returns.",
+            f"Image, {by(grey.shape)} pixels; framed: the predicted part.",
         ),
         figure(classes, "Classes of the framed part."),
         figure(colour_log(_greatest(weights, step), *ends), "Weights of the framed part."),
