@@ -1,5 +1,5 @@
-"""Whole numbers: boxes of voxels, mirrored indices, context, tiles and plans.
+"""Integer geometry: boxes of voxels, mirrored indices, context, tiles and plans.
 
-Knows how a volume is cut into tiles that give the same voxels as the whole. Does not know files,
-torch or Ray.
+Knows how to cut a volume into tiles that give the same voxels as the whole volume. Does not know
+files, torch or Ray.
 """

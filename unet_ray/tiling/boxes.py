@@ -1,7 +1,7 @@
-"""Boxes of voxels: n-dimensional, half-open, of plain integers.
+"""N-dimensional, half-open boxes of voxels with integer corners.
 
-Knows integer arithmetic only: no arrays, no files, no network. A box may reach outside any
-volume (negative starts are ordinary numbers here, never "from the end").
+Knows integer arithmetic. Does not know arrays, files or networks. A box may extend beyond a
+volume: a negative start is a position before the origin and never counts from the end.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ Ints = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """The voxels ``start <= position < stop``, one number per axis, in NumPy axis order.
+    """The voxels at ``start <= position < stop``, in NumPy axis order.
+
+    Attributes:
+        start: the first position, per axis.
+        stop: the position after the last, per axis.
 
     Raises:
-        ValueError: if the two corners have different lengths or a stop lies before its start.
+        ValueError: if the corners have different lengths or a stop is below its start.
     """
 
     start: Ints
@@ -32,7 +36,7 @@ class Box:
 
     @classmethod
     def of(cls, shape: Sequence[int]) -> Box:
-        """The box of a whole array of `shape`, from the origin."""
+        """Returns the box that covers a whole array of `shape`, starting at the origin."""
         return cls((0,) * len(shape), tuple(shape))
 
     @property
@@ -47,31 +51,31 @@ class Box:
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """Index of this box in an array whose origin is the origin of the axes."""
+        """Index that cuts this box out of an array; valid only for non-negative corners."""
         return tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
 
     def grow(self, before: Sequence[int], after: Sequence[int]) -> Box:
-        """This box with `before` voxels added below and `after` above, per axis."""
+        """Returns this box with `before` voxels added below and `after` above, per axis."""
         start = tuple(a - n for a, n in zip(self.start, before, strict=True))
         return Box(start, tuple(b + n for b, n in zip(self.stop, after, strict=True)))
 
     def shift(self, offset: Sequence[int]) -> Box:
-        """This box moved by `offset` voxels."""
+        """Returns this box moved by `offset` voxels, per axis."""
         start = tuple(a + n for a, n in zip(self.start, offset, strict=True))
         return Box(start, tuple(b + n for b, n in zip(self.stop, offset, strict=True)))
 
     def relative_to(self, origin: Sequence[int]) -> Box:
-        """This box as seen from `origin`."""
+        """Returns this box in coordinates that start at `origin`."""
         return self.shift([-n for n in origin])
 
     def intersect(self, other: Box) -> Box:
-        """The voxels in both; of size 0 if the boxes do not meet."""
+        """Returns the voxels that both boxes contain; its size is 0 if they do not overlap."""
         start = tuple(max(a, b) for a, b in zip(self.start, other.start, strict=True))
         stop = tuple(min(a, b) for a, b in zip(self.stop, other.stop, strict=True))
         return Box(start, tuple(max(a, b) for a, b in zip(start, stop, strict=True)))
 
     def split(self, shape: Sequence[int]) -> Iterator[Box]:
-        """Boxes of at most `shape` that partition this one, last axis fastest."""
+        """Yields boxes of at most `shape` that partition this one, last axis fastest."""
         if not self.start:
             yield self
             return
@@ -80,18 +84,18 @@ class Box:
             for rest in Box(self.start[1:], self.stop[1:]).split(shape[1:]):
                 yield Box((low, *rest.start), (high, *rest.stop))
 
-    def split_by_chunks(self, chunk: Sequence[int], most: int) -> Iterator[Box]:
-        """Boxes that partition this one and touch at most `most` chunks each, last axis fastest.
+    def split_by_chunks(self, chunk: Sequence[int], max_chunks: int) -> Iterator[Box]:
+        """Yields boxes that partition this one, each of few chunks, last axis fastest.
 
         Args:
-            chunk: extents of a chunk; the first begins at the origin.
-            most: at least 1.
+            chunk: extents of a chunk; the first chunk starts at the origin.
+            max_chunks: number of chunks that a box may touch, at least 1.
         """
         spans = [(a // n, -(-b // n)) for a, b, n in zip(self.start, self.stop, chunk, strict=True)]
         shape: list[int] = []
         for low, high in reversed(spans):
-            shape.insert(0, max(1, min(high - low, most)))
-            most //= shape[0]
+            shape.insert(0, max(1, min(high - low, max_chunks)))
+            max_chunks //= shape[0]
         for part in Box(*zip(*spans, strict=True)).split(shape):
             start, stop = (
                 tuple(a * n for a, n in zip(corner, chunk, strict=True))
@@ -100,5 +104,5 @@ class Box:
             yield Box(start, stop).intersect(self)
 
     def __str__(self) -> str:
-        """``z0:z1,y0:y1,x0:x1``, as the command line writes a region."""
+        """Formats the box as ``z0:z1,y0:y1,x0:x1``, like a region on the command line."""
         return ",".join(f"{a}:{b}" for a, b in zip(self.start, self.stop, strict=True))

@@ -1,6 +1,6 @@
-"""The resolutions of a U-Net, and the extents of all its layers for a given input.
+"""The resolution levels of a U-Net and the extents of its layers for a given input.
 
-Knows widths of kernels and pooling along any number of axes. Does not know channels or tiles.
+Knows kernel and pooling widths along any number of axes. Does not know channels or tiles.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from unet_ray.tiling.boxes import Ints
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One resolution of a U-Net: two unpadded convolutions, then pooling to the next.
+    """One resolution of a U-Net: two unpadded convolutions, then pooling to the next level.
 
     Attributes:
         kernel: width of the convolutions per axis; 1 on an axis that is not convolved.
-        pool: width of the pooling (and of the up-convolution back) per axis; 1 for none. The
-            last level's is not used.
+        pool: width of the pooling and of the matching up-convolution per axis; 1 for none.
+            Ignored for the last level.
     """
 
     kernel: Ints
@@ -32,9 +32,9 @@ class Layer:
     """One layer of a forward pass.
 
     Attributes:
-        kind: what it does; ``head`` is the last 1-wide convolution.
-        level: its resolution, 0 being the finest.
-        extents: of what it returns, per axis.
+        kind: the operation; ``head`` is the final convolution of width 1.
+        level: number of the resolution level; 0 is the finest.
+        extents: output extents, per axis.
     """
 
     kind: Literal["convolution", "pooling", "up-convolution", "head"]
@@ -43,20 +43,20 @@ class Layer:
 
     @property
     def voxels(self) -> float:
-        """Voxels of what it returns, of one channel."""
+        """Number of output voxels in one channel."""
         return math.prod(self.extents)
 
 
 def layers(
     levels: Sequence[Level], extents: Sequence[float], valid: bool = True
 ) -> Iterator[Layer]:
-    """The layers of a U-Net in the order of a forward pass (Ronneberger 2015, fig. 1).
+    """Yields the layers of a U-Net in the order of a forward pass (Ronneberger 2015, fig. 1).
 
     Args:
         levels: from full resolution to the coarsest.
-        extents: of the input, per axis. A size that the network does not take gives extents that
-            are fractions or below 1.
-        valid: whether convolutions lose the border; without it no layer needs a halo.
+        extents: input extents, per axis. If the network does not accept them, some of the
+            layers have fractional extents or extents below 1.
+        valid: whether convolutions are unpadded and so lose the border.
     """
     size = tuple(float(n) for n in extents)
     last = len(levels) - 1
@@ -81,7 +81,7 @@ def layers(
 
 
 def output_extents(levels: Sequence[Level], extents: Sequence[int]) -> Ints | None:
-    """The output of a U-Net for an input of `extents`; None if it does not take them."""
+    """Returns the output extents of a U-Net for input `extents`; None if it does not fit them."""
     sizes = [layer.extents for layer in layers(levels, extents)]
     if any(n < 1 or n != int(n) for size in sizes for n in size):
         return None

@@ -1,7 +1,7 @@
-"""Reads of any box of an array, mirrored beyond its faces as ``numpy.pad(mode="reflect")`` does.
+"""Reads any box of an array, mirrored at the faces like ``numpy.pad(mode="reflect")``.
 
-Knows how a position outside maps to one inside; does not know what it reads from: `read` is
-called once, for one box that lies wholly inside.
+Knows how a position outside a volume maps to one inside. Does not know where the voxels come
+from: it calls `read` once, for one box inside the volume.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from unet_ray.tiling.boxes import Box
 
 
 def reflect(positions: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-    """Positions inside ``0 .. length - 1`` whose values a mirror shows at `positions`.
+    """Maps `positions` on an unbounded axis to the mirrored ones in ``0 .. length - 1``.
 
-    The face voxel is the mirror and is not repeated; with one voxel everything shows it.
+    The mirror is the face voxel itself, which is not repeated. If `length` is 1, every position
+    maps to 0.
     """
     if length == 1:
         return np.zeros_like(positions)
@@ -30,23 +31,23 @@ def reflect(positions: NDArray[np.int64], length: int) -> NDArray[np.int64]:
 def read_mirrored(
     read: Callable[[Box], NDArray[Any]], shape: Sequence[int], box: Box
 ) -> NDArray[Any]:
-    """Reads `box` of a volume of `shape`; whatever lies outside is mirrored at the faces.
+    """Reads `box` of a volume of `shape`; voxels outside are mirrored at the faces.
 
     Args:
-        read: gives the voxels of a box inside the volume; axes before the box's (channels)
-            are kept as they are.
+        read: returns the voxels of a box inside the volume. Leading axes, such as channels,
+            are passed through.
         shape: extent of the volume along the axes of the box.
-        box: what is wanted; may start and stop anywhere, also far outside.
+        box: the box to read; it may extend any distance beyond the volume.
 
     Returns:
-        The voxels, shape ``(..., *box.shape)``, in the dtype that `read` gives.
+        The voxels, shape ``(..., *box.shape)``, in the dtype that `read` returns.
     """
     axes = list(zip(box.start, box.stop, shape, strict=True))
-    wanted = [reflect(np.arange(a, b), n) for a, b, n in axes]
-    inside = Box(tuple(int(w.min()) for w in wanted), tuple(int(w.max()) + 1 for w in wanted))
+    sources = [reflect(np.arange(a, b), n) for a, b, n in axes]
+    inside = Box(tuple(int(s.min()) for s in sources), tuple(int(s.max()) + 1 for s in sources))
     voxels = read(inside)
     first = voxels.ndim - len(shape)
-    for axis, (where, low, (a, b, _)) in enumerate(zip(wanted, inside.start, axes, strict=True)):
-        if low != a or where.size != voxels.shape[first + axis] or where[-1] != b - 1:
-            voxels = np.take(voxels, where - low, axis=first + axis)
+    for axis, (source, low, (a, b, _)) in enumerate(zip(sources, inside.start, axes, strict=True)):
+        if low != a or source.size != voxels.shape[first + axis] or source[-1] != b - 1:
+            voxels = np.take(voxels, source - low, axis=first + axis)
     return voxels

@@ -1,14 +1,14 @@
-"""Tiles: which voxels a tile owns, which it reads, and the plan that numbers them all.
+"""Tiles, the voxels that each reads and writes, and the plan that numbers them.
 
-Knows the arithmetic that makes tiling exact and nothing of files, networks or who runs a tile.
-A tile owns its core; it reads the core and a halo:
+Knows the arithmetic that makes tiling exact. Does not know files, networks or engines.
+A tile owns its core and reads the core plus a halo:
 
         read.start                                             read.stop
         |<-- before -->|<----------- core ----------->|<-- after -->|
                        |<- write (core in the volume) ->|
 
-Cores start at multiples of the core size from the origin of the volume, whatever region is asked
-for, so every voxel is owned by one tile and computed from the same numbers in every run.
+Cores start at multiples of the core size from the origin of the volume, whatever the requested
+region. So exactly one tile owns a voxel, and every run computes it from the same input.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from unet_ray.tiling.levels import Level, output_extents
 
 
 def _axis_context(levels: Sequence[Level]) -> tuple[int, int, int]:
-    """(before, after, step) along the one axis of `levels`, from the layers' arithmetic alone."""
+    """Returns (before, after, step) of one-axis `levels`, from the arithmetic of the layers."""
     step = math.prod(level.pool[0] for level in levels[:-1])
     extent = 1
     while (output := output_extents(levels, [extent])) is None:
         extent += 1
     before = (extent - output[0]) // 2
-    # The network returns the core and some more, since input sizes come in steps: at least what
-    # the last two convolutions take, which makes the halo one formula at every depth:
-    # before = 6 * 2^d - 4 and after = 6 * 2^d for the paper's layers.
+    # Valid input sizes come in steps, so the output exceeds the core. An excess of at least the
+    # loss of the last two convolutions gives one formula at every depth d of the paper's network:
+    # before = 6 * 2^d - 4 and after = 6 * 2^d.
     excess = output[0] % step
     while excess < 2 * (levels[0].kernel[0] - 1):
         excess += step
@@ -42,14 +42,14 @@ def _axis_context(levels: Sequence[Level]) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a network needs around a core, and the alignment that makes tiles exact.
+    """The voxels a network needs around a core, and the alignment that makes tiles exact.
 
     Attributes:
-        before: voxels of real context below the core, per axis.
-        after: voxels above it; the network returns a little more than the core and the last
-            voxels are dropped.
-        step: cores are multiples of it. Tiles that are not fall on different phases of the
-            max-pooling and leave seams: the paper's 572 -> 388 at stride 388 is such a tiling.
+        before: voxels of context below the core, per axis.
+        after: voxels of context above the core, per axis. The output exceeds the core a little;
+            the excess at its end is dropped.
+        step: the core must be a multiple of it, per axis. Otherwise tiles start on different
+            phases of the max-pooling and leave seams, as the paper's 572 -> 388 at stride 388.
     """
 
     before: Ints
@@ -58,15 +58,17 @@ class Context:
 
     @classmethod
     def of_levels(cls, levels: Sequence[Level]) -> Context:
-        """The context of a U-Net with these `levels`, from full resolution to the coarsest."""
+        """Returns the context of a U-Net with `levels`, from full resolution to the coarsest."""
         axes = range(len(levels[0].kernel))
-        found = [_axis_context([Level((v.kernel[a],), (v.pool[a],)) for v in levels]) for a in axes]
-        before, after, step = zip(*found, strict=True)
+        contexts = [
+            _axis_context([Level((v.kernel[a],), (v.pool[a],)) for v in levels]) for a in axes
+        ]
+        before, after, step = zip(*contexts, strict=True)
         return cls(before, after, step)
 
     @property
     def halo(self) -> Ints:
-        """Voxels read around a core, both sides together, per axis."""
+        """Voxels read around a core, summed over both sides, per axis."""
         return tuple(a + b for a, b in zip(self.before, self.after, strict=True))
 
 
@@ -75,10 +77,10 @@ class Tile:
     """One unit of work.
 
     Attributes:
-        index: its number in the plan.
-        read: what is read, mirrored where it leaves the volume; the same shape for every tile.
-        write: the voxels it owns: its core, cut at the volume's faces.
-        crop: where `write` lies in the predicted core.
+        index: number of the tile in its plan.
+        read: the input box, mirrored outside the volume; all tiles have the same shape.
+        write: the voxels that the tile owns: its core, cut at the faces of the volume.
+        crop: `write` relative to the start of the core.
     """
 
     index: int
@@ -88,18 +90,19 @@ class Tile:
 
 
 def round_up(value: int, step: int) -> int:
-    """The least multiple of `step` that is not below `value`."""
+    """Returns the smallest multiple of `step` that is at least `value`."""
     return -(-value // step) * step
 
 
 def equal_core(extent: int, largest: int, step: int) -> int:
-    """The core along one axis that covers `extent` in equal tiles, none above `largest`.
+    """Returns the core along one axis that covers `extent` in equal tiles of at most `largest`.
 
-    As few tiles as `largest` allows, then as small as that number allows: no sliver at the end.
+    It uses the fewest tiles that `largest` allows, then the smallest core for that number of
+    tiles. So the last tile is not a thin remainder.
 
     Args:
         extent: size of the volume along the axis, in voxels, at least 1.
-        largest: the largest core allowed; at least one `step` is used all the same.
+        largest: upper bound of the core, in voxels; a value below `step` counts as `step`.
         step: the core is a multiple of it.
     """
     largest = max(step, largest // step * step)
@@ -109,16 +112,17 @@ def equal_core(extent: int, largest: int, step: int) -> int:
 
 @dataclass(frozen=True)
 class TilePlan:
-    """All tiles of one volume, as a function of an integer: ``plan[i]``.
+    """All tiles of one volume; ``plan[i]`` computes tile `i`.
 
     Attributes:
-        shape: the volume, in voxels (z, y, x).
-        core: voxels that a tile owns, per axis: multiples of ``context.step``.
-        context: what the network needs around a core.
-        passes: the part of a core that one forward call computes, per axis; divides the core.
+        shape: shape of the volume, in voxels (z, y, x).
+        core: voxels that a tile owns, per axis; multiples of ``context.step``.
+        context: voxels that the network needs around a core.
+        passes: the part of a core that one forward call computes, per axis; it divides the core.
 
     Raises:
-        InputError: if a core is no multiple of the step or of the pass.
+        InputError: if the core or the pass is not a multiple of the step, or the core is not a
+            multiple of the pass.
     """
 
     shape: Ints
@@ -127,7 +131,7 @@ class TilePlan:
     passes: Ints
 
     def __post_init__(self) -> None:
-        for what, sizes, name, units in (
+        for label, sizes, unit_name, units in (
             ("tile", self.core, "step", self.context.step),
             ("pass", self.passes, "step", self.context.step),
             ("tile", self.core, "pass", self.passes),
@@ -135,16 +139,16 @@ class TilePlan:
             for axis, (n, k) in enumerate(zip(sizes, units, strict=True)):
                 if n <= 0 or n % k:
                     raise InputError(
-                        f"{what}={','.join(map(str, sizes))} does not fit this network: axis "
-                        f"{axis} must be a multiple of its {name}, {k}; nearest is "
+                        f"{label}={','.join(map(str, sizes))} does not fit this network: axis "
+                        f"{axis} must be a multiple of its {unit_name}, {k}; nearest is "
                         f"{max(k, round(n / k) * k)}."
                     )
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> TilePlan:
-        """The plan that `dataclasses.asdict` and JSON made `told` of."""
-        context = Context(**{name: tuple(sizes) for name, sizes in told["context"].items()})
-        return cls(tuple(told["shape"]), tuple(told["core"]), context, tuple(told["passes"]))
+    def from_json(cls, fields: Mapping[str, Any]) -> TilePlan:
+        """Returns the plan whose `dataclasses.asdict`, stored as JSON, is `fields`."""
+        context = Context(**{name: tuple(sizes) for name, sizes in fields["context"].items()})
+        return cls(tuple(fields["shape"]), tuple(fields["core"]), context, tuple(fields["passes"]))
 
     @property
     def counts(self) -> Ints:
@@ -156,29 +160,29 @@ class TilePlan:
 
     @property
     def read_shape(self) -> Ints:
-        """Voxels that every tile reads, per axis."""
+        """Extents of the input of a tile, per axis."""
         return tuple(c + h for c, h in zip(self.core, self.context.halo, strict=True))
 
     @property
     def pass_shape(self) -> Ints:
-        """Voxels that one forward call is given, per axis."""
+        """Extents of the input of one forward call, per axis."""
         return tuple(c + h for c, h in zip(self.passes, self.context.halo, strict=True))
 
     def __getitem__(self, index: int) -> Tile:
         if not 0 <= index < len(self):
             raise IndexError(f"Tile {index} of a plan with {len(self)} tiles.")
-        place, rest = [], index
+        coordinates, rest = [], index  # of the tile in the grid, last axis first
         for count in reversed(self.counts):
-            rest, at = divmod(rest, count)
-            place.append(at)
-        start = tuple(at * c for at, c in zip(reversed(place), self.core, strict=True))
+            rest, coordinate = divmod(rest, count)
+            coordinates.append(coordinate)
+        start = tuple(n * c for n, c in zip(reversed(coordinates), self.core, strict=True))
         core = Box.of(self.core).shift(start)
         write = core.intersect(Box.of(self.shape))
         read = core.grow(self.context.before, self.context.after)
         return Tile(index, read, write, write.relative_to(start))
 
     def part(self, region: Box) -> Box:
-        """The tiles that touch `region`, as a box of the grid `counts`: `size` is their number."""
+        """Returns the tiles that overlap `region`, as a box in the grid of shape `counts`."""
         if not region.intersect(Box.of(self.shape)).size:
             return Box((0,) * len(self.core), (0,) * len(self.core))
         low = tuple(a // c for a, c in zip(region.start, self.core, strict=True))
@@ -186,20 +190,20 @@ class TilePlan:
         return Box(low, high).intersect(Box.of(self.counts))
 
     def within(self, region: Box) -> Iterator[int]:
-        """Numbers of the tiles that touch `region`, ascending; none for an empty one."""
+        """Yields the numbers of the tiles that overlap `region`, ascending."""
         part, counts = self.part(region), self.counts
-        rows = (range(a, b) for a, b in zip(part.start[:-1], part.stop[:-1], strict=True))
-        for place in itertools.product(*rows):
+        leading = (range(a, b) for a, b in zip(part.start[:-1], part.stop[:-1], strict=True))
+        for coordinates in itertools.product(*leading):
             row = 0
-            for at, count in zip(place, counts[:-1], strict=True):
-                row = row * count + at
+            for coordinate, count in zip(coordinates, counts[:-1], strict=True):
+                row = row * count + coordinate
             row *= counts[-1]
             yield from range(row + part.start[-1], row + part.stop[-1])
 
     def pass_boxes(self, tile: Tile) -> Iterator[Box]:
-        """Parts of the core that forward calls compute, relative to the core's start.
+        """Yields the parts of a core that forward calls compute, relative to the core's start.
 
-        All have the shape `passes`; those that lie wholly outside the volume are left out.
+        All have the shape `passes`. Parts entirely outside the volume are skipped.
         """
         for part in Box.of(self.core).split(self.passes):
             if part.intersect(tile.crop).size:
