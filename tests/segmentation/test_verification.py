@@ -534,7 +534,7 @@ def test_shards_that_no_commit_tells_of_are_a_note(store):
     verdict = verify(store, tiles=0)
     assert verdict.sound and verdict.shards == 40
     assert verdict.notes[0] == "4 of 24 tiles are not done."
-    assert verdict.notes[1].startswith("8 shards are there whose tiles are not done")
+    assert verdict.notes[1].startswith("8 shards belong to tiles that are not done")
 
 
 def test_a_damaged_ledger_is_damage_until_the_run_goes_on(store, task):
@@ -560,7 +560,8 @@ def test_a_stray_file_is_a_note(store, stray):
     path.write_text("")
     verdict = verify(store, tiles=0, repair=True)
     assert verdict.sound and path.exists()
-    assert verdict.notes == (f"1 files among the shards are none of ours, as {str(path)!r}.",)
+    note = f"1 files among the shards are not from unet-ray, such as {str(path)!r}."
+    assert verdict.notes == (note,)
 
 
 # Repair

@@ -1,5 +1,5 @@
-"""Bytes that survive a kill: places, the records of a run, and the OME-Zarr store.
+"""Files that survive a kill: paths and objects, the records of a run, and the OME-Zarr store.
 
-Knows what lies at a path, who may write there, and which tiles are committed. Does not know the
-voxels of an input, networks, or who runs the tiles.
+Knows what exists at a path, who may write there, and which tiles are committed. Does not know
+input voxels, networks or engines.
 """

@@ -1,9 +1,9 @@
-"""Whether every file of a store is as its provenance and ledger imply.
+"""Checks every file of a store against its provenance and ledger.
 
-Knows the shards and the metadata of a store. Does not know how a tile is made again.
+Knows the shards and the metadata of a store. Does not know how to recompute a tile.
 
-What an array looks like is never taken from its ``zarr.json`` but derived from the provenance, and
-then compared. That no byte of a shard can change unseen is what `shards` is about.
+The expected metadata are derived from the provenance, never from the ``zarr.json`` of an array,
+and then compared with it. Module `shards` detects any changed byte of a shard.
 """
 
 from __future__ import annotations
@@ -30,37 +30,41 @@ from unet_ray.storage.stores import Store, create_store
 
 
 class Audit:
-    """The files of one store, compared with an empty store that is made as this one should be.
+    """Compares the files of a store with an empty store created from the same provenance.
 
     Args:
-        found: what lies at the path.
+        inspected: the result of `inspection.inspect` for the store.
         scratch: a folder for the empty store.
 
     Attributes:
         path: the store.
-        provenance: how it was made.
+        provenance: how the store was made.
         plan: its tiles.
-        outputs: what it holds.
-        done: bits of the committed tiles, (tiles,).
+        outputs: names of its arrays.
+        done: which tiles are committed, bool, shape (tiles,).
         empty: the empty store.
 
     Raises:
-        DamageError: if nothing says what the store should be.
-        RunError: if the scratch folder is full.
+        DamageError: if the provenance or the ledger is missing or unusable.
+        RunError: if the scratch folder cannot be written.
     """
 
-    def __init__(self, found: Found, scratch: Path) -> None:
-        self.path, self._scratch = found.path, scratch
-        self.provenance = sound_provenance(found)
+    def __init__(self, inspected: Found, scratch: Path) -> None:
+        self.path, self._scratch = inspected.path, scratch
+        self.provenance = sound_provenance(inspected)
         self.plan, self.outputs = self.provenance.plan, self.provenance.outputs
         try:
             self.done = committed(self.path / LEDGER, len(self.plan))
-        except Exception as error:  # a segment may hold anything
+        except Exception as error:  # a segment may contain anything
             raise DamageError(f"{self.path / LEDGER}: cannot be read ({error}).") from error
         self.expect(_stored_voxel_size(self.path))
 
     def expect(self, voxel_size: tuple[float, ...] | None) -> None:
-        """Makes the empty store to compare with; its voxel size stands in no provenance."""
+        """Creates the empty store to compare with.
+
+        Args:
+            voxel_size: (z, y, x) in micrometre, which the provenance lacks; None if unknown.
+        """
         self.empty = Path(tempfile.mkdtemp(dir=self._scratch)) / "store"
         try:
             values = self.provenance.class_values
@@ -68,8 +72,8 @@ class Audit:
             create_store(self.empty, layout, self.provenance)
             self._store = Store(self.empty, self.outputs)
         except OSError as error:
-            raise RunError(f"{self.empty}: {error.strerror}; make room there.") from error
-        except Exception as error:  # of zarr: what cannot be a store is no provenance of one
+            raise RunError(f"{self.empty}: {error.strerror}; free disk space there.") from error
+        except Exception as error:  # zarr refuses a provenance that describes no valid store
             raise _damaged_provenance(self.path, f"{type(error).__name__}: {error}") from error
         self._arrays = {
             name: Shards(self._store.read(name), self._store.metadata(name))
@@ -77,72 +81,75 @@ class Audit:
         }
 
     def shard(self, name: str, tile: int) -> Place:
-        """Where the shard of a tile lies."""
+        """Returns the path of a tile's shard."""
         return self.path / ARRAYS[name] / self._store.key(name, self.plan[tile])
 
     def damage_of(self, tile: int) -> dict[str, str]:
-        """What is wrong with the shards of a tile, by output; empty if they are sound."""
-        found = {}
+        """Describes the damage of a tile's shards, by output; empty if they are intact."""
+        damage = {}
         for name in self.outputs:
             try:
                 self.decode(name, tile)
             except DamageError as error:
-                found[name] = str(error)
-        return found
+                damage[name] = str(error)
+        return damage
 
     def decode(self, name: str, tile: int) -> NDArray[np.uint8]:
-        """The stored voxels that a tile owns, (..., z, y, x).
+        """Returns the stored voxels that a tile owns, (..., z, y, x).
 
         Raises:
-            DamageError: if its shard is not there, or has a byte that no checksum vouches for.
+            DamageError: if its shard is missing or fails a checksum.
         """
-        place, shards = self.plan[tile], self._arrays[name]
-        data = _read_file(self.path, self.shard(name, tile), shards.most)
-        return shards.decode(data, place, self._store.key(name, place))
+        planned, shards = self.plan[tile], self._arrays[name]
+        data = _read_file(self.path, self.shard(name, tile), shards.max_bytes)
+        return shards.decode(data, planned, self._store.key(name, planned))
 
     def metadata_damage(self) -> dict[Place, str]:
-        """A sentence for each metadata file that is not what the provenance implies."""
-        found = {}
+        """Returns a sentence for each metadata file that differs from the expected one."""
+        damage = {}
         for expected in sorted(self.empty.rglob("zarr.json")):
             path = self.path / expected.relative_to(self.empty)
             try:
                 _compare_json(_read_file(self.path, path), expected.read_bytes())
             except DamageError as error:
-                found[path] = f"{path}: {error}."
-        return found
+                damage[path] = f"{path}: {error}."
+        return damage
 
     def ledger_damage(self) -> Iterator[str]:
-        """A sentence for each damaged segment of the ledger."""
+        """Yields a sentence for each damaged segment of the ledger."""
         for path in damaged(self.path / LEDGER, len(self.plan)):
             yield (
                 f"{path}: is damaged, so its tiles count as not done; the same `unet-ray segment` "
-                "makes them again."
+                "command recomputes them."
             )
 
     def remarks(self) -> list[str]:
-        """What is worth knowing of a store and no damage."""
+        """Returns notes about the store that are not damage, one sentence each."""
         masked = int(skipped(self.path / LEDGER, len(self.plan)).sum())
         missing = len(self.plan) - int(self.done.sum()) - masked
         notes = [f"{missing} of {len(self.plan)} tiles are not done."] if missing else []
         if masked:
             notes.append(f"{masked} of {len(self.plan)} tiles were left out by a mask.")
-        uncommitted, strays, first = 0, 0, self.path
+        uncommitted, strays, first_stray = 0, 0, self.path
         for path, tile in self._files():
             if tile is None:
-                strays, first = strays + 1, first if strays else path
+                strays, first_stray = strays + 1, first_stray if strays else path
             elif not self.done[tile]:
                 uncommitted += 1
         if uncommitted:
             notes.append(
-                f"{uncommitted} shards are there whose tiles are not done: a kill may leave them, "
-                "and the next run writes them again."
+                f"{uncommitted} shards belong to tiles that are not done: a killed run may leave "
+                "them, and the next run overwrites them."
             )
         if strays:
-            notes.append(f"{strays} files among the shards are none of ours, as {str(first)!r}.")
+            notes.append(
+                f"{strays} files among the shards are not from unet-ray, such as "
+                f"{str(first_stray)!r}."
+            )
         return notes
 
     def _files(self) -> Iterator[tuple[Place, int | None]]:
-        """Every file in the folders of the arrays, and the tile whose shard it is, if it is one."""
+        """Yields every file in the array folders and its tile; None if it is not a shard."""
         for name in self.outputs:
             top = self.path / ARRAYS[name]
             for path in files_below(top):
@@ -150,40 +157,40 @@ class Audit:
                     yield path, self._tile_of(name, path)
 
     def _tile_of(self, name: str, path: Place) -> int | None:
-        place = str(path).split("/")[-3:]
-        if not all(part.isascii() and part.isdigit() and len(part) < 20 for part in place):
+        parts = str(path).split("/")[-3:]
+        if not all(part.isascii() and part.isdigit() and len(part) < 20 for part in parts):
             return None
-        at, counts = tuple(map(int, place)), self.plan.counts
-        if len(at) != len(counts) or any(a >= n for a, n in zip(at, counts, strict=True)):
+        grid, counts = tuple(map(int, parts)), self.plan.counts
+        if len(grid) != len(counts) or any(a >= n for a, n in zip(grid, counts, strict=True)):
             return None
-        tile = (at[0] * counts[1] + at[1]) * counts[2] + at[2]
+        tile = (grid[0] * counts[1] + grid[1]) * counts[2] + grid[2]
         return tile if self.shard(name, tile) == path else None
 
 
-def sound_provenance(found: Found) -> Provenance:
-    """The provenance of a store that says all that is needed to check it.
+def sound_provenance(inspected: Found) -> Provenance:
+    """Returns the provenance of a store after checking the parts that an audit needs.
 
     Raises:
-        DamageError: naming what is missing or damaged.
+        DamageError: if the provenance, the ledger or the root is missing or damaged.
     """
-    path = found.path
-    if not found.private:
+    path = inspected.path
+    if not inspected.private:
         raise DamageError(
-            f"{path}: its folder {PRIVATE} is missing, so nothing says which tiles are done; copy "
-            "the store with hidden files."
+            f"{path}: its folder {PRIVATE} is missing, which records the finished tiles; copy the "
+            "store again, including hidden files."
         )
-    if not found.begun:
+    if not inspected.begun:
         raise DamageError(
-            f"{path / LEDGER}: is missing, so nothing says which tiles are done; copy the store "
-            "again, with hidden files."
+            f"{path / LEDGER}: is missing, which records the finished tiles; copy the store "
+            "again, including hidden files."
         )
     try:
         _read_file(path, path / "zarr.json")
     except DamageError as error:
         raise DamageError(f"{path / 'zarr.json'}: {error}.") from error
-    if not found.provenance:
+    if not inspected.provenance:
         raise _damaged_provenance(path, "not readable")
-    provenance = found.provenance
+    provenance = inspected.provenance
     if damage := provenance.damage("plan", "outputs", "class_values", "source"):
         raise _damaged_provenance(path, damage)
     return provenance
@@ -193,20 +200,20 @@ def _damaged_provenance(path: Place, damage: str) -> DamageError:
     return DamageError(f"{path / 'zarr.json'}: its provenance is damaged ({damage}).")
 
 
-def _read_file(store: Place, path: Place, most: int = 1 << 26) -> bytes:
-    """The bytes of a file of a store.
+def _read_file(store: Place, path: Place, max_bytes: int = 1 << 26) -> bytes:
+    """Returns the bytes of a file of a store.
 
     Raises:
-        DamageError: if it is none, cannot be read or has more bytes than it can have.
+        DamageError: if it is missing, not a regular file, unreadable or above `max_bytes`.
     """
     try:
         if isinstance(path, Path):
             refuse_link(store, path)
             if not stat.S_ISREG(path.lstat().st_mode):
-                what = "folder" if path.is_dir() else "special file"
-                raise DamageError(f"is a {what}, not a file")
-        if (size := stat_of(path).size) > most:
-            raise DamageError(f"is damaged: it has {size} bytes, {most} at most are due")
+                file_type = "folder" if path.is_dir() else "special file"
+                raise DamageError(f"is a {file_type}, not a file")
+        if (size := stat_of(path).size) > max_bytes:
+            raise DamageError(f"is damaged: it has {size} bytes, more than {max_bytes}")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise DamageError("is missing") from error
@@ -215,30 +222,30 @@ def _read_file(store: Place, path: Place, most: int = 1 << 26) -> bytes:
 
 
 def refuse_link(store: Place, path: Place) -> None:
-    """Refuses what lies behind a symbolic link inside a store: it may lead anywhere.
+    """Refuses a path behind a symbolic link inside a store, since links may lead anywhere.
 
     Raises:
-        DamageError: if it does.
+        DamageError: if a part of `path` below `store` is a symbolic link.
     """
     if isinstance(path, ObjectPath) or isinstance(store, ObjectPath):
         return
     if Path(os.path.realpath(path)) != Path(os.path.realpath(store), path.relative_to(store)):
-        raise DamageError("lies behind a symbolic link")
+        raise DamageError("is behind a symbolic link")
 
 
-def _compare_json(there: bytes, expected: bytes) -> None:
-    right = json.loads(expected)
+def _compare_json(stored_json: bytes, expected_json: bytes) -> None:
+    expected = json.loads(expected_json)
     try:
-        stored = json.loads(there)
-        keys = [key for key in {**right, **stored} if stored.get(key) != right.get(key)]
+        stored = json.loads(stored_json)
+        keys = [key for key in {**expected, **stored} if stored.get(key) != expected.get(key)]
     except (ValueError, RecursionError, TypeError, AttributeError) as error:
         raise DamageError("is not the JSON of an array or group") from error
     if keys:
-        raise DamageError(f"differs in {', '.join(map(repr, keys))} from what its store implies")
+        raise DamageError(f"differs in {', '.join(map(repr, keys))} from the expected metadata")
 
 
 def _stored_voxel_size(path: Place) -> tuple[float, ...] | None:
-    """The voxel size of the store's images, which its provenance lacks; None if there is none."""
+    """Returns the voxel size (z, y, x) from the image metadata, in micrometre; None if unknown."""
     for group in (path, path / "labels/classes"):
         try:
             metadata = json.loads((group / "zarr.json").read_text())["attributes"]["ome"]

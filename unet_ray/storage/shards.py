@@ -1,9 +1,10 @@
-"""The bytes of a shard: which are due where, and that a checksum vouches for each of them.
+"""Checks and decodes the bytes of a shard, so that any flipped bit is detected.
 
-Knows one file of a Zarr array; does not know stores or runs. A shard has no byte that nothing
-covers: its inner chunks, each with a crc32c of its compressed bytes, fill the file up to the index
-without a gap, which is checked here, and the index ends it with a crc32c of its own. So any flipped
-bit is found, whatever it would have changed.
+Knows one file of a Zarr array. Does not know stores or runs.
+
+Checksums cover every byte of a shard. It consists of inner chunks, each with a crc32c of its
+compressed bytes, and of an index with its own crc32c. This module also checks that no gap is left
+between the chunks or before the index.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from zarr.storage import MemoryStore
 from unet_ray.errors import DamageError
 from unet_ray.tiling.tiles import Tile
 
-ABSENT = 2**64 - 1  # offset and length, in the index of a shard, of a chunk that is not there
+ABSENT = 2**64 - 1  # offset and length of a missing chunk in the index of a shard
 INDEX_ENTRY, CHECKSUM = 16, 4  # bytes
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-SLACK = 1024  # bytes by which a chunk that cannot be compressed may grow, beyond its double
+SLACK = 1024  # bytes added to twice the size of a chunk, as a bound of its compressed size
 
 
 class Shards:
-    """How the shards of one array are laid out.
+    """The layout of the shards of one array.
 
     Args:
-        array: the array, or an empty one of the same layout, opened.
+        array: the opened array, or an empty one with the same layout.
         metadata: its ``zarr.json``.
 
     Attributes:
-        most: no shard has more bytes.
+        max_bytes: upper bound of the bytes of a shard.
     """
 
     def __init__(self, array: Any, metadata: bytes) -> None:
@@ -46,42 +47,41 @@ class Shards:
         chunks = math.prod(self._counts)
         self._index = INDEX_ENTRY * chunks + CHECKSUM
         self._chunk_bytes = math.prod(self._chunk) * array.dtype.itemsize
-        self.most = self._index + chunks * (2 * self._chunk_bytes + SLACK)
+        self.max_bytes = self._index + chunks * (2 * self._chunk_bytes + SLACK)
 
     def decode(self, data: bytes, tile: Tile, key: str) -> NDArray[np.uint8]:
-        """The voxels that `tile` owns, ``(..., z, y, x)``, from the bytes of its shard.
+        """Returns the voxels that `tile` owns, ``(..., z, y, x)`` uint8, from its shard.
 
         Args:
             data: all bytes of the shard.
-            tile: whose core it is.
-            key: its name in the array, such as ``c/0/1/2``.
+            tile: the tile of the shard.
+            key: name of the shard in the array, such as ``c/0/1/2``.
 
         Raises:
-            DamageError: if a byte is not as it was written.
+            DamageError: if a byte has changed since it was written.
         """
         for frame in self._frames(data, tile):
-            told = declared_size(frame)
-            if told != self._chunk_bytes:
+            declared = declared_size(frame)
+            if declared != self._chunk_bytes:
                 raise DamageError(
-                    f"is damaged: an inner chunk says that it holds {told} bytes, not "
-                    f"{self._chunk_bytes}"
+                    f"is damaged: an inner chunk declares {declared} bytes, not {self._chunk_bytes}"
                 )
-        whole = default_buffer_prototype().buffer.from_bytes
-        memory = MemoryStore({"zarr.json": whole(self._metadata), key: whole(data)})
+        as_buffer = default_buffer_prototype().buffer.from_bytes
+        memory = MemoryStore({"zarr.json": as_buffer(self._metadata), key: as_buffer(data)})
         box = (..., *tile.write.slices)
         try:
             return np.asarray(zarr.open_array(memory, mode="r")[box])
-        except Exception as error:  # whatever codecs raise, it says that these are not their bytes
+        except Exception as error:  # codecs raise many types for damaged bytes
             raise DamageError(f"is damaged ({str(error).rstrip('.')})") from error
 
     def _frames(self, data: bytes, tile: Tile) -> Iterator[bytes]:
-        """The inner chunks, after a look that they and the index are all there is.
+        """Returns the inner chunks after checking that they and the index fill the shard.
 
-        Chunks that lie wholly outside the volume are not stored, all others are.
+        All chunks are stored except those entirely outside the volume.
         """
         end = len(data) - self._index
         if end < 0:
-            raise DamageError(f"is truncated: it has {len(data)} bytes, less than its index")
+            raise DamageError(f"is truncated: it has {len(data)} bytes, fewer than its index")
         index = np.frombuffer(data[end:-CHECKSUM], "<u8").reshape(-1, 2)
         stored = np.zeros(self._counts, bool)
         extents = zip(tile.write.shape, self._chunk[-3:], strict=True)
@@ -92,14 +92,15 @@ class Shards:
         if [start for start, _ in spans] + [end] != [*starts] or (
             index[~stored.ravel()] != ABSENT
         ).any():
-            raise DamageError("is truncated or damaged: its index does not fit its chunks")
+            raise DamageError("is truncated or damaged: its index does not match its chunks")
         return (data[start : start + length] for start, length in spans)
 
 
 def declared_size(frame: bytes) -> int | None:
-    """Bytes that a Zstandard frame says it holds (RFC 8878, 3.1.1.1); None if it does not say.
+    """Returns the uncompressed bytes that a Zstandard frame declares (RFC 8878, 3.1.1.1).
 
-    A decoder takes as much memory as this number asks for.
+    Decoders allocate this amount of memory, so check it before decoding. Returns None if the
+    frame does not declare its size.
     """
     if frame[:4] != ZSTD_MAGIC or len(frame) < 5:
         return None
@@ -107,5 +108,5 @@ def declared_size(frame: bytes) -> int | None:
     single = flags >> 5 & 1
     width = (single, 2, 4, 8)[flags >> 6]
     start = 5 + (1 - single) + (0, 1, 2, 4)[flags & 3]
-    told = int.from_bytes(frame[start : start + width], "little") + 256 * (width == 2)
-    return told if width else None
+    size = int.from_bytes(frame[start : start + width], "little") + 256 * (width == 2)
+    return size if width else None
