@@ -1,8 +1,8 @@
-"""The event log of a run: JSON lines that are only appended to, for people and for the report.
+"""The event log of a run: appended JSON lines, for people and for the report.
 
-Knows files and times; does not know what a run does. Nothing is decided by this log: what is done
-stands in the ledger. A line that a kill cut short is passed over when the log is read, and what
-other hands wrote into it is not trusted.
+Knows files and times. Does not know what a run does. Runs never decide by this log: the ledger
+records which tiles are done. Readers skip lines that a kill cut short, and must not trust values,
+since anyone may edit the file.
 """
 
 from __future__ import annotations
@@ -21,45 +21,45 @@ PART_SECONDS = 10.0
 
 
 class EventLog:
-    """Appends events to a file, made if it is not there.
+    """Appends events to a file and creates it if it does not exist.
 
-    Objects cannot be appended to: in an object store the log is a number of parts, each written
-    when some time has passed, or by `flush`.
+    Objects cannot be appended to. In an object store the log consists of several objects; each
+    contains the events of some seconds and is written by `add` or `flush`.
 
     Args:
-        path: the file, its folder must exist; or what the names of the parts begin with.
-        may_write: asked before each writing; raises if the log is no longer this run's.
+        path: the file, in an existing folder; in an object store the prefix of the objects.
+        check_owner: called before each write; raises if this run no longer owns the log.
     """
 
-    def __init__(self, path: Place, may_write: Callable[[], None] = lambda: None) -> None:
-        self._path, self._may_write = path, may_write
+    def __init__(self, path: Place, check_owner: Callable[[], None] = lambda: None) -> None:
+        self._path, self._check_owner = path, check_owner
         self._lines: list[bytes] = []
-        self._begun = self._written = time.monotonic()
+        self._started = self._flushed = time.monotonic()
 
     def add(self, event: str, **facts: Any) -> None:
-        """Appends one event with the time of now, in seconds since 1970, and what is told of it."""
+        """Appends one event with the current time, in seconds since 1970, and its `facts`."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}) + "\n"
         if isinstance(self._path, ObjectPath):
             self._lines.append(line.encode())
             now = time.monotonic()
-            # Ever longer, so that the parts of a run of days are some hundred.
-            if now - self._written > max(PART_SECONDS, (now - self._begun) / 100):
+            # The interval grows with the run, so that a run of days writes some hundred objects.
+            if now - self._flushed > max(PART_SECONDS, (now - self._started) / 100):
                 self.flush()
             return
-        self._may_write()
+        self._check_owner()
         with open(self._path, "ab") as file:
             if file.tell() and not self._ends_with_newline(self._path):
                 file.write(b"\n")
             file.write(line.encode())
 
     def flush(self) -> None:
-        """Writes what is not written yet."""
+        """Writes the pending events; only an object store has any."""
         if self._lines and isinstance(self._path, ObjectPath):
-            self._may_write()
+            self._check_owner()
             part = self._path / f"{time.time_ns():020d}.jsonl"
             part.put(b"".join(self._lines))
             self._lines.clear()
-            self._written = time.monotonic()
+            self._flushed = time.monotonic()
 
     @staticmethod
     def _ends_with_newline(path: Path) -> bool:
@@ -69,7 +69,7 @@ class EventLog:
 
 
 def read_events(path: Place) -> Iterator[dict[str, Any]]:
-    """The events of a log in their order; none if there is no log."""
+    """Yields the events of a log in order; none if the log does not exist."""
     for line in _lines(path):
         try:
             event = json.loads(line)
@@ -89,7 +89,10 @@ def _lines(path: Place) -> Iterator[str]:
 
 
 def measured(value: object, low: float = 0.0, high: float = LATEST) -> float | None:
-    """A fact of an event as a number, if it is one from `low` to `high`: not NaN, nor true."""
+    """Returns `value` as a float if it is a number from `low` to `high`, else None.
+
+    NaN and booleans are not numbers here.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         return None
     return float(value)

@@ -1,6 +1,6 @@
-"""What lies at the path of an output: nothing, files of others, a store, or a part of one.
+"""Inspects the path of an output: it may be empty, foreign, a store, or a part of one.
 
-Knows what distinguishes a store from anything else. Changes nothing, and reads no shard.
+Knows what distinguishes a store from other files. Does not change files or read shards.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from unet_ray.storage.ledger import has_begun, has_notes
 from unet_ray.storage.places import Place, files_below, stat_of, unusable
 from unet_ray.storage.provenance import Provenance
 
-_PRIVATE = re.compile(rf"{re.escape(PRIVATE)}/.*", re.DOTALL)
-_OURS = re.compile(
-    "|".join([*map(re.escape, (ROOT, *METADATA)), *SHARDS, _PRIVATE.pattern]), re.DOTALL
+_PRIVATE_FILE = re.compile(rf"{re.escape(PRIVATE)}/.*", re.DOTALL)
+_STORE_FILE = re.compile(
+    "|".join([*map(re.escape, (ROOT, *METADATA)), *SHARDS, _PRIVATE_FILE.pattern]), re.DOTALL
 )
-# Bytes; a recipe and a plan take some thousand.
+# Bytes; a provenance takes some thousand.
 LARGEST_ROOT = 1 << 26
-# Parts of a provenance that a run needs to go on.
-CONTINUED = (
+# Parts of a provenance that a run needs to resume.
+RESUME_PARTS = (
     *("plan", "outputs", "class_values", "channel", "time", "level", "precision"),
     *("device", "tta", "nan", "normalisation"),
 )
@@ -33,17 +33,17 @@ _FOREIGN = "{}: exists and is not an output of unet-ray; choose another --out."
 
 @dataclass(frozen=True)
 class Found:
-    """What one look at a path found.
+    """The result of inspecting a path.
 
     Attributes:
-        path: where.
-        what: ``nothing``; ``foreign``: files of others; ``store``; ``damaged``: a store whose root
-            or private folder is not as it should be; ``remains``: a store without its root, as
-            before the end of its creation, or in a copy that is not whole.
-        private: whether the private folder is there.
-        begun: whether the ledger is there.
-        provenance: of a store; None for all else.
-        error: why the root cannot be read; None if it can, or there is none.
+        path: the inspected path.
+        what: ``nothing``; ``foreign``: files of other programs; ``store``; ``damaged``: a store
+            with a damaged root or without its private folder; ``remains``: a store without its
+            root, after an interrupted creation or an incomplete copy.
+        private: whether the private folder exists.
+        begun: whether the ledger exists.
+        provenance: the provenance of a ``store``; None otherwise.
+        error: the error of reading the root; None if it is readable or missing.
     """
 
     path: Place
@@ -55,18 +55,18 @@ class Found:
 
     @property
     def is_output(self) -> bool:
-        """Whether it is an output of ours, whole or not, or a copy of one."""
+        """Whether it is an output of unet-ray, complete or not, or a copy of one."""
         return self.what in ("store", "damaged") or self.private
 
     def is_untouched(self) -> bool:
-        """Whether nothing was ever done in a store of ours: no note, and no shard."""
+        """Returns whether a store has a ledger but no recorded tile and no shard."""
         return self.begun and not has_notes(self.path / LEDGER) and _is_bare(self.path)
 
     def continued(self) -> Provenance | None:
-        """The provenance of the store that a run here continues; None if it begins a new one.
+        """Returns the provenance of the store to resume; None if a run must create a new store.
 
         Raises:
-            InputError: if a run can do neither, or what is there cannot be read.
+            InputError: if a run can do neither, or if the files cannot be read.
         """
         try:
             return self._continued()
@@ -79,10 +79,10 @@ class Found:
         if self.provenance:
             if self.is_untouched():
                 return None
-            if damage := self.provenance.damage(*CONTINUED):
+            if damage := self.provenance.damage(*RESUME_PARTS):
                 raise InputError(
                     f"{self.path}: its provenance is damaged ({damage}); choose another --out, or "
-                    "make it anew with --overwrite."
+                    "recreate it with --overwrite."
                 )
             return self.provenance
         if self.what in ("foreign", "damaged"):
@@ -90,60 +90,60 @@ class Found:
         refuse_others(self.path)
         if has_notes(self.path / LEDGER) and not _is_bare(self.path):
             raise InputError(
-                f"{self.path}: exists and has no {ROOT}, as a copy that is not whole; copy it "
-                "again, choose another --out, or make it anew with --overwrite."
+                f"{self.path}: exists but has no {ROOT}, like an incomplete copy; copy it again, "
+                "choose another --out, or recreate it with --overwrite."
             )
         return None
 
 
 def inspect(path: Place) -> Found:
-    """Looks at the path of an output.
+    """Inspects the path of an output.
 
     Raises:
-        InputError: if what is there cannot be read.
+        InputError: if the files at `path` cannot be read.
     """
     try:
         private, begun = (path / PRIVATE).is_dir(), has_begun(path / LEDGER)
         if not (path / ROOT).is_file():
             if private:
                 return Found(path, "remains", private, begun)
-            return Found(path, "foreign" if _stranger(path) else "nothing", private, begun)
+            return Found(path, "foreign" if _first_foreign(path) else "nothing", private, begun)
     except OSError as error:
         raise InputError(unusable(path, error)) from error
     try:
         attributes = _attributes(path)
     except OSError as error:
         return Found(path, "damaged", private, begun, error=error)
-    ours = isinstance(attributes, dict) and "unet_ray" in attributes
-    kept = attributes["unet_ray"] if ours else None
-    if private and isinstance(kept, dict) and kept.get("format") == FORMAT:
-        return Found(path, "store", private, begun, Provenance(kept))
-    return Found(path, "damaged" if private or ours else "foreign", private, begun)
+    has_provenance = isinstance(attributes, dict) and "unet_ray" in attributes
+    stored = attributes["unet_ray"] if has_provenance else None
+    if private and isinstance(stored, dict) and stored.get("format") == FORMAT:
+        return Found(path, "store", private, begun, Provenance(stored))
+    return Found(path, "damaged" if private or has_provenance else "foreign", private, begun)
 
 
 def refuse_others(path: Place) -> None:
-    """Makes sure that nothing is at `path` but what stores of ours are made of.
+    """Refuses a path with files that do not belong to a store.
 
     Raises:
-        InputError: naming the first file that is of somebody else.
-        OSError: if what is there cannot be listed.
+        InputError: if there is such a file; names the first one.
+        OSError: if the files at `path` cannot be listed.
     """
-    stranger = _stranger(path)
-    if stranger:
-        raise InputError(_refusal(path, stranger))
+    foreign = _first_foreign(path)
+    if foreign:
+        raise InputError(_refusal(path, foreign))
 
 
-def _refusal(path: Place, stranger: Place) -> str:
-    if not _is_ours(path):
+def _refusal(path: Place, foreign: Place) -> str:
+    if not _is_store(path):
         return _FOREIGN.format(path)
     return (
-        f"{stranger}: is not of unet-ray, and would be deleted with {path}; move it, or choose "
+        f"{foreign}: is not from unet-ray and would be deleted with {path}; move it, or choose "
         "another --out."
     )
 
 
 def _attributes(path: Place) -> Any:
-    """The attributes of a root; None if it is damaged, or too large to be one."""
+    """Returns the attributes of a root; None if it is damaged or too large."""
     if stat_of(path / ROOT).size > LARGEST_ROOT:
         return None
     try:
@@ -152,30 +152,30 @@ def _attributes(path: Place) -> Any:
         return None
 
 
-def _is_ours(path: Place) -> bool:
-    """Whether a store of ours is at `path`, or was begun and has no root yet, or no more."""
+def _is_store(path: Place) -> bool:
+    """Returns whether `path` is a store, or has the ledger of one without a readable root."""
     attributes = _attributes(path) if (path / ROOT).is_file() else None
     if attributes is None:
         return has_begun(path / LEDGER)
-    kept = attributes.get("unet_ray") if isinstance(attributes, dict) else None
-    return isinstance(kept, dict) and kept.get("format") == FORMAT
+    stored = attributes.get("unet_ray") if isinstance(attributes, dict) else None
+    return isinstance(stored, dict) and stored.get("format") == FORMAT
 
 
 def _is_bare(path: Place) -> bool:
-    """Whether there is no shard."""
+    """Returns whether a store has no shard."""
     shards = (files_below(path / name / "c") for name in ARRAYS.values())
-    return all(next(each, None) is None for each in shards)
+    return all(next(files, None) is None for files in shards)
 
 
-def _stranger(path: Place) -> Place | None:
-    """The first file in the place of a store that is none of ours, as links never are."""
+def _first_foreign(path: Place) -> Place | None:
+    """Returns the first file or link that does not belong to a store; links never do."""
     if isinstance(path, Path) and not path.is_dir():
         return path if path.exists() or path.is_symlink() else None
-    ours = _OURS if _is_ours(path) else _PRIVATE
-    for each in files_below(path):
-        link = isinstance(each, Path) and each.is_symlink()
-        if link or not ours.fullmatch(str(each)[len(str(path)) + 1 :]):
-            return each
-    if isinstance(path, Path):  # a folder without files is not among them
+    own_file = _STORE_FILE if _is_store(path) else _PRIVATE_FILE
+    for file in files_below(path):
+        link = isinstance(file, Path) and file.is_symlink()
+        if link or not own_file.fullmatch(str(file)[len(str(path)) + 1 :]):
+            return file
+    if isinstance(path, Path):  # `files_below` does not yield an empty folder with such a name
         return next((path / name for name in (ROOT, *METADATA) if (path / name).is_dir()), None)
     return None

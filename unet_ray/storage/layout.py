@@ -1,6 +1,6 @@
 """The layout of an output store: names, arrays and their OME metadata.
 
-Knows design section 5. Writes nothing, and does not know which tiles are done.
+Knows OME-Zarr 0.5. Does not write files or know which tiles are done.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PRIVATE, ROOT = ".unet_ray", "zarr.json"
 EVENTS, MARKS = f"{PRIVATE}/events.jsonl", f"{PRIVATE}/marks"
 FORMAT = 1
 ARRAYS = {"probabilities": "0", "classes": "labels/classes/0"}
-# Of a whole store, without its root.
+# Metadata files of a store with both arrays, except its root.
 METADATA = (
     "0/zarr.json",
     "labels/zarr.json",
@@ -31,12 +31,12 @@ LARGEST_CHUNK = (32, 256, 256)
 
 
 def ledger_of(stage: str) -> str:
-    """Where the ledger of a stage lies in an output."""
+    """Returns the path of a stage's ledger, relative to the output."""
     return f"{PRIVATE}/ledger/{stage}"
 
 
 def marks_of(stage: str) -> str:
-    """Where the marks of a stage lie in an output."""
+    """Returns the path of a stage's marks, relative to the output."""
     return f"{MARKS}/{stage}"
 
 
@@ -46,13 +46,13 @@ LEDGER = ledger_of(SEGMENT)
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """What an output store looks like.
+    """The properties that determine the arrays and metadata of an output store.
 
     Attributes:
-        plan: the tiles; a core is a shard.
+        plan: the tiles; the core of each is one shard.
         class_values: label value of each class; class 0 has no probability channel.
-        outputs: which of ``probabilities`` and ``classes`` are stored.
-        voxel_size: (z, y, x) in micrometre, or None if unknown (then 1, without a unit).
+        outputs: the stored arrays, of ``probabilities`` and ``classes``.
+        voxel_size: (z, y, x) in micrometre; None if unknown, stored as 1 without a unit.
     """
 
     plan: TilePlan
@@ -62,7 +62,7 @@ class StoreLayout:
 
 
 def chunk_of(core: Sequence[int]) -> tuple[int, ...]:
-    """The storage chunk inside a shard of `core`: halved until small enough for viewers."""
+    """Returns the chunk inside a shard of shape `core`, halved until small enough for viewers."""
     chunk = list(core)
     for axis, largest in enumerate(LARGEST_CHUNK):
         while chunk[axis] > largest and chunk[axis] % 2 == 0:
@@ -71,14 +71,14 @@ def chunk_of(core: Sequence[int]) -> tuple[int, ...]:
 
 
 def metadata_files(layout: StoreLayout, provenance: Mapping[str, Any]) -> dict[str, bytes]:
-    """The metadata files of a store, by name."""
+    """Returns the bytes of each metadata file of a store, by path relative to the store."""
     attributes: dict[str, Any] = {"unet_ray": dict(provenance)}
     scale = list(layout.voxel_size or (1.0, 1.0, 1.0))
-    known = layout.voxel_size is not None
+    has_unit = layout.voxel_size is not None
     if "probabilities" in layout.outputs:
         attributes["ome"] = {
             "version": "0.5",
-            "multiscales": [_multiscale("probabilities", "czyx", scale, known)],
+            "multiscales": [_multiscale("probabilities", "czyx", scale, has_unit)],
             "omero": {"channels": [_channel(v) for v in layout.class_values[1:]]},
         }
     files: dict[str, Any] = {}
@@ -91,7 +91,7 @@ def metadata_files(layout: StoreLayout, provenance: Mapping[str, Any]) -> dict[s
         zarr.create_group(store, path="labels", zarr_format=3, attributes=labels)
         image: dict[str, Any] = {
             "version": "0.5",
-            "multiscales": [_multiscale("classes", "zyx", scale, known)],
+            "multiscales": [_multiscale("classes", "zyx", scale, has_unit)],
             "image-label": {
                 "colors": [
                     {"label-value": k, "rgba": [*_COLOURS[k % len(_COLOURS)], 255]}
@@ -110,7 +110,7 @@ def metadata_files(layout: StoreLayout, provenance: Mapping[str, Any]) -> dict[s
     return {name: data.to_bytes() for name, data in files.items()}
 
 
-# Okabe and Ito's colours, which people with any kind of colour vision can tell apart.
+# The palette of Okabe and Ito, which is distinct for people with colour vision deficiency.
 _COLOURS = [(0, 0, 0), (86, 180, 233), (230, 159, 0), (0, 158, 115), (204, 121, 167), (213, 94, 0)]
 
 
@@ -119,28 +119,28 @@ def _channel(value: int) -> dict[str, Any]:
     return {"label": f"label {value}", "color": "FFFFFF", "window": window, "active": True}
 
 
-def _multiscale(name: str, axes: str, scale: Sequence[float], known: bool) -> dict[str, Any]:
-    unit = {"unit": "micrometer"} if known else {}
-    described = [
+def _multiscale(name: str, axes: str, scale: Sequence[float], has_unit: bool) -> dict[str, Any]:
+    unit = {"unit": "micrometer"} if has_unit else {}
+    axis_metadata = [
         {"name": a, "type": "channel"} if a == "c" else {"name": a, "type": "space", **unit}
         for a in axes
     ]
-    numbers = [1.0] * (len(axes) - 3) + [float(v) for v in scale]
-    transform = [{"type": "scale", "scale": numbers}]
+    axis_scales = [1.0] * (len(axes) - 3) + [float(v) for v in scale]
+    transform = [{"type": "scale", "scale": axis_scales}]
     return {
         "name": name,
-        "axes": described,
+        "axes": axis_metadata,
         "datasets": [{"path": "0", "coordinateTransformations": transform}],
     }
 
 
 def _create_array(store: MemoryStore, name: str, layout: StoreLayout, channels: int = 0) -> None:
-    front = (channels,) if channels else ()
+    channel_axis = (channels,) if channels else ()
     zarr.create_array(
         store,
         name=name,
-        shape=(*front, *layout.plan.shape),
-        shards=(*front, *layout.plan.core),
+        shape=(*channel_axis, *layout.plan.shape),
+        shards=(*channel_axis, *layout.plan.core),
         chunks=(*((1,) if channels else ()), *chunk_of(layout.plan.core)),
         dtype="uint8",
         fill_value=0,
