@@ -694,7 +694,7 @@ def test_a_run_that_is_forced_out_stops_and_loses_nothing(
             other = dataclasses.replace(TILED, takeover=True, region=last)
             segment(volume, model, tmp_path / "out", other)
 
-    with pytest.raises(RunError, match="so this run stops; what was committed stays"):
+    with pytest.raises(RunError, match="so this run stops; committed work is kept"):
         segment(volume, model, tmp_path / "out", TILED, force_out)
     assert "taking over from process" in capsys.readouterr().err
     seen = []

@@ -152,7 +152,7 @@ def owner_in(folder):
 def refused(folder, **options):
     """The refusal of a lease, which leaves the file as it was and tells nothing else."""
     told, before = [], owner_in(folder)
-    with pytest.raises(InputError) as caught, Lease(folder, tell=told.append, **options):
+    with pytest.raises(InputError) as caught, Lease(folder, notify=told.append, **options):
         pass
     assert told == []
     assert owner_in(folder) == before
@@ -164,7 +164,7 @@ def refused(folder, **options):
 
 def test_a_free_output_is_taken_and_released_in_silence(folder, told, capfd):
     for epoch in (1, 2, 3):
-        with Lease(folder, tell=told.append) as held:
+        with Lease(folder, notify=told.append) as held:
             assert held.epoch == facts(folder)["epoch"] == epoch
             assert facts(folder)["pid"] == os.getpid()
             assert facts(folder)["released"] is False
@@ -177,7 +177,7 @@ def test_a_free_output_is_taken_and_released_in_silence(folder, told, capfd):
 def test_a_run_that_fails_releases_too(folder, told):
     with pytest.raises(ZeroDivisionError), Lease(folder):
         1 / 0  # noqa: B018
-    with Lease(folder, tell=told.append) as held:
+    with Lease(folder, notify=told.append) as held:
         assert held.epoch == 2
     assert told == []
 
@@ -185,7 +185,7 @@ def test_a_run_that_fails_releases_too(folder, told):
 def test_the_second_of_two_is_refused_in_one_sentence(folder, holder):
     text = refused(folder)
     assert text.startswith(f"{folder.parent}: process {holder.pid} on {os.uname().nodename} ")
-    assert re.search(r"last sign of life was \d s ago", text)
+    assert re.search(r"its last heartbeat was \d s ago", text)
     assert "--takeover" in text
     assert text.count("\n") == 0
     holder.process.stdin.write("\n")
@@ -198,10 +198,10 @@ def test_after_a_kill_the_next_just_works(folder, holder, told, reaped):
     os.kill(holder.pid, signal.SIGKILL)
     flags = os.WEXITED | (0 if reaped else os.WNOWAIT)  # until it has ended, in either case
     os.waitid(os.P_PID, holder.pid, flags)
-    with Lease(folder, tell=told.append) as held:
+    with Lease(folder, notify=told.append) as held:
         assert held.epoch == 2
     name = f"process {holder.pid} on {os.uname().nodename}"
-    assert told == [f"{folder.parent}: taking over from {name}, which is gone."]
+    assert told == [f"{folder.parent}: taking over from {name}, which has ended."]
 
 
 def test_by_default_standard_error_is_told(folder, capfd):
@@ -215,7 +215,7 @@ def test_by_default_standard_error_is_told(folder, capfd):
 
 def test_who_released_leaves_to_any_next(folder, holder, told):
     holder.end()
-    with Lease(folder, tell=told.append) as held:
+    with Lease(folder, notify=told.append) as held:
         assert held.epoch == 2
     assert told == []
 
@@ -223,9 +223,9 @@ def test_who_released_leaves_to_any_next(folder, holder, told):
 def test_a_foreign_host_is_believed_for_90_seconds(folder, told):
     put(folder, foreign(age=80))
     text = refused(folder)
-    assert re.search(r"process 77 on elsewhere is writing .* sign of life was 8\d s ago", text)
+    assert re.search(r"process 77 on elsewhere is writing .* last heartbeat was 8\d s ago", text)
     put(folder, foreign(age=95))
-    with Lease(folder, tell=told.append) as held:
+    with Lease(folder, notify=told.append) as held:
         assert held.epoch == 5
     (line,) = told
     assert re.search(r"from process 77 on elsewhere, which has been silent for 9\d s", line)
@@ -237,7 +237,7 @@ def test_a_heartbeat_from_the_future_counts_by_the_time_of_the_file(folder, told
     put(folder, foreign(age=-3600), age=-3600)
     assert " 0 s ago" in refused(folder)
     put(folder, foreign(age=-3600), age=95)
-    with Lease(folder, tell=told.append):
+    with Lease(folder, notify=told.append):
         assert len(told) == 1
 
 
@@ -246,8 +246,8 @@ def test_a_pid_that_another_process_has_now_is_gone(folder, told):
     put(folder, here(os.getpid(), started=started))
     refused(folder)
     put(folder, here(os.getpid(), started=started - 1))
-    with Lease(folder, tell=told.append):
-        assert "which is gone" in told[0]
+    with Lease(folder, notify=told.append):
+        assert "which has ended" in told[0]
 
 
 @pytest.mark.parametrize("field", ["host", "boot_id", "namespace"])
@@ -260,7 +260,7 @@ def test_an_owner_that_names_no_namespace_or_start_is_judged_by_its_pid(folder, 
     put(folder, here(os.getpid(), namespace="", started=None))
     refused(folder)
     put(folder, here(ended_pid(), namespace="", started=None))
-    with Lease(folder, tell=told.append):
+    with Lease(folder, notify=told.append):
         assert len(told) == 1
 
 
@@ -286,8 +286,8 @@ def test_without_proc_the_pid_alone_counts(folder, tmp_path, monkeypatch, told):
         assert facts(folder)["started"] is None
         refused(folder)
     put(folder, here(ended_pid(), started=None))
-    with Lease(folder, tell=told.append):
-        assert "which is gone" in told[0]
+    with Lease(folder, notify=told.append):
+        assert "which has ended" in told[0]
 
 
 def test_many_at_once_and_one_wins(folder):
@@ -316,11 +316,11 @@ def test_who_is_overtaken_while_taking_is_refused(folder, monkeypatch, owner, to
         first.__enter__()
         return replace(self, data, tag)
 
-    first = Lease(folder, tell=[].append)
+    first = Lease(folder, notify=[].append)
     monkeypatch.setattr(swap._SwapFile, "replace", late)
     with (
         pytest.raises(InputError, match=f"process {os.getpid()} "),
-        Lease(folder, tell=told.append),
+        Lease(folder, notify=told.append),
     ):
         pass
     assert told == []
@@ -347,10 +347,10 @@ def test_the_lease_is_changed_under_the_lock_alone(folder, monkeypatch):
 
 def test_a_takeover_by_force_stops_the_old_one(folder, holder, monkeypatch, told):
     monkeypatch.setattr(lease, "CHECK_SECONDS", 0)
-    with Lease(folder, takeover=True, tell=told.append) as held:
+    with Lease(folder, takeover=True, notify=told.append) as held:
         assert held.epoch == 2
         (line,) = told
-        assert f"from process {holder.pid} on " in line and "as --takeover asks" in line
+        assert f"from process {holder.pid} on " in line and "because of --takeover" in line
         answer = holder.ask()
         assert answer.startswith(f"LostError {folder.parent}: process {os.getpid()} on ")
         holder.end()
@@ -360,7 +360,7 @@ def test_a_takeover_by_force_stops_the_old_one(folder, holder, monkeypatch, told
 
 
 def test_two_runs_of_one_process_are_two(folder, hasty):
-    with Lease(folder) as first, Lease(folder, takeover=True, tell=[].append) as second:
+    with Lease(folder) as first, Lease(folder, takeover=True, notify=[].append) as second:
         with pytest.raises(RunError, match=f"process {os.getpid()} on .* has taken it over"):
             first.check()
         second.check()
@@ -368,7 +368,7 @@ def test_two_runs_of_one_process_are_two(folder, hasty):
 
 def test_force_where_nobody_is_needs_no_word(folder, told):
     for _ in range(2):
-        with Lease(folder, takeover=True, tell=told.append):
+        with Lease(folder, takeover=True, notify=told.append):
             pass
     assert told == []
 
@@ -380,7 +380,7 @@ def test_who_was_stopped_for_long_finds_out(folder, holder, monkeypatch, told):
     os.waitid(os.P_PID, holder.pid, os.WSTOPPED)
     monkeypatch.setattr(lease, "SILENT_SECONDS", 0.3)
     time.sleep(0.4)
-    with Lease(folder, tell=told.append) as held:
+    with Lease(folder, notify=told.append) as held:
         monkeypatch.setattr(lease, "SILENT_SECONDS", 90.0)
         assert "which has been silent for" in told[0]
         os.kill(holder.pid, signal.SIGCONT)
@@ -505,7 +505,7 @@ def test_silence_is_counted_from_the_last_beat(folder, monkeypatch):
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], time=time.time, sleep=time.sleep)
     monkeypatch.setattr(lease, "time", clock)
-    with Lease(folder, tell=[].append) as held:
+    with Lease(folder, notify=[].append) as held:
         now[0] = 46
         held.check()  # beats itself
         failing(monkeypatch)
@@ -518,7 +518,7 @@ def test_silence_is_counted_from_the_last_beat(folder, monkeypatch):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 def test_a_heart_that_cannot_beat_for_long_stops_the_run(folder, hasty, monkeypatch, told, code):
-    with Lease(folder, tell=told.append) as held:
+    with Lease(folder, notify=told.append) as held:
         failures = failing(monkeypatch, code)
         until(lambda: failures)
         held.check()
@@ -535,7 +535,7 @@ def test_a_lease_that_cannot_be_read_stops_the_run_no_sooner(folder, hasty, monk
     def read(self):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    with Lease(folder, tell=[].append) as held:
+    with Lease(folder, notify=[].append) as held:
         monkeypatch.setattr(swap._SwapFile, "read", read)
         held.check()
         monkeypatch.setattr(lease, "SILENT_SECONDS", 0)
@@ -551,7 +551,7 @@ def test_an_output_that_cannot_be_written_is_refused(folder, monkeypatch):
 
 def test_an_output_that_is_a_file_is_refused(folder):
     folder.parent.write_bytes(b"")
-    with pytest.raises(InputError, match=r"OUT.zarr: no lease"), Lease(folder):
+    with pytest.raises(InputError, match=r"OUT.zarr: cannot store a lease"), Lease(folder):
         pass
 
 
@@ -578,19 +578,19 @@ def test_a_damaged_lease_is_of_an_unknown_owner(folder, told, content):
     assert re.search(r" 8\d s ago", text)
     put(folder, content, age=95)
     before = int(time.time())
-    with Lease(folder, tell=told.append) as held:
+    with Lease(folder, notify=told.append) as held:
         assert held.epoch >= before  # no run had it before
         held.check()
     assert len(told) == 1
-    with Lease(folder, tell=told.append) as held:
+    with Lease(folder, notify=told.append) as held:
         assert held.epoch > before
     assert len(told) == 1
 
 
 def test_a_damaged_lease_yields_to_force(folder, told):
     put(folder, b"garbage")
-    with Lease(folder, takeover=True, tell=told.append):
-        assert "as --takeover asks" in told[0]
+    with Lease(folder, takeover=True, notify=told.append):
+        assert "because of --takeover" in told[0]
 
 
 JSON = st.recursive(
@@ -610,10 +610,10 @@ def test_no_content_keeps_a_lease_from_being_judged(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("lease")
     put(folder, content)
     try:
-        with Lease(folder, tell=[].append) as held:
+        with Lease(folder, notify=[].append) as held:
             held.check()
     except InputError as error:
         assert "is writing here" in str(error) and "\n" not in str(error)
-    with Lease(folder, takeover=True, tell=[].append) as held:
+    with Lease(folder, takeover=True, notify=[].append) as held:
         held.check()
     assert facts(folder)["released"] is True

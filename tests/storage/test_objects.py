@@ -126,7 +126,7 @@ def test_a_run_that_is_forced_out_stops(bucket, monkeypatch):
     told = []
     with Lease(private) as first:
         first.check()
-        with Lease(private, takeover=True, tell=told.append) as second:
+        with Lease(private, takeover=True, notify=told.append) as second:
             assert (first.epoch, second.epoch) == (1, 2)
             with pytest.raises(RunError, match="has taken it over"):
                 first.check()

@@ -1,15 +1,18 @@
-"""One run at a time on one output: who owns it, since when, and whether the owner still lives.
+"""Leases: one run at a time owns an output, and others can see whether the owner is alive.
 
-Knows processes, clocks and one small file or object; does not know what a run does. That two never
-own it at once is not promised, since an owner that is silent for long loses it unasked; it finds
-out by `Lease.check` and stops, and its workers by `Fence.look` at each thing that they write.
-Two runs that go on with the same store would only do the work twice. A run that makes the store
-anew counts on the fence, and on the epoch, which grows with every owner, new store or old.
+Knows processes, clocks and one small file or object. Does not know what a run does.
 
-Clocks: a heartbeat is the wall clock of its owner, read by the clock of another host. One that
-lies in the future is of a clock that differs: then the time of the file counts, which the file
-server or object store sets. An owner whose clock is behind looks silent the sooner by that much, so
-hosts that share an output should agree to half a minute, as any time service sees to.
+A lease does not exclude two owners at every instant: an owner that is silent for long loses the
+lease without notice. It detects the loss in `Lease.check` and stops; its workers detect it in
+`Fence.look` before each write. Two runs that resume the same store would only duplicate work. A
+run that recreates the store relies on the fence and on the epoch, which increases with every
+owner, also across recreated stores.
+
+Clocks: an owner writes heartbeats by its wall clock, and other hosts compare them with theirs. A
+heartbeat in the future shows that the clocks differ. Then the modification time of the file
+counts, which the file server or object store sets. An owner whose clock is behind appears silent
+earlier by the same amount. So the clocks of hosts that share an output should agree to half a
+minute, which any time service ensures.
 """
 
 from __future__ import annotations
@@ -42,18 +45,18 @@ _UNRELEASED: set[Place] = set()  # folders of the leases that this process could
 
 @dataclass(frozen=True)
 class Owner:
-    """What a lease says of the run that holds it.
+    """The content of a lease: the run that owns it.
 
     Attributes:
-        host: name of its machine.
-        boot_id: of that machine since it was started; empty where it tells none.
-        pid: of the process.
-        epoch: how many owners there were, with this one.
-        heartbeat: its last sign of life, in seconds since 1970.
-        started: when the process was started, in clock ticks since the boot, where that is told.
-        namespace: in which its pid counts: containers of one host have several; empty if unknown.
-        released: whether it is done.
-        nonce: tells the leases of one process from each other.
+        host: name of the machine.
+        boot_id: identifier of the current boot of that machine; empty if unknown.
+        pid: process id.
+        epoch: number of the owner; increases with every owner of the output.
+        heartbeat: time of the last heartbeat, in seconds since 1970.
+        started: start time of the process, in clock ticks since boot; None if unknown.
+        namespace: PID namespace, since containers of one host have several; empty if unknown.
+        released: whether the owner has released the lease.
+        nonce: random string that distinguishes leases of one process.
     """
 
     host: str
@@ -71,7 +74,7 @@ class Owner:
 
     @property
     def name(self) -> tuple[object, ...]:
-        """What tells this owner from every other."""
+        """The fields that identify this owner among all owners."""
         return (
             self.host,
             self.boot_id,
@@ -83,16 +86,16 @@ class Owner:
         )
 
     def encode(self) -> bytes:
-        """The owner as JSON."""
+        """Returns the owner as JSON."""
         return json.dumps(dataclasses.asdict(self)).encode()
 
 
 @dataclass(frozen=True)
 class Fence:
-    """Tells any process of a run, wherever it is, whether the run still owns its output.
+    """Lets any process of a run, on any machine, check whether the run still owns its output.
 
     Attributes:
-        folder: of the lease.
+        folder: folder of the lease.
         owner: the run.
     """
 
@@ -100,18 +103,18 @@ class Fence:
     owner: Owner
 
     def check(self) -> None:
-        """Makes sure that the run may still write; reads one small file.
+        """Checks that the run may still write; reads one small file.
 
         Raises:
-            LostError: if it may not.
+            LostError: if another run owns the output, or if the lease was removed or damaged.
             OSError: if the lease cannot be read.
         """
-        if fate := _fate(swap_in(self.folder).read(), self.owner):
-            raise LostError(f"{self.folder.parent}: {fate}, so this run stops.")
+        if reason := _loss_reason(swap_in(self.folder).read(), self.owner):
+            raise LostError(f"{self.folder.parent}: {reason}, so this run stops.")
 
     @contextmanager
     def look(self) -> Iterator[None]:
-        """Makes sure of it once, without the lock: workers may be lost at any moment.
+        """Runs `check` on entering, without the lock, since a worker may be lost at any time.
 
         Raises:
             LostError, OSError: as `check`.
@@ -121,10 +124,10 @@ class Fence:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Makes sure of it, and on a disk keeps others from taking over as long as it is held.
+        """Runs `check` on entering; on a disk, no other run can take over inside the context.
 
-        It is to be held for an instant: a process that is stopped meanwhile keeps them out until
-        it goes on or ends. An object store has no locks; its puts are conditional instead.
+        Keep the context short: a process that is suspended inside it blocks other runs until it
+        continues or ends. An object store has no locks; its conditional puts replace them.
 
         Raises:
             LostError, OSError: as `check`.
@@ -135,57 +138,57 @@ class Fence:
 
 
 class Lease:
-    """The right to write one output, held while the context is open.
+    """The right to write one output, owned while the context is open.
 
-    A heartbeat tells others that the owner lives. One that could not be written is tried again at
-    the next beat.
+    A thread writes heartbeats, which show other runs that the owner is alive. If a heartbeat
+    cannot be written, the next one is tried as usual.
 
     Args:
-        folder: of the lease, in the output; made if it is not there.
-        takeover: takes the lease from whoever holds it.
-        tell: is given one line if the lease is taken from another run, or cannot be released.
-        after: an epoch that is known to have been; this one's is later.
+        folder: folder of the lease, in the output; created if it does not exist.
+        takeover: takes the lease even from an owner that may be alive.
+        notify: called with one line if the lease is taken from another run or cannot be released;
+            prints it to standard error by default.
+        after: an epoch that was used before; the new epoch is later.
 
     Attributes:
-        epoch: 1 for the first owner of the output, one more for each later one. After a damaged
-            or lost lease it goes on from the seconds since 1970, so that none is used twice.
+        epoch: 1 for the first owner of the output, then one more for each owner. After a damaged
+            or removed lease it continues from the seconds since 1970, so that no epoch is reused.
 
     Raises:
-        InputError: on entering, if another run holds the lease and may be alive, or if the lease
-            cannot be written; says which.
+        InputError: on entering, if another owner may be alive or the lease cannot be written.
     """
 
     def __init__(
         self,
         folder: Place,
         takeover: bool = False,
-        tell: Callable[[str], None] | None = None,
+        notify: Callable[[str], None] | None = None,
         after: int = 0,
     ) -> None:
         self.epoch, self._after = 0, after
         self._folder, self._output = folder, folder.parent
-        self._takeover, self._tell = takeover, tell or _tell_stderr
+        self._takeover, self._notify = takeover, notify or _print_to_stderr
         self._file = swap_in(folder)
         self._me = _this_process()
-        self._beaten = self._checked = time.monotonic()
+        self._last_beat = self._last_check = time.monotonic()
         self._error: OSError | None = None
-        self._lost = ""
+        self._loss = ""  # message of the LostError, once the lease is lost
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._keep_beating, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._beat_repeatedly, name="lease", daemon=True)
 
     def __enter__(self) -> Self:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if isinstance(self._folder, ObjectPath):
                 refuse_unconditional(self._folder)
-            line = self._take()
+            notice = self._take()
         except OSError as error:
             raise InputError(
-                f"{self._output}: no lease can be kept in it ({error}); choose an output that can "
-                "be written and locked."
+                f"{self._output}: cannot store a lease in it ({error}); choose an output on a disk "
+                "that can be written and locked."
             ) from error
-        if line:
-            self._tell(line)
+        if notice:
+            self._notify(notice)
         _UNRELEASED.discard(self._folder.resolve())
         self._thread.start()
         return self
@@ -202,76 +205,80 @@ class Lease:
             self._write(dataclasses.replace(self._me, heartbeat=time.time(), released=True))
         except OSError as failure:
             _UNRELEASED.add(self._folder.resolve())
-            self._tell(f"{self._output}: the lease could not be released ({failure}).")
+            self._notify(f"{self._output}: the lease could not be released ({failure}).")
 
     @property
     def fence(self) -> Fence:
-        """What workers ask before they write."""
+        """The check that workers run before they write."""
         return Fence(self._folder, self._me)
 
     def check(self, now: bool = False) -> None:
-        """Makes sure that this run may go on; cheap, it looks at the file once a second.
+        """Checks that this run still owns the lease; reads the file at most once a second.
 
         Args:
-            now: looks at the file in any case.
+            now: reads the file in any case.
 
         Raises:
-            LostError: if another run has taken the lease over, or if it was removed.
-            RunError: if its heartbeat could not be written for so long that another run may soon
-                take it over.
+            LostError: if another run owns the lease, or if it was removed or damaged.
+            RunError: if no heartbeat could be written for so long that another run may soon take
+                the lease.
         """
-        seconds = time.monotonic() - self._checked
+        seconds = time.monotonic() - self._last_check
         if now or seconds >= CHECK_SECONDS:
-            self._checked += seconds
-            # A process that was stopped, or a machine that slept, catches up here.
-            self._attempt(self._beat if self._silent() else self._look)
-        if self._lost:
-            raise LostError(self._lost)
-        if self._error and self._silent():
+            self._last_check += seconds
+            # After a suspended process or machine continues, the overdue heartbeat is written here.
+            self._attempt(self._beat if self._is_silent() else self._read_own)
+        if self._loss:
+            raise LostError(self._loss)
+        if self._error and self._is_silent():
             raise RunError(
                 f"{self._output}: the lease could not be renewed for "
-                f"{time.monotonic() - self._beaten:.0f} s ({self._error}), so another run may take "
-                "it over; run the same command again once it can be written."
+                f"{time.monotonic() - self._last_beat:.0f} s ({self._error}), so another run may "
+                "take it over; rerun the same command once the output can be written."
             ) from self._error
 
     def _take(self) -> str:
-        """Takes the lease; gives what is to be told of it."""
+        """Takes the lease; returns a notice for the user, empty if the lease was free."""
         while True:
-            content, line = self._file.read(), ""
+            content, notice = self._file.read(), ""
             epoch = int(time.time()) if self._after else 1
             if content:
                 owner = _decode(content.data)
-                # A put whose answer was lost is ours all the same.
+                # An earlier put of this loop succeeded, though its response was lost.
                 if owner and owner.name == self._me.name and not owner.released:
                     self.epoch = owner.epoch
                     return ""
-                line = "" if owner and owner.released else self._judge(owner, content.modified)
+                notice = "" if owner and owner.released else self._notice(owner, content.modified)
                 epoch = owner.epoch + 1 if owner else int(time.time())
             epoch = max(epoch, self._after + 1)
-            self._beaten = time.monotonic()
+            self._last_beat = time.monotonic()
             self._me = dataclasses.replace(self._me, epoch=epoch, heartbeat=time.time())
             if self._file.replace(self._me.encode(), content.tag if content else None):
                 self.epoch = epoch
-                return line
+                return notice
 
-    def _judge(self, owner: Owner | None, modified: float) -> str:
-        """Why the lease may be taken from `owner`, or from nobody knows whom."""
-        age = _age(owner, modified)
+    def _notice(self, owner: Owner | None, modified: float) -> str:
+        """Returns the notice of a takeover; `owner` is None if the lease is damaged.
+
+        Raises:
+            InputError: if this run may not take the lease.
+        """
+        age = _seconds_silent(owner, modified)
         name = str(owner) if owner else f"an unknown process (a damaged {LEASE})"
         taking = f"{self._output}: taking over from {name}, "
-        if owner and (_is_gone(owner, self._me) or self._was_this_run(owner)):
-            return f"{taking}which is gone."
+        if owner and (_has_ended(owner, self._me) or self._is_unreleased(owner)):
+            return f"{taking}which has ended."
         if age >= SILENT_SECONDS:
             return f"{taking}which has been silent for {age:.0f} s."
         if self._takeover:
-            return f"{taking}whose last sign of life was {age:.0f} s ago, as --takeover asks."
+            return f"{taking}whose last heartbeat was {age:.0f} s ago, because of --takeover."
         raise InputError(
-            f"{self._output}: {name} is writing here, its last sign of life was {age:.0f} s ago; "
-            "wait for it or end it, or force it out with --takeover."
+            f"{self._output}: {name} is writing here, its last heartbeat was {age:.0f} s ago; "
+            "wait for it, end it, or force it out with --takeover."
         )
 
-    def _was_this_run(self, owner: Owner) -> bool:
-        """Whether a lease of this process is over, but a full disk kept it from saying so."""
+    def _is_unreleased(self, owner: Owner) -> bool:
+        """Returns whether `owner` is an ended lease of this process that could not be released."""
         same = (owner.host, owner.pid, owner.started) == (
             self._me.host,
             self._me.pid,
@@ -279,43 +286,43 @@ class Lease:
         )
         return same and self._folder.resolve() in _UNRELEASED
 
-    def _keep_beating(self) -> None:
-        while not self._lost and not self._stop.wait(HEARTBEAT_SECONDS):
+    def _beat_repeatedly(self) -> None:
+        while not self._loss and not self._stop.wait(HEARTBEAT_SECONDS):
             self._attempt(self._beat)
 
-    def _attempt(self, act: Callable[[], object]) -> None:
-        """Does what is done again soon if it fails; `check` tells once it fails for long."""
+    def _attempt(self, action: Callable[[], object]) -> None:
+        """Calls `action` and records an OSError, which `check` raises if it persists."""
         try:
-            act()
+            action()
         except OSError as error:
             self._error = error
 
     def _beat(self) -> None:
-        """Gives a sign of life."""
+        """Writes a heartbeat."""
         now = time.monotonic()
         self._write(dataclasses.replace(self._me, heartbeat=time.time()))
-        self._beaten, self._error = now, None
+        self._last_beat, self._error = now, None
 
     def _write(self, owner: Owner) -> None:
-        """Writes `owner` into the lease, unless it is no longer this run's."""
-        while content := self._look():
+        """Writes `owner` into the lease if this run still owns it."""
+        while content := self._read_own():
             if self._file.replace(owner.encode(), content.tag):
                 return
 
-    def _look(self) -> Content | None:
-        """The lease if it is still this run's; else notes what became of it."""
+    def _read_own(self) -> Content | None:
+        """Returns the lease if this run still owns it; otherwise records the loss."""
         content = self._file.read()
-        if fate := _fate(content, self._me):
-            self._lost = f"{self._output}: {fate}, so this run stops; what was committed stays."
+        if reason := _loss_reason(content, self._me):
+            self._loss = f"{self._output}: {reason}, so this run stops; committed work is kept."
             return None
         return content
 
-    def _silent(self) -> bool:
-        return time.monotonic() - self._beaten > SILENT_SECONDS / 2
+    def _is_silent(self) -> bool:
+        return time.monotonic() - self._last_beat > SILENT_SECONDS / 2
 
 
-def _fate(content: Content | None, me: Owner) -> str:
-    """What became of the lease of `me`; nothing if it still holds it."""
+def _loss_reason(content: Content | None, me: Owner) -> str:
+    """Returns why `me` no longer owns the lease; empty if it still does."""
     owner = _decode(content.data) if content else None
     if owner and owner.name == me.name and not owner.released:
         return ""
@@ -325,7 +332,7 @@ def _fate(content: Content | None, me: Owner) -> str:
 
 
 def _decode(data: bytes) -> Owner | None:
-    """The owner that a lease names; None if it is damaged."""
+    """Returns the owner in a lease; None if the lease is damaged."""
     try:
         facts = json.loads(data)
         owner = Owner(
@@ -333,11 +340,11 @@ def _decode(data: bytes) -> Owner | None:
         )
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    return owner if _is_sound(owner) else None
+    return owner if _is_valid(owner) else None
 
 
-def _is_sound(owner: Owner) -> bool:
-    """Whether all that was read is of its type and range."""
+def _is_valid(owner: Owner) -> bool:
+    """Returns whether every field has its type and range."""
     return (
         isinstance(owner.host, str)
         and owner.host.isprintable()
@@ -345,27 +352,27 @@ def _is_sound(owner: Owner) -> bool:
         and isinstance(owner.namespace, str)
         and isinstance(owner.released, bool)
         and isinstance(owner.nonce, str)
-        and _is_whole(owner.pid, 1, 2**31 - 1)
-        and _is_whole(owner.epoch, 1, 2**62)
-        and (owner.started is None or _is_whole(owner.started, 0, 2**63))
+        and _is_integer(owner.pid, 1, 2**31 - 1)
+        and _is_integer(owner.epoch, 1, 2**62)
+        and (owner.started is None or _is_integer(owner.started, 0, 2**63))
         and type(owner.heartbeat) in (int, float)
         and 0 <= owner.heartbeat <= LATEST
     )
 
 
-def _is_whole(value: object, low: int, high: int) -> bool:
+def _is_integer(value: object, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _age(owner: Owner | None, modified: float) -> float:
-    """Seconds since the last sign of life, by this machine's clock."""
+def _seconds_silent(owner: Owner | None, modified: float) -> float:
+    """Returns the seconds since the last heartbeat, by this machine's clock."""
     now = time.time()
     last = owner.heartbeat if owner and owner.heartbeat <= now else modified
     return max(0.0, now - last)
 
 
-def _is_gone(owner: Owner, me: Owner) -> bool:
-    """Whether the process of `owner` has ended: it ran where this one runs, and is not there."""
+def _has_ended(owner: Owner, me: Owner) -> bool:
+    """Returns whether `owner` ran in this PID namespace and its process has ended."""
     if (owner.host, owner.boot_id) != (me.host, me.boot_id):
         return False
     if owner.namespace not in ("", me.namespace):
@@ -375,24 +382,24 @@ def _is_gone(owner: Owner, me: Owner) -> bool:
     except ProcessLookupError:
         return True
     except PermissionError:
-        pass  # it is there, and another user's
+        pass  # it runs as another user
     state, started = _process(owner.pid)
     reused = None not in (owner.started, started) and owner.started != started
     return reused or state in ("Z", "X")
 
 
 def _process(pid: int) -> tuple[str, int | None]:
-    """State of a process, and when it was started, in clock ticks since the boot; see proc(5)."""
+    """Returns the state and start time of a process, in clock ticks since boot; see proc(5)."""
     try:
         data = (PROC / str(pid) / "stat").read_bytes()
-        state, *rest = data.rpartition(b")")[2].split()  # its name may hold anything
+        state, *rest = data.rpartition(b")")[2].split()  # the name before it may contain anything
         return state.decode(), int(rest[18])
-    except (OSError, ValueError, IndexError):  # no such folder, as on macOS, or ended meanwhile
+    except (OSError, ValueError, IndexError):  # no /proc, as on macOS, or the process has ended
         return "", None
 
 
 def _this_process() -> Owner:
-    """The owner that this process would be, before it has an epoch."""
+    """Returns this process as an owner, without epoch and heartbeat."""
     try:
         boot_id = (PROC / "sys/kernel/random/boot_id").read_text().strip()
         namespace = os.readlink(PROC / "self/ns/pid")
@@ -411,5 +418,5 @@ def _this_process() -> Owner:
     )
 
 
-def _tell_stderr(line: str) -> None:
+def _print_to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
