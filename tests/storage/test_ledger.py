@@ -237,5 +237,5 @@ def test_an_older_run_can_neither_begin_a_store_nor_go_on_with_it(folder):
 def test_a_segment_that_leads_nowhere_is_named(folder, name):
     folder.mkdir(parents=True)
     (folder / name).symlink_to("nowhere")
-    with pytest.raises(RunError, match=rf"{name}: cannot be read, though it is there"):
+    with pytest.raises(RunError, match=rf"{name}: exists but cannot be read"):
         committed(folder, TILES)

@@ -1,13 +1,17 @@
-"""Which tiles of a stage are committed, quarantined or skipped: immutable segments of bits.
+"""The ledger of a stage: which tiles are committed, quarantined or skipped.
 
-Knows numbers; a tile is committed after its shards are on disk, and only by the driver. A segment
-is a small file, written whole or not at all, that holds the bits of a range of tiles; of those that
-are skipped it holds all, and the newest counts. What a run adds goes into new ones, named by the
-epoch of the run and a sequence number, and opening a ledger puts them together in one. So nothing
-is ever changed in place, as object stores want it, and a kill loses at most the tiles of the last
-second, which are then made again with the same bytes. A segment that does not check out holds
-nothing, nor does one that is older than the store: a run that was forced out may note what it did
-to the one before.
+Knows tile numbers. Does not know what a tile contains or who computes it. Only the driver commits a
+tile, after its shards are on disk.
+
+The ledger consists of segments. A segment is a small immutable file that is written atomically and
+contains the bits of one state for a range of tiles. Segments of committed and of quarantined tiles
+add up; a segment of skipped tiles covers all tiles, and only the newest one counts. A run writes
+its records to new segments, named by its epoch and a sequence number. Opening a ledger merges its
+segments. So no file changes in place, which suits object stores. A kill loses at most the records
+of the last second; those tiles are then recomputed with the same bytes.
+
+A segment with a wrong checksum is ignored. So is a segment older than the store: a run that lost
+its lease may still record tiles of the store that was there before.
 """
 
 from __future__ import annotations
@@ -31,36 +35,35 @@ from unet_ray.storage.places import Place, write_whole
 State = Literal["committed", "quarantined", "skipped"]
 STATES: tuple[State, ...] = ("committed", "quarantined", "skipped")
 Bits = NDArray[np.bool_]
-# A segment is written at most so often, and put together with others before they are many.
-SECONDS = 1.0
-SEGMENTS = 256
+SECONDS = 1.0  # least time between two writes of segments
+SEGMENTS = 256  # more segments than this are merged
 FORMAT = 1
-BORN = ".born"  # ending of an empty file whose name is the epoch that made the store
+BORN = ".born"  # suffix of an empty file; its stem is the epoch of the run that created the store
 _NAME = re.compile(rf"[0-9]+{re.escape(BORN)}|[0-9]+-[0-9]+\.({'|'.join(STATES)})")
 
 
 class Ledger:
-    """The tiles of one stage, open for more.
+    """The ledger of one stage, opened for writing.
 
-    A tile that is committed is no longer quarantined or skipped.
+    A committed tile is no longer quarantined or skipped.
 
     Args:
-        folder: of the segments; made if it is not there.
+        folder: folder of the segments; created if it does not exist.
         tiles: number of tiles of the plan.
-        epoch: of the run.
+        epoch: epoch of the run.
 
     Attributes:
-        born: the epoch that made the store; 0 if none is told.
+        born: epoch of the run that created the store; 0 if none is recorded.
 
     Raises:
-        LostError: if the store was made anew by a later run.
+        LostError: if a later run has recreated the store.
     """
 
     def __init__(self, folder: Place, tiles: int, epoch: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.born = _born(folder)
+        self.born = _creation_epoch(folder)
         if self.born > epoch:
-            raise _lost(folder)
+            raise _lost_error(folder)
         self._folder, self._epoch = folder, epoch
         records = _read(folder, tiles)
         self._bits, self._files = records.bits, records.files
@@ -69,67 +72,67 @@ class Ledger:
         self._count = int(self._bits["committed"].sum())
         own = (path for path in records.files if _epoch_of(path) == epoch)
         self._sequence = max(map(_sequence_of, own), default=0)
-        self._added: dict[State, list[int]] = {state: [] for state in STATES}
-        self._written, self._lock = time.monotonic(), threading.Lock()
+        self._pending: dict[State, list[int]] = {state: [] for state in STATES}
+        self._last_flush, self._lock = time.monotonic(), threading.Lock()
         self._timer: threading.Timer | None = None
         for path in records.stale:
             path.unlink(missing_ok=True)
         self._compact(always=bool(records.damaged))
 
     def commit(self, tile: int) -> None:
-        """Notes that the shards of `tile` are on disk; the note is there itself a second later."""
+        """Records that the shards of `tile` are on disk; the record follows within a second."""
         self._count += not self._bits["committed"][tile]
         self._add("committed", tile)
         self._bits["quarantined"][tile] = self._bits["skipped"][tile] = False
 
     def quarantine(self, tile: int) -> None:
-        """Notes that `tile` has failed too often, and is left until the next run."""
+        """Records that `tile` has failed too often; only the next run tries it again."""
         self._add("quarantined", tile)
 
-    def skip(self, tiles: Bits, wanted: Bits) -> None:
-        """Notes which tiles are not asked for, and which are, whatever an earlier run was asked.
+    def skip(self, tiles: Bits, requested: Bits) -> None:
+        """Records which tiles a mask skips, replacing the records of earlier runs.
 
-        It is on disk on return.
+        The record is on disk on return. Tiles that are in neither argument keep their state.
 
         Args:
-            tiles: those that are not, (tiles,).
-            wanted: those that are, (tiles,); of all others nothing changes.
+            tiles: the skipped tiles, bool, shape (tiles,).
+            requested: the requested tiles, bool, shape (tiles,).
         """
         with self._lock:
-            now = (self._bits["skipped"] & ~wanted | tiles) & ~self._bits["committed"]
-            if (now != self._bits["skipped"]).any():
-                self._bits["skipped"] = now
-                self._write("skipped", 0, now)
+            skipped = (self._bits["skipped"] & ~requested | tiles) & ~self._bits["committed"]
+            if (skipped != self._bits["skipped"]).any():
+                self._bits["skipped"] = skipped
+                self._write("skipped", 0, skipped)
 
     def _add(self, state: State, tile: int) -> None:
         if not 0 <= tile < self._bits[state].size:
             raise IndexError(f"Tile {tile} of a ledger of {self._bits[state].size} tiles.")
         with self._lock:
             self._bits[state][tile] = True
-            self._added[state].append(tile)
-        if time.monotonic() - self._written >= SECONDS:
+            self._pending[state].append(tile)
+        if time.monotonic() - self._last_flush >= SECONDS:
             self.flush()
         elif not self._timer:
-            self._timer = threading.Timer(SECONDS, self._flush_late)
+            self._timer = threading.Timer(SECONDS, self._flush_by_timer)
             self._timer.daemon = True
             self._timer.start()
 
-    def _flush_late(self) -> None:
+    def _flush_by_timer(self) -> None:
         self._timer = None
-        with suppress(OSError):  # the next tile tries again, and tells
+        with suppress(OSError):  # the next tile retries the write and raises the error
             self.flush()
 
     def flush(self) -> None:
-        """Writes down what was noted; returns when it is on disk."""
+        """Writes the pending records; returns when they are on disk."""
         with self._lock:
-            for state, tiles in self._added.items():
+            for state, tiles in self._pending.items():
                 if tiles:
                     first, last = min(tiles), max(tiles)
                     bits = np.zeros(last + 1 - first, bool)
                     bits[np.array(tiles) - first] = True
                     self._write(state, first, bits)
                     tiles.clear()
-            self._written = time.monotonic()
+            self._last_flush = time.monotonic()
             if len(self._files) > SEGMENTS:
                 self._compact()
 
@@ -140,13 +143,13 @@ class Ledger:
         self._files.append(path)
 
     def _compact(self, always: bool = False) -> None:
-        """Puts all segments together; a kill in between leaves both, which say the same."""
+        """Merges all segments; after a kill, the old and new segments agree."""
         if len(self._files) <= len(STATES) and not always:
             return
-        old, self._files = self._files, []
+        merged, self._files = self._files, []
         for state in STATES:
             self._write(state, 0, self._bits[state])
-        for path in old:
+        for path in merged:
             path.unlink(missing_ok=True)
 
     def __contains__(self, tile: int) -> bool:
@@ -157,7 +160,7 @@ class Ledger:
 
     @property
     def committed(self) -> Bits:
-        """Which tiles are committed: (tiles,), not to be changed."""
+        """Which tiles are committed, bool, shape (tiles,); callers must not modify it."""
         return self._bits["committed"]
 
     def __enter__(self) -> Self:
@@ -177,72 +180,72 @@ class Ledger:
 
 
 def begin(folder: Place, epoch: int) -> None:
-    """Begins the ledger of a new store: whatever the folder holds counts no more.
+    """Starts the ledger of a new store; all records in the folder become invalid.
 
     Args:
-        folder: of the segments; made if it is not there.
-        epoch: of the run that makes the store; later than any here.
+        folder: folder of the segments; created if it does not exist.
+        epoch: epoch of the run that creates the store.
 
     Raises:
-        LostError: if it is not.
+        LostError: if `epoch` is not later than every epoch in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if newest(folder) >= epoch:
-        raise _lost(folder)
+        raise _lost_error(folder)
     write_whole(folder / f"{epoch:08d}{BORN}", b"")
 
 
 def newest(folder: Place) -> int:
-    """The newest epoch that made a store here, or noted something; 0 if none did."""
-    return max(map(_epoch_of, _listed(folder)), default=0)
+    """Returns the newest epoch in the folder of a ledger; 0 if it is empty."""
+    return max(map(_epoch_of, _list_files(folder)), default=0)
 
 
 def has_begun(folder: Place) -> bool:
-    """Whether there is a ledger at all."""
-    return bool(_listed(folder))
+    """Returns whether the folder contains a ledger."""
+    return bool(_list_files(folder))
 
 
 def has_notes(folder: Place) -> bool:
-    """Whether something was noted of the store, whatever it is."""
-    born = _born(folder)
-    return any(path.suffix != BORN and _epoch_of(path) >= born for path in _listed(folder))
+    """Returns whether the ledger contains any record of the current store."""
+    born = _creation_epoch(folder)
+    return any(path.suffix != BORN and _epoch_of(path) >= born for path in _list_files(folder))
 
 
 def committed(folder: Place, tiles: int) -> Bits:
-    """Which of so many tiles a ledger holds, also while a run adds to it: (tiles,).
+    """Returns which tiles are committed, bool, shape (tiles,); a run may be adding to the ledger.
 
     Raises:
-        RunError: if a segment cannot be read, though it is there.
+        RunError: if a segment exists but cannot be read.
     """
     return _read(folder, tiles).bits["committed"]
 
 
 def quarantined(folder: Place, tiles: int) -> Bits:
-    """Which of so many tiles have failed too often, and are not committed since: (tiles,)."""
+    """Returns which tiles failed too often and are not committed, bool, shape (tiles,)."""
     bits = _read(folder, tiles).bits
     return bits["quarantined"] & ~bits["committed"]
 
 
 def skipped(folder: Place, tiles: int) -> Bits:
-    """Which of so many tiles no mask asked for, and are not committed since: (tiles,)."""
+    """Returns which tiles a mask skips and are not committed, bool, shape (tiles,)."""
     bits = _read(folder, tiles).bits
     return bits["skipped"] & ~bits["committed"]
 
 
 def damaged(folder: Place, tiles: int) -> list[Place]:
-    """The segments that do not check out, and so hold nothing; the next run removes them."""
+    """Returns the damaged segments, which are ignored; the next run removes them."""
     return _read(folder, tiles).damaged
 
 
 @dataclass(frozen=True)
 class _Records:
-    """What a ledger holds.
+    """The content of a ledger.
 
     Attributes:
-        bits: of all its segments together.
-        files: its segments.
-        damaged: those of them that do not check out.
-        stale: what is older than the store.
+        bits: the tiles of each state, merged from all segments.
+        files: the segments.
+        damaged: the damaged ones among them.
+        stale: files older than the store.
     """
 
     bits: dict[State, Bits]
@@ -252,41 +255,41 @@ class _Records:
 
 
 def _read(folder: Place, tiles: int) -> _Records:
-    missing: set[Place] = set()
+    vanished: set[Place] = set()
     while True:
-        every = _listed(folder)
-        born = max((_epoch_of(path) for path in every if path.suffix == BORN), default=0)
-        files = [path for path in every if _epoch_of(path) >= born and path.suffix != BORN]
-        stale = [path for path in every if _epoch_of(path) < born]
+        paths = _list_files(folder)
+        born = max((_epoch_of(path) for path in paths if path.suffix == BORN), default=0)
+        files = [path for path in paths if _epoch_of(path) >= born and path.suffix != BORN]
+        stale = [path for path in paths if _epoch_of(path) < born]
         records = _Records({state: np.zeros(tiles, bool) for state in STATES}, files, [], stale)
-        path = _add_all(records, tiles)
+        path = _add_segments(records, tiles)
         if path is None:
             return records
-        if path in missing and path in _listed(folder):  # as a link that leads nowhere
-            raise RunError(f"{path}: cannot be read, though it is there; remove it.")
-        missing.add(path)  # put together with others in the meantime
+        if path in vanished and path in _list_files(folder):  # such as a broken link
+            raise RunError(f"{path}: exists but cannot be read; remove it.")
+        vanished.add(path)  # a run has merged it with others in the meantime
 
 
-def _add_all(records: _Records, tiles: int) -> Place | None:
-    """Reads all segments; gives the first that is not there any more, if one is not."""
+def _add_segments(records: _Records, tiles: int) -> Place | None:
+    """Reads all segments; returns the first that no longer exists, or None."""
     for path in sorted(records.files, key=lambda path: (_epoch_of(path), _sequence_of(path))):
         try:
-            found = _decode(path.read_bytes(), tiles)
+            segment = _decode(path.read_bytes(), tiles)
         except FileNotFoundError:
             return path
-        if found:
-            first, some = found
+        if segment:
+            first, bits = segment
             state = next(state for state in STATES if path.suffix == f".{state}")
-            if state == "skipped":  # always all tiles, as the newest run was asked for them
+            if state == "skipped":  # covers all tiles and replaces the older segments
                 records.bits[state][:] = False
-            records.bits[state][first : first + some.size] |= some
+            records.bits[state][first : first + bits.size] |= bits
         else:
             records.damaged.append(path)
     return None
 
 
-def _listed(folder: Place) -> list[Place]:
-    """The segments, and what tells when the store was made."""
+def _list_files(folder: Place) -> list[Place]:
+    """Returns the segments and the files that record when the store was created."""
     return [path for path in folder.glob("[0-9]*") if _NAME.fullmatch(path.name)]
 
 
@@ -298,29 +301,29 @@ def _sequence_of(path: Place) -> int:
     return int(path.stem.partition("-")[2])
 
 
-def _lost(folder: Place) -> LostError:
-    return LostError(f"{folder}: another run has taken over from this one, so it stops.")
+def _lost_error(folder: Place) -> LostError:
+    return LostError(f"{folder}: another run has taken over, so this run stops.")
 
 
-def _born(folder: Place) -> int:
-    """The epoch that made the store; 0 if none is told."""
-    return max((_epoch_of(path) for path in _listed(folder) if path.suffix == BORN), default=0)
+def _creation_epoch(folder: Place) -> int:
+    """Returns the epoch of the run that created the store; 0 if none is recorded."""
+    return max((_epoch_of(path) for path in _list_files(folder) if path.suffix == BORN), default=0)
 
 
 def _encode(first: int, bits: Bits, tiles: int) -> bytes:
-    """A segment: a line of JSON, the bits, and a checksum of both."""
-    about = {"format": FORMAT, "tiles": tiles, "first": first, "bits": bits.size}
-    data = json.dumps(about).encode() + b"\n" + zlib.compress(np.packbits(bits).tobytes(), 1)
+    """Returns a segment: a header line of JSON, the packed bits, and a checksum of both."""
+    header = {"format": FORMAT, "tiles": tiles, "first": first, "bits": bits.size}
+    data = json.dumps(header).encode() + b"\n" + zlib.compress(np.packbits(bits).tobytes(), 1)
     return data + zlib.crc32(data).to_bytes(4, "little")
 
 
 def _decode(data: bytes, tiles: int) -> tuple[int, Bits] | None:
-    """The first tile and the bits of a segment; None if it is damaged or of another plan."""
-    head, _, packed = data[:-4].partition(b"\n")
+    """Returns the first tile and the bits of a segment; None if damaged or of another plan."""
+    header_line, _, compressed = data[:-4].partition(b"\n")
     if zlib.crc32(data[:-4]).to_bytes(4, "little") != data[-4:]:
         return None
-    about = json.loads(head)
-    if about["format"] != FORMAT or about["tiles"] != tiles:
+    header = json.loads(header_line)
+    if header["format"] != FORMAT or header["tiles"] != tiles:
         return None
-    records = np.frombuffer(zlib.decompress(packed), np.uint8)
-    return about["first"], np.unpackbits(records, count=about["bits"]).astype(bool)
+    packed = np.frombuffer(zlib.decompress(compressed), np.uint8)
+    return header["first"], np.unpackbits(packed, count=header["bits"]).astype(bool)

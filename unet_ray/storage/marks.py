@@ -1,13 +1,15 @@
-"""What became of the tiles of a block, written down by its worker for one that comes after it.
+"""Marks: events of the tiles of a block, which a worker records for the worker after it.
 
-Knows tile numbers and lines of a file, or names of empty objects; does not know what a tile is
-about, or who runs it. Ray hands a block out again if its worker ends before Ray knows that the
-block is done: the marks tell which of its tiles are done already, and which one may be what kills
-the workers; where three take its steps, each has marks of its own. To the next run they tell what
-the driver of this one never heard of.
+Knows tile numbers, lines of a file and names of empty objects. Does not know what a tile contains
+or who computes it.
 
-A run keeps the marks of each block in a folder named by its epoch. In an object store every mark is
-an object of its own, since stores allow few writes a second of the same one.
+Ray reassigns a block if its worker ends before Ray knows that the block is done. The marks then
+show which tiles are done and which tile may be killing workers. If separate workers take the steps
+of a tile, each of them has its own marks. The next run also commits tiles that are marked as done
+but that the driver never committed.
+
+A run stores its marks in a folder named by its epoch, one file for each block. In an object store
+every mark is a separate object, since stores limit how often one object is rewritten.
 """
 
 from __future__ import annotations
@@ -33,10 +35,10 @@ class Mark:
     """An event of a tile.
 
     Attributes:
-        tile: its number.
-        event: of the try: ``ended`` if it failed, or went on to its next step elsewhere.
-        seconds: that it took; 0 unless it is done.
-        memory: bytes of the process then; 0 unless it is done, or if unknown.
+        tile: number of the tile.
+        event: ``ended`` means that the attempt failed or that another worker takes the next step.
+        seconds: duration of the attempt; 0 unless the event is ``done``.
+        memory: memory of the process, in bytes; 0 if unknown or unless the event is ``done``.
     """
 
     tile: int
@@ -46,11 +48,10 @@ class Mark:
 
 
 class Marks:
-    """The marks of a block; one process adds to them at a time.
+    """The marks of a block; only one process at a time may add marks.
 
     Args:
-        path: of their file, which need not be there; its folder must. In an object store, what the
-            names of the marks begin with.
+        path: the file, in an existing folder; in an object store the prefix of the marks.
     """
 
     def __init__(self, path: Place) -> None:
@@ -58,10 +59,10 @@ class Marks:
         self._number = 0  # of the next mark, in an object store
 
     def before(self, tile: int) -> list[Mark]:
-        """What others have marked of a tile, since it last ended and was not done.
+        """Returns the earlier workers' marks of a tile since its last ``ended`` mark.
 
         Raises:
-            OSError: if that cannot be read.
+            OSError: if the marks cannot be read.
         """
         with self._lock:
             return self._before.get(tile, [])
@@ -79,9 +80,9 @@ class Marks:
         if isinstance(self._path, ObjectPath):
             for path in self._path.below():
                 self._number += 1
-                yield from _named(path.name)
+                yield from _parse_name(path.name)
         else:
-            yield from _in_file(self._path)
+            yield from _read_file(self._path)
 
     def add(self, mark: Mark) -> None:
         """Adds a mark.
@@ -91,50 +92,50 @@ class Marks:
         """
         with self._lock:
             if isinstance(self._path, ObjectPath):
-                _ = self._before  # its number comes after those
-                facts = f"{mark.tile},{mark.event},{mark.seconds!r},{mark.memory}"
-                (self._path / f"{self._number:08d},{uuid.uuid4().hex},{facts}").put(b"")
+                _ = self._before  # numbers continue after the marks that exist
+                fields = f"{mark.tile},{mark.event},{mark.seconds!r},{mark.memory}"
+                (self._path / f"{self._number:08d},{uuid.uuid4().hex},{fields}").put(b"")
                 self._number += 1
             else:
                 with open(self._path, "ab") as file:
                     file.write(json.dumps(astuple(mark)).encode() + b"\n")
 
 
-def _named(name: str) -> Iterator[Mark]:
-    with suppress(ValueError):  # of an older version, or somebody else's
+def _parse_name(name: str) -> Iterator[Mark]:
+    with suppress(ValueError):  # from an older version or another program
         _, _, tile, event, seconds, memory = name.split(",")
         yield Mark(int(tile), cast(Event, event), float(seconds), int(memory))
 
 
-def _in_file(path: Path) -> Iterator[Mark]:
+def _read_file(path: Path) -> Iterator[Mark]:
     with suppress(FileNotFoundError):
         for line in path.read_bytes().splitlines():
-            with suppress(ValueError, TypeError):  # cut off, as by a full disk
+            with suppress(ValueError, TypeError):  # truncated, for example by a full disk
                 yield Mark(*json.loads(line))
 
 
 def tiles_done(folder: Place, since: int) -> Iterator[int]:
-    """The tiles that workers of any run have marked as done, also more than once.
+    """Yields the tiles that workers of any run have marked as done; tiles may repeat.
 
     Args:
-        folder: of the marks of all runs.
-        since: the first epoch that counts.
+        folder: folder of the marks of all runs.
+        since: the first epoch to read.
 
     Raises:
-        OSError: if they cannot be read.
+        OSError: if the marks cannot be read.
     """
     for epoch, path in _by_epoch(folder):
         if epoch >= since:
-            marks = _in_file(path) if isinstance(path, Path) else _named(path.name)
+            marks = _read_file(path) if isinstance(path, Path) else _parse_name(path.name)
             yield from (mark.tile for mark in marks if mark.event == "done")
 
 
 def remove_older(folder: Place, epoch: int) -> None:
-    """Removes the marks of runs before the one of this epoch."""
+    """Removes the marks of runs with an earlier epoch."""
     if isinstance(folder, Path):
-        for each in folder.glob("*"):
-            if not each.name.isdigit() or int(each.name) < epoch:
-                remove_tree(each)
+        for run_folder in folder.glob("*"):
+            if not run_folder.name.isdigit() or int(run_folder.name) < epoch:
+                remove_tree(run_folder)
     else:
         older = (path for other, path in _by_epoch(folder) if other < epoch)
         remove_objects([path for path in older if isinstance(path, ObjectPath)])
