@@ -1193,7 +1193,7 @@ def test_paths_that_cannot_be_opened(tmp_path, monkeypatch):
         open_volume(tmp_path / "train-volume.tif/0")
     with pytest.raises(InputError, match="does not exist"):
         open_volume(tmp_path / "nowhere/0")
-    with pytest.raises(InputError, match=r"https:// is not an object store that is known"):
+    with pytest.raises(InputError, match=r"https:// is not a supported object store"):
         open_volume("https://server/volume.zarr")
     (tmp_path / "none").mkdir()
     with pytest.raises(InputError, match="none holds neither TIFF or PNG slices nor Zarr"):

@@ -36,7 +36,8 @@ class Mark:
 
     Attributes:
         tile: number of the tile.
-        event: ``ended`` means that the attempt failed or that another worker takes the next step.
+        event: ``begun``: an attempt started. ``late``: it exceeded its time limit. ``done``: its
+            shards are on disk. ``ended``: it failed, or another worker takes the next step.
         seconds: duration of the attempt; 0 unless the event is ``done``.
         memory: memory of the process, in bytes; 0 if unknown or unless the event is ``done``.
     """

@@ -1,6 +1,6 @@
-"""Names in an object store, with the verbs of a path.
+"""Objects in an object store, with an interface like `pathlib.Path`.
 
-Knows obstore and its errors. Does not know disks, or what an object means.
+Knows obstore and its errors. Does not know disks or the meaning of an object.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any
 
 from unet_ray.errors import InputError
 
-# How object stores say that they hold no more; they have no code for it in common.
+# Messages of object stores without free space; they share no error code.
 _FULL = re.compile(r"\b507\b|quota|StorageFull|InsufficientStorage", re.IGNORECASE)
 
 
 @dataclass(frozen=True, order=True)
 class ObjectPath:
-    """A name in an object store: an object, or what other names begin with.
+    """A name in an object store: an object, or the prefix of other names.
 
-    It pickles as its URL; credentials come from the environment of the process that uses it, as
-    ``AWS_ACCESS_KEY_ID`` or ``AWS_ENDPOINT_URL``.
+    It contains no credentials and can be pickled. Each process reads its credentials from its
+    environment, such as ``AWS_ACCESS_KEY_ID`` or ``AWS_ENDPOINT_URL``.
 
     Attributes:
         root: scheme and bucket, such as ``s3://bucket``.
-        key: what follows, without slashes at its ends.
+        key: name in the bucket, without leading or trailing slashes.
     """
 
     root: str
@@ -50,85 +50,87 @@ class ObjectPath:
 
     @property
     def stem(self) -> str:
-        """The name without its ending."""
+        """The name without its suffix."""
         return PurePath(self.name).stem
 
     @property
     def suffix(self) -> str:
-        """The ending of the name, with its dot."""
+        """The suffix of the name, including the dot."""
         return PurePath(self.name).suffix
 
     @property
     def parent(self) -> ObjectPath:
-        """The name without its last part."""
+        """The object path without the last part of its key."""
         return ObjectPath(self.root, self.key.rpartition("/")[0])
 
     def with_name(self, name: str) -> ObjectPath:
-        """A name beside this one."""
+        """Returns this path with its last part replaced by `name`."""
         return self.parent / name
 
     def absolute(self) -> ObjectPath:
-        """Itself."""
+        """Returns itself."""
         return self
 
     def resolve(self) -> ObjectPath:
-        """Itself: there are no links."""
+        """Returns itself, since object stores have no links."""
         return self
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing: names need no folders."""
+        """Does nothing, since object stores have no folders."""
 
     def read_bytes(self) -> bytes:
-        """All bytes of the object.
+        """Returns all bytes of the object.
 
         Raises:
-            FileNotFoundError: if there is none.
-            OSError: if the store does not answer.
+            FileNotFoundError: if the object does not exist.
+            OSError: if the store refuses or does not respond.
         """
         return self.content().data
 
     def read_text(self) -> str:
-        """The object as UTF-8."""
+        """Returns the object, decoded as UTF-8."""
         return self.read_bytes().decode()
 
     def content(self) -> Content:
-        """The object with its tag and time; raises as `read_bytes`."""
+        """Returns the object with its tag and modification time; raises as `read_bytes`."""
         with as_os_errors(self):
-            answer = obstore_module().get(client_of(self.root), self.key)
-            meta = answer.meta
+            response = obstore_module().get(client_of(self.root), self.key)
+            meta = response.meta
             modified = meta["last_modified"].timestamp()
-            return Content(bytes(answer.bytes()), _tag(meta), modified)
+            return Content(bytes(response.bytes()), _tag(meta), modified)
 
     def put(self, data: bytes) -> None:
-        """Writes the object, whole, whatever was there; durable on return.
+        """Writes the object atomically, replacing any other; it is durable on return.
 
         Raises:
-            OSError: if the store refuses or does not answer.
+            OSError: if the store refuses or does not respond.
         """
         with as_os_errors(self, writing=True):
             obstore_module().put(client_of(self.root), self.key, data, use_multipart=False)
 
     def put_if(self, data: bytes, tag: str | None) -> str | None:
-        """Writes the object if its tag is still `tag`, or if there is none where `tag` is None.
+        """Writes the object if its tag is still `tag`, or if `tag` is None and it does not exist.
 
         Returns:
-            The new tag; None if another was faster.
+            The new tag; None if the object has another tag, which means that another process
+            wrote it first.
 
         Raises:
-            OSError: if the store refuses or does not answer; ENOTSUP if it knows no conditions.
+            OSError: if the store refuses or does not respond. The code is ENOTSUP if the store
+                does not support conditional puts.
         """
         obstore = obstore_module()
         mode = "create" if tag is None else json.loads(tag)
-        lost = obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError
+        conflicts = obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError
         with as_os_errors(self, writing=True):
             try:
-                written = obstore.put(client_of(self.root), self.key, data, mode=mode)
-            except (*lost, FileNotFoundError):
+                meta = obstore.put(client_of(self.root), self.key, data, mode=mode)
+            except (*conflicts, FileNotFoundError):
                 return None
-        return _tag(written)
+        return _tag(meta)
 
     def tag(self) -> str | None:
-        """The tag of the object; None if there is none."""
+        """Returns the tag of the object; None if it does not exist."""
         try:
             with as_os_errors(self):
                 return _tag(obstore_module().head(client_of(self.root), self.key))
@@ -136,42 +138,48 @@ class ObjectPath:
             return None
 
     def exists(self) -> bool:
-        """Whether there is an object of this name, or below it."""
+        """Returns whether an object has this name or is below it."""
         return self.is_file() or self.is_dir()
 
     def is_file(self) -> bool:
-        """Whether there is an object of this name."""
+        """Returns whether an object has this name."""
         return self.tag() is not None
 
     def is_dir(self) -> bool:
-        """Whether there is an object below this name."""
+        """Returns whether any object is below this name."""
         return next(self.below(), None) is not None
 
     def below(self) -> Iterator[ObjectPath]:
-        """All objects below this name, in ascending order."""
+        """Yields all objects below this name, in ascending order."""
         with as_os_errors(self):
             for page in obstore_module().list(client_of(self.root), f"{self.key}/"):
-                yield from (ObjectPath(self.root, each["path"]) for each in page)
+                yield from (ObjectPath(self.root, meta["path"]) for meta in page)
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
-        """The objects right below this name whose own name fits `pattern`."""
+        """Yields the objects directly below this name whose last part matches `pattern`."""
         for path in self.below():
             if path.parent == self and fnmatch.fnmatchcase(path.name, pattern):
                 yield path
 
     def unlink(self, missing_ok: bool = True) -> None:
-        """Removes the object; there need be none."""
+        """Removes the object, which need not exist."""
         with as_os_errors(self, writing=True):
             try:
                 obstore_module().delete(client_of(self.root), self.key)
-            except FileNotFoundError:  # a store of files
+            except FileNotFoundError:  # raised by stores on a file system
                 if not missing_ok:
                     raise
 
 
 @dataclass(frozen=True)
 class Content:
-    """Bytes as they were read, their tag, and when they were written (seconds since 1970)."""
+    """The content of a file or object.
+
+    Attributes:
+        data: all bytes.
+        tag: changes whenever the content changes.
+        modified: modification time, in seconds since 1970.
+    """
 
     data: bytes
     tag: str
@@ -179,19 +187,19 @@ class Content:
 
 
 def remove_objects(paths: Sequence[ObjectPath]) -> None:
-    """Removes many objects, of one bucket, at once."""
+    """Removes objects of one bucket in bulk."""
     if not paths:
         return
     try:
         with as_os_errors(paths[0].parent, writing=True):
             obstore_module().delete(client_of(paths[0].root), [path.key for path in paths])
-    except FileNotFoundError:  # some stores mind that one is gone, as when an answer was lost
+    except FileNotFoundError:  # raised by some stores if an object no longer exists
         for path in paths:
             path.unlink()
 
 
 def obstore_module() -> Any:
-    """The package obstore, which not every machine has.
+    """Imports obstore, an optional package.
 
     Raises:
         InputError: if it is not installed.
@@ -207,21 +215,25 @@ def obstore_module() -> Any:
 
 @functools.cache
 def client_of(root: str) -> Any:
-    """The client of a bucket, one in each process."""
+    """Returns the client of a bucket, cached in each process.
+
+    Raises:
+        InputError: if obstore rejects `root` or its configuration.
+    """
     obstore_module()
     from obstore.store import from_url
 
     try:
         return from_url(root if not root.startswith("memory") else "memory:///")
-    except Exception as error:  # of obstore, which has a type for each of its many reasons
+    except Exception as error:  # obstore raises many types
         raise InputError(f"{root}: cannot be used ({_line(error)}).") from error
 
 
 @contextmanager
 def as_os_errors(path: ObjectPath, writing: bool = False) -> Iterator[None]:
-    """Tells what went wrong in the words of a file system.
+    """Converts errors of obstore to an OSError with the matching errno.
 
-    A store that refuses us refuses every tile, as a disk that is mounted to be read only.
+    A denied write becomes EROFS, since it affects every tile like a read-only disk.
     """
     exceptions = obstore_module().exceptions
     try:
@@ -238,9 +250,9 @@ def as_os_errors(path: ObjectPath, writing: bool = False) -> Iterator[None]:
         raise OSError(number, _line(error), str(path)) from error
 
 
-def _tag(told: Any) -> str:
-    """What tells an object's content from any other: ``gs://`` asks for the version, too."""
-    return json.dumps({name: told[name] for name in ("e_tag", "version") if told.get(name)})
+def _tag(meta: Any) -> str:
+    """Returns the fields that identify the content of an object; ``gs://`` needs the version."""
+    return json.dumps({name: meta[name] for name in ("e_tag", "version") if meta.get(name)})
 
 
 def _line(error: Exception) -> str:

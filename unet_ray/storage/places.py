@@ -1,9 +1,10 @@
-"""Where files lie: on a disk, or in an object store; with the same few verbs for both.
+"""Places: files on a disk and objects in an object store, with the same operations for both.
 
-Knows names and bytes, not what they mean; only that zarr reads both. A place on a disk is a
-`pathlib.Path`; one in an object store is an `ObjectPath`, which answers to as many of the same
-names as are needed here. A file is there whole or not at all in both: on a disk it is written
-beside, synced and renamed; an object store puts an object whole, and what it has acknowledged is
+Knows names, bytes and how zarr opens an array. Does not know the meaning of a file.
+
+A place on a disk is a `pathlib.Path`. A place in an object store is an `ObjectPath`, which has the
+methods of a `Path` that unet-ray needs. Writes are atomic in both. On a disk, a temporary file is
+written, synced and renamed. An object store replaces objects atomically, and an acknowledged put is
 durable.
 """
 
@@ -31,39 +32,39 @@ from unet_ray.storage.objects import (
     remove_objects,
 )
 
-SCHEMES = ("s3", "gs", "az", "memory")  # memory: of this process alone, for tests
+SCHEMES = ("s3", "gs", "az", "memory")  # memory: inside this process, for tests
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://([^/]*)/*(.*?)/*", re.DOTALL)
 PAUSES = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6)  # seconds between conditional puts
 
 
 Place = Path | ObjectPath
-Guard = Callable[[], AbstractContextManager[None]]  # held during a change; raises if it may not be
-PathOrUrl = str | os.PathLike[str] | ObjectPath  # as users name a place
+Guard = Callable[[], AbstractContextManager[None]]  # entered for a change; raises if not allowed
+PathOrUrl = str | os.PathLike[str] | ObjectPath  # a place as the user names it
 
 
 def place_of(name: PathOrUrl) -> Place:
-    """The place of a path or URL; a path becomes absolute.
+    """Returns the place of a path or URL; a relative path becomes absolute.
 
     Raises:
-        InputError: if it is a URL of a scheme that is not known, or of a whole bucket.
+        InputError: if the scheme of a URL is not supported, or its name is missing or invalid.
     """
     if isinstance(name, ObjectPath):
         return name
-    found = _URL.fullmatch(os.fspath(name))
-    if not found:
+    url = _URL.fullmatch(os.fspath(name))
+    if not url:
         return Path(os.path.abspath(name))
-    scheme, bucket, key = found[1].lower(), found[2], found[3]
+    scheme, bucket, key = url[1].lower(), url[2], url[3]
     if scheme not in SCHEMES:
         raise InputError(
-            f"{name}: {scheme}:// is not an object store that is known{nearest(scheme, SCHEMES)}; "
+            f"{name}: {scheme}:// is not a supported object store{nearest(scheme, SCHEMES)}; "
             "use s3://, gs:// or az://, or a path."
         )
     if not key or not (bucket or scheme == "memory"):
-        raise InputError(f"{name}: is no name in a bucket; write {scheme}://BUCKET/NAME.")
+        raise InputError(f"{name}: is not a name in a bucket; write {scheme}://BUCKET/NAME.")
     if {".", ".."} & {*key.split("/")} or "\\" in key or not key.isprintable():
         raise InputError(
-            f"{str(name)!r}: a name in a bucket has no part '.' or '..', no backslash and no "
-            "control character; choose another."
+            f"{str(name)!r}: contains a part '.' or '..', a backslash or a control character; "
+            "choose a name without them."
         )
     return ObjectPath(f"{scheme}://{bucket}", re.sub("/+", "/", key))
 
@@ -74,18 +75,21 @@ def write_whole(
     scratch: Place | None = None,
     guard: Guard | None = None,
 ) -> None:
-    """Writes `data` to `path` and returns when it is durable, under that name.
+    """Writes `data` to `path` atomically and returns when it is durable.
 
-    Whatever is killed, `path` holds what it held before or all of `data`: on a disk a file beside
-    it is written and synced, then takes its place, and the folder is synced too.
+    After a kill, `path` contains its old content or all of `data`. On a disk, a temporary file is
+    written and synced, then renamed to `path`, and the folder is synced too.
 
     Args:
-        path: the file; its folder is made.
-        data: what it is to hold.
-        scratch: folder of the file that is written first, on the same disk; by default its own.
-        guard: held while the file takes its place; raises if nothing may be written any more. An
-            object is then put only over what was there before, so that a put which arrives late
-            finds what others have written since, and is refused.
+        path: the file; its folder is created.
+        data: the new content.
+        scratch: folder of the temporary file, on the same disk; by default the folder of `path`.
+        guard: entered while the file is replaced; raises if this run may no longer write. With a
+            guard, an object is put on the condition that nobody has changed it, so the store
+            refuses a delayed put after another run has written.
+
+    Raises:
+        OSError: if the file cannot be written.
     """
     if isinstance(path, ObjectPath):
         _put_whole(path, data, guard)
@@ -109,18 +113,20 @@ def _put_whole(path: ObjectPath, data: bytes, guard: Guard | None) -> None:
     if not guard:
         path.put(data)
         return
-    tag = None  # most often there is nothing yet, and nobody need look
+    tag = None  # most objects are new, so try that first without reading the tag
     for pause in (0.0, *PAUSES):
         time.sleep(pause)
         with guard():
             if path.put_if(data, tag):
                 return
         tag = path.tag()
-    raise OSError(errno.EIO, "others write this object again and again", str(path))
+    raise OSError(errno.EIO, "other processes keep writing this object", str(path))
 
 
 def files_below(folder: Place) -> Iterator[Place]:
-    """Every file below a folder, and every link, which is not followed; none if there is no folder.
+    """Yields every file and link below a folder, without following links.
+
+    It yields nothing if the folder does not exist.
 
     Raises:
         OSError: if a folder cannot be read.
@@ -128,29 +134,29 @@ def files_below(folder: Place) -> Iterator[Place]:
     if isinstance(folder, ObjectPath):
         yield from folder.below()
     elif folder.is_dir():
-        for inside, folders, names in os.walk(folder, onerror=_raise):
-            links = (name for name in folders if os.path.islink(os.path.join(inside, name)))
-            yield from (Path(inside, name) for name in (*links, *names))
+        for parent, folders, names in os.walk(folder, onerror=_raise_unless_removed):
+            links = (name for name in folders if os.path.islink(os.path.join(parent, name)))
+            yield from (Path(parent, name) for name in (*links, *names))
 
 
-def _raise(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):  # it was removed in the meantime
+def _raise_unless_removed(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
         raise error
 
 
 @dataclass(frozen=True)
 class Stat:
-    """Bytes of a file, and nanoseconds since 1970 when it was last changed."""
+    """Size of a file in bytes, and its modification time in nanoseconds since 1970."""
 
     size: int
     modified_ns: int
 
 
 def stat_of(path: Place) -> Stat:
-    """Size and time of a file.
+    """Returns the size and modification time of a file.
 
     Raises:
-        OSError: if it is not there or cannot be asked.
+        OSError: if the file does not exist or cannot be accessed.
     """
     if isinstance(path, Path):
         stat = path.stat()
@@ -161,16 +167,16 @@ def stat_of(path: Place) -> Stat:
 
 
 def remove_partial(folder: Place) -> None:
-    """Removes what a kill left half-written in `folder`; nothing else may be writing there."""
-    if isinstance(folder, Path):  # an object is never half-written
+    """Removes temporary files of killed processes; no other process may be writing in `folder`."""
+    if isinstance(folder, Path):  # object stores have no temporary files
         for path in folder.glob(".*.partial"):
             path.unlink(missing_ok=True)
 
 
 def remove_tree(folder: Place) -> None:
-    """Removes a folder with all that is in it, or a file; it need not be there.
+    """Removes a folder with its content, or a file; it need not exist.
 
-    Others may be removing it, too.
+    Other processes may remove it at the same time.
     """
     if isinstance(folder, ObjectPath):
         remove_below(folder)
@@ -183,7 +189,7 @@ def remove_tree(folder: Place) -> None:
 
 
 def remove_below(folder: Place) -> None:
-    """Removes all files below a folder, which stays."""
+    """Removes all files below a folder, but not the folder."""
     if isinstance(folder, ObjectPath):
         remove_objects([*folder.below()])
     else:
@@ -192,7 +198,7 @@ def remove_below(folder: Place) -> None:
 
 
 def open_array(place: Place) -> Any:
-    """The Zarr array at `place`, to be read."""
+    """Opens the Zarr array at `place` for reading."""
     import zarr
     from zarr.storage import ObjectStore
 
@@ -203,10 +209,10 @@ def open_array(place: Place) -> Any:
 
 
 def unusable(path: Place, error: OSError) -> str:
-    """What to tell of a place that cannot be used, in one sentence."""
+    """Returns the message for a place that cannot be used."""
     if isinstance(path, Path):
         return f"{path}: cannot be used ({error.strerror})."
     return (
-        f"{path}: the object store cannot be used ({error.strerror}); see that its credentials and "
-        "address are in the environment, such as AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL."
+        f"{path}: the object store cannot be used ({error.strerror}); set its credentials and "
+        "address in the environment, such as AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL."
     )
