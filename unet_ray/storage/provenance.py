@@ -1,6 +1,6 @@
-"""How a store was made: everything that fixes its bytes.
+"""The provenance of a store: everything that determines its bytes.
 
-Knows the names under which it is kept. Does not know what any of it means.
+Knows the names of its fields. Does not know what they mean.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Any, Self
 from unet_ray.storage.layout import ARRAYS, FORMAT
 from unet_ray.tiling.tiles import TilePlan
 
-# What of the machine and its software fixes the bytes.
+# Properties of the machine and its software that determine the bytes.
 KIND = ("instructions", "versions")
-# Kept in the store, but another version of these gives the same bytes.
+# Stored but not compared, since another version gives the same bytes.
 UNCOMPARED = ("versions.numpy", "versions.zarr")
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a store was made, as JSON and by its parts.
+    """The provenance of a store, with a property for each part of its JSON.
 
-    A part of a damaged provenance raises ValueError, KeyError, TypeError or AttributeError.
+    If the JSON is damaged, properties may raise ValueError, KeyError, TypeError or AttributeError.
 
     Attributes:
-        json: all of it, as the root of the store holds it.
+        json: the provenance as stored in the root of the store.
     """
 
     json: Mapping[str, Any]
@@ -47,18 +47,18 @@ class Provenance:
         nan: str,
         kind: Mapping[str, Any],
     ) -> Self:
-        """The provenance of a run.
+        """Returns the provenance of a run.
 
         Args:
             model: hash, architecture, training and class values of the model.
             source: identity of the input, with its channel, time and level.
-            outputs: what is stored.
+            outputs: names of the stored arrays.
             plan: the tiles.
             precision: number format of the network.
-            device: that runs it.
-            normalisation: the grey values of the input.
-            tta: average over the 8 symmetries of the square.
-            nan: how voxels that are not finite count.
+            normalisation: intensity statistics of the input.
+            device: kind of device that runs the network.
+            tta: whether predictions are averaged over the 8 symmetries of the square.
+            nan: treatment of voxels that are not finite.
             kind: instructions and versions of the machine.
         """
         parts = {
@@ -75,10 +75,10 @@ class Provenance:
             "threads_per_pass": 1,
             **{name: kind.get(name) for name in KIND},
         }
-        return cls(json.loads(json.dumps(parts)))  # tuples become lists, as when it is read
+        return cls(json.loads(json.dumps(parts)))  # tuples become lists, as in a stored provenance
 
     def damage(self, *parts: str) -> str:
-        """What is wrong with some parts of it, named as here; empty if they can be read."""
+        """Describes the first damage among `parts`, names of properties; empty if there is none."""
         try:
             for part in parts:
                 getattr(self, part)
@@ -96,7 +96,7 @@ class Provenance:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """What is stored."""
+        """Names of the stored arrays."""
         outputs = self.json["outputs"]
         if not outputs or not {*outputs} <= {*ARRAYS}:
             raise ValueError(f"outputs {outputs}")
@@ -104,7 +104,7 @@ class Provenance:
 
     @property
     def class_values(self) -> list[int]:
-        """Label value of each class in training."""
+        """Label value of each class in the training labels."""
         return list(dict(self.json["model"])["class_values"])
 
     @property
@@ -124,27 +124,27 @@ class Provenance:
 
     @property
     def channel(self) -> int | None:
-        """The channel of the input; None for all."""
+        """Channel of the input; None for all."""
         return self.source["channel"]  # type: ignore[no-any-return]
 
     @property
     def time(self) -> int:
-        """The time point of the input."""
+        """Time point of the input."""
         return self.source["time"]  # type: ignore[no-any-return]
 
     @property
     def level(self) -> int:
-        """The resolution of the input, 0 being the finest."""
+        """Resolution level of the input; 0 is the finest."""
         return self.source["level"]  # type: ignore[no-any-return]
 
     @property
     def precision(self) -> Any:
-        """The number format of the network."""
+        """Number format of the network."""
         return self.json["precision"]
 
     @property
     def device(self) -> Any:
-        """The kind of device that ran the network."""
+        """Kind of device that ran the network."""
         return self.json["device"]
 
     @property
@@ -154,12 +154,12 @@ class Provenance:
 
     @property
     def nan(self) -> Any:
-        """How voxels that are not finite count."""
+        """Treatment of voxels that are not finite."""
         return self.json["nan"]
 
     @property
     def normalisation(self) -> dict[str, Any]:
-        """The grey values of the input."""
+        """Intensity statistics of the input."""
         return self.json["normalisation"]  # type: ignore[no-any-return]
 
     @property
@@ -168,23 +168,26 @@ class Provenance:
         return {name: self.json.get(name) for name in KIND}
 
     def differences(self, other: Provenance) -> Iterator[tuple[str, Any, Any]]:
-        """The fields that differ, with their values here and in `other`."""
-        here, there = dict(flat_fields(self.json)), dict(flat_fields(other.json))
-        for field in dict.fromkeys([*there, *here]):
-            if field not in UNCOMPARED and here.get(field) != there.get(field):
-                yield field, here.get(field), there.get(field)
+        """Yields each field that differs, with its value in this provenance and in `other`."""
+        own_fields, other_fields = dict(flat_fields(self.json)), dict(flat_fields(other.json))
+        for field in dict.fromkeys([*other_fields, *own_fields]):
+            if field not in UNCOMPARED and own_fields.get(field) != other_fields.get(field):
+                yield field, own_fields.get(field), other_fields.get(field)
 
     def other_kind(self, kind: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-        """The first field of `kind` that is kept with another value, and both values."""
-        kept = dict(flat_fields(self.json))
+        """Returns the first field of `kind` that differs, its stored and its new value.
+
+        Returns None if no field differs.
+        """
+        stored = dict(flat_fields(self.json))
         for field, value in flat_fields(kind):
-            if field not in UNCOMPARED and kept.get(field, value) != value:
-                return field, kept[field], value
+            if field not in UNCOMPARED and stored.get(field, value) != value:
+                return field, stored[field], value
         return None
 
 
 def flat_fields(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings, each by its dotted name."""
+    """Yields the values of nested mappings, each with its dotted name."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flat_fields(value, f"{prefix}{key}.")

@@ -1,6 +1,6 @@
-"""An output store: created, opened, its shards written and read.
+"""Creates and opens output stores; writes and reads their shards.
 
-Knows that one tile is one shard, so that writers never meet. Does not know what a network is or
+Knows that one tile is one shard, so that two tiles never share a file. Does not know networks or
 which tiles are done.
 """
 
@@ -46,10 +46,10 @@ from unet_ray.storage.places import (
 from unet_ray.storage.provenance import Provenance
 from unet_ray.tiling.tiles import Tile, TilePlan
 
-DELETED = "deleted-"  # what names in .unet_ray begin with that are no longer of a store
-# A mount point, or a file system that moves no folders.
+DELETED = "deleted-"  # prefix of the names of deleted parts of a store in .unet_ray
+# Errors of a mount point, or of a file system that cannot move folders.
 UNMOVABLE = {errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EMFILE, errno.ENOTSUP, errno.EINVAL}
-AT_ONCE = 1000  # objects that are removed by one request
+AT_ONCE = 1000  # objects removed per check of the guard
 
 
 def create_store(
@@ -58,19 +58,20 @@ def create_store(
     provenance: Provenance,
     guard: Guard = nullcontext,
 ) -> None:
-    """Makes an empty store at `path`, in the place of any that is there.
+    """Creates an empty store at `path`, replacing an existing store.
 
-    What makes it a store, the metadata of its root, is removed first and written last: after a kill
-    there is none, but what is left of one, and that is no hindrance to the next creation.
+    The metadata of the root, which make it a store, are removed first and written last. After a
+    kill the path contains remains without a root, which the next creation removes.
 
     Args:
         path: the store.
-        layout: what it looks like.
-        provenance: how it is made.
-        guard: held during each change; raises if nothing may be changed any more.
+        layout: its arrays and metadata.
+        provenance: the provenance to store in its root.
+        guard: entered for each change; raises if this run may no longer write.
 
     Raises:
-        InputError: if something is there that no store of ours holds.
+        InputError: if `path` contains files that do not belong to a store.
+        OSError: if a file cannot be written or removed.
     """
     refuse_others(path)
     files = metadata_files(layout, provenance.json)
@@ -82,27 +83,27 @@ def create_store(
 
 
 def _clear(path: Place, guard: Guard) -> None:
-    """Removes a store, or what is left of one, but not its lease and ledger."""
+    """Removes a store or its remains, except its lease and ledger."""
     (path / PRIVATE).mkdir(parents=True, exist_ok=True)
     with guard():
         (path / ROOT).unlink(missing_ok=True)
     if isinstance(path, ObjectPath):
         private = f"{path / PRIVATE}/"
         old = itertools.chain(
-            (each for each in path.below() if not str(each).startswith(private)),
+            (item for item in path.below() if not str(item).startswith(private)),
             *((path / name).below() for name in (EVENTS, MARKS)),
         )
-        while some := [*itertools.islice(old, AT_ONCE)]:
+        while batch := [*itertools.islice(old, AT_ONCE)]:
             with guard():
-                remove_objects(some)
+                remove_objects(batch)
         return
     for name in ("0", "labels", EVENTS, MARKS):
-        _put_away(path / name, path / PRIVATE, guard)
+        _move_away(path / name, path / PRIVATE, guard)
     remove_deleted(path)
 
 
-def _put_away(old: Path, private: Path, guard: Guard) -> None:
-    """Moves a part of a store away, which takes no time; after that, it is nobody's."""
+def _move_away(old: Path, private: Path, guard: Guard) -> None:
+    """Moves a part of a store to the private folder, which is instant, unlike deletion."""
     try:
         with guard():
             old.rename(private / f"{DELETED}{uuid.uuid4().hex}")
@@ -111,29 +112,29 @@ def _put_away(old: Path, private: Path, guard: Guard) -> None:
     except OSError as error:
         if error.errno not in UNMOVABLE:
             raise
-        for each in files_below(old) if old.is_dir() else [old]:
+        for file in files_below(old) if old.is_dir() else [old]:
             with guard():
-                each.unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
 
 
 def remove_deleted(path: Place) -> None:
-    """Removes what is left of stores that were deleted, as far as it can be removed now."""
+    """Removes the moved parts of deleted stores, except files that cannot be removed now."""
     if isinstance(path, Path):
-        for each in (path / PRIVATE).glob(f"{DELETED}*"):
-            with suppress(OSError):  # a viewer may hold a file open; the next run tries again
-                remove_tree(each)
+        for deleted in (path / PRIVATE).glob(f"{DELETED}*"):
+            with suppress(OSError):  # a viewer may have a file open; the next run tries again
+                remove_tree(deleted)
 
 
 class Store:
-    """The arrays of an existing store, opened for writing tiles and reading them back.
+    """The arrays of an existing store, opened for writing and reading tiles.
 
     Args:
         path: the store.
-        outputs: which of its arrays.
-        guard: held while each shard takes its place; raises if it may not.
+        outputs: names of the arrays to open.
+        guard: entered while a shard is replaced; raises if this run may no longer write.
 
     Raises:
-        RunError: if the metadata of an array is missing or damaged.
+        RunError: if the metadata of an array are missing or damaged.
     """
 
     def __init__(
@@ -143,65 +144,70 @@ class Store:
         guard: Guard | None = None,
     ) -> None:
         self.path, self._guard = place_of(path), guard
-        self._arrays = {name: _opened(self.path / ARRAYS[name]) for name in outputs}
+        self._arrays = {name: _open(self.path / ARRAYS[name]) for name in outputs}
         self._metadata = {name: (self.path / ARRAYS[name] / ROOT).read_bytes() for name in outputs}
 
     def require_plan(self, plan: TilePlan) -> None:
-        """Makes sure that a shard of each array is a core of `plan`.
+        """Checks that the arrays have the shape of `plan`, and its cores as shards.
 
         Raises:
-            RunError: naming the metadata that says otherwise.
+            RunError: if an array does not; names its metadata file.
         """
         for name, array in self._arrays.items():
             if (array.shape[-3:], (array.shards or ())[-3:]) != (plan.shape, plan.core):
-                raise RunError(_unfit(self.path / ARRAYS[name], "does not fit the plan"))
+                raise RunError(
+                    _metadata_message(self.path / ARRAYS[name], "does not match the plan")
+                )
 
     def write(self, tile: Tile, results: Mapping[str, NDArray[np.uint8]]) -> None:
-        """Writes the voxels that `tile` owns, whole shards, and waits until they are on disk.
+        """Writes the voxels that `tile` owns and returns when they are on disk.
 
-        A shard is encoded in memory, written beside the arrays, and moved to its place when it is
-        whole: whatever is killed, a shard that is there is complete, and nothing else is there.
+        A shard is encoded in memory and written atomically. So after a kill, every shard is
+        complete, and temporary files are only in the private folder.
 
         Args:
-            tile: whose core it is.
+            tile: the tile to write.
             results: for each output the predicted core, ``(..., z, y, x)`` uint8.
+
+        Raises:
+            OSError: if a shard cannot be written.
         """
         for name in self._arrays:
             shard = self.encoded(name, tile, results[name])
             write_whole(self.shard(name, tile), shard, self.path / PRIVATE, self._guard)
 
     def encoded(self, name: str, tile: Tile, result: NDArray[np.uint8]) -> bytes:
-        """The bytes of one shard. Nothing of an older shard is read, so damage is no hindrance.
+        """Returns the bytes of one shard, without reading an existing, possibly damaged one.
 
         Args:
-            name: the output.
-            tile: whose core it is.
-            result: the predicted core, ``(..., z, y, x)``.
+            name: name of the output.
+            tile: the tile of the shard.
+            result: the predicted core, ``(..., z, y, x)`` uint8.
         """
-        front = (slice(None),) * (self._arrays[name].ndim - 3)
+        leading = (slice(None),) * (self._arrays[name].ndim - 3)
         memory = {"zarr.json": default_buffer_prototype().buffer.from_bytes(self._metadata[name])}
         array = zarr.open_array(MemoryStore(memory), mode="r+")
-        # Background is stored like everything else: an absent shard means "not computed".
-        whole = array.with_config({"write_empty_chunks": True})
-        whole[(*front, *tile.write.slices)] = result[(*front, *tile.crop.slices)]
+        # Shards of background are stored too, since a missing shard means "not computed".
+        full_array = array.with_config({"write_empty_chunks": True})
+        full_array[(*leading, *tile.write.slices)] = result[(*leading, *tile.crop.slices)]
         return bytes(memory[self.key(name, tile)].to_bytes())
 
     def key(self, name: str, tile: Tile) -> str:
-        """The name of a tile's shard in the array of one output, such as ``c/0/1/2``."""
+        """Returns the name of a tile's shard in the array of one output, such as ``c/0/1/2``."""
         array = self._arrays[name]
         core = (array.shards or array.chunks)[-3:]
-        place = [a // n for a, n in zip(tile.write.start, core, strict=True)]
-        return str(array.metadata.encode_chunk_key((*(0,) * (array.ndim - 3), *place)))
+        coordinates = [a // n for a, n in zip(tile.write.start, core, strict=True)]
+        return str(array.metadata.encode_chunk_key((*(0,) * (array.ndim - 3), *coordinates)))
 
     def shard(self, name: str, tile: Tile) -> Place:
-        """The file that holds `tile` of one output."""
+        """Returns the path of a tile's shard in one output."""
         return self.path / ARRAYS[name] / self.key(name, tile)
 
     def require(self, name: str, tile: Tile) -> None:
-        """Makes sure that the shard of a finished tile is there: absent is never background.
+        """Checks that the shard of a finished tile exists, since zarr reads missing ones as 0.
 
         Raises:
-            RunError: naming the file that is missing.
+            RunError: if the shard is missing.
         """
         shard = self.shard(name, tile)
         if not shard.is_file():
@@ -211,20 +217,20 @@ class Store:
             )
 
     def metadata(self, name: str) -> bytes:
-        """The ``zarr.json`` of one output's array, as it was when the store was opened."""
+        """Returns the ``zarr.json`` of one output's array, as read when the store was opened."""
         return self._metadata[name]
 
     def read(self, name: str) -> Any:
-        """The array of one output, to be indexed like a NumPy array."""
+        """Returns the Zarr array of one output, which can be indexed like a NumPy array."""
         return self._arrays[name]
 
 
-def _opened(place: Place) -> Any:
+def _open(place: Place) -> Any:
     try:
         return open_array(place)
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise RunError(_unfit(place, "is missing or damaged")) from error
+        raise RunError(_metadata_message(place, "is missing or damaged")) from error
 
 
-def _unfit(place: Place, what: str) -> str:
-    return f"{place / ROOT}: {what}; repair it with `unet-ray verify --repair`."
+def _metadata_message(place: Place, damage: str) -> str:
+    return f"{place / ROOT}: {damage}; repair it with `unet-ray verify --repair`."

@@ -1,6 +1,6 @@
-"""One small file that is replaced only by who has read its last content.
+"""Compare-and-swap of one small file, on a disk or in an object store.
 
-Knows locks of files and conditional puts. Does not know what the file says.
+Knows file locks and conditional puts. Does not know the meaning of the file.
 """
 
 from __future__ import annotations
@@ -20,30 +20,34 @@ from unet_ray.machine import try_lock, unlock
 from unet_ray.storage.objects import Content, ObjectPath
 from unet_ray.storage.places import Place, unusable, write_whole
 
-LOCK_SECONDS = 10.0  # the lock is held for one small write
+LOCK_SECONDS = 10.0  # timeout of the lock, which protects one small write
 LEASE, LOCK = "lease.json", ".lease.lock"
-BYTES = 2**16  # more than any lease
+BYTES = 2**16  # upper bound of a lease
 
 
 class Swap(Protocol):
-    """A small file that is replaced only by who has seen its last content: compare and swap."""
+    """A small file that a process can replace only if it has read the current content."""
 
     def read(self) -> Content | None:
-        """The content; None if there is no file."""
+        """Returns the content; None if the file does not exist."""
 
     def replace(self, data: bytes, tag: str | None) -> bool:
-        """Writes `data` if the tag is still `tag` (None: no file); tells whether it did."""
+        """Writes `data` if the file still has `tag`, or does not exist and `tag` is None.
+
+        Returns:
+            Whether `data` was written.
+        """
 
 
 def swap_in(folder: Place) -> Swap:
-    """The lease file of a folder."""
+    """Returns the lease file of a folder."""
     if isinstance(folder, ObjectPath):
         return _SwapObject(folder / LEASE)
     return _SwapFile(folder / LEASE, folder / LOCK)
 
 
 class _SwapObject:
-    """On an object store: by conditional puts."""
+    """A file in an object store, replaced by conditional puts."""
 
     def __init__(self, path: ObjectPath) -> None:
         self._path = path
@@ -59,25 +63,25 @@ class _SwapObject:
 
 
 def refuse_unconditional(folder: ObjectPath) -> None:
-    """Refuses a store that lets everybody write whatever the condition.
+    """Refuses an object store without conditional puts, by a test with a temporary object.
 
     Raises:
-        InputError: if it does so, knows no conditions, or cannot be used at all.
+        InputError: if the store ignores or rejects conditions, or cannot be used at all.
     """
     probe = folder / f"probe-{uuid.uuid4().hex}"
     try:
-        deaf = _is_deaf(probe)
+        ignored = _ignores_conditions(probe)
     except OSError as error:
         raise InputError(unusable(folder.parent, error)) from error
-    if deaf:
+    if ignored:
         raise InputError(
             f"{folder.parent}: this object store does not honour conditional puts (If-None-Match "
-            "and If-Match), so two runs could not be kept apart; use one that does, or a disk."
+            "and If-Match), so two runs could overwrite each other; use one that does, or a disk."
         )
 
 
-def _is_deaf(probe: ObjectPath) -> bool:
-    """Whether an object store writes whatever the condition."""
+def _ignores_conditions(probe: ObjectPath) -> bool:
+    """Returns whether an object store ignores or rejects the conditions of puts."""
     try:
         tag = _put(probe, b"1", None)
         if not tag or probe.put_if(b"2", None):
@@ -93,7 +97,11 @@ def _is_deaf(probe: ObjectPath) -> bool:
 
 
 def _put(probe: ObjectPath, data: bytes, tag: str | None) -> str | None:
-    """Puts what nobody else does; a put whose answer was lost looks as if somebody had."""
+    """Puts an object that no other process writes, and returns its tag.
+
+    If the response of a successful put is lost, the client retries it and the store reports a
+    conflict. So the content is compared before a put counts as refused.
+    """
     newer = probe.put_if(data, tag)
     if newer is None:
         with suppress(FileNotFoundError):
@@ -103,7 +111,7 @@ def _put(probe: ObjectPath, data: bytes, tag: str | None) -> str | None:
 
 
 class _SwapFile:
-    """On a disk: by a lock, and a hash for a tag."""
+    """A file on a disk, replaced under a lock; its tag is a hash of its content."""
 
     def __init__(self, path: Path, lock: Path) -> None:
         self._path, self._lock = path, lock
@@ -127,15 +135,19 @@ class _SwapFile:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the lock of a file; not for ever: who has it may have been stopped."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what can be written
+    """Locks a file inside the context; creates it if it does not exist.
+
+    Raises:
+        TimeoutError: if another process does not release the lock, for example while suspended.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only files opened for writing
     end = time.monotonic() + LOCK_SECONDS
     try:
         while not try_lock(file):
             if time.monotonic() > end:
                 raise TimeoutError(
-                    f"{path} has been locked for {LOCK_SECONDS:.0f} s; if a run there was stopped, "
-                    "continue or end it, if its machine was lost, remove that file"
+                    f"{path} has been locked for {LOCK_SECONDS:.0f} s; continue or end the run "
+                    "that was suspended; if its machine is lost, remove that file"
                 )
             time.sleep(0.01)
         try:
