@@ -1,8 +1,8 @@
 """The event log of a run: appended JSON lines, for people and for the report.
 
-Knows files and times. Does not know what a run does. Runs never decide by this log: the ledger
-records which tiles are done. Readers skip lines that a kill cut short, and must not trust values,
-since anyone may edit the file.
+Knows files and times. Does not know what a run does. The ledger records which tiles are
+done, so no tile depends on this log. Readers skip lines that a kill cut short, and must not trust
+values, since anyone may edit the file.
 """
 
 from __future__ import annotations

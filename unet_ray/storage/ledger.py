@@ -11,7 +11,7 @@ segments. So no file changes in place, which suits object stores. A kill loses a
 of the last second; those tiles are then recomputed with the same bytes.
 
 A segment with a wrong checksum is ignored. So is a segment older than the store: a run that lost
-its lease may still record tiles of the store that was there before.
+its lease may still record tiles of the previous store.
 """
 
 from __future__ import annotations

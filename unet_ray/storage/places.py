@@ -85,8 +85,8 @@ def write_whole(
         data: the new content.
         scratch: folder of the temporary file, on the same disk; by default the folder of `path`.
         guard: entered while the file is replaced; raises if this run may no longer write. With a
-            guard, an object is put on the condition that nobody has changed it, so the store
-            refuses a delayed put after another run has written.
+            guard, an object is put on the condition that it has not changed, so the store refuses
+            a delayed put after another run has written.
 
     Raises:
         OSError: if the file cannot be written.
