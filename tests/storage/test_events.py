@@ -1,4 +1,4 @@
-"""The event log: lines that are only added, and a reader that passes over what a kill cut short."""
+"""The event log: appended lines, and a reader that skips truncated ones."""
 
 import json
 import time
@@ -15,17 +15,17 @@ def path(tmp_path):
     return tmp_path / "events.jsonl"
 
 
-def named(path):
+def names_in(path):
     return [event["event"] for event in read_events(path)]
 
 
-def test_a_log_that_is_not_there_has_no_events(path):
+def test_a_missing_log_has_no_events(path):
     assert list(read_events(path)) == []
     EventLog(path)
     assert not path.exists()
 
 
-def test_events_are_read_in_their_order_with_their_facts_and_times(path):
+def test_events_are_read_in_order_with_facts_and_times(path):
     log, before = EventLog(path), time.time()
     log.add("start", tiles=24, name="Größe\nzwei Zeilen", region=None)
     log.add("tile", index=3, seconds=0.25)
@@ -44,15 +44,15 @@ def test_a_line_is_one_json_object(path):
     assert path.read_bytes().endswith(b"\n")
 
 
-def test_another_run_goes_on_where_the_first_ended(path):
+def test_another_run_appends_to_the_log(path):
     EventLog(path).add("one")
     before = path.read_bytes()
     EventLog(path).add("two")
     assert path.read_bytes().startswith(before)
-    assert named(path) == ["one", "two"]
+    assert names_in(path) == ["one", "two"]
 
 
-def test_a_tail_torn_at_any_byte_costs_its_own_line_alone(path):
+def test_a_tail_truncated_at_any_byte_loses_only_its_line(path):
     log = EventLog(path)
     for name in ("one", "two"):
         log.add(name, text="ä" * 3)
@@ -60,15 +60,15 @@ def test_a_tail_torn_at_any_byte_costs_its_own_line_alone(path):
     end = whole.index(b"\n") + 1
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
-        # a line is there as soon as all of it but its end is
+        # a line counts even without its newline
         complete = ["one"] * (cut >= end - 1) + ["two"] * (cut >= len(whole) - 1)
-        assert named(path) == complete
+        assert names_in(path) == complete
         log.add("three")
-        assert named(path) == [*complete, "three"]
+        assert names_in(path) == [*complete, "three"]
         assert path.read_bytes().startswith(whole[:cut])
 
 
-def test_lines_that_are_no_events_are_passed_over(path):
+def test_lines_that_are_not_events_are_skipped(path):
     EventLog(path).add("one")
     with open(path, "ab") as file:
         file.write(b'\n\xff\xfe\n[1, 2]\n"word"\n{"event": \nnull\n{}\n')
@@ -78,42 +78,42 @@ def test_lines_that_are_no_events_are_passed_over(path):
 
 @settings(max_examples=50)
 @given(st.binary(max_size=60))
-def test_no_content_keeps_events_from_being_read(tmp_path_factory, content):
+def test_events_are_read_after_any_content(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("events") / "events.jsonl"
     path.write_bytes(content)
     EventLog(path).add("last")
-    assert named_last(path) == "last"
+    assert last_name_in(path) == "last"
     assert path.read_bytes().startswith(content)
 
 
-def named_last(path):
+def last_name_in(path):
     *_, last = read_events(path)
     return last["event"]
 
 
-def test_a_reader_beside_the_writer_sees_what_is_whole(path):
+def test_a_concurrent_reader_sees_complete_lines(path):
     log = EventLog(path)
     log.add("one")
     events = read_events(path)
     assert next(events)["event"] == "one"
     log.add("two")
-    assert named(path) == ["one", "two"]
+    assert names_in(path) == ["one", "two"]
 
 
-def test_a_line_nested_too_deep_is_passed_over(path):
+def test_a_line_nested_too_deep_is_skipped(path):
     path.write_bytes(b"[" * 100_000 + b"\n")
     EventLog(path).add("two")
-    assert named(path) == ["two"]
+    assert names_in(path) == ["two"]
 
 
 @pytest.mark.parametrize(
     "value", ["1", None, [1], {}, True, -1e-9, 1e18, 10**400, float("nan"), float("inf")]
 )
-def test_what_is_no_time_is_not_measured(value):
+def test_invalid_values_are_not_measured(value):
     assert measured(value) is None
 
 
-def test_what_is_a_number_between_the_bounds_is_measured():
+def test_numbers_within_the_bounds_are_measured():
     assert [measured(v) for v in (0, 2.5, 4e9)] == [0.0, 2.5, 4e9]
     assert measured(-3, low=-4) == -3.0
     assert measured(5e9, high=5e9) == 5e9

@@ -1,4 +1,4 @@
-"""One run at a time on one output: two at once, killed, stopped and foreign owners, damage."""
+"""Leases: simultaneous runs, owners that were killed, suspended or are remote, and damage."""
 
 import dataclasses
 import errno
@@ -26,7 +26,7 @@ from unet_ray.storage.lease import Lease, Owner
 ROOT = Path(__file__).parents[2]
 SECONDS = 60  # longer than any wait here on a busy machine
 
-# Takes the lease when it reads a line, then checks it at each further line, until there are none.
+# Takes the lease when it reads a line, then checks it at every further line until end of file.
 HOLDER = """
 import sys
 from pathlib import Path
@@ -36,10 +36,10 @@ lease.HEARTBEAT_SECONDS, lease.CHECK_SECONDS = 0.05, 0
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    with lease.Lease(Path(sys.argv[1])) as held:
-        print("epoch", held.epoch, flush=True)
+    with lease.Lease(Path(sys.argv[1])) as owned:
+        print("epoch", owned.epoch, flush=True)
         for line in sys.stdin:
-            held.check()
+            owned.check()
             print("mine", flush=True)
 except errors.UnetRayError as error:
     print(type(error).__name__, error, flush=True)
@@ -48,7 +48,7 @@ except errors.UnetRayError as error:
 
 
 class Holder:
-    """A process that takes the lease when asked to."""
+    """A process that takes the lease at the first request."""
 
     def __init__(self, folder):
         self.process = subprocess.Popen(
@@ -61,23 +61,23 @@ class Holder:
         self.pid = self.process.pid
 
     def __enter__(self):
-        assert self.hear() == "ready"
+        assert self.read_line() == "ready"
         return self
 
     def __exit__(self, *error):
         self.process.kill()
         self.process.communicate()
 
-    def hear(self):
+    def read_line(self):
         return self.process.stdout.readline().strip()
 
-    def ask(self):
+    def request(self):
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        return self.hear()
+        return self.read_line()
 
     def end(self):
-        """Lets it end by itself, and reaps it."""
+        """Closes its input and waits for its end."""
         self.process.communicate(timeout=SECONDS)
 
 
@@ -88,43 +88,43 @@ def folder(tmp_path):
 
 @pytest.fixture
 def holder(folder):
-    """A living process that holds the lease."""
-    with Holder(folder) as holding:
-        assert holding.ask() == "epoch 1"
-        yield holding
+    """A living process that owns the lease."""
+    with Holder(folder) as process:
+        assert process.request() == "epoch 1"
+        yield process
 
 
 @pytest.fixture
-def told():
+def notices():
     return []
 
 
 @pytest.fixture
-def hasty(monkeypatch):
-    """Every check looks at the file, and hearts beat all the time."""
+def fast_heartbeats(monkeypatch):
+    """Every check reads the file, and heartbeats follow each other closely."""
     monkeypatch.setattr(lease, "CHECK_SECONDS", 0)
     monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.01)
 
 
-def facts(folder):
+def content_of(folder):
     return json.loads((folder / "lease.json").read_bytes())
 
 
 def put(folder, owner, age=0.0):
-    """Writes a lease, by hand and `age` seconds ago."""
+    """Writes a lease file with a modification time `age` seconds ago."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "lease.json"
     path.write_bytes(owner if isinstance(owner, bytes) else owner.encode())
     os.utime(path, (time.time() - age,) * 2)
 
 
-def foreign(age=0.0, **changes):
+def remote_owner(age=0.0, **changes):
     owner = Owner("elsewhere", "1234", 77, epoch=4, heartbeat=time.time() - age, started=5)
     return dataclasses.replace(owner, **changes)
 
 
-def here(pid, **changes):
-    """An owner of this machine that is heard of just now."""
+def local_owner(pid, **changes):
+    """An owner on this machine with a current heartbeat."""
     with_pid = {"pid": pid, "epoch": 4, "heartbeat": time.time(), "started": 1}
     return dataclasses.replace(lease._this_process(), **{**with_pid, **changes})
 
@@ -135,7 +135,7 @@ def ended_pid():
     return process.pid
 
 
-def until(condition):
+def wait_until(condition):
     end = time.monotonic() + SECONDS
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -143,69 +143,69 @@ def until(condition):
 
 
 def owner_in(folder):
-    """What a lease file holds, but for the heartbeat, which a living owner writes anew."""
+    """The content of a lease file, except the heartbeat, which a living owner updates."""
     data = (folder / "lease.json").read_bytes()
     owner = lease._decode(data)
     return dataclasses.replace(owner, heartbeat=0) if owner else data
 
 
-def refused(folder, **options):
-    """The refusal of a lease, which leaves the file as it was and tells nothing else."""
-    told, before = [], owner_in(folder)
-    with pytest.raises(InputError) as caught, Lease(folder, notify=told.append, **options):
+def refusal_of(folder, **options):
+    """The message of a refused lease; the file must be unchanged, and no notice given."""
+    notices, before = [], owner_in(folder)
+    with pytest.raises(InputError) as caught, Lease(folder, notify=notices.append, **options):
         pass
-    assert told == []
+    assert notices == []
     assert owner_in(folder) == before
     return str(caught.value)
 
 
-# Who may take it
+# Taking the lease
 
 
-def test_a_free_output_is_taken_and_released_in_silence(folder, told, capfd):
+def test_a_free_lease_is_taken_and_released_without_notices(folder, notices, capfd):
     for epoch in (1, 2, 3):
-        with Lease(folder, notify=told.append) as held:
-            assert held.epoch == facts(folder)["epoch"] == epoch
-            assert facts(folder)["pid"] == os.getpid()
-            assert facts(folder)["released"] is False
-            held.check()
-        assert facts(folder)["released"] is True
-    assert told == []
+        with Lease(folder, notify=notices.append) as owned:
+            assert owned.epoch == content_of(folder)["epoch"] == epoch
+            assert content_of(folder)["pid"] == os.getpid()
+            assert content_of(folder)["released"] is False
+            owned.check()
+        assert content_of(folder)["released"] is True
+    assert notices == []
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_run_that_fails_releases_too(folder, told):
+def test_a_failed_run_releases_the_lease(folder, notices):
     with pytest.raises(ZeroDivisionError), Lease(folder):
         1 / 0  # noqa: B018
-    with Lease(folder, notify=told.append) as held:
-        assert held.epoch == 2
-    assert told == []
+    with Lease(folder, notify=notices.append) as owned:
+        assert owned.epoch == 2
+    assert notices == []
 
 
-def test_the_second_of_two_is_refused_in_one_sentence(folder, holder):
-    text = refused(folder)
+def test_a_second_run_is_refused_in_one_sentence(folder, holder):
+    text = refusal_of(folder)
     assert text.startswith(f"{folder.parent}: process {holder.pid} on {os.uname().nodename} ")
     assert re.search(r"its last heartbeat was \d s ago", text)
     assert "--takeover" in text
     assert text.count("\n") == 0
     holder.process.stdin.write("\n")
     holder.process.stdin.flush()
-    assert holder.hear() == "mine"
+    assert holder.read_line() == "mine"
 
 
 @pytest.mark.parametrize("reaped", [True, False], ids=["reaped", "zombie"])
-def test_after_a_kill_the_next_just_works(folder, holder, told, reaped):
+def test_after_a_kill_the_next_run_takes_the_lease(folder, holder, notices, reaped):
     os.kill(holder.pid, signal.SIGKILL)
-    flags = os.WEXITED | (0 if reaped else os.WNOWAIT)  # until it has ended, in either case
+    flags = os.WEXITED | (0 if reaped else os.WNOWAIT)  # waits for its end in either case
     os.waitid(os.P_PID, holder.pid, flags)
-    with Lease(folder, notify=told.append) as held:
-        assert held.epoch == 2
+    with Lease(folder, notify=notices.append) as owned:
+        assert owned.epoch == 2
     name = f"process {holder.pid} on {os.uname().nodename}"
-    assert told == [f"{folder.parent}: taking over from {name}, which has ended."]
+    assert notices == [f"{folder.parent}: taking over from {name}, which has ended."]
 
 
-def test_by_default_standard_error_is_told(folder, capfd):
-    put(folder, here(ended_pid()))
+def test_notices_go_to_standard_error_by_default(folder, capfd):
+    put(folder, local_owner(ended_pid()))
     with Lease(folder):
         pass
     out, err = capfd.readouterr()
@@ -213,55 +213,55 @@ def test_by_default_standard_error_is_told(folder, capfd):
     assert err.startswith(f"{folder.parent}: taking over ") and err.count("\n") == 1
 
 
-def test_who_released_leaves_to_any_next(folder, holder, told):
+def test_a_released_lease_is_taken_without_notices(folder, holder, notices):
     holder.end()
-    with Lease(folder, notify=told.append) as held:
-        assert held.epoch == 2
-    assert told == []
+    with Lease(folder, notify=notices.append) as owned:
+        assert owned.epoch == 2
+    assert notices == []
 
 
-def test_a_foreign_host_is_believed_for_90_seconds(folder, told):
-    put(folder, foreign(age=80))
-    text = refused(folder)
+def test_an_owner_on_another_host_is_respected_for_90_seconds(folder, notices):
+    put(folder, remote_owner(age=80))
+    text = refusal_of(folder)
     assert re.search(r"process 77 on elsewhere is writing .* last heartbeat was 8\d s ago", text)
-    put(folder, foreign(age=95))
-    with Lease(folder, notify=told.append) as held:
-        assert held.epoch == 5
-    (line,) = told
+    put(folder, remote_owner(age=95))
+    with Lease(folder, notify=notices.append) as owned:
+        assert owned.epoch == 5
+    (line,) = notices
     assert re.search(r"from process 77 on elsewhere, which has been silent for 9\d s", line)
 
 
-def test_a_heartbeat_from_the_future_counts_by_the_time_of_the_file(folder, told):
-    put(folder, foreign(age=-3600), age=80)
-    assert re.search(r" 8\d s ago", refused(folder))
-    put(folder, foreign(age=-3600), age=-3600)
-    assert " 0 s ago" in refused(folder)
-    put(folder, foreign(age=-3600), age=95)
-    with Lease(folder, notify=told.append):
-        assert len(told) == 1
+def test_for_a_heartbeat_in_the_future_the_modification_time_counts(folder, notices):
+    put(folder, remote_owner(age=-3600), age=80)
+    assert re.search(r" 8\d s ago", refusal_of(folder))
+    put(folder, remote_owner(age=-3600), age=-3600)
+    assert " 0 s ago" in refusal_of(folder)
+    put(folder, remote_owner(age=-3600), age=95)
+    with Lease(folder, notify=notices.append):
+        assert len(notices) == 1
 
 
-def test_a_pid_that_another_process_has_now_is_gone(folder, told):
+def test_an_owner_whose_pid_was_reused_has_ended(folder, notices):
     started = lease._this_process().started
-    put(folder, here(os.getpid(), started=started))
-    refused(folder)
-    put(folder, here(os.getpid(), started=started - 1))
-    with Lease(folder, notify=told.append):
-        assert "which has ended" in told[0]
+    put(folder, local_owner(os.getpid(), started=started))
+    refusal_of(folder)
+    put(folder, local_owner(os.getpid(), started=started - 1))
+    with Lease(folder, notify=notices.append):
+        assert "which has ended" in notices[0]
 
 
 @pytest.mark.parametrize("field", ["host", "boot_id", "namespace"])
-def test_a_pid_says_nothing_elsewhere(folder, field):
-    put(folder, here(ended_pid(), **{field: "another"}))
-    refused(folder)
+def test_a_pid_of_another_host_boot_or_namespace_is_ignored(folder, field):
+    put(folder, local_owner(ended_pid(), **{field: "another"}))
+    refusal_of(folder)
 
 
-def test_an_owner_that_names_no_namespace_or_start_is_judged_by_its_pid(folder, told):
-    put(folder, here(os.getpid(), namespace="", started=None))
-    refused(folder)
-    put(folder, here(ended_pid(), namespace="", started=None))
-    with Lease(folder, notify=told.append):
-        assert len(told) == 1
+def test_without_namespace_and_start_time_the_pid_decides(folder, notices):
+    put(folder, local_owner(os.getpid(), namespace="", started=None))
+    refusal_of(folder)
+    put(folder, local_owner(ended_pid(), namespace="", started=None))
+    with Lease(folder, notify=notices.append):
+        assert len(notices) == 1
 
 
 def test_another_users_process_is_alive(folder, monkeypatch):
@@ -269,44 +269,44 @@ def test_another_users_process_is_alive(folder, monkeypatch):
         raise PermissionError(errno.EPERM, "not yours")
 
     monkeypatch.setattr(os, "kill", kill)
-    put(folder, here(os.getpid(), started=lease._this_process().started))
-    refused(folder)
+    put(folder, local_owner(os.getpid(), started=lease._this_process().started))
+    refusal_of(folder)
 
 
-def test_a_process_may_be_named_as_it_likes(tmp_path, monkeypatch):
+def test_any_process_name_is_parsed(tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "PROC", tmp_path)
     (tmp_path / "5").mkdir()
     (tmp_path / "5" / "stat").write_bytes(b"5 (a) Z 1 (\xff) S " + b" ".join([b"0"] * 18) + b" 123")
     assert lease._process(5) == ("S", 123)
 
 
-def test_without_proc_the_pid_alone_counts(folder, tmp_path, monkeypatch, told):
+def test_without_proc_the_pid_decides(folder, tmp_path, monkeypatch, notices):
     monkeypatch.setattr(lease, "PROC", tmp_path / "none")
     with Lease(folder):
-        assert facts(folder)["started"] is None
-        refused(folder)
-    put(folder, here(ended_pid(), started=None))
-    with Lease(folder, notify=told.append):
-        assert "which has ended" in told[0]
+        assert content_of(folder)["started"] is None
+        refusal_of(folder)
+    put(folder, local_owner(ended_pid(), started=None))
+    with Lease(folder, notify=notices.append):
+        assert "which has ended" in notices[0]
 
 
-def test_many_at_once_and_one_wins(folder):
-    put(folder, here(ended_pid()))
+def test_of_many_simultaneous_runs_one_wins(folder):
+    put(folder, local_owner(ended_pid()))
     with ExitStack() as stack:
         racers = [stack.enter_context(Holder(folder)) for _ in range(8)]
         for racer in racers:
             racer.process.stdin.write("\n")
         for racer in racers:
             racer.process.stdin.flush()
-        heard = {racer.pid: racer.hear() for racer in racers}
-        (winner,) = [pid for pid, text in heard.items() if text == "epoch 5"]
-        others = [text for pid, text in heard.items() if pid != winner]
+        lines = {racer.pid: racer.read_line() for racer in racers}
+        (winner,) = [pid for pid, text in lines.items() if text == "epoch 5"]
+        others = [text for pid, text in lines.items() if pid != winner]
         assert all(text.startswith("InputError") for text in others)
         assert all(f"process {winner} on " in text for text in others)
 
 
-@pytest.mark.parametrize("owner", [None, foreign(age=100), foreign(released=True)])
-def test_who_is_overtaken_while_taking_is_refused(folder, monkeypatch, owner, told):
+@pytest.mark.parametrize("owner", [None, remote_owner(age=100), remote_owner(released=True)])
+def test_a_run_is_refused_if_another_takes_the_lease_first(folder, monkeypatch, owner, notices):
     if owner:
         put(folder, owner)
     replace = swap._SwapFile.replace
@@ -320,137 +320,139 @@ def test_who_is_overtaken_while_taking_is_refused(folder, monkeypatch, owner, to
     monkeypatch.setattr(swap._SwapFile, "replace", late)
     with (
         pytest.raises(InputError, match=f"process {os.getpid()} "),
-        Lease(folder, notify=told.append),
+        Lease(folder, notify=notices.append),
     ):
         pass
-    assert told == []
+    assert notices == []
     first.check()
     first.__exit__(None, None, None)
 
 
-def test_the_lease_is_changed_under_the_lock_alone(folder, monkeypatch):
+def test_the_lease_changes_only_under_the_lock(folder, monkeypatch):
     with Lease(folder):
         pass
-    before = facts(folder)
+    before = content_of(folder)
     monkeypatch.setattr(swap, "LOCK_SECONDS", 0.05)
     with open(folder / ".lease.lock", "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="has been locked"), Lease(folder):
             pass
-    assert facts(folder) == before
-    with Lease(folder) as held:
-        assert held.epoch == 2
+    assert content_of(folder) == before
+    with Lease(folder) as owned:
+        assert owned.epoch == 2
 
 
-# Who has lost it
+# Losing the lease
 
 
-def test_a_takeover_by_force_stops_the_old_one(folder, holder, monkeypatch, told):
+def test_a_forced_takeover_stops_the_old_run(folder, holder, monkeypatch, notices):
     monkeypatch.setattr(lease, "CHECK_SECONDS", 0)
-    with Lease(folder, takeover=True, notify=told.append) as held:
-        assert held.epoch == 2
-        (line,) = told
+    with Lease(folder, takeover=True, notify=notices.append) as owned:
+        assert owned.epoch == 2
+        (line,) = notices
         assert f"from process {holder.pid} on " in line and "because of --takeover" in line
-        answer = holder.ask()
+        answer = holder.request()
         assert answer.startswith(f"LostError {folder.parent}: process {os.getpid()} on ")
         holder.end()
-        held.check()
-        assert facts(folder)["epoch"] == 2
-        assert facts(folder)["released"] is False
+        owned.check()
+        assert content_of(folder)["epoch"] == 2
+        assert content_of(folder)["released"] is False
 
 
-def test_two_runs_of_one_process_are_two(folder, hasty):
+def test_two_runs_of_one_process_are_distinguished(folder, fast_heartbeats):
     with Lease(folder) as first, Lease(folder, takeover=True, notify=[].append) as second:
         with pytest.raises(RunError, match=f"process {os.getpid()} on .* has taken it over"):
             first.check()
         second.check()
 
 
-def test_force_where_nobody_is_needs_no_word(folder, told):
+def test_a_forced_takeover_of_a_free_lease_gives_no_notice(folder, notices):
     for _ in range(2):
-        with Lease(folder, takeover=True, notify=told.append):
+        with Lease(folder, takeover=True, notify=notices.append):
             pass
-    assert told == []
+    assert notices == []
 
 
-def test_who_was_stopped_for_long_finds_out(folder, holder, monkeypatch, told):
+def test_a_run_suspended_for_long_detects_that_it_lost_the_lease(
+    folder, holder, monkeypatch, notices
+):
     monkeypatch.setattr(lease, "CHECK_SECONDS", 0)
-    refused(folder)
+    refusal_of(folder)
     os.kill(holder.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, holder.pid, os.WSTOPPED)
     monkeypatch.setattr(lease, "SILENT_SECONDS", 0.3)
     time.sleep(0.4)
-    with Lease(folder, notify=told.append) as held:
+    with Lease(folder, notify=notices.append) as owned:
         monkeypatch.setattr(lease, "SILENT_SECONDS", 90.0)
-        assert "which has been silent for" in told[0]
+        assert "which has been silent for" in notices[0]
         os.kill(holder.pid, signal.SIGCONT)
-        assert holder.ask().startswith("LostError")
+        assert holder.request().startswith("LostError")
         holder.end()
-        held.check()
-    assert facts(folder)["epoch"] == 2
+        owned.check()
+    assert content_of(folder)["epoch"] == 2
 
 
-def test_who_was_stopped_and_not_missed_goes_on(folder, monkeypatch):
-    with Lease(folder) as held:
-        before = facts(folder)["heartbeat"]
+def test_a_suspended_run_that_kept_its_lease_continues(folder, monkeypatch):
+    with Lease(folder) as owned:
+        before = content_of(folder)["heartbeat"]
         monkeypatch.setattr(lease, "CHECK_SECONDS", 0)
         monkeypatch.setattr(lease, "SILENT_SECONDS", 0)
-        held.check()
-        assert facts(folder)["heartbeat"] > before
+        owned.check()
+        assert content_of(folder)["heartbeat"] > before
 
 
-def test_the_new_owner_is_named_also_when_it_is_done(folder, hasty):
-    with Lease(folder) as held:
-        put(folder, foreign(released=True))
+def test_the_new_owner_is_named_even_after_its_release(folder, fast_heartbeats):
+    with Lease(folder) as owned:
+        put(folder, remote_owner(released=True))
         with pytest.raises(RunError, match="process 77 on elsewhere has taken it over"):
-            held.check()
+            owned.check()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"garbage"])
-def test_a_lease_that_is_taken_away_is_not_written_again(folder, hasty, content):
-    with Lease(folder) as held:
+def test_a_removed_or_damaged_lease_is_not_rewritten(folder, fast_heartbeats, content):
+    with Lease(folder) as owned:
         put(folder, b"")
         (folder / "lease.json").unlink() if content is None else put(folder, content)
         with pytest.raises(RunError, match="removed or damaged"):
-            held.check()
+            owned.check()
     if content is None:
         assert not (folder / "lease.json").exists()
     else:
         assert (folder / "lease.json").read_bytes() == content
 
 
-def test_a_check_looks_at_most_once_a_second(folder, monkeypatch):
+def test_check_reads_the_file_at_most_once_a_second(folder, monkeypatch):
     reads, read = [], swap._SwapFile.read
-    with Lease(folder) as held:
+    with Lease(folder) as owned:
         monkeypatch.setattr(swap._SwapFile, "read", lambda self: reads.append(1) or read(self))
         monkeypatch.setattr(lease, "CHECK_SECONDS", 1000)
         for _ in range(100):
-            held.check()
+            owned.check()
         assert reads == []
         monkeypatch.setattr(lease, "CHECK_SECONDS", 0)
-        held.check()
+        owned.check()
         assert reads == [1]
 
 
-# The heart
+# Heartbeats
 
 
-def test_the_heart_beats_and_ends_with_the_run(folder, hasty):
-    with Lease(folder) as held:
-        first = facts(folder)
+def test_heartbeats_continue_until_the_run_ends(folder, fast_heartbeats):
+    with Lease(folder) as owned:
+        first = content_of(folder)
         for _ in range(3):
-            before = facts(folder)["heartbeat"]
-            until(lambda before=before: facts(folder)["heartbeat"] > before)
-        assert {**facts(folder), "heartbeat": 0} == {**first, "heartbeat": 0}
-        assert abs(facts(folder)["heartbeat"] - time.time()) < SECONDS
-        held.check()
+            before = content_of(folder)["heartbeat"]
+            wait_until(lambda before=before: content_of(folder)["heartbeat"] > before)
+        assert {**content_of(folder), "heartbeat": 0} == {**first, "heartbeat": 0}
+        assert abs(content_of(folder)["heartbeat"] - time.time()) < SECONDS
+        owned.check()
     assert "lease" not in {thread.name for thread in threading.enumerate()}
     after = (folder / "lease.json").read_bytes()
     time.sleep(0.05)
     assert (folder / "lease.json").read_bytes() == after
 
 
-def test_a_beat_in_its_middle_is_waited_for_and_undoes_nothing(folder, hasty, monkeypatch):
+def test_a_heartbeat_in_progress_does_not_undo_the_release(folder, fast_heartbeats, monkeypatch):
     beats, beat = [], Lease._beat
 
     def slow(self):
@@ -459,21 +461,21 @@ def test_a_beat_in_its_middle_is_waited_for_and_undoes_nothing(folder, hasty, mo
         time.sleep(0.2)
 
     monkeypatch.setattr(Lease, "_beat", slow)
-    with Lease(folder) as held:
-        until(lambda: beats)
+    with Lease(folder) as owned:
+        wait_until(lambda: beats)
     assert "lease" not in {thread.name for thread in threading.enumerate()}
-    held._beat()
-    assert facts(folder)["released"] is True
+    owned._beat()
+    assert content_of(folder)["released"] is True
 
 
-def test_nobody_waits_for_the_last_beat(folder):
+def test_the_release_does_not_wait_for_the_next_heartbeat(folder):
     with Lease(folder):
         start = time.monotonic()
     assert time.monotonic() - start < lease.HEARTBEAT_SECONDS / 2
 
 
 def failing(monkeypatch, code=errno.ENOSPC):
-    """Lets every write fail; gives the list of those that did."""
+    """Makes every write fail; returns the list of failed writes."""
     failures = []
 
     def write(path, data):
@@ -484,66 +486,70 @@ def failing(monkeypatch, code=errno.ENOSPC):
     return failures
 
 
-def test_a_beat_that_cannot_be_written_is_tried_again(folder, hasty, monkeypatch):
+def test_a_failed_heartbeat_is_retried(folder, fast_heartbeats, monkeypatch):
     write = swap.write_whole
-    with Lease(folder) as held:
+    with Lease(folder) as owned:
         failures = failing(monkeypatch)
-        until(lambda: len(failures) > 2)
-        held.check()
-        before = facts(folder)["heartbeat"]
+        wait_until(lambda: len(failures) > 2)
+        owned.check()
+        before = content_of(folder)["heartbeat"]
         monkeypatch.setattr(swap, "write_whole", write)
-        until(lambda: facts(folder)["heartbeat"] > before)
-        held.check()
+        wait_until(lambda: content_of(folder)["heartbeat"] > before)
+        owned.check()
         monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 1000)
         time.sleep(0.05)
         monkeypatch.setattr(lease, "CHECK_SECONDS", 1000)
         monkeypatch.setattr(lease, "SILENT_SECONDS", 0)
-        held.check()  # that old failure is forgotten
+        owned.check()  # the earlier failure no longer counts
 
 
-def test_silence_is_counted_from_the_last_beat(folder, monkeypatch):
+def test_silence_is_measured_from_the_last_heartbeat(folder, monkeypatch):
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], time=time.time, sleep=time.sleep)
     monkeypatch.setattr(lease, "time", clock)
-    with Lease(folder, notify=[].append) as held:
+    with Lease(folder, notify=[].append) as owned:
         now[0] = 46
-        held.check()  # beats itself
+        owned.check()  # writes the overdue heartbeat
         failing(monkeypatch)
         now[0] = 90
-        held.check()
+        owned.check()
         now[0] = 92
         with pytest.raises(RunError, match="could not be renewed for 46 s"):
-            held.check()
+            owned.check()
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
-def test_a_heart_that_cannot_beat_for_long_stops_the_run(folder, hasty, monkeypatch, told, code):
-    with Lease(folder, notify=told.append) as held:
+def test_failing_heartbeats_stop_the_run_after_a_while(
+    folder, fast_heartbeats, monkeypatch, notices, code
+):
+    with Lease(folder, notify=notices.append) as owned:
         failures = failing(monkeypatch, code)
-        until(lambda: failures)
-        held.check()
+        wait_until(lambda: failures)
+        owned.check()
         monkeypatch.setattr(lease, "SILENT_SECONDS", 0.2)
         time.sleep(0.11)
         with pytest.raises(RunError, match=os.strerror(code)) as caught:
-            held.check()
+            owned.check()
         assert str(caught.value).startswith(f"{folder.parent}: the lease could not be renewed")
         monkeypatch.setattr(lease, "SILENT_SECONDS", 90.0)
-    assert [line for line in told if "could not be released" in line] == told != []
+    assert [line for line in notices if "could not be released" in line] == notices != []
 
 
-def test_a_lease_that_cannot_be_read_stops_the_run_no_sooner(folder, hasty, monkeypatch):
+def test_an_unreadable_lease_stops_the_run_after_the_same_time(
+    folder, fast_heartbeats, monkeypatch
+):
     def read(self):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    with Lease(folder, notify=[].append) as held:
+    with Lease(folder, notify=[].append) as owned:
         monkeypatch.setattr(swap._SwapFile, "read", read)
-        held.check()
+        owned.check()
         monkeypatch.setattr(lease, "SILENT_SECONDS", 0)
         with pytest.raises(RunError, match=os.strerror(errno.EIO)):
-            held.check()
+            owned.check()
 
 
-def test_an_output_that_cannot_be_written_is_refused(folder, monkeypatch):
+def test_a_read_only_output_is_refused(folder, monkeypatch):
     failing(monkeypatch, errno.EROFS)
     with pytest.raises(InputError, match=r"OUT.zarr: .*Read-only"), Lease(folder):
         pass
@@ -559,38 +565,45 @@ def test_an_output_that_is_a_file_is_refused(folder):
 
 HOSTILE = [
     *(b"", b"{", b"null", b"[]", b'"host"', b"7", b"\xff\xfe", b"[" * 60000, b"\0" * 10**6),
-    *(b'{"pid": ' + b"9" * 5000 + b"}", foreign().encode()[:-9]),
-    *(foreign(pid=pid).encode() for pid in (-1, 0, 2**31, 1e3, True, None, "7", [])),
-    *(foreign(heartbeat=h).encode() for h in (float("nan"), float("inf"), 1e300, -1, "1", None)),
-    *(foreign(heartbeat=h).encode() for h in (10**400, True, [])),
-    *(foreign(epoch=epoch).encode() for epoch in (0, -1, 2**63, 10**400, 1.5, True, None)),
-    *(foreign(started=started).encode() for started in (-1, 10**400, 0.5, "1", True)),
-    *(foreign(host=host).encode() for host in (None, 7, "a\nb", "\x1b[2J", "\ud800")),
-    *(foreign(boot_id=3).encode(), foreign(namespace=[]).encode(), foreign(released=1).encode()),
+    *(b'{"pid": ' + b"9" * 5000 + b"}", remote_owner().encode()[:-9]),
+    *(remote_owner(pid=pid).encode() for pid in (-1, 0, 2**31, 1e3, True, None, "7", [])),
+    *(
+        remote_owner(heartbeat=h).encode()
+        for h in (float("nan"), float("inf"), 1e300, -1, "1", None)
+    ),
+    *(remote_owner(heartbeat=h).encode() for h in (10**400, True, [])),
+    *(remote_owner(epoch=epoch).encode() for epoch in (0, -1, 2**63, 10**400, 1.5, True, None)),
+    *(remote_owner(started=started).encode() for started in (-1, 10**400, 0.5, "1", True)),
+    *(remote_owner(host=host).encode() for host in (None, 7, "a\nb", "\x1b[2J", "\ud800")),
+    *(
+        remote_owner(boot_id=3).encode(),
+        remote_owner(namespace=[]).encode(),
+        remote_owner(released=1).encode(),
+    ),
 ]
 
 
 @pytest.mark.parametrize("content", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_damaged_lease_is_of_an_unknown_owner(folder, told, content):
+def test_a_damaged_lease_has_an_unknown_owner(folder, notices, content):
     put(folder, content, age=80)
-    text = refused(folder)
+    text = refusal_of(folder)
     assert "an unknown process (a damaged lease.json) is writing here" in text
     assert re.search(r" 8\d s ago", text)
     put(folder, content, age=95)
     before = int(time.time())
-    with Lease(folder, notify=told.append) as held:
-        assert held.epoch >= before  # no run had it before
-        held.check()
-    assert len(told) == 1
-    with Lease(folder, notify=told.append) as held:
-        assert held.epoch > before
-    assert len(told) == 1
+    with Lease(folder, notify=notices.append) as owned:
+        assert owned.epoch >= before  # not used by an earlier run
+        owned.check()
+    assert len(notices) == 1
+    with Lease(folder, notify=notices.append) as owned:
+        assert owned.epoch > before
+    assert len(notices) == 1
 
 
-def test_a_damaged_lease_yields_to_force(folder, told):
+def test_a_damaged_lease_can_be_taken_by_force(folder, notices):
     put(folder, b"garbage")
-    with Lease(folder, takeover=True, notify=told.append):
-        assert "because of --takeover" in told[0]
+    with Lease(folder, takeover=True, notify=notices.append):
+        assert "because of --takeover" in notices[0]
 
 
 JSON = st.recursive(
@@ -600,20 +613,20 @@ JSON = st.recursive(
 )
 NAMES = [field.name for field in dataclasses.fields(Owner)]
 RECORDS = st.dictionaries(st.sampled_from(NAMES), JSON, min_size=1).map(
-    lambda changes: json.dumps({**dataclasses.asdict(foreign()), **changes}).encode()
+    lambda changes: json.dumps({**dataclasses.asdict(remote_owner()), **changes}).encode()
 )
 
 
 @settings(max_examples=100)
 @given(st.binary(max_size=100) | RECORDS)
-def test_no_content_keeps_a_lease_from_being_judged(tmp_path_factory, content):
+def test_any_content_of_a_lease_is_handled(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("lease")
     put(folder, content)
     try:
-        with Lease(folder, notify=[].append) as held:
-            held.check()
+        with Lease(folder, notify=[].append) as owned:
+            owned.check()
     except InputError as error:
         assert "is writing here" in str(error) and "\n" not in str(error)
-    with Lease(folder, takeover=True, notify=[].append) as held:
-        held.check()
-    assert facts(folder)["released"] is True
+    with Lease(folder, takeover=True, notify=[].append) as owned:
+        owned.check()
+    assert content_of(folder)["released"] is True

@@ -1,4 +1,4 @@
-"""Marks of the tiles of a block: what the next worker learns from the one before."""
+"""Marks of the tiles of a block, and what the next worker reads from them."""
 
 import uuid
 
@@ -29,7 +29,7 @@ KINDS = pytest.mark.parametrize("kind", ["disk", "objects"])
 
 @KINDS
 @given(events=st.lists(EVENTS))
-def test_the_next_worker_learns_of_each_tile_what_came_after_its_last_failure(
+def test_the_next_worker_reads_the_marks_since_the_last_end_of_a_tile(
     kind, tmp_path_factory, events
 ):
     path = new_folder(kind, tmp_path_factory) / "0"
@@ -41,11 +41,11 @@ def test_the_next_worker_learns_of_each_tile_what_came_after_its_last_failure(
         own = [mark for mark in events if mark.tile == tile]
         ended = [number for number, mark in enumerate(own) if mark.event == "ended"]
         assert Marks(path).before(tile) == own[ended[-1] + 1 if ended else 0 :]
-    assert first.before(0) == []  # its own marks are no news to it
+    assert first.before(0) == []  # its own marks do not count
 
 
 @pytest.mark.parametrize("end", range(1, 12))
-def test_a_line_that_is_cut_off_is_no_mark(tmp_path, end):
+def test_a_truncated_line_is_ignored(tmp_path, end):
     path = tmp_path / "0"
     Marks(path).add(Mark(5, "begun"))
     whole = path.read_bytes()
@@ -53,7 +53,7 @@ def test_a_line_that_is_cut_off_is_no_mark(tmp_path, end):
     assert Marks(path).before(5) == [Mark(5, "begun")]
 
 
-def test_marks_that_cannot_be_read_or_written_say_so(tmp_path):
+def test_unreadable_or_unwritable_marks_raise(tmp_path):
     with pytest.raises(FileNotFoundError):
         Marks(tmp_path / "none" / "0").add(Mark(1, "begun"))
     with pytest.raises(IsADirectoryError):
@@ -61,7 +61,7 @@ def test_marks_that_cannot_be_read_or_written_say_so(tmp_path):
 
 
 @KINDS
-def test_the_next_run_learns_what_was_done_since_the_store_was_made(kind, tmp_path_factory):
+def test_the_next_run_reads_the_tiles_done_since_the_store_was_created(kind, tmp_path_factory):
     folder = new_folder(kind, tmp_path_factory)
     for epoch, tile, event in [(3, 1, "done"), (4, 2, "begun"), (4, 5, "done"), (1759, 7, "done")]:
         place = folder / str(epoch)
@@ -76,9 +76,9 @@ def test_the_next_run_learns_what_was_done_since_the_store_was_made(kind, tmp_pa
     assert not [*files_below(folder)] and not [*tiles_done(folder / "none", since=0)]
 
 
-def test_objects_that_are_no_marks_are_passed_over():
+def test_objects_that_are_not_marks_are_ignored():
     folder = place_of(f"memory://{uuid.uuid4().hex}/marks")
-    (folder / "3" / "7").put(b'[7, "done", 1.0, 0]\n')  # as an older version wrote them
+    (folder / "3" / "7").put(b'[7, "done", 1.0, 0]\n')  # the format of an older version
     (folder / "3" / "0" / "a,b,c,d,e,f").put(b"")
     Marks(folder / "3" / "0").add(Mark(4, "done"))
     assert [*tiles_done(folder, since=0)] == [4]
@@ -87,8 +87,8 @@ def test_objects_that_are_no_marks_are_passed_over():
     assert not [*folder.below()]
 
 
-def test_no_object_of_marks_is_written_twice():
-    """Some object stores take one write a second of each."""
+def test_no_object_is_written_twice():
+    """Some object stores allow one write per second and object."""
     path = place_of(f"memory://{uuid.uuid4().hex}/marks") / "0"
     for worker in (Marks(path), Marks(path), Marks(path)):
         for event in ("begun", "done"):

@@ -1,4 +1,4 @@
-"""Outputs and inputs in an object store: the same bytes, and nothing lost there either."""
+"""Outputs and inputs in an object store: the same bytes as on a disk, and nothing is lost."""
 
 import dataclasses
 import itertools
@@ -39,10 +39,10 @@ TILES = 24
 
 
 def stored(bucket, out=OUT):
-    """The objects of a store, without what may differ between two runs, by name."""
+    """The objects of a store by name, without the private ones, which differ between runs."""
     prefix = out.removeprefix("s3://bucket/") + "/"
-    names = {key.removeprefix(prefix): held for key, held in bucket.objects.items()}
-    return {n: held[0] for n, held in names.items() if not n.startswith(PRIVATE)}
+    objects = {key.removeprefix(prefix): content for key, content in bucket.objects.items()}
+    return {n: content[0] for n, content in objects.items() if not n.startswith(PRIVATE)}
 
 
 def key(name, out=OUT):
@@ -50,7 +50,7 @@ def key(name, out=OUT):
 
 
 def process(task, bucket, *flags, out=OUT):
-    """The command in a process of its own, one tile at a time."""
+    """The command in a separate process, one tile at a time."""
     volume, model, _ = task
     fixed = "--tile 1,32,20 --precision float32 --workers 1"
     return subprocess.Popen(
@@ -66,7 +66,7 @@ def process(task, bucket, *flags, out=OUT):
     )
 
 
-def test_a_bucket_holds_the_bytes_of_a_disk_and_a_finished_run_does_nothing(task, bucket):
+def test_a_bucket_has_the_same_bytes_as_a_disk_and_a_finished_run_does_nothing(task, bucket):
     volume, model, whole = task
     assert segment(volume, model, OUT, TILED) == place_of(OUT)
     assert stored(bucket) == bytes_of(whole)
@@ -78,7 +78,7 @@ def test_a_bucket_holds_the_bytes_of_a_disk_and_a_finished_run_does_nothing(task
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_ray_writes_the_same_there(task, bucket):
+def test_ray_writes_the_same_bytes_to_a_bucket(task, bucket):
     with process(task, bucket, "--engine", "ray") as started:
         out, err = started.communicate(timeout=120)
     assert (started.returncode, out) == (0, f"{OUT}\n"), err
@@ -87,7 +87,7 @@ def test_ray_writes_the_same_there(task, bucket):
 
 
 @pytest.mark.parametrize("number", [3, 11])
-def test_a_killed_run_goes_on_and_writes_nothing_twice(task, bucket, number):
+def test_a_killed_run_resumes_and_writes_nothing_twice(task, bucket, number):
     volume, model, whole = task
     with process(task, bucket) as started:
         while sum("/0/c/" in name for name in [*bucket.objects]) < number:
@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_and_writes_nothing_twice(task, bucket, number):
             assert bucket.puts[shard] == before[shard] == 1
 
 
-def test_a_second_run_is_refused_until_the_first_is_gone(task, bucket):
+def test_a_second_run_is_refused_until_the_first_has_ended(task, bucket):
     volume, model, whole = task
     with process(task, bucket) as started:
         while key(f"{PRIVATE}/lease.json") not in bucket.objects:
@@ -123,19 +123,19 @@ def test_a_second_run_is_refused_until_the_first_is_gone(task, bucket):
 def test_a_run_that_is_forced_out_stops(bucket, monkeypatch):
     monkeypatch.setattr("unet_ray.storage.lease.CHECK_SECONDS", 0)
     private = place_of(OUT) / PRIVATE
-    told = []
+    notices = []
     with Lease(private) as first:
         first.check()
-        with Lease(private, takeover=True, notify=told.append) as second:
+        with Lease(private, takeover=True, notify=notices.append) as second:
             assert (first.epoch, second.epoch) == (1, 2)
             with pytest.raises(RunError, match="has taken it over"):
                 first.check()
-    assert "--takeover" in told[0]
+    assert "--takeover" in notices[0]
     with Lease(private) as third:
         assert third.epoch == 3
 
 
-def test_a_put_whose_answer_was_lost_is_no_refusal(bucket):
+def test_a_lost_response_of_a_put_does_not_refuse_the_lease(bucket):
     private = place_of(OUT) / PRIVATE
     with Lease(private):
         pass
@@ -153,7 +153,7 @@ def test_a_put_whose_answer_was_lost_is_no_refusal(bucket):
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_an_answer_that_is_lost_while_the_store_is_tested_is_no_refusal(bucket, number):
+def test_a_lost_response_during_the_test_of_a_store_does_not_refuse_it(bucket, number):
     probe, calls = ObjectPath.put_if, itertools.count()
 
     def losing(path, data, tag):
@@ -165,21 +165,21 @@ def test_an_answer_that_is_lost_while_the_store_is_tested_is_no_refusal(bucket, 
         refuse_unconditional(place_of(OUT))
 
 
-def test_a_conditional_put_tells_tag_and_version(monkeypatch):
-    """Google's stores know an object by its version, which nothing here can show."""
-    told = []
+def test_a_conditional_put_sends_tag_and_version(monkeypatch):
+    """Google's stores identify an object by its version, which the test server lacks."""
+    modes = []
 
     def put(store, key, data, mode):
-        told.append(mode)
+        modes.append(mode)
         return {"e_tag": '"a"', "version": "17"}
 
     monkeypatch.setattr("obstore.put", put)
     place = ObjectPath("memory://", "x")
     assert place.put_if(b"", place.put_if(b"", None)) is not None
-    assert told == ["create", {"e_tag": '"a"', "version": "17"}]
+    assert modes == ["create", {"e_tag": '"a"', "version": "17"}]
 
 
-def test_a_store_without_conditions_is_refused_before_anything_is_written(task, bucket):
+def test_a_store_without_conditional_puts_is_refused_before_anything_is_written(task, bucket):
     volume, model, _ = task
     bucket.deaf = True
     with pytest.raises(InputError, match="does not honour conditional puts"):
@@ -188,7 +188,7 @@ def test_a_store_without_conditions_is_refused_before_anything_is_written(task, 
 
 
 @pytest.mark.parametrize(("how", "words"), [("denied", "access denied"), ("full", "507")])
-def test_a_store_that_takes_nothing_more_ends_the_run_at_once(task, bucket, how, words):
+def test_a_full_or_read_only_store_ends_the_run_at_once(task, bucket, how, words):
     volume, model, whole = task
     setattr(bucket, how, "/0/c/0/1")
     with pytest.raises(RunError, match=rf"{words} .* tiles are done and stay"):
@@ -199,14 +199,14 @@ def test_a_store_that_takes_nothing_more_ends_the_run_at_once(task, bucket, how,
     assert stored(bucket) == bytes_of(whole)
 
 
-def test_a_store_that_denies_everything_is_refused(task, bucket):
+def test_a_store_that_denies_access_is_refused(task, bucket):
     volume, model, _ = task
     bucket.denied = "."
     with pytest.raises(InputError, match=r"cannot be used .*AWS_ACCESS_KEY_ID"):
         segment(volume, model, OUT, TILED)
 
 
-def test_a_quarantined_tile_is_tried_again_there_too(task, bucket, monkeypatch):
+def test_the_next_run_retries_a_quarantined_tile(task, bucket, monkeypatch):
     volume, model, whole = task
     with monkeypatch.context() as failing:
         predict = run_module.TileWorker.predict
@@ -231,19 +231,19 @@ def test_overwriting_leaves_nothing_of_the_old_store(task, bucket):
     assert stored(bucket) == bytes_of(whole)
 
 
-def test_a_creation_that_was_killed_is_no_hindrance(task, bucket):
+def test_a_run_recreates_a_store_whose_creation_was_killed(task, bucket):
     volume, model, whole = task
     segment(volume, model, OUT, TILED)
-    left = "0/zarr.json", "lease.json", ".born", "00000001.committed"
-    kept = {k: v for k, v in bucket.objects.items() if k.endswith(left)}
+    names = "0/zarr.json", "lease.json", ".born", "00000001.committed"
+    remains = {k: v for k, v in bucket.objects.items() if k.endswith(names)}
     bucket.objects.clear()
-    bucket.objects.update(kept)
+    bucket.objects.update(remains)
     segment(volume, model, OUT, TILED)
     assert stored(bucket) == bytes_of(whole)
 
 
 @pytest.mark.parametrize("out", [OUT, "out.zarr"])
-def test_of_two_that_create_one_store_at_once_the_lease_chooses(
+def test_two_runs_that_create_one_store_are_ordered_by_the_lease(
     task, bucket, tmp_path, monkeypatch, out
 ):
     volume, model, _ = task
@@ -258,7 +258,7 @@ def test_of_two_that_create_one_store_at_once_the_lease_chooses(
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "0/c/0/0/0/0", "zarr.json"])
-def test_what_is_not_ours_is_left_alone(task, bucket, name):
+def test_files_of_other_programs_are_not_changed(task, bucket, name):
     volume, model, _ = task
     bucket.put(key(name), b"years of work", None, None)
     for overwrite in (False, True):
@@ -287,7 +287,7 @@ def test_verify_names_and_repairs_damaged_objects(task, bucket):
     assert stored(bucket) == bytes_of(whole)
 
 
-def test_scores_and_report_are_those_of_a_disk(task, bucket, tmp_path):
+def test_scores_and_report_are_the_same_as_for_a_disk(task, bucket, tmp_path):
     volume, model, whole = task
     segment(volume, model, OUT, TILED)
     truth = write_stack(tmp_path / "truth.tif", (noise((3, 61, 75)) > 99).astype("uint8") * 255)
@@ -325,13 +325,13 @@ def test_a_volume_in_a_bucket_is_read_like_one_on_a_disk(task, bucket, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["nothing.zarr", "volume.tif"])
-def test_what_is_no_zarr_in_a_bucket_is_refused(bucket, name):
+def test_only_zarr_is_read_from_a_bucket(bucket, name):
     bucket.put("volume.tif", b"II*\0", None, None)
     with pytest.raises(InputError, match="of an object store only these are read"):
         open_volume(f"s3://bucket/{name}")
 
 
-def test_a_copy_without_what_tells_of_its_tiles_is_damaged(task, bucket):
+def test_a_copy_without_its_private_folder_is_damaged(task, bucket):
     volume, model, _ = task
     segment(volume, model, OUT, TILED)
     for name in [name for name in bucket.objects if PRIVATE in name]:
@@ -340,7 +340,7 @@ def test_a_copy_without_what_tells_of_its_tiles_is_damaged(task, bucket):
     assert ".unet_ray is missing" in damage
 
 
-def test_what_an_old_ledger_tells_of_a_store_that_is_gone_counts_for_nothing(task, bucket):
+def test_the_ledger_of_a_deleted_store_is_ignored(task, bucket):
     volume, model, whole = task
     segment(volume, model, OUT, TILED)
     for name in [name for name in bucket.objects if PRIVATE not in name]:
@@ -349,7 +349,7 @@ def test_what_an_old_ledger_tells_of_a_store_that_is_gone_counts_for_nothing(tas
     assert stored(bucket) == bytes_of(whole)
 
 
-def test_a_creation_that_was_killed_is_no_hindrance_to_another_store(task, bucket, tmp_path):
+def test_another_store_replaces_one_whose_creation_was_killed(task, bucket, tmp_path):
     volume, model, _ = task
     classes = dataclasses.replace(TILED, outputs=("classes",))
     whole = segment(volume, model, tmp_path / "whole.zarr", classes)
@@ -369,7 +369,7 @@ def test_a_creation_that_was_killed_is_no_hindrance_to_another_store(task, bucke
     assert stored(bucket) == bytes_of(whole)
 
 
-def test_a_run_that_was_forced_out_writes_nothing_into_the_store_of_the_next(
+def test_a_run_that_lost_its_lease_writes_nothing_to_the_next_store(
     task, bucket, tmp_path, monkeypatch
 ):
     volume, model, _ = task
@@ -387,8 +387,8 @@ def test_a_run_that_was_forced_out_writes_nothing_into_the_store_of_the_next(
     assert verify(OUT).sound
 
 
-def overtaken(monkeypatch, on, method, number, act):
-    """Has `act` done within a call of `method`, the so-manieth; what `act` calls does not count."""
+def interrupted(monkeypatch, on, method, number, act):
+    """Calls `act` in call `number` of `method`; calls from `act` are not counted."""
     calls, original = itertools.count(1), getattr(on, method)
 
     def called(*args, **kwargs):
@@ -400,26 +400,28 @@ def overtaken(monkeypatch, on, method, number, act):
     monkeypatch.setattr(on, method, called)
 
 
-ANEW = dataclasses.replace(TILED, tta=True)
-TAKING = dataclasses.replace(ANEW, overwrite=True, takeover=True)
+OTHER_VOXELS = dataclasses.replace(TILED, tta=True)
+TAKING = dataclasses.replace(OTHER_VOXELS, overwrite=True, takeover=True)
 
 
 @pytest.fixture(scope="module")
-def anew(task, tmp_path_factory):
-    """What the run wrote that came later: the same tiles with other voxels in them."""
+def other_bytes(task, tmp_path_factory):
+    """The bytes that the later run writes: the same tiles with other voxels."""
     volume, model, _ = task
-    return bytes_of(segment(volume, model, tmp_path_factory.mktemp("anew") / "out.zarr", ANEW))
+    return bytes_of(
+        segment(volume, model, tmp_path_factory.mktemp("other_bytes") / "out.zarr", OTHER_VOXELS)
+    )
 
 
-# The lease is looked at for each step: the ledger, the old root, the old arrays (on a disk log and
-# marks, too), five files of metadata; and for the shards of the tiles.
+# The lease is checked before each step: the ledger, the old root, the old arrays (on a disk also
+# the log and marks), five metadata files, and the shards of the tiles.
 STEPS = [(out, "hold", n + 1) for out, steps in (("out.zarr", 11), (OUT, 8)) for n in range(steps)]
 STEPS += [(out, "look", n) for out in ("out.zarr", OUT) for n in (1, 20)]
 
 
 @pytest.mark.parametrize(("out", "method", "number"), STEPS)
-def test_a_run_that_makes_a_store_anew_can_be_forced_out_at_every_step(
-    task, anew, bucket, tmp_path, monkeypatch, out, method, number
+def test_a_run_that_recreates_a_store_can_lose_its_lease_at_every_step(
+    task, other_bytes, bucket, tmp_path, monkeypatch, out, method, number
 ):
     volume, model, whole = task
     monkeypatch.chdir(tmp_path)
@@ -427,41 +429,41 @@ def test_a_run_that_makes_a_store_anew_can_be_forced_out_at_every_step(
         segment(volume, model, out, TILED)
     else:
         shutil.copytree(whole, out)
-    overtaken(
+    interrupted(
         monkeypatch, Fence, method, number, lambda: segment(volume, model, out, TAKING)
     )  # fmt: skip
     with pytest.raises(LostError, match=r"out\.zarr: process \d+ on .* has taken it over"):
         segment(volume, model, out, dataclasses.replace(TILED, overwrite=True, workers=1))
-    assert (stored(bucket) if out == OUT else bytes_of(tmp_path / out)) == anew
+    assert (stored(bucket) if out == OUT else bytes_of(tmp_path / out)) == other_bytes
     verdict = verify(out, tiles=0)
     assert verdict.sound and verdict.tiles == TILES
-    # Of the log nothing is of the one that was forced out.
+    # The log contains no event of the run that lost its lease.
     events = [each["event"] for each in read_events(place_of(out) / EVENTS)]
     assert events == ["start", *["tile"] * TILES, "end"]
 
 
 @pytest.mark.parametrize("out", [OUT, "out.zarr"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RunError("tiles hang")])
-def test_a_run_that_was_forced_out_tells_nothing_in_the_log_of_the_next(
+def test_a_run_that_lost_its_lease_adds_nothing_to_the_log_of_the_next(
     task, bucket, tmp_path, monkeypatch, out, error
 ):
     volume, model, _ = task
     monkeypatch.chdir(tmp_path)
 
-    def overtaken_and_ended(progress):
+    def interrupted_and_ended(progress):
         if progress.finished == 3:
             segment(volume, model, out, TAKING)
             raise error
 
     with pytest.raises(type(error)):
-        segment(volume, model, out, dataclasses.replace(TILED, workers=1), overtaken_and_ended)
+        segment(volume, model, out, dataclasses.replace(TILED, workers=1), interrupted_and_ended)
     events = [each["event"] for each in read_events(place_of(out) / EVENTS)]
     assert events == ["start", *["tile"] * TILES, "end"]
 
 
 @pytest.mark.parametrize("out", [OUT, "out.zarr"])
-def test_a_root_beside_which_nothing_was_done_is_no_hindrance_to_another_run(
-    task, anew, bucket, tmp_path, monkeypatch, out
+def test_another_run_replaces_a_store_without_any_work(
+    task, other_bytes, bucket, tmp_path, monkeypatch, out
 ):
     volume, model, _ = task
     monkeypatch.chdir(tmp_path)
@@ -470,12 +472,12 @@ def test_a_root_beside_which_nothing_was_done_is_no_hindrance_to_another_run(
         with pytest.raises(ZeroDivisionError):
             segment(volume, model, out, TILED)
     assert (place_of(out) / "zarr.json").is_file()
-    segment(volume, model, out, ANEW)
-    assert (stored(bucket) if out == OUT else bytes_of(tmp_path / out)) == anew
+    segment(volume, model, out, OTHER_VOXELS)
+    assert (stored(bucket) if out == OUT else bytes_of(tmp_path / out)) == other_bytes
 
 
 @pytest.mark.parametrize("name", ["zarr.json", "0/c/0/0/1/1"])
-def test_a_put_that_arrives_late_is_refused(task, anew, bucket, monkeypatch, name):
+def test_a_delayed_put_is_refused(task, other_bytes, bucket, monkeypatch, name):
     volume, model, _ = task
     put, sent = ObjectPath.put_if, []
 
@@ -488,10 +490,10 @@ def test_a_put_that_arrives_late_is_refused(task, anew, bucket, monkeypatch, nam
     monkeypatch.setattr(ObjectPath, "put_if", late)
     with pytest.raises(LostError, match="has taken it over"):
         segment(volume, model, OUT, dataclasses.replace(TILED, workers=1))
-    assert sent and stored(bucket) == anew
+    assert sent and stored(bucket) == other_bytes
 
 
-def test_a_repair_keeps_others_from_writing_while_it_checks(task, bucket, monkeypatch):
+def test_a_repair_owns_the_lease_while_it_checks(task, bucket, monkeypatch):
     volume, model, whole = task
     segment(volume, model, OUT, TILED)
     del bucket.objects[key("0/c/0/0/1/1")]
@@ -502,6 +504,6 @@ def test_a_repair_keeps_others_from_writing_while_it_checks(task, bucket, monkey
             segment(volume, model, OUT, dataclasses.replace(TILED, overwrite=True))
         seen.append(run)
 
-    overtaken(monkeypatch, repair, "prepare", 1, lambda: overwrite("one"))
+    interrupted(monkeypatch, repair, "prepare", 1, lambda: overwrite("one"))
     assert verify(OUT, repair=True).sound and seen
     assert stored(bucket) == bytes_of(whole)

@@ -1,4 +1,4 @@
-"""Files and objects that are there whole or not at all."""
+"""Files and objects that are written atomically."""
 
 import os
 import pickle
@@ -23,7 +23,7 @@ from unet_ray.storage.places import (
 )
 
 
-def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):
+def test_a_file_is_replaced_without_leaving_temporary_files(tmp_path):
     write_whole(tmp_path / "deep" / "a", b"one")
     write_whole(tmp_path / "deep" / "a", b"two", scratch=tmp_path)
     assert (tmp_path / "deep" / "a").read_bytes() == b"two"
@@ -43,18 +43,18 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
-def test_what_a_kill_left_is_removed(tmp_path):
+def test_temporary_files_of_a_kill_are_removed(tmp_path):
     (tmp_path / ".a.0123.partial").write_bytes(b"ha")
     (tmp_path / "a").write_bytes(b"whole")
     remove_partial(tmp_path)
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
-def test_an_object_that_others_write_again_and_again_is_told(monkeypatch):
+def test_an_object_that_others_keep_writing_raises(monkeypatch):
     place = place_of(f"memory://{uuid.uuid4().hex}/a")
     monkeypatch.setattr("unet_ray.storage.places.PAUSES", (0.0, 0.0))
     others = iter([b"theirs"])
-    write_whole(place, b"one", guard=lambda: nullcontext([place.put(each) for each in others]))
+    write_whole(place, b"one", guard=lambda: nullcontext([place.put(data) for data in others]))
     assert place.read_bytes() == b"one"
     with pytest.raises(OSError, match="other processes keep writing this object"):
         write_whole(place, b"two", guard=lambda: nullcontext(place.put(uuid.uuid4().bytes)))
@@ -74,7 +74,7 @@ def test_a_name_in_a_bucket_has_the_parts_of_a_path():
     assert place_of("S3://bucket/a") == place_of("s3://bucket/a")
 
 
-def test_a_path_is_a_path_made_absolute(tmp_path, monkeypatch):
+def test_a_path_becomes_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert place_of("a:b/c") == tmp_path / "a:b" / "c"
     assert place_of(Path("x/../y")) == tmp_path / "y"
@@ -94,7 +94,7 @@ def test_a_path_is_a_path_made_absolute(tmp_path, monkeypatch):
         ("s3://bucket/a\nb", "a control character"),
     ],
 )
-def test_what_is_no_name_in_a_bucket_is_refused(url, words):
+def test_invalid_names_in_a_bucket_are_refused(url, words):
     with pytest.raises(InputError, match=re.escape(words)):
         place_of(url)
 
@@ -107,7 +107,7 @@ def test_object_stores_need_their_package(monkeypatch):
 
 @pytest.fixture
 def memory():
-    """A place in an object store of this test alone."""
+    """A place in an object store that only this test uses."""
     return place_of(f"memory://{uuid.uuid4().hex}/a")
 
 
@@ -128,12 +128,12 @@ def test_objects_are_written_read_listed_and_removed(memory):
     remove_tree(memory / "b")
     assert [p.name for p in memory.below()] == ["b", "new"]
     remove_tree(memory / "b")
-    for ask in (ObjectPath.read_bytes, stat_of):
+    for access in (ObjectPath.read_bytes, stat_of):
         with pytest.raises(FileNotFoundError, match=re.escape(str(memory / "e"))):
-            ask(memory / "e")
+            access(memory / "e")
 
 
-def test_a_conditional_put_is_refused_to_who_has_not_seen_the_last_content(memory):
+def test_a_conditional_put_with_an_old_tag_is_refused(memory):
     first = memory.put_if(b"1", None)
     assert first and memory.put_if(b"2", None) is None
     second = memory.put_if(b"2", first)

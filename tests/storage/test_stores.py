@@ -51,7 +51,7 @@ def path(tmp_path):
 
 
 def predicted(plan=PLAN, seed=0):
-    """What is predicted for each tile: whole cores, also where they leave the volume."""
+    """Random results of each tile: whole cores, even where they extend beyond the volume."""
     rng = np.random.default_rng(seed)
     return [
         {
@@ -70,15 +70,15 @@ def write_all(path, results, numbers=None, outputs=BOTH):
 
 
 def files(path):
-    """Every file of a store and its bytes, without what is private to a run."""
-    found = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
-    return {name: p.read_bytes() for name, p in found.items() if not name.startswith(PRIVATE)}
+    """The bytes of every file of a store, without the private folder."""
+    names = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
+    return {name: p.read_bytes() for name, p in names.items() if not name.startswith(PRIVATE)}
 
 
 # The layout.
 
 
-def test_the_layout_is_what_the_design_says(path):
+def test_the_arrays_and_files_of_a_store(path):
     probabilities, classes = (zarr.open_array(path / ARRAYS[name], mode="r") for name in BOTH)
     assert ARRAYS == {"probabilities": "0", "classes": "labels/classes/0"}
     assert probabilities.shape == (2, 5, 70, 100) and classes.shape == (5, 70, 100)
@@ -98,9 +98,9 @@ def test_the_layout_is_what_the_design_says(path):
 
 
 def test_the_metadata_of_the_image(path):
-    said = json.loads((path / "zarr.json").read_text())
-    assert said["zarr_format"] == 3 and said["node_type"] == "group"
-    (image,) = said["attributes"]["ome"]["multiscales"]
+    root = json.loads((path / "zarr.json").read_text())
+    assert root["zarr_format"] == 3 and root["node_type"] == "group"
+    (image,) = root["attributes"]["ome"]["multiscales"]
     assert [axis["name"] for axis in image["axes"]] == ["c", "z", "y", "x"]
     assert [axis["type"] for axis in image["axes"]] == ["channel", "space", "space", "space"]
     assert {axis.get("unit") for axis in image["axes"][1:]} == {"micrometer"}
@@ -109,17 +109,17 @@ def test_the_metadata_of_the_image(path):
     assert level["coordinateTransformations"] == [
         {"type": "scale", "scale": [1, 0.05, 0.004, 0.004]}
     ]
-    assert len(said["attributes"]["ome"]["omero"]["channels"]) == 2
+    assert len(root["attributes"]["ome"]["omero"]["channels"]) == 2
     label = json.loads((path / "labels/classes/zarr.json").read_text())["attributes"]["ome"]
-    told = label["image-label"]["properties"]
-    assert [(p["label-value"], p["value-in-training-labels"]) for p in told] == [
+    properties = label["image-label"]["properties"]
+    assert [(p["label-value"], p["value-in-training-labels"]) for p in properties] == [
         (0, 0),
         (1, 7),
         (2, 255),
     ]
 
 
-def test_a_voxel_size_that_nobody_knows_has_no_unit(tmp_path):
+def test_an_unknown_voxel_size_has_no_unit(tmp_path):
     create_store(tmp_path / "out.zarr", layout(voxel_size=None), Provenance({}))
     (image,) = zarr.open_group(tmp_path / "out.zarr", mode="r").attrs["ome"]["multiscales"]
     assert image["datasets"][0]["coordinateTransformations"][0]["scale"] == [1, 1, 1, 1]
@@ -137,8 +137,8 @@ def test_the_store_is_valid_ome_zarr(tmp_path, outputs, voxel_size):
         yaozarrs.validate_zarr_store(path / "labels/classes")
 
 
-def test_classes_alone_are_valid_ome_zarr(tmp_path):
-    # There is no image whose labels they could be.
+def test_classes_without_probabilities_are_valid_ome_zarr(tmp_path):
+    # A label image without an image.
     path = tmp_path / "out.zarr"
     create_store(path, layout(("classes",)), PROVENANCE)
     yaozarrs.validate_zarr_store(path / "labels/classes")
@@ -160,7 +160,7 @@ def test_chunks_are_halved_shards_small_enough_for_viewers(core):
 # Tiles.
 
 
-def test_what_is_written_is_read_back(path):
+def test_written_tiles_are_read_back(path):
     results = predicted()
     store = write_all(path, results)
     for name in BOTH:
@@ -193,7 +193,7 @@ def test_a_tile_of_background_is_written(path):
         assert not store.shard(name, tile).exists()
     store.write(tile, nothing)
     for name in BOTH:
-        # Stored voxels, not only an index that says that there are none.
+        # The shard contains voxels, not only an index of missing chunks.
         data = zarr.open_array(path / ARRAYS[name], mode="r")
         index = (
             16 * int(np.prod([s // c for s, c in zip(data.shards, data.chunks, strict=True)])) + 4
@@ -201,7 +201,7 @@ def test_a_tile_of_background_is_written(path):
         assert store.shard(name, tile).stat().st_size > index
 
 
-def test_only_the_outputs_that_are_asked_for_are_written(tmp_path):
+def test_only_the_requested_outputs_are_written(tmp_path):
     path = tmp_path / "out.zarr"
     create_store(path, layout(("classes",)), Provenance({}))
     write_all(path, predicted(), outputs=("classes",))
@@ -216,7 +216,7 @@ def test_bytes_do_not_depend_on_order_or_repeats(path, tmp_path):
     assert files(other) == files(path)
 
 
-def test_the_bytes_of_a_tile_do_not_depend_on_what_was_there(path):
+def test_the_bytes_of_a_tile_do_not_depend_on_earlier_content(path):
     results = predicted()
     write_all(path, predicted(seed=1))
     again = write_all(path, results)
@@ -238,8 +238,8 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("number", [0, len(PLAN) - 1], ids=["inner tile", "edge tile"])
-def test_a_damaged_shard_is_written_anew(path, number, damage):
-    # A rerun must heal what a crash or a bad disk left, whatever that is.
+def test_a_damaged_shard_is_rewritten(path, number, damage):
+    # A rerun must repair any damage by a crash or a bad disk.
     results = predicted()
     write_all(path, results)
     sound = files(path)
@@ -250,13 +250,13 @@ def test_a_damaged_shard_is_written_anew(path, number, damage):
     assert files(path) == sound
 
 
-def test_a_write_that_was_killed_leaves_nothing_when_it_is_repeated(path, monkeypatch):
+def test_repeating_a_killed_write_leaves_no_temporary_files(path, monkeypatch):
     results = predicted()
     store = write_all(path, results)
     sound = files(path)
 
     class Killed(BaseException):
-        """Nobody handles it, as nobody handles a kill."""
+        """Stands for a kill; no code catches it."""
 
     def killed(*arguments):
         raise Killed
@@ -271,7 +271,7 @@ def test_a_write_that_was_killed_leaves_nothing_when_it_is_repeated(path, monkey
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_a_flipped_bit_anywhere_is_noticed_when_read(path, name):
+def test_a_flipped_bit_anywhere_is_detected_by_reading(path, name):
     store = write_all(path, predicted())
     tile = PLAN[5]
     shard = store.shard(name, tile)
@@ -301,15 +301,15 @@ def test_a_tile_is_on_disk_when_write_returns(path, monkeypatch):
         assert {shard.stat().st_ino, shard.parent.stat().st_ino} <= set(synced)
 
 
-# Whole or not at all, ours or not.
+# Interrupted creation and files of other programs.
 
 
 class KilledError(Exception):
-    """Stands for a process that ends there and then."""
+    """Stands for a process that is killed."""
 
 
 def dying(number):
-    """A guard that ends its process when it is held for the so-manieth time."""
+    """A guard that kills its process when it is entered for time `number`, from 0."""
     calls = itertools.count()
 
     @contextmanager
@@ -321,14 +321,14 @@ def dying(number):
     return guard
 
 
-@pytest.mark.parametrize("new", ["a new store", "a store made anew"])
-def test_a_creation_that_dies_anywhere_leaves_no_store_and_is_done_again(tmp_path, new):
+@pytest.mark.parametrize("new", ["a new store", "a recreated store"])
+def test_a_creation_killed_at_any_step_leaves_no_store_and_can_be_repeated(tmp_path, new):
     fresh = tmp_path / "fresh.zarr"
     create_store(fresh, layout(("classes",)), PROVENANCE)
     for number in itertools.count():
         path = tmp_path / f"{number}.zarr"
         begin(path / LEDGER, 1)
-        if new == "a store made anew":
+        if new == "a recreated store":
             create_store(path, layout(), PROVENANCE)
             write_all(path, predicted(), [0, 7])
         try:
@@ -337,14 +337,14 @@ def test_a_creation_that_dies_anywhere_leaves_no_store_and_is_done_again(tmp_pat
         except KilledError:
             pass
         assert number == 0 or inspect(path).continued() is None
-        create_store(path, layout(("classes",)), PROVENANCE)  # of what was left nothing stays
+        create_store(path, layout(("classes",)), PROVENANCE)  # removes all remains
         assert files(path) == files(fresh)
         remove_deleted(path)
-        assert {each.name for each in (path / PRIVATE).iterdir()} == {"ledger"}
-    assert number > 8  # each file, and each step before
+        assert {file.name for file in (path / PRIVATE).iterdir()} == {"ledger"}
+    assert number > 8  # every file, and every step before
 
 
-def test_what_arrives_late_is_no_hindrance_to_a_store_that_was_begun(tmp_path):
+def test_late_shards_of_another_run_are_removed_by_the_next_creation(tmp_path):
     path = tmp_path / "out.zarr"
     create_store(path, layout(), PROVENANCE)
     write_all(path, predicted(), [3])  # by a run that has lost its store in the meantime
@@ -357,7 +357,7 @@ def test_what_arrives_late_is_no_hindrance_to_a_store_that_was_begun(tmp_path):
     assert not [*path.rglob("c")]
 
 
-def test_a_copy_that_is_not_whole_is_no_new_store(path):
+def test_an_incomplete_copy_is_not_replaced(path):
     begin(path / LEDGER, 1)
     write_all(path, predicted(), [3])
     with Ledger(path / LEDGER, len(PLAN)) as ledger:
@@ -384,7 +384,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_what_others_have_put_into_a_store_is_not_deleted(path, kind):
+def test_files_of_other_programs_in_a_store_are_not_deleted(path, kind):
     other = path / OTHERS[kind]
     other.parent.mkdir(parents=True, exist_ok=True)
     other.write_text("years of work")
@@ -398,7 +398,7 @@ def test_what_others_have_put_into_a_store_is_not_deleted(path, kind):
 
 
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EBUSY])
-def test_a_store_is_made_anew_where_folders_cannot_be_moved(path, monkeypatch, code):
+def test_a_store_is_recreated_where_folders_cannot_be_moved(path, monkeypatch, code):
     before = files(path)
     write_all(path, predicted(), [0, 3])
     (path / EVENTS).write_text("of an older run")
@@ -412,19 +412,21 @@ def test_a_store_is_made_anew_where_folders_cannot_be_moved(path, monkeypatch, c
     assert files(path) == before and not (path / EVENTS).exists()
 
 
-def test_what_cannot_be_removed_now_is_no_hindrance(path, monkeypatch):
+def test_a_store_is_recreated_while_old_files_cannot_be_removed(path, monkeypatch):
     before = files(path)
     write_all(path, predicted(), [0, 3])
     with monkeypatch.context() as patched:
-        patched.setattr("shutil.rmtree", lambda *args: os.rmdir(path))  # as if a file were open
+        patched.setattr(
+            "shutil.rmtree", lambda *args: os.rmdir(path)
+        )  # as if a viewer had a file open
         create_store(path, layout(), PROVENANCE)
     assert files(path) == before
-    assert {each.name[:8] for each in (path / PRIVATE).iterdir()} == {"deleted-"}
+    assert {file.name[:8] for file in (path / PRIVATE).iterdir()} == {"deleted-"}
     remove_deleted(path)
     assert not [*(path / PRIVATE).iterdir()]
 
 
-def test_a_store_whose_root_is_damaged_can_be_made_anew(path):
+def test_a_store_with_a_damaged_root_can_be_recreated(path):
     before = files(path)
     (path / "zarr.json").write_text('{"attributes": {')
     with pytest.raises(InputError, match="not an output of unet-ray"):
@@ -434,7 +436,7 @@ def test_a_store_whose_root_is_damaged_can_be_made_anew(path):
     assert files(path) == before
 
 
-def test_a_store_is_untouched_until_something_is_written_or_noted(path):
+def test_a_store_is_untouched_until_a_shard_or_a_record_is_written(path):
     assert not inspect(path).is_untouched()  # it has no ledger
     begin(path / LEDGER, 1)
     assert inspect(path).is_untouched()
@@ -447,7 +449,7 @@ def test_a_store_is_untouched_until_something_is_written_or_noted(path):
 
 
 @pytest.mark.parametrize("name", ["0", "labels", "0/zarr.json", "zarr.json", ".unet_ray/ledger"])
-def test_links_are_followed_nowhere(tmp_path, name):
+def test_links_are_never_followed(tmp_path, name):
     path, aside = tmp_path / "out.zarr", tmp_path / "aside"
     aside.mkdir()
     (aside / "zarr.json").write_text("years of work")
@@ -466,7 +468,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("damage", ["missing", "another plan", "no JSON"])
-def test_metadata_that_does_not_fit_is_named(path, damage):
+def test_damaged_metadata_are_named(path, damage):
     file = path / "labels" / "classes" / "0" / "zarr.json"
     if damage == "missing":
         file.unlink()
@@ -478,7 +480,7 @@ def test_metadata_that_does_not_fit_is_named(path, damage):
         Store(path, ["classes"]).require_plan(PLAN)
 
 
-def test_how_a_store_was_made_can_be_read(path):
+def test_the_provenance_of_a_store_is_read_back(path):
     assert inspect(path).provenance == PROVENANCE
     assert inspect(path.with_name("none.zarr")).continued() is None
 
@@ -505,14 +507,14 @@ def test_a_foreign_folder_is_refused(tmp_path, kind):
         inspect(folder).continued()
 
 
-def test_a_root_that_cannot_be_read_now_is_no_foreign_one(path, monkeypatch):
+def test_an_unreadable_root_does_not_count_as_foreign(path, monkeypatch):
     def fails(*args, **kwargs):
-        raise OSError(errno.EIO, "a bad moment")
+        raise OSError(errno.EIO, "unreadable")
 
     monkeypatch.setattr(Path, "read_text", fails)
-    with pytest.raises(OSError, match="a bad moment"):
+    with pytest.raises(OSError, match="unreadable"):
         refuse_others(path)
-    with pytest.raises(InputError, match="a bad moment"):
+    with pytest.raises(InputError, match="unreadable"):
         inspect(path).continued()
 
 

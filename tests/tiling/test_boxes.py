@@ -25,7 +25,7 @@ def test_size_and_shape_count_the_voxels(box):
 
 
 @given(small, small)
-def test_an_intersection_holds_the_voxels_of_both(a, b):
+def test_an_intersection_contains_the_voxels_of_both(a, b):
     both = a.intersect(b)
     assert voxels(both) == voxels(a) & voxels(b)
     if a.size:
@@ -60,19 +60,19 @@ def test_split_partitions_in_reading_order(box, shape):
     parts = list(box.split(shape))
     painted = [v for part in parts for v in voxels(part)]
     assert len(painted) == len(set(painted)) and set(painted) == voxels(box)
-    assert all(n <= most for part in parts for n, most in zip(part.shape, shape, strict=True))
+    assert all(n <= limit for part in parts for n, limit in zip(part.shape, shape, strict=True))
     assert [p.start for p in parts] == sorted(p.start for p in parts)
 
 
 @settings(max_examples=100)
 @given(boxes(axes=3, low=0, high=9), st.tuples(*[st.integers(1, 5)] * 3), st.integers(1, 12))
-def test_a_split_by_chunks_touches_few_at_a_time(box, chunk, most):
-    parts = list(box.split_by_chunks(chunk, most))
+def test_a_split_by_chunks_limits_the_chunks_of_a_box(box, chunk, max_chunks):
+    parts = list(box.split_by_chunks(chunk, max_chunks))
     painted = [v for part in parts for v in voxels(part)]
     assert len(painted) == len(set(painted)) and set(painted) == voxels(box)
     touched = [{tuple(np.floor_divide(v, chunk)) for v in voxels(part)} for part in parts]
-    assert all(len(some) <= most for some in touched)
-    assert sum(map(len, touched)) == len(set().union(*touched))  # none for two parts
+    assert all(len(chunks) <= max_chunks for chunks in touched)
+    assert sum(map(len, touched)) == len(set().union(*touched))  # no chunk is in two parts
 
 
 def test_the_box_of_an_array():
@@ -85,18 +85,18 @@ def test_a_box_is_written_as_a_region():
 
 
 @pytest.mark.parametrize(
-    ("start", "stop", "said"),
+    ("start", "stop", "message"),
     [
         ((0, 0), (1,), r"differ in length: \(0, 0\) and \(1,\)"),
         ((0, 3), (1, 2), r"stops before it starts: \(0, 3\) to \(1, 2\)"),
     ],
 )
-def test_corners_that_make_no_box(start, stop, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_corners_are_refused(start, stop, message):
+    with pytest.raises(ValueError, match=message):
         Box(start, stop)
 
 
-def test_boxes_of_different_axes_do_not_mix():
+def test_boxes_of_different_dimensions_are_refused():
     with pytest.raises(ValueError):
         Box.of((2, 2)).intersect(Box.of((2, 2, 2)))
     with pytest.raises(ValueError):

@@ -1,4 +1,4 @@
-"""Mirrored reads against ``numpy.pad(mode="reflect")``, and what they ask of their source."""
+"""Mirrored reads against ``numpy.pad(mode="reflect")``, and the boxes that they read."""
 
 import numpy as np
 import pytest
@@ -11,16 +11,16 @@ from unet_ray.tiling.mirror import read_mirrored, reflect
 
 
 class Source:
-    """An array that is read by boxes and remembers which."""
+    """An array that records the boxes read from it."""
 
     def __init__(self, array):
-        self.array, self.asked, self.given = array, [], []
+        self.array, self.boxes_read, self.returned = array, [], []
 
     def __call__(self, box):
         assert box.intersect(Box.of(self.array.shape[-len(box.start) :])) == box and box.size
-        self.asked.append(box)
-        self.given.append(self.array[(..., *box.slices)])
-        return self.given[-1]
+        self.boxes_read.append(box)
+        self.returned.append(self.array[(..., *box.slices)])
+        return self.returned[-1]
 
 
 def numbered(shape):
@@ -47,24 +47,24 @@ def test_any_box_is_a_part_of_the_padded_image(shape, box):
 
 
 @given(shapes((4, 9, 9)), boxes(low=-50, high=50).filter(lambda box: box.size))
-def test_the_source_is_read_once_and_only_where_it_is_shown(shape, box):
+def test_the_source_is_read_once_and_only_where_needed(shape, box):
     source = Source(numbered(shape))
     shown = read_mirrored(source, shape, box)
-    (asked,) = source.asked
-    # The box that is read is the smallest that holds all that the mirror shows.
+    (inside,) = source.boxes_read
+    # It is the smallest box that contains every voxel of the result.
     places = np.stack(np.unravel_index(shown.ravel(), shape))
-    assert asked == Box(tuple(places.min(axis=1)), tuple(places.max(axis=1) + 1))
+    assert inside == Box(tuple(places.min(axis=1)), tuple(places.max(axis=1) + 1))
 
 
 @given(st.data(), shapes((4, 9, 9)))
-def test_a_box_inside_is_given_as_it_was_read(data, shape):
+def test_a_box_inside_the_volume_is_returned_as_read(data, shape):
     start = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
     box = Box(
         start, tuple(data.draw(st.integers(a + 1, n)) for a, n in zip(start, shape, strict=True))
     )
     source = Source(numbered(shape))
     read = read_mirrored(source, shape, box)
-    assert source.asked == [box] and read is source.given[0]
+    assert source.boxes_read == [box] and read is source.returned[0]
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7])

@@ -1,4 +1,4 @@
-"""Tiles: who owns and who reads which voxel, and the numbers that make tiling exact."""
+"""Tiles: the voxels that each reads and owns, and the numbers that make tiling exact."""
 
 import dataclasses
 import json
@@ -72,20 +72,20 @@ def test_a_tile_reads_its_core_and_the_halo_around_it(plan):
 def test_plan_survives_pickle_in_less_than_2_kB(plan):
     data = pickle.dumps(plan)
     assert len(data) < 2000
-    again = pickle.loads(data)
-    assert again == plan and list(again) == list(plan)
+    copy = pickle.loads(data)
+    assert copy == plan and list(copy) == list(plan)
 
 
 @given(plans())
 def test_plan_survives_json(plan):
-    told = json.loads(json.dumps(dataclasses.asdict(plan)))
-    again = TilePlan.from_json(told)
-    # tuples again, not lists: a plan is compared, and is a key
-    assert again == plan and hash(again) == hash(plan)
-    assert list(again) == list(plan)
+    fields = json.loads(json.dumps(dataclasses.asdict(plan)))
+    copy = TilePlan.from_json(fields)
+    # tuples, not lists: plans are compared and hashed
+    assert copy == plan and hash(copy) == hash(plan)
+    assert list(copy) == list(plan)
 
 
-def test_the_pickle_of_a_huge_plan_is_as_small():
+def test_the_pickle_of_a_huge_plan_is_small():
     plan = paper_plan(shape=(10**6, 10**7, 10**7))
     assert len(pickle.dumps(plan)) < 2000
     assert plan[len(plan) - 1].write.stop == plan.shape
@@ -107,14 +107,14 @@ def test_tiles_are_numbered_in_reading_order(plan):
 
 
 @pytest.mark.parametrize("number", [-1, 18, 10**9])
-def test_there_is_no_tile_beyond_the_plan(number):
+def test_a_tile_number_outside_the_plan_is_refused(number):
     with pytest.raises(IndexError, match="of a plan with 18 tiles"):
         paper_plan()[number]
 
 
 @settings(max_examples=60)
 @given(plans(), boxes(low=-30, high=90))
-def test_a_region_is_done_by_exactly_the_tiles_that_touch_it(plan, region):
+def test_a_region_selects_exactly_the_tiles_that_overlap_it(plan, region):
     touching = [tile.index for tile in plan if tile.write.intersect(region).size]
     assert list(plan.within(region)) == touching
 
@@ -131,7 +131,7 @@ def test_passes_of_one_shape_cover_what_the_tile_writes_once(plan):
         assert painted.max() == 1 and (painted[tile.crop.slices] == 1).all()
 
 
-def test_a_plan_draws_its_tile():
+def test_the_repr_of_a_plan_draws_a_tile():
     drawn = repr(paper_plan())
     assert "18 tiles, 3 x 3 x 2" in drawn
     assert "|-92-|" in drawn and " core 384 " in drawn and "|-96-|  = 572 read" in drawn
@@ -153,9 +153,9 @@ def test_a_plan_draws_its_tile():
 def test_a_core_off_the_step_is_refused_naming_the_nearest(core, axis, near):
     with pytest.raises(InputError) as refused:
         TilePlan((4, 1000, 1000), core, PAPER, core)
-    said = str(refused.value)
-    assert f"tile={','.join(map(str, core))}" in said and said.endswith(f"nearest is {near}.")
-    assert f"axis {axis} must be a multiple of its step, {PAPER.step[axis]};" in said
+    message = str(refused.value)
+    assert f"tile={','.join(map(str, core))}" in message and message.endswith(f"nearest is {near}.")
+    assert f"axis {axis} must be a multiple of its step, {PAPER.step[axis]};" in message
 
 
 def test_a_core_that_passes_do_not_divide_is_refused():
@@ -166,7 +166,7 @@ def test_a_core_that_passes_do_not_divide_is_refused():
 
 
 def test_a_pass_off_the_step_is_refused():
-    # A core may be right and its second pass still start on another phase of the max-pooling.
+    # The core is valid, but its second pass would start on another phase of the max-pooling.
     with pytest.raises(InputError, match="step"):
         TilePlan((4, 1000, 1000), (2, 48, 48), PAPER, (1, 24, 24))
 
@@ -177,13 +177,13 @@ sizes = {"extent": st.integers(1, 5000), "largest": st.integers(1, 2000)}
 
 
 @given(**sizes, step=st.sampled_from([1, 2, 4, 8, 16]))
-def test_equal_tiles_are_as_few_as_allowed_and_as_small_as_that_allows(extent, largest, step):
+def test_equal_tiles_are_as_few_and_then_as_small_as_possible(extent, largest, step):
     core = equal_core(extent, largest, step)
     allowed = max(step, largest // step * step)
     tiles = -(-extent // core)
     assert core % step == 0 and step <= core <= allowed
     assert tiles == -(-extent // allowed)
-    # One step less, and that number of tiles would not cover the extent.
+    # With cores one step smaller, the same number of tiles would not cover the extent.
     assert tiles * core >= extent > tiles * (core - step)
 
 
@@ -192,7 +192,7 @@ def test_equal_tiles_leave_no_sliver(extent, largest, step):
     core = equal_core(extent, largest, step)
     tiles = -(-extent // core)
     last = extent - (tiles - 1) * core
-    # Tiles of one size that lie on the step cannot be closer to equal shares than this.
+    # Tiles of one size, a multiple of the step, cannot be closer to equal shares.
     assert core - last < tiles * step
     assert core - extent / tiles < step
 
@@ -213,9 +213,9 @@ def test_round_up(value, step):
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
 def test_the_context_of_the_papers_layers(depth):
     step = 2**depth
-    for found, axes in ((flat_levels(depth), 2), (cubic_levels(depth), 3)):
+    for network_levels, axes in ((flat_levels(depth), 2), (cubic_levels(depth), 3)):
         still = 3 - axes
-        context = Context.of_levels(found)
+        context = Context.of_levels(network_levels)
         assert context.step == (1,) * still + (step,) * axes
         assert context.before == (0,) * still + (6 * step - 4,) * axes
         assert context.after == (0,) * still + (6 * step,) * axes
@@ -226,25 +226,25 @@ def test_the_context_of_the_papers_layers(depth):
     ("depth", "extent", "output"),
     [(4, 572, 388), (3, 132, 44), (3, 116, 28), (4, 188, 4), (4, 571, None), (4, 172, None)],
 )
-def test_what_the_papers_give(depth, extent, output):
-    found = output_extents([Level((3,), (2,))] * (depth + 1), [extent])
-    assert found == (output and (output,))
+def test_the_output_extents_of_the_papers(depth, extent, output):
+    extents = output_extents([Level((3,), (2,))] * (depth + 1), [extent])
+    assert extents == (output and (output,))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
-def test_legal_sizes_are_those_of_the_formula(depth):
+def test_valid_input_sizes_follow_the_formula(depth):
     smallest, lost = 4 * (2**depth - 1), 12 * 2**depth - 8
     for extent in range(1, 400):
         fits = extent > lost and (extent - smallest) % 2**depth == 0
-        found = output_extents([Level((3,), (2,))] * (depth + 1), [extent])
-        assert found == ((extent - lost,) if fits else None)
+        extents = output_extents([Level((3,), (2,))] * (depth + 1), [extent])
+        assert extents == ((extent - lost,) if fits else None)
 
 
 def walked(positions, kernels, pools):
-    """What is left of a row of input positions after a U-Net, each voxel with where it lies.
+    """Returns the input positions of the output voxels of a U-Net along one axis.
 
-    Two convolutions drop the ends, pooling keeps the first of each cell, and up-convolution puts
-    the cell's places back; what a skip gives must lie at the very same places.
+    Two convolutions drop the ends, pooling keeps the first position of each cell, and
+    up-convolution restores the positions of the cell. A skip connection must have the same ones.
     """
     ends = kernels[0] - 1
     positions = positions[ends : len(positions) - ends]
@@ -273,7 +273,7 @@ def test_contexts_agree_with_walking_through_the_layers(drawn, deepest, steps):
     (before,), (after,), (step,) = context.before, context.after, context.step
     core = step * steps
     output = walked(np.arange(-before, core + after), kernels, pools)
-    # The core comes first; something may be left over, to be dropped.
+    # The core comes first; the excess after it is dropped.
     np.testing.assert_array_equal(output[:core], np.arange(core))
     assert output_extents(axis, [before + core + after]) == (len(output),)
     assert len(output) < core + 2 * step + 8
@@ -292,15 +292,17 @@ def test_an_anisotropic_network():
 
 
 @given(levels())
-def test_axes_do_not_mix(found):
-    whole = Context.of_levels(found)
+def test_axes_are_independent(network_levels):
+    whole = Context.of_levels(network_levels)
     for axis in range(3):
-        alone = Context.of_levels([Level((v.kernel[axis],), (v.pool[axis],)) for v in found])
-        assert alone == Context((whole.before[axis],), (whole.after[axis],), (whole.step[axis],))
+        single = Context.of_levels(
+            [Level((v.kernel[axis],), (v.pool[axis],)) for v in network_levels]
+        )
+        assert single == Context((whole.before[axis],), (whole.after[axis],), (whole.step[axis],))
 
 
 @given(contexts(), shapes())
-def test_the_usable_sizes_are_a_halo_and_steps(context, steps):
+def test_input_extents_are_a_halo_and_steps(context, steps):
     core = tuple(n * s for n, s in zip(steps, context.step, strict=True))
     plan = TilePlan((1, 1, 1), core, context, core)
     assert plan.read_shape == tuple(c + h for c, h in zip(core, context.halo, strict=True))
