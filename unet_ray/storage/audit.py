@@ -160,10 +160,10 @@ class Audit:
         parts = str(path).split("/")[-3:]
         if not all(part.isascii() and part.isdigit() and len(part) < 20 for part in parts):
             return None
-        grid, counts = tuple(map(int, parts)), self.plan.counts
-        if len(grid) != len(counts) or any(a >= n for a, n in zip(grid, counts, strict=True)):
+        index, counts = tuple(map(int, parts)), self.plan.counts
+        if len(index) != len(counts) or any(a >= n for a, n in zip(index, counts, strict=True)):
             return None
-        tile = (grid[0] * counts[1] + grid[1]) * counts[2] + grid[2]
+        tile = (index[0] * counts[1] + index[1]) * counts[2] + index[2]
         return tile if self.shard(name, tile) == path else None
 
 
@@ -176,12 +176,12 @@ def sound_provenance(inspected: Found) -> Provenance:
     path = inspected.path
     if not inspected.private:
         raise DamageError(
-            f"{path}: its folder {PRIVATE} is missing, which records the finished tiles; copy the "
+            f"{path}: its folder {PRIVATE} is missing, so the finished tiles are unknown; copy the "
             "store again, including hidden files."
         )
     if not inspected.begun:
         raise DamageError(
-            f"{path / LEDGER}: is missing, which records the finished tiles; copy the store "
+            f"{path / LEDGER}: is missing, so the finished tiles are unknown; copy the store "
             "again, including hidden files."
         )
     try:
@@ -213,7 +213,7 @@ def _read_file(store: Place, path: Place, max_bytes: int = 1 << 26) -> bytes:
                 file_type = "folder" if path.is_dir() else "special file"
                 raise DamageError(f"is a {file_type}, not a file")
         if (size := stat_of(path).size) > max_bytes:
-            raise DamageError(f"is damaged: it has {size} bytes, more than {max_bytes}")
+            raise DamageError(f"is damaged: it has {size} bytes, but at most {max_bytes} are valid")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise DamageError("is missing") from error

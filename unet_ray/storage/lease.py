@@ -151,8 +151,8 @@ class Lease:
         after: an epoch that was used before; the new epoch is later.
 
     Attributes:
-        epoch: 1 for the first owner of the output, then one more for each owner. After a damaged
-            or removed lease it continues from the seconds since 1970, so that no epoch is reused.
+        epoch: 1 for the first owner of the output, increased by 1 for every later one. After a
+            damaged or removed lease it continues from the seconds since 1970, to avoid reuse.
 
     Raises:
         InputError: on entering, if another owner may be alive or the lease cannot be written.
