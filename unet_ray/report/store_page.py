@@ -54,6 +54,7 @@ def about_store(path: Place, truth: PathOrUrl | None) -> Facts:
     log = read_log(path / EVENTS, result.plan)
     boxes = windows(result)
     images, no_image = image_windows(result, log, boxes)
+    painted = _rarer(result, boxes)
     plan, counts = result.plan, result.plan.counts
     maps, bar, grouped = charts.tile_maps(
         log.seconds.reshape(counts), result.done.reshape(counts), plan.shape, plan.core, LARGEST_MAP
@@ -70,7 +71,7 @@ def about_store(path: Place, truth: PathOrUrl | None) -> Facts:
         "log": log,
         "no_image": no_image,
         "slices": [
-            _slice(result, box, image, truth_volume)
+            _slice(result, box, image, truth_volume, painted)
             for box, image in zip(boxes, images, strict=True)
         ],
         "probability_bar": Markup(charts.colour_bar("Probability", (0.0, 1.0), "")),
@@ -83,12 +84,20 @@ def about_store(path: Place, truth: PathOrUrl | None) -> Facts:
     }
 
 
-def _slice(result: Result, box: Box, image: Picture | None, truth: Volume | None) -> Facts:
+def _rarer(result: Result, boxes: Sequence[Box]) -> bool:
+    """Whether the classes above 0 are painted: those that cover less than half of the windows."""
+    shares = [(result.classes(box) != 0).mean() for box in boxes]
+    return bool(np.mean(shares) <= 0.5) if shares else True
+
+
+def _slice(
+    result: Result, box: Box, image: Picture | None, truth: Volume | None, painted: bool
+) -> Facts:
     """The panels of one slice; voxels that are not computed are hatched."""
     computed, classes = result.computed(box)[0], result.classes(box)[0]
     grey = np.zeros(classes.shape, np.uint8) if image is None else few_greys(image, OVERLAY_GREYS)
     border = None if truth is None else _objects_of(truth.read(box)[0, 0], result.class_values)
-    panels = {"prediction": overlay(grey, classes != 0, border)}
+    panels = {"prediction": overlay(grey, (classes != 0) == painted, border)}
     if "probabilities" in result.provenance.outputs:
         panels["probability"] = colour_map(_shown_probability(result, box))
     panels |= _parts(result, box, classes, image)
@@ -162,13 +171,14 @@ def _evaluations(result: Result, truth: Volume) -> list[Facts]:
     if "probabilities" in outputs and len(result.class_values) == 2:
         kinds.append("isbi")
     kinds += [kind for kind in ("instances", "classes") if kind in outputs]
-    evaluations = []
+    evaluations: list[Facts] = []
+    refused: list[Facts] = []
     for kind in kinds:
         try:
             evaluations.append(_scored(evaluate(result.path, truth.path, kind)))
         except InputError as error:
-            evaluations.append({"kind": kind, "refused": str(error)})
-    return evaluations
+            refused.append({"kind": kind, "refused": str(error)})
+    return evaluations or refused[:1]  # one reason is enough
 
 
 def _scored(evaluation: Evaluation) -> Facts:

@@ -7,8 +7,6 @@ Independent of how a score is computed (metrics.py).
 from __future__ import annotations
 
 import math
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,6 +33,7 @@ from unet_ray.storage.ledger import committed, skipped
 from unet_ray.storage.places import PathOrUrl, Place, place_of
 from unet_ray.storage.provenance import Provenance
 from unet_ray.storage.stores import Store
+from unet_ray.volumes.folder import last_number, slices_by_number
 from unet_ray.volumes.opening import open_volume
 from unet_ray.volumes.volume import Volume
 
@@ -42,10 +41,11 @@ Kind = Literal["isbi", "instances", "classes"]
 # The output of a store that each kind of score needs; probabilities p are stored as 255 p.
 STORED: dict[str, str] = {"isbi": "probabilities", "instances": "instances", "classes": "classes"}
 LARGEST_CLASS = 31
+REUSED_IDS = 0.5  # share of ids on two slices that do not overlap
 WHITES = (1, 255, 65535)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """Scores of one prediction.
 
@@ -62,6 +62,9 @@ class Evaluation:
     shape: tuple[int, ...]
     note: str = ""
     labels: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        return "\n".join(filter(None, [self.note, self.table()]))
 
     def to_json(self) -> dict[str, Any]:
         """The scores as JSON values; NaN becomes None."""
@@ -155,12 +158,32 @@ def evaluate(
             scores = {k: Score(s.value, s.threshold, s.curve) for k, s in scores.items()}
     elif kind == "instances":
         scores = instance_scores(first, second, per_slice, watch=watch)
+        notes.append("" if per_slice else _repeated_ids(second))
     else:
         tables = overlap_tables(first, second, per_slice, watch)
         numbering = _numbering(tables, predicted, true)
         scores = class_scores([numbering.applied(table) for table in tables], per_slice)
         labels, notes = numbering.labels, [*notes, numbering.note()]
     return Evaluation(kind, scores, first.shape, " ".join(filter(None, notes)), labels)
+
+
+def _repeated_ids(truth: Stack) -> str:
+    """A hint if ids are reused for other objects on the next slice, as in numbered frames."""
+    shared = moved = 0
+    before: NDArray[Any] | None = None
+    for labels in truth.slices():
+        if before is not None:
+            ids = np.intersect1d(labels, before)
+            ids = ids[ids != 0]
+            overlapping = np.unique(labels[labels == before])
+            shared, moved = shared + len(ids), moved + len(np.setdiff1d(ids, overlapping))
+        before = labels
+    if shared and moved >= REUSED_IDS * shared:
+        return (
+            "Most ids name another object on the next slice. If slices are numbered one by one, "
+            "score them with --per-slice."
+        )
+    return ""
 
 
 class _Opened:
@@ -236,37 +259,24 @@ def _stored(path: Place, provenance: Provenance, kind: Kind) -> tuple[Place, str
 
 
 def _side_by_side(predicted: _Opened, true: _Opened) -> tuple[Stack, str]:
-    """The slices of the prediction that have a truth, and a note on how they were paired.
-
-    A sequence of the Cell Tracking Challenge has many result frames (mask000.tif, ...) and truth
-    for a few of them (man_seg021.tif, ...).
-    """
+    """The slices of the prediction that have a truth, and a note on how they were paired."""
     results, truths = predicted.volume.slice_files(), true.volume.slice_files()
     if not results or not truths:
         return predicted.stack(), ""
     if len(results) == len(truths):
         for pair in zip(results, truths, strict=True):
-            if len({*map(_last_number, pair)}) == 2:
+            if len({*map(last_number, pair)}) == 2:
                 note = f"Slices are compared in order: {pair[0]} with {pair[1]}, ..."
                 return predicted.stack(), note
         return predicted.stack(), ""
-    by_number = {_last_number(name): z for z, name in enumerate(results)}
-    unique = len(by_number) == len(results) and len({*map(_last_number, truths)}) == len(truths)
-    if not unique or None in by_number:
+    try:
+        planes = slices_by_number(results, truths)
+    except InputError as error:
+        raise InputError(f"{predicted.path} and {true.path}: {error}") from None
+    if planes is None:
         return predicted.stack(), ""
-    for name in truths:
-        if _last_number(name) not in by_number:
-            raise InputError(
-                f"{predicted.path}: has no slice with the number of {name} in {true.path}; slices "
-                "of folders of different length are paired by the last number in their names."
-            )
     note = f"{len(truths)} of {len(results)} slices have a truth, paired by their numbers."
-    return predicted.stack([by_number[_last_number(name)] for name in truths]), note
-
-
-def _last_number(name: str) -> int | None:
-    numbers = re.findall(r"[0-9]+", os.path.splitext(name)[0])
-    return int(numbers[-1]) if numbers else None
+    return predicted.stack(planes), note
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,14 @@ from unet_ray.storage.places import Guard
 from unet_ray.tiling.boxes import Box
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.weights import class_weights, separate, weight_map
+from unet_ray.volumes.folder import slices_by_number
 from unet_ray.volumes.intensity import Intensity, measure
 from unet_ray.volumes.opening import open_volume
 from unet_ray.volumes.volume import Volume
 
 # Labels with more distinct values than this are taken for object numbers, not classes.
 MOST_CLASSES = 32
-# Labels with this many values or more may number cells, if this share of the values on each slice is
-# one connected object.
+# Labels with fewer values may still number cells: nearly each value is one object on each slice.
 FEWEST_CELLS, SINGLE_OBJECTS = 5, 0.9
 # Shares of voxels that equal a neighbour, in an image and in labels that seem to be exchanged.
 EXCHANGED = (0.9, 0.6)
@@ -140,19 +140,19 @@ def load_training_data(
             invalid, or if there are fewer than two classes.
     """
     pairs = _open_pairs(images, labels)
-    labelled = [label.read(Box.of(label.shape[1:]))[0] for _, label in pairs]
-    arrays = [_read_finite(image) for image, _ in pairs]
-    paths = [label.path for _, label in pairs]
-    for (image, label), voxels, values_there in zip(pairs, arrays, labelled, strict=True):
-        _refuse_exchanged(image.path, label.path, voxels, values_there)
+    labelled = [pair.label.read(Box.of(pair.label.shape[1:]))[0] for pair in pairs]
+    arrays = [_read_finite(pair) for pair in pairs]
+    paths = [pair.label.path for pair in pairs]
+    for pair, voxels, label_voxels in zip(pairs, arrays, labelled, strict=True):
+        _refuse_exchanged(pair.image.path, pair.label.path, voxels, label_voxels)
     if recipe.labels_are == "classes" and not any_classes:
         _refuse_cell_numbers(paths, labelled, recipe.ignore_label)
     values, truths = _truths(paths, labelled, recipe)
-    intensities = [measure(image) for image, _ in pairs]
+    intensities = [measure(pair.image) for pair in pairs]
     masks = _held_out([len(t.targets) for t in truths], recipe.val, recipe.val_fraction)
     identity = {
-        "images": [_identity(pair[0], a) for pair, a in zip(pairs, arrays, strict=True)],
-        "labels": [_identity(pair[1], a) for pair, a in zip(pairs, labelled, strict=True)],
+        "images": [_identity(pair.image, a) for pair, a in zip(pairs, arrays, strict=True)],
+        "labels": [_identity(pair.label, a) for pair, a in zip(pairs, labelled, strict=True)],
     }
     volumes = list(zip(arrays, truths, intensities, masks, strict=True))
     learned = [(a[:, ~out], t.of(~out), grey) for a, t, grey, out in volumes if not out.all()]
@@ -167,7 +167,7 @@ def load_training_data(
             for (image, truth, grey), weight in zip(learned, weights, strict=True)
         ),
         tuple(values),
-        pairs[0][0].voxel_size,
+        pairs[0].image.voxel_size,
         identity,
         tuple(HeldOut(image, truth.targets, truth.cells, grey) for image, truth, grey in held_out),
     )
@@ -188,18 +188,34 @@ def store_weights(data: TrainingData, recipe: Recipe, path: Path, guard: Guard) 
         write_tensors(path, maps, header, guard)
 
 
-def _open_pairs(images: Sequence[Any], labels: Sequence[Any]) -> list[tuple[Volume, Volume]]:
+@dataclass(frozen=True)
+class _Pair:
+    """An image and its labels.
+
+    Attributes:
+        image: the image, of which some slices may have no labels.
+        label: the labels.
+        planes: slices of the image that have labels, in the order of the labels.
+    """
+
+    image: Volume
+    label: Volume
+    planes: Sequence[int]
+
+
+def _open_pairs(images: Sequence[Any], labels: Sequence[Any]) -> list[_Pair]:
     if len(images) != len(labels):
         raise InputError(
             f"--images names {len(images)} files and --labels {len(labels)}; pass one label file "
             "per image."
         )
     pairs = [_open_pair(a, b) for a, b in zip(images, labels, strict=True)]
-    for image, _ in pairs:
-        if image.shape[0] != pairs[0][0].shape[0]:
+    first = pairs[0].image
+    for image in (pair.image for pair in pairs):
+        if image.shape[0] != first.shape[0]:
             raise InputError(
-                f"{image.path}: has {image.shape[0]} channels, {pairs[0][0].path} has "
-                f"{pairs[0][0].shape[0]}; all images must have the same number."
+                f"{image.path}: has {image.shape[0]} channels, {first.path} has "
+                f"{first.shape[0]}; all images must have the same number."
             )
     return pairs
 
@@ -283,8 +299,14 @@ def _signed(path: str, labels: NDArray[Any]) -> NDArray[np.int64]:
     return labels.astype(np.int64)
 
 
-def _read_finite(image: Volume) -> NDArray[Any]:
-    voxels = image.read(Box.of(image.shape[1:]))
+def _read_finite(pair: _Pair) -> NDArray[Any]:
+    image = pair.image
+    whole = Box.of(image.shape[1:])
+    if len(pair.planes) == image.shape[1]:
+        voxels = image.read(whole)
+    else:
+        slices = (Box((z, 0, 0), (z + 1, *whole.stop[1:])) for z in pair.planes)
+        voxels = np.concatenate([image.read(box) for box in slices], axis=1)
     if not np.isfinite(voxels).all():
         raise InputError(f"{image.path}: has voxels that are not finite; replace them first.")
     return voxels
@@ -358,9 +380,10 @@ def _held_out(depths: Sequence[int], val: str | None, fraction: float) -> list[N
     return np.split(out, np.cumsum(depths)[:-1])
 
 
-def _open_pair(image: Any, label: Any) -> tuple[Volume, Volume]:
+def _open_pair(image: Any, label: Any) -> _Pair:
     volume, truth = open_volume(image), open_volume(label)
-    if volume.shape[1:] != truth.shape[1:]:
+    planes = _labelled_planes(volume, truth)
+    if (len(planes), *volume.shape[2:]) != truth.shape[1:]:
         raise InputError(
             f"{volume.path} and {truth.path}: image and labels must have the same shape, but "
             f"are {_format_shape(volume.shape[1:])} and {_format_shape(truth.shape[1:])} (z, y, x)."
@@ -370,7 +393,18 @@ def _open_pair(image: Any, label: Any) -> tuple[Volume, Volume]:
             f"{truth.path}: labels must be integers with one channel; this file has dtype "
             f"{truth.dtype} and {truth.shape[0]} channel(s)."
         )
-    return volume, truth
+    return _Pair(volume, truth, planes)
+
+
+def _labelled_planes(image: Volume, truth: Volume) -> Sequence[int]:
+    """Returns the slices of the image that have labels; of two folders, paired by number."""
+    names, numbered = image.slice_files(), truth.slice_files()
+    if not numbered or len(names) <= len(numbered):
+        return range(image.shape[1])
+    try:
+        return slices_by_number(names, numbered) or range(image.shape[1])
+    except InputError as error:
+        raise InputError(f"{image.path} and {truth.path}: {error}") from None
 
 
 def _format_shape(shape: Sequence[int]) -> str:

@@ -98,3 +98,38 @@ class Folder(Volume):
 def _natural(name: str) -> tuple[list[int | str], str]:
     parts = re.split(r"([0-9]+)", name)
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+
+
+def slices_by_number(names: Sequence[str], numbered: Sequence[str]) -> list[int] | None:
+    """Pairs the slices of two folders by the last number in the names of their files.
+
+    A sequence of the Cell Tracking Challenge has many frames (t000.tif, ...) and truth for a few of
+    them (man_seg021.tif, ...).
+
+    Args:
+        names: files of the larger folder, in order.
+        numbered: files of the other folder.
+
+    Returns:
+        The index in `names` of each file of `numbered`; None if numbers are missing or not unique.
+
+    Raises:
+        InputError: if `names` lacks a number; names the file of `numbered`.
+    """
+    index = {last_number(name): n for n, name in enumerate(names)}
+    unique = len(index) == len(names) and len({*map(last_number, numbered)}) == len(numbered)
+    if not unique or None in index:
+        return None
+    for name in numbered:
+        if last_number(name) not in index:
+            raise InputError(
+                f"no slice has the number of {name}; slices of folders of different length are "
+                "paired by the last number in their names."
+            )
+    return [index[last_number(name)] for name in numbered]
+
+
+def last_number(name: str) -> int | None:
+    """Returns the last number in the name of a file, without its ending; None without a number."""
+    numbers = re.findall(r"[0-9]+", os.path.splitext(name)[0])
+    return int(numbers[-1]) if numbers else None
