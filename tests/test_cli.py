@@ -379,7 +379,7 @@ def test_plan_for_people(unet_ray, files):
     flags = ["--model", files / "model.safetensors", "--engine", "local"]
     code, out, err = unet_ray("plan", files / "image.tif", *flags, "--price-per-hour", "3600")
     price = re.search(r"price   about ([0-9.]+)$", out, re.M)
-    seconds = re.search(r"([0-9.]+) s a tile", out)
+    seconds = re.search(r"([0-9.]+) s per tile", out)
     assert abs(float(price[1]) - 2 * float(seconds[1])) < 0.02  # an hour of both tiles
     assert (code, err) == (0, "")
     assert "image.tif: uint8, (1, 2, 40, 44) (c, z, y, x)" in out
@@ -393,8 +393,8 @@ def test_a_plan_for_gpus_of_a_cluster_tells_of_those_that_read_and_write(
     monkeypatch.setattr("unet_ray.engine.cluster.pool_size", lambda *of: 3)
     flags = ["--model", files / "model.safetensors", "--engine", "ray", "--precision", "float32"]
     code, out, _ = unet_ray("plan", files / "image.tif", *flags)
-    assert code == 0 and "2 tiles in float32 on cuda" in out and "4 tiles under way" in out
-    each = re.search(r"helpers 2 that read and 2 that write for each GPU, (\d+) MiB each", out)
+    assert code == 0 and "2 tiles in float32 on cuda" in out and "4 tiles in flight" in out
+    each = re.search(r"helpers 2 readers and 2 writers per GPU, (\d+) MiB each", out)
     code, out, _ = unet_ray("plan", files / "image.tif", *flags, "--json")
     assert round(json.loads(out)["helper_memory_bytes"] / (1 << 20)) == int(each[1]) > 250
 
@@ -432,12 +432,12 @@ def test_a_plan_says_what_segment_would_refuse_and_what_could_not_be_read(
     assert "  refused by segment: " in said and "100000 workers need" in said
     usage = shutil.disk_usage(".")._replace(free=1)
     monkeypatch.setattr("unet_ray.segmentation.disk.shutil.disk_usage", lambda path: usage)
-    assert json.loads(unet_ray("plan", *asked, "--json")[1])["refusal"].endswith("free there.")
+    assert json.loads(unet_ray("plan", *asked, "--json")[1])["refusal"].endswith("are free.")
     image = tifffile.imread(files / "image.tif").astype(np.float32)
     image[0, 0, 0] = np.nan
     tifffile.imwrite(files / "nan.tif", image)
     said = unet_ray("plan", files / "nan.tif", *flags, "--tile", "1,16,16")[1]
-    assert re.search(r"  failed  \d+ of \d+ passes looked at: .*nan\.tif: voxel .* is nan", said)
+    assert re.search(r"  failed  \d+ of \d+ inspected passes: .*nan\.tif: voxel .* is nan", said)
 
 
 def test_a_mask_that_shows_nothing_is_told(unet_ray, files):
@@ -460,7 +460,7 @@ def test_a_plan_of_no_tiles(unet_ray, files):
     asked = [files / "image.tif", "--model", files / "model.safetensors", "--engine", "local"]
     asked += ["--mask", files / "blank.tif", "--price-per-hour", "1"]
     code, out, err = unet_ray("plan", *asked)
-    assert (code, err) == (0, "") and "nothing to do" in out and "a tile" not in out
+    assert (code, err) == (0, "") and "nothing to do" in out and "per tile" not in out
     told = json.loads(unet_ray("plan", *asked, "--json")[1])
     names = ("tiles", "seconds", "price", "disk_bytes", "disk_estimate_bytes")
     assert [told[name] for name in names] == [0] * 5

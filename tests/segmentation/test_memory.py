@@ -22,10 +22,10 @@ from unet_ray.network.checkpoints import ModelHeader, architecture_of, write_mod
 from unet_ray.network.unet import UNet
 from unet_ray.segmentation import outlook as planning
 from unet_ray.segmentation.memory import (
+    BYTES_PER_TILE,
     GPU_TILES,
     PROCESS_BYTES,
-    TILE_NOTES,
-    TOGETHER_BYTES,
+    TILE_BATCH_BYTES,
     driver_bytes,
     helper_bytes,
     in_flight,
@@ -176,7 +176,7 @@ def test_tiles_that_wait_for_a_pass_need_their_voxels_and_a_copy_only():
 def test_the_driver_needs_the_more_of_measuring_and_running(engine):
     running = driver_bytes(500 << 20, engine, "cpu", 8, 0)
     assert driver_bytes(500 << 20, engine, "cpu", 8, 100 << 20) == running
-    there = PROCESS_BYTES[engine] + 8 * TILE_NOTES
+    there = PROCESS_BYTES[engine] + 8 * BYTES_PER_TILE
     assert driver_bytes(500 << 20, engine, "cpu", 8, 1 << 30) == there + (1 << 30)
 
 
@@ -209,7 +209,7 @@ def test_a_worker_on_a_gpu_has_tiles_under_way_as_far_as_its_memory_goes(engine)
 
 def test_small_tiles_cross_to_a_gpu_together_as_far_as_its_memory_goes():
     memory = worker_bytes(NET, planned((1, 384, 384)), 1, 2).on("ray")
-    most = TOGETHER_BYTES // memory.tile
+    most = TILE_BATCH_BYTES // memory.tile
     assert most > 9
     enough = Settings(engine="ray", memory=memory.shared_by(GPU_TILES * most, 1))
     assert together(memory, "cuda", enough) == most

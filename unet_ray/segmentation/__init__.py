@@ -1,5 +1,5 @@
-"""One run of `segment`: settings, plan, preparation, execution and verification.
+"""The `segment` workflow: settings, plan, preparation, execution and verification.
 
-Knows how volume, model and store become the stages that the engine runs. Does not know drawing or
+Knows how a volume, a model and a store become a stage that the engine runs. Does not know plots or
 scores.
 """

@@ -1,6 +1,7 @@
-"""A prepared run, executed: its store opened or made, its stage run to the end under a lease.
+"""Execution of a prepared run: opens or creates its store and runs its stage under a lease.
 
-Knows what `segment` adds to a stage. Does not know how tiles are tried, or what is in one.
+Knows what `segment` adds to a stage. Does not know how the engine retries tiles, or how a tile is
+computed.
 """
 
 from __future__ import annotations
@@ -38,55 +39,57 @@ from unet_ray.units import format_bytes
 
 
 def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], None]) -> int:
-    """Does what is missing of a run; returns the number of tiles that it did.
+    """Computes the pending tiles of a run; returns their number.
 
-    A tile that fails is tried again after all others, and quarantined when that was of no use.
+    A failed tile is retried after all others and quarantined if the retries fail. After any error,
+    the committed tiles stay in the store and the next run resumes from them.
 
     Args:
-        run: from `prepare`.
-        settings: the same as given there.
-        watch: called after each tile that is done or given up.
+        run: the run that `prepare` returned.
+        settings: the settings that were passed to `prepare`.
+        watch: called after each tile that is committed or quarantined.
 
     Raises:
-        QuarantinedError: if tiles failed too often; all others are done.
-        InputError: if another run is writing there.
-        LostError: if another run has taken over.
-        RunError: if the disk takes nothing more. What was committed stays in either case, and the
-            next run goes on from it.
+        QuarantinedError: if tiles were quarantined; all others are done.
+        InputError: if another run is writing to the store.
+        LostError: if another run has taken over the store.
+        RunError: if the disk is full or read-only, or a worker does not fit into memory.
     """
-    wanted = wanted_tiles(run, settings)
-    if run.resumed and not pending_tiles(run, wanted).any():
-        return 0  # a finished store is not touched at all
+    request = wanted_tiles(run, settings)
+    if run.resumed and not pending_tiles(run, request).any():
+        return 0  # without a lease, so a finished store stays unchanged
     try:
         with Lease(run.out / PRIVATE, settings.takeover, after=newest(run.out / LEDGER)) as lease:
             try:
-                return _execute(run, settings, wanted, lease, watch)
+                return _execute(run, settings, request, lease, watch)
             except OSError:
-                lease.check(now=True)  # what another run deleted is no error of a disk
+                # If another run deleted the files, report the lost lease, not a disk error.
+                lease.check(now=True)
                 raise
-    except OSError as error:  # of ledger, lease or log, which lie on the same disk
+    except OSError as error:  # ledger, lease and event log are on the same disk as the shards
         if error.errno not in DISK_ERRORS:
             raise
         raise stopped(run.out, SEGMENT, len(run.plan), str(error.strerror)) from error
-    except (RuntimeError, MemoryError) as error:  # of torch, while a worker is made
+    except (RuntimeError, MemoryError) as error:  # torch raises them while a worker is created
         if isinstance(error, RunError) or not is_out_of_memory(error):
             raise
         raise RunError(
-            f"{run.out}: no memory for a worker ({error}); the plan needs "
-            f"{format_bytes(run.memory.total)} each, {format_bytes(memory_available())} are "
-            "available: give fewer --workers, or use a machine with more memory."
+            f"{run.out}: not enough memory to start a worker ({error}); the plan needs "
+            f"{format_bytes(run.memory.total)} per worker, {format_bytes(memory_available())} are "
+            "available: set fewer --workers, or use a machine with more memory."
         ) from error
 
 
 def _execute(
     run: Segmentation,
     settings: Settings,
-    wanted: Request,
+    request: Request,
     lease: Lease,
     watch: Callable[[Progress], None],
 ) -> int:
     _open_store(run, settings, lease)
-    lease.check(now=True)  # from here on what is half-written is of runs that are over
+    # This run now owns the store, so all partial files are left over from earlier runs.
+    lease.check(now=True)
     remove_partial(run.out / PRIVATE)
     remove_deleted(run.out)
     rounds = Rounds(
@@ -97,13 +100,15 @@ def _execute(
         settings.engine,
         settings.workers,
         watch,
-        max(kind(run.memory, run.device, settings) for kind in (process_bytes, helper_bytes)),
-        partial(_remedy, run),
+        max(
+            bytes_of(run.memory, run.device, settings) for bytes_of in (process_bytes, helper_bytes)
+        ),
+        partial(_memory_remedy, run),
     )
     mask = {"mask": run.mask.path} if run.mask else {}
     return rounds.run(
-        wanted.tiles,
-        wanted.skipped,
+        request.tiles,
+        request.skipped,
         input=run.volume.path,
         model=str(run.model.absolute()),
         **mask,
@@ -122,25 +127,27 @@ def _stage(run: Segmentation, settings: Settings) -> Stage:
     )
 
 
-def _remedy(run: Segmentation, receipt: Receipt) -> str:
-    """What to do about a lack of memory where a worker could have had `receipt.room` bytes."""
+def _memory_remedy(run: Segmentation, receipt: Receipt) -> str:
+    """The remedy for lack of memory; `receipt.room` is the number of bytes that were available."""
     planned = run.memory.total
-    # A worker that failed within its plan had less than the system says; and all have more.
-    fits = min(int(0.9 * receipt.room), int(0.75 * planned)) >> 20
+    # A worker that failed within its plan had less memory than the system reports, so the
+    # suggestion is also below the plan.
+    suggested = min(int(0.9 * receipt.room), int(0.75 * planned)) >> 20
     return (
-        f" The plan of this store is for {format_bytes(planned)} per worker, and "
-        f"{format_bytes(receipt.room)} could be had: give --memory {fits}MiB and another --out."
+        f" This store's plan needs {format_bytes(planned)} per worker, and "
+        f"{format_bytes(receipt.room)} were available: set --memory {suggested}MiB and another "
+        "--out."
     )
 
 
 def _open_store(run: Segmentation, settings: Settings, lease: Lease) -> None:
-    """Opens the store, or makes it; makes sure that it is of this run."""
+    """Opens or creates the store, and checks that it matches the run."""
     stored = None if settings.overwrite else stored_at(run.out, overwrite=False)
     if stored is None:
         with lease.fence.hold():
-            begin(run.out / LEDGER, lease.epoch)  # from here on nothing counts as done
+            begin(run.out / LEDGER, lease.epoch)  # from now on no tile counts as committed
         layout = StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)
         create_store(run.out, layout, run.provenance, lease.fence.hold)
-    else:  # another may have made it since
+    else:  # another run may have created it since this one was prepared
         refuse_difference(run.out, stored, run.provenance)
     Store(run.out, run.outputs).require_plan(run.plan)

@@ -1,7 +1,7 @@
-"""Bytes that a tile, a worker and a driver need: sums that can be read, before anything runs.
+"""Memory estimates for tiles, workers and the driver, in bytes, before anything runs.
 
-Knows measured sizes of processes and the plan of a run. Does not know torch. Tests compare it with
-measured peaks.
+Knows the tile plan and the measured sizes of processes. Does not know torch. Tests compare the
+estimates with measured peaks.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from unet_ray.segmentation.settings import Settings
 from unet_ray.tiling.tiles import TilePlan
 from unet_ray.volumes.volume import Volume
 
-# Anonymous memory of a worker process that has loaded torch and zarr, and on Ray also Ray Data,
-# before it holds any weight or voxel. Measured, as the two below; a test compares.
+# Anonymous memory of an idle worker process, with torch and zarr loaded, on Ray also Ray Data.
+# Measured, like the constants below; a test compares them.
 PROCESS_BYTES = {"local": 165 << 20, "ray": 250 << 20}
-# What the allocator keeps beyond what lives at the peak (see `keep_freed_memory`): holes between
-# buffers of different sizes, and a fixed part for the convolution library's own code and scratch.
-KEPT = 1.65
+# The allocator keeps freed memory (see `keep_freed_memory`), so the process grows beyond the live
+# buffers: by a factor for gaps between buffers, and by a fixed amount for the convolution library.
+ALLOCATOR_FACTOR = 1.65
 SCRATCH_BYTES = 96 << 20
-# Anonymous memory of the driver of a run on Ray, and what it notes of each tile: is it asked for,
-# left, committed, quarantined, skipped. Measured with 32 and with 4096 tiles; where there are GPUs,
-# whose waves have more blocks, with 16384.
+# Anonymous memory of the driver on Ray. Measured with 32 and 4096 tiles; on GPUs with 16384 tiles,
+# since their waves have more blocks.
 DRIVER_BYTES = {"cpu": 400 << 20, "cuda": 480 << 20, "mps": 480 << 20}
-TILE_NOTES = 12
+# The driver's flags per tile: requested, pending, committed, quarantined, skipped.
+BYTES_PER_TILE = 12
 
 
 @dataclass(frozen=True)
 class WorkerMemory:
-    """What one worker needs, in bytes; `total` is what is promised.
+    """Memory of one worker, by part, in bytes; `total` is the upper bound that the plan states.
 
     Attributes:
         process: the interpreter with its libraries.
-        index: of the input, which every process opens: where its strips or tiles are.
-        load: peak while the model is loaded: file, network and folded network beside each other.
-        weights: of the network that predicts.
-        tile: voxels read and values to be written, with the constant passes that are kept.
-        copy: of voxels or values, while a tile is read or written.
+        index: offsets of the input's strips or tiles; every process that opens the input has them.
+        load: peak while the model is loaded: file, network and folded network together.
+        weights: weights of the folded network.
+        tile: input voxels and output values of a tile, with the cached constant passes.
+        copy: copy of voxels or values, or the read overhead, while a tile is read or written.
         forward: peak of one pass.
     """
 
@@ -56,31 +56,32 @@ class WorkerMemory:
 
     @property
     def total(self) -> int:
-        """All of it together, with what the allocator keeps."""
+        """Memory of the whole worker, including the allocator's overhead."""
         return self.shared_by(1)
 
     def on(self, engine: str) -> WorkerMemory:
-        """The same for a worker of this engine, ``local`` or ``ray``."""
+        """The memory of a worker on `engine`, ``local`` or ``ray``."""
         return replace(self, process=PROCESS_BYTES[engine])
 
     def shared_by(self, threads: int, passes: int | None = None) -> int:
-        """Bytes of one process with so many tiles under way.
+        """Bytes of one process with several tiles in flight.
 
         Args:
             threads: tiles that are read, predicted or written at the same time.
-            passes: of these are predicted at the same time; all of them, if not given.
+            passes: how many of them are predicted at the same time; all if None.
         """
         passes = threads if passes is None else passes
-        # While a tile is read or written no pass of it runs.
-        most = passes * max(self.forward, self.copy) + (threads - passes) * self.copy
-        work = self.weights + threads * self.tile + most
-        return self.process + self.index + max(self.load, SCRATCH_BYTES + int(KEPT * work))
+        # A tile needs either a pass or a copy, since it is never predicted while read or written.
+        transient = passes * max(self.forward, self.copy) + (threads - passes) * self.copy
+        live = self.weights + threads * self.tile + transient
+        allocated = SCRATCH_BYTES + int(ALLOCATOR_FACTOR * live)
+        return self.process + self.index + max(self.load, allocated)
 
     def helper(self, tiles: int) -> int:
-        """Bytes of a process that reads or writes so many tiles together for one that predicts."""
-        # What is read or to be written, as it crosses, and as it is put there.
-        work = 3 * tiles * self.tile + self.copy
-        return self.process + self.index + SCRATCH_BYTES + int(KEPT * work)
+        """Bytes of a process that only reads or writes, with `tiles` tiles per batch."""
+        # Each tile exists three times: as data, in transfer, and as Ray stores it.
+        live = 3 * tiles * self.tile + self.copy
+        return self.process + self.index + SCRATCH_BYTES + int(ALLOCATOR_FACTOR * live)
 
 
 def worker_bytes(
@@ -91,22 +92,22 @@ def worker_bytes(
     overhead: int = 0,
     index: int = 0,
 ) -> WorkerMemory:
-    """What a worker needs that reads, predicts and writes one tile at a time.
+    """Memory of a Ray worker, one tile at a time; `WorkerMemory.on` converts it to an engine.
 
     Args:
         net: size of the network.
         plan: the tiles.
-        voxel_bytes: bytes of one voxel of the volume, all channels.
+        voxel_bytes: bytes of one voxel of the volume, all channels together.
         outputs: uint8 values stored per voxel.
         overhead: bytes of the input's storage units while a tile is read.
-        index: bytes that opening the input takes.
+        index: upper bound of the bytes needed to open the input.
     """
     read = math.prod(plan.read_shape) * voxel_bytes
     write = math.prod(plan.core) * outputs
     constants = CONSTANTS * math.prod(plan.passes) * outputs
     forward = pass_bytes(net, (plan.pass_shape[0], plan.pass_shape[1], plan.pass_shape[2]))
     return WorkerMemory(
-        # The larger of the two, or a plan would depend on the engine.
+        # The larger of both engines, so that the plan does not depend on the engine.
         process=PROCESS_BYTES["ray"],
         index=index,
         load=net.weights * (3 * 4 + net.itemsize),
@@ -120,50 +121,52 @@ def worker_bytes(
 def driver_bytes(
     workers: int, engine: str, device: str, tiles: int, measuring: int = 0, index: int = 0
 ) -> int:
-    """What the process needs that starts a run: on the local engine with all its workers.
+    """Memory of the process that starts a run; on the local engine it includes all workers.
 
     Args:
         workers: bytes of a process with workers.
         engine: ``local`` or ``ray``.
-        device: of the workers.
-        tiles: of the plan.
-        measuring: what grey values are measured with, before there are workers.
-        index: bytes that opening the input takes.
+        device: device of the workers.
+        tiles: number of tiles in the plan.
+        measuring: bytes for measuring the grey values, which ends before the workers start.
+        index: upper bound of the bytes needed to open the input.
     """
     running = workers if engine == "local" else DRIVER_BYTES[device] + index
-    return TILE_NOTES * tiles + max(running, PROCESS_BYTES[engine] + index + measuring)
+    return BYTES_PER_TILE * tiles + max(running, PROCESS_BYTES[engine] + index + measuring)
 
 
-# Tiles that a GPU has under way at most, so that others come and go while it predicts one.
+# Maximum tiles in flight per GPU: others are read and written while the GPU predicts one.
 GPU_TILES = 4
-# Of the tiles that cross Ray's object store together; with twice that a GPU was seen to wait.
-TOGETHER_BYTES = 64 << 20
+# Size of a batch of tiles that crosses Ray's object store; with twice that, the GPU had to wait.
+TILE_BATCH_BYTES = 64 << 20
 
 
 def needed_memory(size: NetworkSize, tiles: TilePlan, volume: Volume, outputs: int) -> WorkerMemory:
-    """What a worker needs for `tiles` of `volume`, with `outputs` bytes stored per voxel."""
+    """Memory of a worker for `tiles` of `volume`, with `outputs` bytes stored per voxel."""
     voxel = volume.shape[0] * volume.dtype.itemsize
     overhead = volume.read_overhead(tiles.read_shape)
     return worker_bytes(size, tiles, voxel, outputs, overhead, volume.index_bytes)
 
 
 def in_flight(memory: WorkerMemory, device: Device, settings: Settings) -> int:
-    """Tiles that one worker has under way; on a GPU as many as ``--memory`` allows."""
-    most = 1 if device == "cpu" else GPU_TILES
-    return next((n for n in range(most, 1, -1) if memory.shared_by(n, 1) <= settings.memory), 1)
+    """Tiles in flight per worker: 1 on a CPU, on a GPU the number that fits into ``--memory``."""
+    limit = 1 if device == "cpu" else GPU_TILES
+    return next((n for n in range(limit, 1, -1) if memory.shared_by(n, 1) <= settings.memory), 1)
 
 
 def together(memory: WorkerMemory, device: Device, settings: Settings) -> int:
-    """Tiles that go to a GPU of a Ray cluster, and from it, together."""
+    """Tiles per batch that is sent to a GPU of a Ray cluster and back; 1 without such a GPU."""
     if device == "cpu" or settings.engine == "local":
         return 1
-    ahead, most = in_flight(memory, device, settings), max(1, TOGETHER_BYTES // memory.tile)
-    fits = (n for n in range(most, 1, -1) if memory.shared_by(n * ahead, 1) <= settings.memory)
-    return next(fits, 1)
+    batches, limit = in_flight(memory, device, settings), max(1, TILE_BATCH_BYTES // memory.tile)
+    fitting = (
+        n for n in range(limit, 1, -1) if memory.shared_by(n * batches, 1) <= settings.memory
+    )
+    return next(fitting, 1)
 
 
 def process_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> int:
-    """Bytes of one process with workers: with one of them on Ray or a GPU, else with all."""
+    """Bytes of one process: with all workers on a CPU of the local engine, else with one worker."""
     if device == "cpu" and settings.engine == "local":
         return memory.shared_by(cluster.side_by_side(device, "local", settings.workers))
     tiles = in_flight(memory, device, settings) * together(memory, device, settings)
@@ -171,25 +174,25 @@ def process_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> i
 
 
 def helper_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> int:
-    """Bytes of a process that reads or writes for a GPU of a Ray cluster; 0 if there is none."""
+    """Bytes of a process that reads or writes for a GPU of a Ray cluster; 0 without such a GPU."""
     if device == "cpu" or settings.engine == "local":
         return 0
     return memory.helper(together(memory, device, settings))
 
 
 def needed_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> int:
-    """Bytes that a cluster is to have for each worker, with those that help it."""
+    """Bytes that a cluster must have for each worker, including its helper processes."""
     helpers = 2 * cluster.HELPERS * helper_bytes(memory, device, settings)
     return process_bytes(memory, device, settings) + helpers
 
 
 def stored_values(classes: int, outputs: Sequence[str]) -> int:
-    """Bytes stored per voxel."""
+    """Bytes stored per voxel: a probability for each class but the first, and the class."""
     return (classes - 1) * ("probabilities" in outputs) + ("classes" in outputs)
 
 
 def network_size(network: UNet, precision: Precision, tta: bool = False) -> NetworkSize:
-    """The numbers of a network that memory depends on."""
+    """The properties of a network that its memory depends on."""
     return NetworkSize(
         network.in_channels,
         network.classes,
