@@ -427,7 +427,7 @@ def test_a_plan_says_what_segment_would_refuse_and_what_could_not_be_read(
     assert "refused" not in unet_ray("plan", *asked)[1]
     many = [*asked, "--workers", "100000"]
     refused = unet_ray("segment", *many)[2].strip().removeprefix("unet-ray: ")
-    assert "100000 workers need" in refused and "could be had" in refused
+    assert "100000 workers need" in refused and "are available" in refused
     said = unet_ray("plan", *many)[1]
     assert "  refused by segment: " in said and "100000 workers need" in said
     usage = shutil.disk_usage(".")._replace(free=1)
@@ -480,7 +480,7 @@ def test_chunks_that_fit_no_memory_are_named(unet_ray, files):
     asked = ["--model", files / "model.safetensors", "--engine", "local", "--memory", "400MiB"]
     assert unet_ray("plan", files / "a.zarr", *asked)[0] == 0
     code, _, err = unet_ray("plan", files / "b.zarr", *asked)
-    assert code == 2 and "stored in chunks of 64,1024,1024; give --memory " in err
+    assert code == 2 and "stored in chunks of 64,1024,1024; set --memory " in err
 
 
 # Scores

@@ -199,7 +199,7 @@ def test_a_tile_that_lacks_memory_is_tried_alone(task, tmp_path, fail, monkeypat
     monkeypatch.setattr("unet_ray.engine.rounds.engines.run", listening)
     tried = fail("predict", {5: 1, 17: 99}, MemoryError("out of memory"))
     out = tmp_path / "out.zarr"
-    with pytest.raises(QuarantinedError, match=r"1 of 24 .* tile 17 .* give --memory (\d+)MiB and"):
+    with pytest.raises(QuarantinedError, match=r"1 of 24 .* tile 17 .* set --memory (\d+)MiB and"):
         segment(volume, model, out, TILED)
     assert (tried[5], tried[17]) == (2, 2) and given_up(out) == {17}
     assert sorted(alone[1]) == [5, 17] and alone[0] is None and len(alone) == 2
@@ -281,7 +281,7 @@ def test_a_file_system_that_fills_up_is_told_and_loses_nothing(task, small_disk,
     volume, model, whole = task
     folder, enlarge = small_disk
     out = folder / "out.zarr"
-    with pytest.raises(InputError, match="are free there; make room"):
+    with pytest.raises(InputError, match="are free; free disk space"):
         segment(volume, model, out, TILED)
     disk(free=1 << 40)  # as if it had filled up only later
     with pytest.raises((RunError, InputError), match="No space left on device"):
@@ -321,7 +321,7 @@ def test_what_a_disk_may_not_hold_is_refused_at_once(task, tmp_path, disk):
     volume, model, whole = task
     out, most = tmp_path / "out.zarr", bound_of(volume, model)
     disk(free=most - 1)
-    words = r"out\.zarr: its tiles may take \d+ KiB, \d+ KiB are free there; .* another --out"
+    words = r"out\.zarr: its tiles may need \d+ KiB, but only \d+ KiB are free; .* another --out"
     with pytest.raises(InputError, match=words):
         segment(volume, model, out, TILED)
     assert not out.exists()
@@ -340,7 +340,7 @@ def test_stores_of_which_one_disk_holds_each_but_not_all_are_refused_at_once(tas
     copy, out = shutil.copy(volume, tmp_path / "copy.tif"), tmp_path / "many"
     inputs, most = [str(volume), str(copy)], bound_of(volume, model)
     disk(free=2 * most - 1)
-    words = r"many: the 48 tiles of 2 stores may take \d+ KiB, .* do fewer inputs at a time"
+    words = r"many: the 48 tiles of 2 stores may need \d+ KiB, .* process fewer inputs at a time"
     with pytest.raises(InputError, match=words):
         prepare_all(inputs, model, str(out), TILED)
     assert not out.exists()

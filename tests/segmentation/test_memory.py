@@ -22,7 +22,7 @@ from unet_ray.network.checkpoints import ModelHeader, architecture_of, write_mod
 from unet_ray.network.unet import UNet
 from unet_ray.segmentation import outlook as planning
 from unet_ray.segmentation.memory import (
-    BYTES_PER_TILE,
+    DRIVER_BYTES_PER_TILE,
     GPU_TILES,
     PROCESS_BYTES,
     TILE_BATCH_BYTES,
@@ -176,7 +176,7 @@ def test_tiles_that_wait_for_a_pass_need_their_voxels_and_a_copy_only():
 def test_the_driver_needs_the_more_of_measuring_and_running(engine):
     running = driver_bytes(500 << 20, engine, "cpu", 8, 0)
     assert driver_bytes(500 << 20, engine, "cpu", 8, 100 << 20) == running
-    there = PROCESS_BYTES[engine] + 8 * BYTES_PER_TILE
+    there = PROCESS_BYTES[engine] + 8 * DRIVER_BYTES_PER_TILE
     assert driver_bytes(500 << 20, engine, "cpu", 8, 1 << 30) == there + (1 << 30)
 
 

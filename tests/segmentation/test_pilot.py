@@ -148,15 +148,15 @@ def test_seconds_are_those_of_a_whole_tile(files, monkeypatch):
     monkeypatch.setattr(pilot.Predictor, "__call__", counted)
     ticks = iter(range(10**6))
     monkeypatch.setattr(pilot, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
-    monkeypatch.setattr(pilot, "SECONDS", 10**6)
-    monkeypatch.setattr(pilot, "LOOK_SECONDS", 10**6)
+    monkeypatch.setattr(pilot, "TRIAL_SECONDS", 10**6)
+    monkeypatch.setattr(pilot, "INSPECT_SECONDS", 10**6)
     settings = dataclasses.replace(TILED, tile=(3, 32, 40))
     outlook = plan(*files, settings)
     deep = dataclasses.replace(outlook, plan=dataclasses.replace(outlook.plan, passes=(1, 32, 40)))
     trial = try_tiles(deep, 1)
     # Each step takes one tick here, and a tile has three passes; before the first the thread warms
     # up.
-    assert len(passes) - 1 == trial.passes == trial.looks == 12 and trial.tiles == 4
+    assert len(passes) - 1 == trial.passes == trial.inspected == 12 and trial.tiles == 4
     assert trial.predict >= 3 * trial.read > 0
 
 
@@ -200,7 +200,7 @@ def test_of_a_tile_any_pass_may_be_tried(tmp_path, files):
     outlook = dataclasses.replace(outlook, plan=one_slice_a_pass(outlook.plan))
     store = segment(volume, files[1], tmp_path / "out", asked)
     trial, stored = try_tiles(outlook, 1), sum(map(len, shard_bytes(store)))
-    assert (trial.tiles, trial.looks, trial.constant) == (1, 16, 2)
+    assert (trial.tiles, trial.inspected, trial.constant) == (1, 16, 2)
     assert abs(trial.stored / stored - 1) < 0.3
     assert trial.predict == pytest.approx(14 * trial.first)  # of one pass
 
@@ -213,9 +213,9 @@ def test_constant_passes_are_counted_however_long_the_others_take(
     image[empty] = 7
     volume = write_stack(tmp_path / "some.tif", image)
     outlook = plan(volume, files[1], dataclasses.replace(TILED, tile=(1, 32, 32), workers=1))
-    monkeypatch.setattr(pilot, "SECONDS", 0)
+    monkeypatch.setattr(pilot, "TRIAL_SECONDS", 0)
     trial, full = try_tiles(outlook, 1), 40 - len(range(40)[empty])
-    assert (trial.looks, trial.constant, trial.passes, trial.tiles) == (40, 40 - full, 1, 2)
+    assert (trial.inspected, trial.constant, trial.passes, trial.tiles) == (40, 40 - full, 1, 2)
     assert trial.predict == pytest.approx(trial.first * full / 40)
     rest = 40 * (trial.read + trial.write)
     assert trial.run_seconds(outlook) == pytest.approx(trial.first * (full + 1) + rest)
@@ -227,8 +227,8 @@ def test_passes_are_looked_at_all_over_tiles_and_within_them(files):
     tiles = dataclasses.replace(tiles, core=(30, 64, 76))
     passes = pilot._plan_of_passes(tiles)
     sample = spread(range(len(tiles)), planning.SAMPLE)
-    found = pilot._some_passes(dataclasses.replace(outlook, plan=tiles, sample=sample), passes)
-    assert len(found) == len({*found}) == pilot.LOOKS
+    found = pilot._random_passes(dataclasses.replace(outlook, plan=tiles, sample=sample), passes)
+    assert len(found) == len({*found}) == pilot.INSPECTIONS
     owners = [pilot._owner(tiles, passes[number]).index for number in found]
     assert {*owners} == {*sample}
     depths = [passes[number].write.start[0] % 30 for number in found]
@@ -236,8 +236,8 @@ def test_passes_are_looked_at_all_over_tiles_and_within_them(files):
 
 
 def test_looking_ends_in_time(files, monkeypatch):
-    monkeypatch.setattr(pilot, "LOOK_SECONDS", 0)
-    assert try_tiles(plan(*files, TILED), 1).looks == pilot.KINDS
+    monkeypatch.setattr(pilot, "INSPECT_SECONDS", 0)
+    assert try_tiles(plan(*files, TILED), 1).inspected == pilot.KINDS
 
 
 def test_nothing_is_left_and_nothing_to_try_is_no_failure(files, tmp_path, monkeypatch):
@@ -273,7 +273,9 @@ def test_voxels_that_are_no_numbers_are_zero_or_their_tiles_are_passed_over(tmp_
     outlook = plan(volume, files[1], zero)
     trial, stored = try_tiles(outlook, 1), sum(map(len, shard_bytes(store)))
     assert trial.tiles == 3 and abs(trial.stored * outlook.tiles / stored - 1) < 0.3
-    with pytest.raises(RunError, match=r"no tile could be tried: .*nan, read by tile .*--nan zero"):
+    with pytest.raises(
+        RunError, match=r"no tile could be processed: .*nan, read by tile .*--nan zero"
+    ):
         try_tiles(plan(volume, files[1], asked), 1)
     voxels[1:, :3, :3] = 7
     some = plan(write_stack(tmp_path / "some.tif", voxels), files[1], asked)

@@ -455,7 +455,7 @@ def test_overwrite_never_deletes_what_the_run_reads(tmp_path, volume, kind):
     given[kind] = shutil.copy(given[kind], inside)
     before = state_of(tmp_path)
     settings = dataclasses.replace(COARSE, mask=given["mask"], overwrite=True)
-    with pytest.raises(InputError, match=rf"{out}: overlaps {inside}, which is read"):
+    with pytest.raises(InputError, match=rf"{out}: overlaps the input {inside}"):
         segment(given["volume"], given["model"], out, settings)
     assert state_of(tmp_path) == before
 
@@ -663,7 +663,7 @@ def test_an_input_inside_the_output_of_another_is_refused(tmp_path, model, volum
     inside = first / "labels" / "classes" / "0"
     before = state_of(tmp_path)
     again = dataclasses.replace(FLOAT32, overwrite=True)
-    with pytest.raises(InputError, match="which is read"):
+    with pytest.raises(InputError, match="overlaps the input"):
         segmentation.prepare_all([str(volume), str(inside)], model, str(tmp_path / "many"), again)
     assert state_of(tmp_path) == before
 
@@ -766,7 +766,7 @@ def test_more_workers_than_fit_into_memory_are_refused(
 ):
     monkeypatch.setattr(preparation, "memory_available", lambda: room << 20)
     many = dataclasses.replace(TILED, workers=500)
-    with pytest.raises(InputError, match=rf"500 workers need .* could be had; give .*{remedy}"):
+    with pytest.raises(InputError, match=rf"500 workers need .* are available; set .*{remedy}"):
         segment(volume, model, tmp_path / "out", many)
     assert not (tmp_path / "out").exists()
 

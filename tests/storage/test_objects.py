@@ -317,7 +317,7 @@ def test_a_volume_in_a_bucket_is_read_like_one_on_a_disk(task, bucket, tmp_path)
         one, two = (zarr.open_array(s / name, mode="r")[:] for s in (from_bucket, from_disk))
         np.testing.assert_array_equal(one, two)
     segment(source, model, tmp_path / "a.zarr", TILED)  # the same input
-    with pytest.raises(InputError, match=r"overlaps s3://bucket/volume\.zarr"):
+    with pytest.raises(InputError, match=r"overlaps the input s3://bucket/volume\.zarr"):
         segment(source, model, f"{source}/out.zarr", TILED)
     bucket.put("volume.zarr/c/1/0/0", b"other", None, None)
     with pytest.raises(InputError, match=r"another input\.sampled_sha256"):

@@ -29,7 +29,7 @@ SCRATCH_BYTES = 96 << 20
 # since their waves have more blocks.
 DRIVER_BYTES = {"cpu": 400 << 20, "cuda": 480 << 20, "mps": 480 << 20}
 # The driver's flags per tile: requested, pending, committed, quarantined, skipped.
-BYTES_PER_TILE = 12
+DRIVER_BYTES_PER_TILE = 12
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def driver_bytes(
         index: upper bound of the bytes needed to open the input.
     """
     running = workers if engine == "local" else DRIVER_BYTES[device] + index
-    return BYTES_PER_TILE * tiles + max(running, PROCESS_BYTES[engine] + index + measuring)
+    return DRIVER_BYTES_PER_TILE * tiles + max(running, PROCESS_BYTES[engine] + index + measuring)
 
 
 # Maximum tiles in flight per GPU: others are read and written while the GPU predicts one.

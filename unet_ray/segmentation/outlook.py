@@ -1,4 +1,4 @@
-"""What a run would do and need, before it starts.
+"""The outlook of a run: its tiles, memory and disk space, estimated before it starts.
 
 Knows metadata and arithmetic. Reads no voxel and writes nothing.
 """
@@ -44,42 +44,41 @@ from unet_ray.volumes.intensity import measured_bytes
 from unet_ray.volumes.masks import open_mask, tiles_under
 from unet_ray.volumes.volume import Volume
 
-# Tiles of which a few are tried before a run.
+# Size of the sample of tiles from which a trial takes its passes.
 SAMPLE = 64
-# Beside its voxels: frame, checksum and index entry of a chunk; ends of the indices of a tile.
+# Storage overhead: per chunk its frame, checksum and index entry; per tile the end of each index.
 CHUNK_BYTES, SHARD_BYTES = 128, 64
-# Disks give whole blocks. Of a tile, its event and its names in folders; of a store, its metadata,
-# ledger and lease.
-DISK_BLOCK, NOTE_BYTES, STORE_BYTES = 4096, 256, 128 << 10
+# File systems allocate whole blocks. Each tile adds an event to the log and entries to its folders;
+# each store has metadata, a ledger and a lease.
+DISK_BLOCK, TILE_RECORD_BYTES, STORE_BYTES = 4096, 256, 128 << 10
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a run would do and need, known before it starts.
+    """Tiles and resources of a run, estimated before it starts.
 
     Attributes:
         volume: the input.
-        network: that predicts.
-        plan: the tiles.
-        tiles: how many of them region and mask ask for.
-        sample: numbers of some of these, evenly spread.
-        outputs: what would be stored.
+        network: the network.
+        plan: the tiles of the whole volume.
+        tiles: number of tiles inside region and mask.
+        sample: numbers of at most `SAMPLE` of these tiles, evenly spread.
+        outputs: names of the stored outputs.
         tta: average over the 8 symmetries of the square.
-        nan: ``zero`` if voxels that are not finite count as 0.
-        memory: what one worker needs for one tile.
-        driver_memory: bytes of the process that starts the run: on the local engine the one in
-            which all workers run.
-        engine: who runs them.
-        workers: how many of them side by side.
-        in_flight: tiles that a worker on a GPU has under way.
-        worker_memory: bytes of one worker, with all of these; on the local engine and a CPU, of one
-            among others.
+        nan: treatment of non-finite voxels: ``error`` or ``zero``.
+        memory: memory of one worker for one tile.
+        driver_memory: bytes of the process that starts the run; on the local engine it includes all
+            workers.
+        engine: the engine that runs the tiles.
+        workers: number of tiles computed in parallel.
+        in_flight: tiles in flight per worker; 1 on a CPU.
+        worker_memory: bytes of one worker, with all its tiles in flight.
         helper_memory: bytes of each process that reads or writes for a GPU of a cluster; 0 if there
             are none.
-        precision, device: of the network.
-        halo_overhead: arithmetic spent on the halo, as a part of what the cores alone would cost.
-        disk_bytes: upper bound of what is stored.
-        read_amplification: voxels that all tiles decode, over those of the volume.
+        precision, device: number format and device of the network.
+        halo_overhead: extra arithmetic for halo and padding, as a fraction of the cores' own.
+        disk_bytes: upper bound of the store's size on disk.
+        read_amplification: voxels decoded by all tiles, divided by the voxels of the volume.
     """
 
     volume: Volume
@@ -104,7 +103,7 @@ class Outlook:
     read_amplification: float
 
     def to_json(self) -> dict[str, Any]:
-        """The keys that ``unet-ray plan --json`` prints; sizes in voxels and bytes."""
+        """The outlook as ``unet-ray plan --json`` prints it; sizes in voxels and bytes."""
         return {
             "tiles": self.tiles,
             "tile": list(self.plan.core),
@@ -123,10 +122,15 @@ class Outlook:
 
 
 def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -> Outlook:
-    """What `segment` would do with these settings and a new store; reads no voxel.
+    """Estimates what `segment` would do and need for a new store; reads no voxel.
+
+    Args:
+        source: path or URL of the volume.
+        model: RUN folder or model file.
+        settings: the settings of `segment`.
 
     Raises:
-        InputError: for anything wrong with input, model or settings.
+        InputError: if the input, the model or a setting is invalid.
     """
     volume, network, _ = open_inputs(source, model, settings)
     device = device_of(settings)
@@ -137,17 +141,17 @@ def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -
     tiles, memory = choose_plan(volume, network, size, settings, values)
     part = tiles.part(settings.region or Box.of(tiles.shape))
     mask = open_mask(settings.mask, tiles.shape) if settings.mask else None
-    wanted: Sequence[int] = range(part.size)
+    selected: Sequence[int] = range(part.size)
     if mask:
-        wanted = np.flatnonzero(tiles_under(mask, tiles)[part.slices])  # type: ignore[assignment]
-    need = needed_bytes(memory, device, settings)
-    workers = cluster.side_by_side(device, settings.engine, settings.workers, need)
+        selected = np.flatnonzero(tiles_under(mask, tiles)[part.slices])  # type: ignore[assignment]
+    needed = needed_bytes(memory, device, settings)
+    workers = cluster.side_by_side(device, settings.engine, settings.workers, needed)
     return Outlook(
         volume=volume,
         network=network,
         plan=tiles,
-        tiles=len(wanted),
-        sample=numbered(tiles, part, spread(wanted, SAMPLE)),
+        tiles=len(selected),
+        sample=tile_numbers(tiles, part, spread(selected, SAMPLE)),
         outputs=outputs,
         tta=settings.tta,
         nan=settings.nan,
@@ -168,43 +172,50 @@ def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -
         precision=precision,
         device=device,
         halo_overhead=halo_overhead(size, tiles),
-        disk_bytes=most_bytes(tiles, values, len(outputs), len(wanted)),
+        disk_bytes=max_disk_bytes(tiles, values, len(outputs), len(selected)),
         read_amplification=read_amplification(tiles, volume.chunk),
     )
 
 
-def spread(numbers: Sequence[int] | NDArray[np.intp], most: int) -> list[int]:
-    """At most `most` of `numbers`, in their order, evenly spread."""
-    count = min(most, len(numbers))
+def spread(numbers: Sequence[int] | NDArray[np.intp], limit: int) -> list[int]:
+    """At most `limit` of `numbers`, evenly spread and in their order."""
+    count = min(limit, len(numbers))
     return [int(numbers[(2 * n + 1) * len(numbers) // (2 * count)]) for n in range(count)]
 
 
-def numbered(
-    tiles: TilePlan, part: Box, inside: Sequence[int] | NDArray[np.intp]
+def tile_numbers(
+    tiles: TilePlan, part: Box, offsets: Sequence[int] | NDArray[np.intp]
 ) -> tuple[int, ...]:
-    """The tiles with these numbers in a part of the grid."""
-    if not len(inside):
+    """Numbers, in the plan, of tiles in a part of the grid.
+
+    Args:
+        tiles: the plan.
+        part: part of the grid of tiles, (z, y, x).
+        offsets: positions of the tiles within `part`, in C order.
+    """
+    if not len(offsets):
         return ()
-    places = np.unravel_index(inside, part.shape)
-    axes = tuple(a + p for a, p in zip(part.start, places, strict=True))
-    return tuple(np.ravel_multi_index(axes, tiles.counts).tolist())
+    within = np.unravel_index(offsets, part.shape)
+    positions = tuple(a + p for a, p in zip(part.start, within, strict=True))
+    return tuple(np.ravel_multi_index(positions, tiles.counts).tolist())
 
 
-def most_bytes(tiles: TilePlan, values: int, files: int, count: int) -> int:
-    """Bytes on disk of some tiles if nothing can be compressed, with all that lies beside them.
+def max_disk_bytes(tiles: TilePlan, values: int, shards: int, count: int) -> int:
+    """Upper bound of a store's size on disk: no compression, whole blocks, metadata and folders.
 
     Args:
         tiles: the plan.
         values: bytes stored per voxel.
-        files: shards of a tile, one for each output.
-        count: how many tiles.
+        shards: shards per tile, one for each output.
+        count: number of stored tiles.
     """
     if not count:
         return 0
     chunk = chunk_of(tiles.core)
     chunks = values * math.prod(c // n for c, n in zip(tiles.core, chunk, strict=True))
-    shards = values * math.prod(tiles.core) * 257 // 256 + chunks * CHUNK_BYTES + SHARD_BYTES
+    # Zstandard expands incompressible data by at most 1/256.
+    content = values * math.prod(tiles.core) * 257 // 256 + chunks * CHUNK_BYTES + SHARD_BYTES
     layers, rows, _ = tiles.counts
-    folders = files * min(layers * (1 + rows), 2 * count)
-    blocks = DISK_BLOCK * (files * count + folders)  # the last of each is hardly ever full
-    return (shards + NOTE_BYTES) * count + blocks + STORE_BYTES
+    folders = shards * min(layers * (1 + rows), 2 * count)
+    blocks = DISK_BLOCK * (shards * count + folders)  # a last, partial block each
+    return (content + TILE_RECORD_BYTES) * count + blocks + STORE_BYTES

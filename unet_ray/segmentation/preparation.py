@@ -1,6 +1,6 @@
-"""A run prepared from what a user asks: input, model, store and settings, checked.
+"""Preparation of a run: checks the input, the model, the store and the settings.
 
-Knows everything that fixes the bytes of a run. Writes nothing; does not know who runs the tiles.
+Knows everything that determines the stored bytes. Writes nothing; does not know how tiles are run.
 """
 
 from __future__ import annotations
@@ -54,24 +54,31 @@ def prepare(
     out: PathOrUrl,
     settings: Settings,
 ) -> Segmentation:
-    """Checks everything and fixes what the bytes of the run depend on; writes nothing.
+    """Checks all inputs and fixes everything that the stored bytes depend on; writes nothing.
 
-    Where the store exists, its plan, precision and normalisation are kept, so that a rerun from
-    another machine or with another memory allowance goes on with the same bytes.
+    An existing store keeps its plan, precision and normalisation. A rerun on another machine, or
+    with another memory limit, therefore resumes with the same bytes.
+
+    Args:
+        source: path or URL of the volume.
+        model: RUN folder or model file.
+        out: path or URL of the store.
+        settings: the settings of the run.
 
     Raises:
-        InputError: for anything wrong with input, model, settings or an existing store.
+        InputError: if the input, the model, a setting or an existing store is invalid.
     """
     volume, network, header = open_inputs(source, model, settings)
     path = place_of(out)
     if isinstance(path, Path):
         refuse_below_file(path)
-    for read in (volume.path, find_model(model), *([settings.mask] if settings.mask else [])):
-        refuse_overlap(path, place_of(read))
+    masks = [settings.mask] if settings.mask else []
+    for input_path in (volume.path, find_model(model), *masks):
+        refuse_overlap(path, place_of(input_path))
     stored = stored_at(path, settings.overwrite)
     device: Device = stored.device if stored else device_of(settings)
     if stored and device != "cpu" and device_of(settings) != device:
-        raise InputError(f"{path}: was begun on a GPU, and there is none here; run it on one.")
+        raise InputError(f"{path}: was started on a GPU, but no GPU is available; use one.")
     precision = settings.precision or (
         stored.precision if stored else precision_of(device, settings)
     )
@@ -84,11 +91,11 @@ def prepare(
         tiles = stored.plan
         memory = needed_memory(size, tiles, volume, values)
         memory = memory.on(settings.engine)
-        _check_memory(memory, settings, path)
+        _check_memory_limit(memory, settings, path)
     else:
         tiles, memory = choose_plan(volume, network, size, settings, values)
-    if not (stored and settings.engine == "ray"):  # a finished store needs no cluster to say so
-        check_room(path, memory, device, settings)
+    if not (stored and settings.engine == "ray"):  # a finished store must not require a cluster
+        check_memory(path, memory, device, settings)
     mask = open_mask(settings.mask, volume.shape[1:]) if settings.mask else None
     run = Segmentation(
         volume=volume,
@@ -107,65 +114,70 @@ def prepare(
         resumed=stored is not None,
         mask=mask,
     )
-    # On a cluster a worker compares its machine with the provenance, when it is made.
-    kind = stored.kind if stored and settings.engine == "ray" else _asked_kind(device, settings)
+    # On a cluster each new worker compares its machine with the provenance.
+    kind = stored.kind if stored and settings.engine == "ray" else _worker_kind(device, settings)
     run = replace(run, provenance=_provenance(run, header, settings, kind))
     if stored:
         refuse_difference(path, stored, run.provenance)
     return run
 
 
-def refuse_overlap(path: Place, read: Place) -> None:
-    """Makes sure that a store at `path` would neither lie in what is read nor hold it.
+def refuse_overlap(path: Place, source: Place) -> None:
+    """Refuses a store at `path` that would contain the input `source`, or be inside it.
 
     Raises:
-        InputError: if it would.
+        InputError: if the two overlap.
     """
-    there, source = (
-        PurePath(os.path.realpath(p) if isinstance(p, Path) else str(p)) for p in (path, read)
+    out_path, source_path = (
+        PurePath(os.path.realpath(p) if isinstance(p, Path) else str(p)) for p in (path, source)
     )
-    if there == source or there in source.parents or source in there.parents:
-        raise InputError(f"{path}: overlaps {read}, which is read; choose another --out.")
+    if (
+        out_path == source_path
+        or out_path in source_path.parents
+        or source_path in out_path.parents
+    ):
+        raise InputError(f"{path}: overlaps the input {source}; choose another --out.")
 
 
-def _check_memory(memory: WorkerMemory, settings: Settings, path: Place) -> None:
+def _check_memory_limit(memory: WorkerMemory, settings: Settings, path: Place) -> None:
     if memory.total > settings.memory:
         raise InputError(
-            f"{path}: its plan needs {format_bytes(memory.total)} per worker, "
-            f"{format_bytes(settings.memory)} allowed; give --memory {memory.total} or more, or "
-            f"another --out."
+            f"{path}: its plan needs {format_bytes(memory.total)} per worker, but only "
+            f"{format_bytes(settings.memory)} are allowed; set --memory {memory.total} or more, "
+            "or choose another --out."
         )
 
 
-def check_room(path: Place, memory: WorkerMemory, device: Device, settings: Settings) -> None:
-    """Refuses more workers than there is memory for, on this machine or the cluster.
+def check_memory(path: Place, memory: WorkerMemory, device: Device, settings: Settings) -> None:
+    """Refuses more workers than fit into the memory of this machine or the cluster.
 
     Raises:
-        InputError: names how many fit.
+        InputError: if they do not fit; names the largest number that does.
     """
     if settings.engine == "ray":
         cluster.pool_size(device, settings.workers, needed_bytes(memory, device, settings))
         return
     needed = process_bytes(memory, device, settings)
-    there = memory_available()
-    if there and needed > there:
+    available = memory_available()
+    if available and needed > available:
         workers = cluster.side_by_side(device, "local", settings.workers)
-        fitting = [n for n in range(1, workers) if memory.shared_by(n) <= there]
+        fitting = [n for n in range(1, workers) if memory.shared_by(n) <= available]
         remedy = f"--workers {fitting[-1]}" if fitting else "a smaller --memory and another --out"
         raise InputError(
-            f"{path}: {workers} workers need {format_bytes(needed)} in this process, "
-            f"{format_bytes(there)} could be had; give {remedy}."
+            f"{path}: {workers} workers need {format_bytes(needed)} in this process, but only "
+            f"{format_bytes(available)} are available; set {remedy}."
         )
 
 
-def _asked_kind(device: Device, settings: Settings) -> dict[str, Any]:
+def _worker_kind(device: Device, settings: Settings) -> dict[str, Any]:
+    """The kind of machine that runs the workers, queried on the cluster if the engine is Ray."""
     return cluster.ask(partial(kind_of_machine, device), device, settings.engine)
 
 
 def _provenance(
     run: Segmentation, header: ModelHeader, settings: Settings, kind: Mapping[str, Any]
 ) -> Provenance:
-    """Everything that fixes the bytes of a store, and nothing that does not."""
+    """The provenance: exactly the facts that determine the stored bytes."""
     channels = run.volume.shape[0]
     return Provenance.of(
         model={
@@ -176,7 +188,7 @@ def _provenance(
         },
         source={
             **run.volume.identity(),
-            # Not naming the only channel or time point is naming it.
+            # The only channel or time point is the same, whether named or not.
             "channel": 0 if settings.channel is None and channels == 1 else settings.channel,
             "time": settings.time or 0,
             "level": settings.level,
@@ -193,10 +205,10 @@ def _provenance(
 
 
 def stored_at(path: Place, overwrite: bool) -> Provenance | None:
-    """How the store was made that a run continues; None if the run begins a new one.
+    """Provenance of the store that a run resumes; None if the run starts a new store.
 
     Raises:
-        InputError: if what is there is not ours, or cannot be read.
+        InputError: if the path is not an output of unet-ray, or cannot be read.
     """
     if not overwrite:
         return inspect(path).continued()
@@ -209,12 +221,12 @@ def stored_at(path: Place, overwrite: bool) -> Provenance | None:
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for: the tiles of a region, and of those the ones that a mask shows.
+    """The tiles requested by region and mask, as boolean arrays of shape (tiles,).
 
     Attributes:
-        region: of the volume.
-        tiles: bits of the tiles that are to be done, (tiles,).
-        skipped: bits of those in the region that are not, (tiles,).
+        region: the requested part of the volume.
+        tiles: true for tiles inside the region and the mask.
+        skipped: true for tiles inside the region but outside the mask.
     """
 
     region: Box
@@ -223,21 +235,21 @@ class Request:
 
 
 def wanted_tiles(run: Segmentation, settings: Settings) -> Request:
-    """Which tiles of a run were asked for."""
+    """The tiles that the region and the mask of a run request."""
     region = settings.region or Box.of(run.plan.shape)
-    inside = np.zeros(run.plan.counts, bool)
-    inside[run.plan.part(region).slices] = True
-    shown = tiles_under(run.mask, run.plan) if run.mask else np.ones(1, bool)
-    return Request(region, (inside & shown).ravel(), (inside & ~shown).ravel())
+    in_region = np.zeros(run.plan.counts, bool)
+    in_region[run.plan.part(region).slices] = True
+    in_mask = tiles_under(run.mask, run.plan) if run.mask else np.ones(1, bool)
+    return Request(region, (in_region & in_mask).ravel(), (in_region & ~in_mask).ravel())
 
 
-def tiles_left(run: Segmentation, wanted: Request) -> NDArray[np.bool_]:
-    """Bits of the tiles that are still to be done, (tiles,); of a store made anew all."""
-    return pending_tiles(run, wanted) & wanted.tiles if run.resumed else wanted.tiles
+def remaining_tiles(run: Segmentation, request: Request) -> NDArray[np.bool_]:
+    """True for each requested tile that must still be computed, (tiles,); all for a new store."""
+    return pending_tiles(run, request) & request.tiles if run.resumed else request.tiles
 
 
-def pending_tiles(run: Segmentation, wanted: Request) -> NDArray[np.bool_]:
-    """Bits of the tiles that are still to be done, or to be noted as skipped."""
+def pending_tiles(run: Segmentation, request: Request) -> NDArray[np.bool_]:
+    """True for each tile that must still be computed, or recorded as skipped, (tiles,)."""
     done = committed(run.out / LEDGER, len(run.plan))
-    noted = skipped(run.out / LEDGER, len(run.plan)) if wanted.skipped.any() else done
-    return (wanted.tiles & ~done) | (wanted.skipped & ~done & ~noted)
+    recorded = skipped(run.out / LEDGER, len(run.plan)) if request.skipped.any() else done
+    return (request.tiles & ~done) | (request.skipped & ~done & ~recorded)

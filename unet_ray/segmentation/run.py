@@ -1,6 +1,6 @@
 """A run that is ready to start, and its worker.
 
-Knows read, predict and write of one tile. Does not know which tiles are done, or who runs them.
+Knows how to read, predict and write one tile. Does not know which tiles are done, or the engine.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from unet_ray.volumes.volume import Volume
 
 @dataclass(frozen=True)
 class Segmentation:
-    """A run that is ready to start: everything that fixes its bytes.
+    """A run that is ready to start: everything that determines its stored bytes.
 
     Attributes:
         volume: the input.
         model: the model file.
         out: the output store.
         plan: the tiles.
-        intensity: grey values of the volume.
-        precision, device: of the network.
+        intensity: mean and standard deviation of the grey values.
+        precision, device: number format and device of the network.
         tta: average over the 8 symmetries of the square.
-        nan: ``zero`` if voxels that are not finite count as 0.
-        outputs: what is stored.
+        nan: treatment of non-finite voxels: ``error`` or ``zero``.
+        outputs: names of the stored outputs.
         class_values: label value of each class.
-        memory: what one worker needs.
-        provenance: all of this, kept in the store and compared when a run goes on.
-        resumed: the store was there already and is continued.
-        mask: shows which tiles are asked for; None for all.
-        fence: keeps workers from writing once the run has lost its output; None for no such run.
+        memory: memory of one worker.
+        provenance: record of the facts above in the store; a resumed run must match it.
+        resumed: whether the store exists and the run resumes it.
+        mask: volume that is nonzero where tiles are requested; None for all tiles.
+        fence: stops workers from writing after the run has lost its output; None outside a lease.
     """
 
     volume: Volume
@@ -68,37 +68,37 @@ class Segmentation:
     fence: Fence | None = None
 
     def make_worker(self) -> TileWorker:
-        """The worker of the segment stage, for the process that runs it."""
+        """Creates the worker of the segment stage, in the process that runs it."""
         return TileWorker(self)
 
     def make_helper(self) -> TileHelper:
-        """A worker that only reads or writes, where another predicts."""
+        """Creates a worker that only reads or writes; another process predicts."""
         return TileHelper(self)
 
 
 class TileHelper:
-    """Reads and writes tiles of one run; may be shared by threads."""
+    """Reads and writes the tiles of one run; safe to share between threads."""
 
     def __init__(self, run: Segmentation) -> None:
         self._run = run
-        _refuse_other_kind(run)
+        _refuse_other_machine(run)
         self._store = Store(run.out, run.outputs, run.fence.look if run.fence else None)
 
     def read(self, tile: int) -> NDArray[Any]:
-        """The voxels that a tile reads, ``(c, z, y, x)``, mirrored beyond the volume's faces.
+        """Reads the input of a tile; see `read_tile`.
 
         Raises:
-            VoxelError: if one of them is not a finite number; names the tile and the voxel.
+            VoxelError: if a voxel is not finite; names the tile and the voxel.
         """
         return read_tile(self._run.volume, self._run.plan[tile], self._run.nan)
 
     def write(self, tile: int, result: dict[str, NDArray[np.uint8]]) -> None:
-        """Writes the shards of a tile and waits until they are on disk."""
+        """Writes the shards of a tile; returns when they are on disk."""
         self._store.write(self._run.plan[tile], result)
 
 
 class TileWorker(TileHelper):
-    """Reads, predicts and writes tiles of one run; may be shared by threads."""
+    """Reads, predicts and writes the tiles of one run; safe to share between threads."""
 
     def __init__(self, run: Segmentation) -> None:
         super().__init__(run)
@@ -108,72 +108,75 @@ class TileWorker(TileHelper):
         )
 
     def predict(self, tile: int, voxels: NDArray[Any]) -> dict[str, NDArray[np.uint8]]:
-        """The outputs on the core of a tile."""
+        """The uint8 outputs of a tile's core, by name; see `Predictor`."""
         return self._predictor(self._run.plan[tile], voxels, self._run.outputs)
 
 
 def read_tile(volume: Volume, tile: Tile, nan: str) -> NDArray[Any]:
-    """The voxels that `tile` reads, ``(c, z, y, x)``, mirrored beyond the volume's faces.
+    """Reads the core and halo of a tile, mirrored at the faces of the volume.
 
     Args:
         volume: the input.
-        tile: of any plan of it.
-        nan: ``zero`` if voxels that are not finite count as 0.
+        tile: a tile of any plan of the volume.
+        nan: treatment of non-finite voxels: ``error``, or ``zero`` to replace them by 0.
+
+    Returns:
+        Voxels of shape ``(c, z, y, x)``, in the dtype of the volume.
 
     Raises:
-        VoxelError: if one of them is not a finite number; names the tile and the voxel.
+        VoxelError: if a voxel is not finite and `nan` is ``error``; names the tile and the voxel.
     """
     voxels = read_mirrored(volume.read, volume.shape[1:], tile.read)
     if voxels.dtype.kind != "f" or np.isfinite(voxels).all():
         return voxels
     if nan == "zero":
         return np.where(np.isfinite(voxels), voxels, voxels.dtype.type(0))
-    raise VoxelError(_not_finite(volume, tile, voxels))
+    raise VoxelError(_non_finite_message(volume, tile, voxels))
 
 
-def _not_finite(volume: Volume, tile: Tile, voxels: NDArray[Any]) -> str:
+def _non_finite_message(volume: Volume, tile: Tile, voxels: NDArray[Any]) -> str:
     channel, *offset = np.argwhere(~np.isfinite(voxels))[0].tolist()
-    seen = zip(tile.read.start, offset, volume.shape[1:], strict=True)
-    place = tuple(int(reflect(np.array(a + n), extent)) for a, n, extent in seen)
+    axes = zip(tile.read.start, offset, volume.shape[1:], strict=True)
+    position = tuple(int(reflect(np.array(a + n), extent)) for a, n, extent in axes)
     return (
-        f"{volume.path}: voxel (z, y, x) = {place} of channel {channel} is "
+        f"{volume.path}: voxel (z, y, x) = {position} of channel {channel} is "
         f"{voxels[(channel, *offset)]}, read by tile {tile.index} ({tile.write}); replace "
-        f"values that are not finite, or give --nan zero and another --out."
+        f"values that are not finite, or set --nan zero and another --out."
     )
 
 
-def _refuse_other_kind(run: Segmentation) -> None:
-    """Makes sure that this machine gives the bytes that the store is said to have.
+def _refuse_other_machine(run: Segmentation) -> None:
+    """Refuses a machine whose results could differ in some bytes from the stored ones.
 
     Raises:
-        RunError: if it is of another kind than the one that the run was prepared for.
+        RunError: if the provenance names other instructions or versions than this machine has.
     """
-    if found := run.provenance.other_kind(kind_of_machine(run.device)):
-        field, stored, here = found
+    if difference := run.provenance.other_kind(kind_of_machine(run.device)):
+        field, stored, present = difference
         raise RunError(
-            f"{run.out}: its {field} is {stored}, but {here} on {machine_name()}, so its tiles "
-            "could have other bytes; run it on machines of one kind."
+            f"{run.out}: its {field} is {stored}, but {present} on {machine_name()}, so the "
+            "results could differ; use machines of one kind."
         )
 
 
 def kind_of_machine(device: Device) -> dict[str, Any]:
-    """What of this machine and its software fixes the bytes."""
+    """The properties of this machine and its software that determine the stored bytes."""
     return dict(zip(KIND, (instructions(device), versions()), strict=True))
 
 
-def refuse_difference(path: Place, stored: Provenance, now: Provenance) -> None:
-    """Makes sure that a store was made as a run would make it.
+def refuse_difference(path: Place, stored: Provenance, current: Provenance) -> None:
+    """Refuses to resume a store whose provenance differs from that of the run.
 
     Args:
         path: the store.
-        stored: how it was made.
-        now: how the run would make it.
+        stored: provenance of the store.
+        current: provenance of the run.
 
     Raises:
-        InputError: naming the first difference.
+        InputError: if they differ; names the first difference.
     """
-    for field, there, here in stored.differences(now):
+    for field, stored_value, value in stored.differences(current):
         raise InputError(
-            f"{path}: was made with another {field} ({there}, now {here}); choose another --out, "
-            "or delete it with --overwrite."
+            f"{path}: was made with another {field} ({stored_value}, now {value}); choose another "
+            "--out, or delete it with --overwrite."
         )

@@ -1,6 +1,6 @@
-"""From volumes and a model to stores: plan -> read -> predict -> write, and what is left to do.
+"""Segmentation of one or several volumes into stores: the Python API of `unet-ray segment`.
 
-Knows what a user asks for in one command: one volume or several, and where each store goes.
+Knows the inputs of one command and the output path of each. Does not know how tiles are run.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ def segment(
     settings: Settings | None = None,
     watch: Callable[[Progress], None] = lambda progress: None,
 ) -> Place:
-    """Segments one volume into a store, or goes on with it where it stopped.
+    """Segments one volume into a store; resumes an interrupted run.
 
     Args:
-        source: path of the volume.
+        source: path or URL of the volume.
         model: RUN folder or model file.
-        out: path of the store.
-        settings: what to do otherwise than by default.
-        watch: called after each tile.
+        out: path or URL of the store.
+        settings: defaults to ``Settings()``.
+        watch: called after each tile that is committed or quarantined.
 
     Returns:
         Path of the store.
 
     Raises:
-        InputError: for anything wrong with input, model, settings or an existing store.
-        QuarantinedError: if tiles failed too often; all others are done.
-        RunError: if the disk takes nothing more.
+        InputError: if the input, the model, a setting or an existing store is invalid, or the
+            store does not fit onto its disk.
+        QuarantinedError: if tiles were quarantined; all others are done.
+        RunError: if the disk is full or read-only, or a worker does not fit into memory.
     """
     settings = settings or Settings()
     run = prepare(source, model, out, settings)
@@ -55,31 +56,37 @@ def segment(
 def prepare_all(
     sources: Sequence[str], model: str, out: str, settings: Settings
 ) -> list[Segmentation]:
-    """Prepares every input before any is run; see `prepare` and `output_paths`.
+    """Prepares all inputs, so that errors appear before the first run starts; see `prepare`.
+
+    Args:
+        sources: paths of the volumes.
+        model: RUN folder or model file.
+        out: the store, or for several inputs the folder of the stores; see `output_paths`.
+        settings: the settings of all runs.
 
     Raises:
-        InputError: also if `out` is itself a store, if a store would overlap the input of another,
-            or if the disk cannot hold all of them.
+        InputError: if an input is invalid, if `out` is a store although there are several inputs,
+            if a store overlaps an input, or if the stores do not fit onto their disks.
     """
     stores = output_paths(sources, out)
     if len(sources) > 1 and (place_of(out) / ROOT).is_file():
-        raise InputError(f"{out}: is a store; several inputs need a folder: give another --out.")
+        raise InputError(f"{out}: is a store; several inputs need a folder; choose another --out.")
     runs = [
         prepare(source, model, store, settings)
         for source, store in zip(sources, stores, strict=True)
     ]
     for run in runs:
-        for each in runs:
-            refuse_overlap(run.out, place_of(each.volume.path))
+        for other in runs:
+            refuse_overlap(run.out, place_of(other.volume.path))
     check_disks(runs, settings)
     return runs
 
 
 def output_paths(sources: Sequence[str], out: str) -> list[Place]:
-    """The store of each input: `out` itself for one, a store each in folder `out` for several.
+    """Path of each input's store: `out` for one input, ``out/NAME.zarr`` for several.
 
     Raises:
-        InputError: if two inputs would share a store.
+        InputError: if two inputs have the same name.
     """
     if len(sources) == 1:
         return [place_of(out)]
@@ -87,5 +94,5 @@ def output_paths(sources: Sequence[str], out: str) -> list[Place]:
     stems = [re.sub(r"(\.ome)?\.(tiff?|zarr|png)$", "", name, flags=re.I) for name in names]
     for stem in stems:
         if stems.count(stem) > 1:
-            raise InputError(f"Two inputs are named {stem!r}: run them with an --out each.")
+            raise InputError(f"Two inputs are named {stem!r}: run each with its own --out.")
     return [place_of(out) / f"{stem}.zarr" for stem in stems]

@@ -1,6 +1,6 @@
-"""What a user may ask of `segment`, checked against input and model.
+"""Settings of `segment`, and their checks against input and model.
 
-Knows flags as values. Does not know tiles or memory.
+Knows the flags of the command line as values. Does not know how tiles or memory are planned.
 """
 
 from __future__ import annotations
@@ -24,22 +24,25 @@ from unet_ray.volumes.volume import Volume
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user may ask of `segment`; None means: choose, or keep what the store has.
+    """Settings of `segment`.
 
     Attributes:
-        outputs: which of ``probabilities`` and ``classes`` to store.
-        region: the part of the volume to do, (z, y, x); None is all of it.
-        mask: path of a volume that is not zero where tiles are wanted; see `masks`.
-        channel, time, level: which part of the input file is the volume.
-        tile: core in voxels (z, y, x).
-        memory: bytes that one worker may use.
-        workers: how many tiles side by side.
-        engine: who runs the tiles.
-        precision: number format of the network.
-        tta: average over the 8 symmetries of the square.
-        nan: what a voxel that is not a finite number is: an ``error`` of its tile, or ``zero``.
-        overwrite: delete what is at the output path first.
-        takeover: force out another run that is writing there.
+        outputs: which of ``probabilities`` and ``classes`` to store; None for those of an existing
+            store, else both.
+        region: part of the volume to segment, (z, y, x); None for the whole volume.
+        mask: path of a volume that is nonzero where tiles are requested; see `masks`.
+        channel, time, level: channel, time point and pyramid level of the input.
+        tile: core in voxels, (z, y, x); None to keep an existing store's core, or choose one.
+        memory: upper bound of the bytes of one worker.
+        workers: number of tiles computed in parallel; None for one per core or GPU.
+        engine: ``local`` (threads of this process) or ``ray``.
+        precision: number format of the network; None to keep an existing store's, or choose the
+            fastest.
+        tta: average over the 8 symmetries of the square (test-time augmentation).
+        nan: treatment of non-finite voxels: ``error`` quarantines their tile, ``zero`` replaces
+            them by 0.
+        overwrite: first delete an existing store.
+        takeover: end another run that is writing to the store.
     """
 
     outputs: tuple[str, ...] | None = None
@@ -62,7 +65,12 @@ class Settings:
 def open_inputs(
     source: PathOrUrl, model: str | os.PathLike[str], settings: Settings
 ) -> tuple[Volume, UNet, ModelHeader]:
-    """Opens input and model and checks that they fit each other and the region."""
+    """Opens input and model, and checks that they match each other and the region.
+
+    Raises:
+        InputError: if the input or the model is invalid, their channels differ, or the region is
+            empty or leaves the volume.
+    """
     volume = open_volume(source, channel=settings.channel, time=settings.time, level=settings.level)
     file = find_model(model)
     network, header = read_model(file)
@@ -72,39 +80,39 @@ def open_inputs(
             f"{volume.path}: has {volume.shape[0]} channels, but {file} was trained on "
             f"{network.in_channels}{hint}."
         )
-    whole = Box.of(volume.shape[1:])
+    extent = Box.of(volume.shape[1:])
     region = settings.region
-    if region and (region.size == 0 or region.intersect(whole) != region):
+    if region and (region.size == 0 or region.intersect(extent) != region):
         raise InputError(
-            f"region={region} must be a box of at least one voxel inside the volume, {whole}."
+            f"region={region} must be a box of at least one voxel inside the volume, {extent}."
         )
     return volume, network, header
 
 
 def device_of(settings: Settings) -> Device:
-    """Where tiles would run: on a GPU where there are any, of this machine or of the cluster.
+    """The device for the tiles: a GPU if this machine or the cluster has one, else the CPU.
 
     Raises:
-        InputError: if the cluster can never hold so many workers.
+        InputError: if the cluster can never run ``settings.workers`` workers.
     """
     return cluster.find_device(settings.engine, settings.workers)
 
 
 def precision_of(device: Device, settings: Settings) -> Precision:
-    """The number format that is fastest where tiles would run."""
+    """The fastest number format of the machines that run the tiles."""
     return cluster.ask(partial(best_precision, device), device, settings.engine)
 
 
-def checked_outputs(asked: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The outputs to store, in the store's order; all of them if none are asked for.
+def checked_outputs(names: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The outputs to store, in the order of the store; all outputs if `names` is None.
 
     Raises:
-        InputError: for a name that is not an output; names the nearest.
+        InputError: if a name is not an output; suggests the nearest.
     """
-    for name in asked or ():
+    for name in names or ():
         if name not in ARRAYS:
             raise InputError(
                 f"outputs={name!r} is not an output: choose from {', '.join(ARRAYS)}"
                 f"{nearest(name, ARRAYS)}."
             )
-    return tuple(name for name in ARRAYS if asked is None or name in asked)
+    return tuple(name for name in ARRAYS if names is None or name in names)
