@@ -611,7 +611,7 @@ def test_a_full_disk_ends_a_repair(store, monkeypatch):
         write_whole(path, *more)
 
     monkeypatch.setattr("unet_ray.storage.stores.write_whole", full)
-    with pytest.raises(RunError, match="No space left on device; make room"):
+    with pytest.raises(RunError, match="No space left on device; free disk space"):
         verify(store, tiles=0, repair=True)
 
 
@@ -621,7 +621,7 @@ def test_a_tile_that_cannot_be_made_again_is_damage(store, monkeypatch):
 
     monkeypatch.setattr(run_module.TileWorker, "read", fail)
     [sentence] = verify(store, tiles=1).damage
-    assert re.search(r"tile \d+ cannot be made again: ValueError: unreadable", sentence)
+    assert re.search(r"tile \d+ cannot be recomputed: ValueError: unreadable", sentence)
     shard_of(store, 1).unlink()
     assert "tile 1 cannot be repaired" in verify(store, tiles=0, repair=True).damage[-1]
 
@@ -671,7 +671,7 @@ def test_the_command_tells_of_a_sound_store(unet_ray, store):
     tiles = r"\(tiles \d+, \d+, \d+\)"
     assert re.fullmatch(
         rf"{re.escape(str(store))}: 24 tiles, 48 shards checked, 3 recomputed {tiles}: "
-        r"all as they should be\.\n",
+        r"no damage found\.\n",
         out,
     )
 
@@ -691,7 +691,7 @@ def test_the_command_names_damage_and_repairs_it(unet_ray, store):
     # Some sound tile is made again first, to see that the right model is there.
     assert re.fullmatch(
         rf"{store}: 24 tiles, 48 shards checked, \d recomputed \(tiles [0-9, ]+\), "
-        r"1 repaired \(tiles 4\): all as they should be\.",
+        r"1 repaired \(tiles 4\): no damage found\.",
         last,
     )
 
@@ -699,7 +699,7 @@ def test_the_command_names_damage_and_repairs_it(unet_ray, store):
 def test_the_command_refuses_in_one_sentence_what_it_cannot_make_again(unet_ray, store):
     told_start(store, input="gone.tif")
     code, out, err = unet_ray("verify", store)
-    assert code == 2 and out == f"{store}: 24 tiles, 48 shards checked: all as they should be.\n"
+    assert code == 2 and out == f"{store}: 24 tiles, 48 shards checked: no damage found.\n"
     assert re.fullmatch(r"unet-ray: .*gone\.tif.*--tiles 0.*\n", err)
     shard_of(store, 4).unlink()
     code, out, err = unet_ray("verify", store, "--repair")
@@ -760,7 +760,7 @@ def test_nothing_is_repaired_where_nobody_knows_what_is_right(store, task, kind)
     before = bytes_of(store)
     verdict = verify(store, tiles=2, repair=True)
     assert not verdict.sound and not verdict.repaired
-    assert "nobody knows which is right; nothing was repaired" in verdict.refusal
+    assert "none agrees" in verdict.refusal and "nothing was repaired" in verdict.refusal
     assert bytes_of(store) == before
 
 

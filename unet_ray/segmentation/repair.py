@@ -1,6 +1,7 @@
-"""Tiles of a store made again: to compare them with what is stored, or to replace it.
+"""Recomputation of a store's tiles, to compare them with the stored ones or to replace them.
 
-Knows how a run made a store, from its provenance and event log. Does not know which tiles to make.
+Knows how a run made a store, from its provenance and event log. Does not know which tiles to
+recompute.
 """
 
 from __future__ import annotations
@@ -30,46 +31,46 @@ Results = Mapping[str, NDArray[np.uint8]]
 
 
 def run_that_made(audit: Audit) -> Segmentation:
-    """The run that made a store, from its event log.
+    """Restores the run that made a store, from the store's provenance and event log.
 
     Raises:
-        InputError: if input or model are not there or not the same any more.
+        InputError: if the input or the model is missing, or has changed.
     """
     path, provenance = audit.path, audit.provenance
-    events = (e for e in read_events(path / EVENTS) if e.get("event") == "start")
-    *_, last = ({}, *(e for e in events if e.get("stage", SEGMENT) == SEGMENT))
-    source, model = last.get("input"), last.get("model")
+    starts = (e for e in read_events(path / EVENTS) if e.get("event") == "start")
+    *_, latest = ({}, *(e for e in starts if e.get("stage", SEGMENT) == SEGMENT))
+    source, model = latest.get("input"), latest.get("model")
     try:
         if not isinstance(source, str) or not isinstance(model, str):
-            raise InputError("its event log does not say of which input and model it was made")
+            raise InputError("its event log does not name the input and the model")
         settings = Settings(
             channel=provenance.channel,
             time=provenance.time,
             level=provenance.level,
-            memory=sys.maxsize,  # the plan of the store is kept, whatever it needs
+            memory=sys.maxsize,  # the store's plan is used, whatever memory it needs
             precision=provenance.precision,
             tta=provenance.tta,
             nan=provenance.nan,
         )
         return prepare(source, model, path, settings)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        # What comes after it is for those who segment.
+        # The remedy after the semicolon applies to `unet-ray segment`, not to `verify`.
         reason = str(error).partition("; ")[0].rstrip(".")
         raise InputError(
-            f"{path}: its tiles cannot be made again: {reason}; put back input and model as they "
-            "were, or check without them: --tiles 0 and no --repair."
+            f"{path}: its tiles cannot be recomputed: {reason}; restore the original input and "
+            "model, or verify without them: --tiles 0 and no --repair."
         ) from error
 
 
 @dataclass
-class Remade:
-    """Tiles that were made again.
+class Recomputed:
+    """Recomputed tiles.
 
     Attributes:
-        agreed: those that gave what is stored, and are not of one value.
-        differing: what is wrong with each output of those that did not.
-        tiles: all of them.
-        failed: a sentence for each that could not be made.
+        agreed: numbers of the tiles that equal the stored ones and are not constant.
+        differing: damage of the other tiles, by tile number and output.
+        tiles: numbers of all recomputed tiles.
+        failed: an error message for each tile that could not be recomputed.
     """
 
     agreed: list[int] = field(default_factory=list)
@@ -78,58 +79,61 @@ class Remade:
     failed: list[str] = field(default_factory=list)
 
 
-def recompute(audit: Audit, run: Segmentation, tiles: Iterable[int], remade: Remade) -> None:
-    """Makes tiles again, compares them with what is stored, and adds them to `remade`."""
+def recompute(
+    audit: Audit, run: Segmentation, tiles: Iterable[int], recomputed: Recomputed
+) -> None:
+    """Recomputes tiles, compares them with the stored ones, and adds them to `recomputed`."""
 
     def compare(tile: int, result: Results) -> None:
-        found = _differing(audit, tile, result)
-        if found:
-            remade.differing[tile] = found
+        damage = _differences(audit, tile, result)
+        if damage:
+            recomputed.differing[tile] = damage
         elif any(np.ptp(voxels) for voxels in result.values()):
-            remade.agreed.append(tile)
+            recomputed.agreed.append(tile)
 
-    with closing(_made("verify", audit, run, tiles, compare)) as tried:
-        for receipt, again in tried:
+    with closing(_recompute_each("verify", audit, run, tiles, compare)) as receipts:
+        for receipt, again in receipts:
             if not receipt.error:
-                remade.tiles.append(receipt.tile)
+                recomputed.tiles.append(receipt.tile)
             elif not again:
-                remade.failed.append(
-                    f"{audit.path}: tile {receipt.tile} cannot be made again: {receipt.error}"
+                recomputed.failed.append(
+                    f"{audit.path}: tile {receipt.tile} cannot be recomputed: {receipt.error}"
                 )
 
 
-def _differing(audit: Audit, tile: int, result: Results) -> dict[str, str]:
-    """What is wrong with each output of a tile that does not hold the voxels of `result`."""
-    found = {}
+def _differences(audit: Audit, tile: int, result: Results) -> dict[str, str]:
+    """Damage of each output of a tile whose stored voxels are not those of `result`."""
+    damage = {}
     z, y, x = audit.plan[tile].crop.slices
     for name in audit.outputs:
         voxels = result[name][..., z, y, x]
         try:
             differing = int(np.count_nonzero(audit.decode(name, tile) != voxels))
-        except DamageError as error:  # since it was checked
-            found[name] = str(error)
+        except DamageError as error:  # damaged after it was checked
+            damage[name] = str(error)
             continue
         if differing:
-            found[name] = f"differs from the tile made again, in {differing} values"
-    return found
+            damage[name] = f"differs from the recomputed tile in {differing} values"
+    return damage
 
 
 def repair_shards(
     audit: Audit, run: Segmentation, bad: Mapping[int, Iterable[str]], lease: Lease
 ) -> tuple[list[int], list[str]]:
-    """Makes damaged shards again and writes them.
+    """Recomputes tiles and replaces their damaged shards.
 
     Args:
-        audit: of the store.
-        run: that made it.
-        bad: the damaged outputs of each tile; those that are sound are left alone.
-        lease: held for the store.
+        audit: audit of the store.
+        run: the run that made the store.
+        bad: names of the damaged outputs by tile number; other shards are not written.
+        lease: lease of the store.
 
     Returns:
-        Numbers of the repaired tiles, and a sentence for each that could not be repaired.
+        Numbers of the repaired tiles, and an error message for each tile that was not repaired.
 
     Raises:
-        RunError: if the disk takes nothing more.
+        RunError: if the disk is full or read-only.
+        LostError: if another run has taken over the store.
     """
     repaired, failed = [], []
 
@@ -138,11 +142,11 @@ def repair_shards(
             refuse_link(audit.path, audit.shard(name, tile).parent)
         Store(audit.path, [*bad[tile]], lease.fence.hold).write(audit.plan[tile], result)
 
-    with closing(_made("repair", audit, run, sorted(bad), write)) as tried:
-        for receipt, again in tried:
+    with closing(_recompute_each("repair", audit, run, sorted(bad), write)) as receipts:
+        for receipt, again in receipts:
             lease.check(now=receipt.verdict == "stop")
             if receipt.verdict == "stop":
-                raise RunError(f"{audit.path}: {receipt.error}; make room and repair again.")
+                raise RunError(f"{audit.path}: {receipt.error}; free disk space and repair again.")
             if not receipt.error:
                 repaired.append(receipt.tile)
             elif not again:
@@ -154,7 +158,7 @@ def repair_shards(
 
 
 def repair_metadata(audit: Audit, paths: Iterable[Place], lease: Lease) -> list[str]:
-    """Writes metadata files as they should be; returns a sentence for each that it could not."""
+    """Rewrites damaged metadata files; returns an error message for each failure."""
     failed = []
     for path in paths:
         try:
@@ -168,22 +172,22 @@ def repair_metadata(audit: Audit, paths: Iterable[Place], lease: Lease) -> list[
     return failed
 
 
-def _made(
+def _recompute_each(
     name: str,
     audit: Audit,
     run: Segmentation,
     tiles: Iterable[int],
-    use: Callable[[int, Results], None],
+    consume: Callable[[int, Results], None],
 ) -> Tries:
-    """Makes tiles again and hands the outputs of each to `use`."""
-    # The empty store is known to be sound, and nothing is written there.
-    worker = _Again(replace(run, out=audit.empty), use)
+    """Recomputes tiles and passes the outputs of each to `consume`; yields as `tries` does."""
+    # A worker opens its store. The damaged one may fail to open, so it gets the empty store.
+    worker = _Recomputer(replace(run, out=audit.empty), consume)
     return tries(Stage(name, lambda: worker, run.device), tiles)
 
 
-class _Again:
-    """A worker that makes tiles as they were made; what it writes goes to a function."""
+class _Recomputer:
+    """A worker that passes its outputs to a function instead of writing them."""
 
-    def __init__(self, run: Segmentation, use: Callable[[int, Results], None]) -> None:
+    def __init__(self, run: Segmentation, consume: Callable[[int, Results], None]) -> None:
         worker = run.make_worker()
-        self.read, self.predict, self.write = worker.read, worker.predict, use
+        self.read, self.predict, self.write = worker.read, worker.predict, consume

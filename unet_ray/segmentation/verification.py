@@ -1,9 +1,9 @@
-"""Whether a store is whole: every committed shard decodes, and some tiles give the same again.
+"""Verification of a store: every committed shard decodes, and recomputed tiles equal the stored.
 
-Knows which tiles to check and to make again, and when a repair is safe. Does not know the files of
-a store, or how a tile is made.
+Knows which tiles to check and to recompute, and when a repair is safe. Does not know the files of
+a store, or how a tile is computed.
 
-A shard that is sound but of another tile, or of another model, only recomputing can find.
+A shard of another tile, or of another model, has valid checksums; only recomputing detects it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unet_ray.engine.rounds import numbers_of, tries
 from unet_ray.engine.stages import Stage, Whole
 from unet_ray.errors import DamageError, InputError, RunError
 from unet_ray.segmentation.repair import (
-    Remade,
+    Recomputed,
     recompute,
     repair_metadata,
     repair_shards,
@@ -34,21 +34,22 @@ from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import newest
 from unet_ray.storage.places import PathOrUrl, Place, place_of
 
-VOUCHERS = 64  # tiles that are made again at most before one is repaired, if none differs
+# Maximum number of tiles that are recomputed to confirm input and model before a repair.
+CONFIRMATIONS = 64
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked of a store and what was found.
+    """Result of `verify`.
 
     Attributes:
-        tiles: tiles that are committed.
-        shards: shards that were checked.
-        recomputed: numbers of the tiles that were made again and compared.
-        damage: a sentence for each damaged or missing file, or tile, that is so still.
-        notes: what is worth knowing and no damage; also what was damaged and is repaired.
-        repaired: numbers of the tiles that were made and written again.
-        refusal: why tiles could not be made again though it was asked for, or nothing.
+        tiles: number of committed tiles.
+        shards: number of checked shards.
+        recomputed: numbers of the tiles that were recomputed and compared.
+        damage: a sentence for each file or tile that is damaged or missing after the repair.
+        notes: remarks that are no damage, and a sentence for each repaired file.
+        repaired: numbers of the repaired tiles.
+        refusal: why a requested recomputation or repair was refused; "" if it was not.
     """
 
     tiles: int
@@ -61,46 +62,47 @@ class Verification:
 
     @property
     def sound(self) -> bool:
-        """Whether all that was asked for was checked, and nothing is damaged now."""
+        """Whether all requested checks were done and no damage is left."""
         return not self.damage and not self.refusal
 
     def summary(self) -> str:
-        """One line: how much was checked and whether it is well."""
+        """One line with the number of checks and their result."""
         facts = [f"{self.tiles} tiles", f"{self.shards} shards checked"]
-        for tiles, done in ((self.recomputed, "recomputed"), (self.repaired, "repaired")):
+        for tiles, action in ((self.recomputed, "recomputed"), (self.repaired, "repaired")):
             if tiles:
-                facts.append(f"{len(tiles)} {done} (tiles {', '.join(map(str, tiles))})")
-        found = f"{len(self.damage)} damaged" if self.damage else "all as they should be"
-        return f"{', '.join(facts)}: {found}."
+                facts.append(f"{len(tiles)} {action} (tiles {', '.join(map(str, tiles))})")
+        result = f"{len(self.damage)} damaged" if self.damage else "no damage found"
+        return f"{', '.join(facts)}: {result}."
 
 
 def verify(out: PathOrUrl, tiles: int = 3, repair: bool = False) -> Verification:
-    """Checks every shard of the committed tiles, and makes some tiles again to compare them.
+    """Checks every shard of the committed tiles, and recomputes some tiles to compare them.
 
-    Decoded voxels of all outputs are compared; compressed bytes may differ between versions of a
-    compressor. Memory holds one tile, and as many as the machine has cores while recomputing.
+    The comparison uses decoded voxels, since compressed bytes may differ between versions of a
+    compressor. Memory use is one tile, and while recomputing one tile per core.
 
     Args:
-        out: the store; a run may be writing there.
-        tiles: how many sound tiles to make again, chosen at random; all if there are fewer. It
-            needs input and model, where the event log says they are.
-        repair: makes damaged and missing shards again, and writes them.
+        out: path or URL of the store; a run may be writing to it.
+        tiles: number of sound tiles to recompute, chosen at random; all if there are fewer. If not
+            0, the input and the model must be at the paths that the event log names.
+        repair: recompute damaged and missing shards, and replace them.
 
     Raises:
-        InputError: if `out` is no output of ours; with `repair`, if a run is writing there.
-        RunError: if the disk takes nothing more while repairing.
+        InputError: if `tiles` is negative, `out` is not an output of unet-ray, or, with `repair`, a
+            run is writing to it.
+        RunError: if the disk is full or read-only while repairing.
     """
     path = place_of(out)
     if tiles < 0:
         raise InputError(f"tiles={tiles} must be at least 0.")
-    found = inspect(path)
-    if not found.is_output:
-        what = "is not an output of unet-ray" if path.exists() else "does not exist"
-        raise InputError(f"{path}: {what}; name an OUT.zarr that `unet-ray segment` has made.")
+    inspection = inspect(path)
+    if not inspection.is_output:
+        reason = "is not an output of unet-ray" if path.exists() else "does not exist"
+        raise InputError(f"{path}: {reason}; name an OUT.zarr that `unet-ray segment` has made.")
     with tempfile.TemporaryDirectory(prefix="unet-ray-") as folder:
         try:
-            sound_provenance(found)  # before a lease is made where there was none
-            # Until it is whole nobody else changes what was checked.
+            sound_provenance(inspection)  # before a lease is created in a damaged copy
+            # The lease keeps other runs from changing the store between check and repair.
             after = newest(path / LEDGER)
             with Lease(path / PRIVATE, after=after) if repair else nullcontext() as lease:
                 return _Check(inspect(path), Path(folder), lease).run(tiles)
@@ -109,115 +111,116 @@ def verify(out: PathOrUrl, tiles: int = 3, repair: bool = False) -> Verification
 
 
 class _Check:
-    """One call of `verify`: what was found so far, and what was made again."""
+    """State of one call of `verify`: the damage so far and the recomputed tiles."""
 
-    def __init__(self, found: Found, scratch: Path, lease: Lease | None) -> None:
-        self._audit = Audit(found, scratch)
+    def __init__(self, inspection: Found, scratch: Path, lease: Lease | None) -> None:
+        self._audit = Audit(inspection, scratch)
         self._path, self._done = self._audit.path, self._audit.done
-        self._lease = lease  # to repair what is damaged
-        self._bad: dict[int, dict[str, str]] = {}  # what is wrong, by tile and output
-        self._metadata: dict[Place, str] = {}  # what is wrong, by file
-        self._failed: list[str] = []  # what could not be made again
+        self._lease = lease  # None without repair
+        self._bad: dict[int, dict[str, str]] = {}  # damage by tile and output
+        self._metadata: dict[Place, str] = {}  # damage by file
+        self._failed: list[str] = []  # failed repairs
         self._notes: list[str] = []
-        self._remade = Remade()
+        self._recomputed = Recomputed()
         self._repaired: list[int] = []
         self._refusal = ""
 
     def run(self, tiles: int) -> Verification:
-        """Checks all, then makes again what is to be compared or repaired."""
+        """Checks all files, then recomputes `tiles` tiles and repairs damage if requested."""
         sample = sorted(self._check_shards(tiles))
         self._metadata, self._notes = self._audit.metadata_damage(), self._audit.remarks()
         if sample or (self._lease and (self._bad or self._metadata)):
-            self._make_again(sample)
-        done, failed = int(self._done.sum()), (*self._remade.failed, *self._failed)
+            self._recompute_and_repair(sample)
+        done, failed = int(self._done.sum()), (*self._recomputed.failed, *self._failed)
         return Verification(
             tiles=done,
             shards=done * len(self._audit.outputs),
-            recomputed=tuple(sorted(self._remade.tiles)),
+            recomputed=tuple(sorted(self._recomputed.tiles)),
             damage=(*self._sentences(), *failed, *self._audit.ledger_damage()),
             notes=tuple(self._notes),
             repaired=tuple(sorted(self._repaired)),
             refusal=self._refusal,
         )
 
-    def _check_shards(self, most: int) -> list[int]:
-        """Checks every committed tile; returns at most `most` of the sound ones, at random."""
+    def _check_shards(self, limit: int) -> list[int]:
+        """Checks every committed tile; returns a random sample of at most `limit` sound tiles."""
         random_numbers, sound = random.SystemRandom(), 0
         chosen: list[int] = []
         stage = Stage("verify", lambda: Whole(self._check_tile), "cpu")
-        with closing(tries(stage, numbers_of(self._done))) as tried:
-            for receipt, again in tried:
+        with closing(tries(stage, numbers_of(self._done))) as receipts:
+            for receipt, again in receipts:
                 if receipt.error and not again:
                     raise RunError(f"{self._path}: tile {receipt.tile}: {receipt.error}")
                 if receipt.error or receipt.tile in self._bad:
                     continue
                 sound += 1
-                # Each tile so far was chosen with equal probability (Knuth, algorithm R).
-                if len(chosen) < most:
+                # Reservoir sampling (Knuth, algorithm R): all tiles so far are equally likely.
+                if len(chosen) < limit:
                     chosen.append(receipt.tile)
-                elif (at := random_numbers.randrange(sound)) < most:
-                    chosen[at] = receipt.tile
+                elif (slot := random_numbers.randrange(sound)) < limit:
+                    chosen[slot] = receipt.tile
         return chosen
 
     def _check_tile(self, tile: int) -> None:
-        found = self._audit.damage_of(tile)
+        damage = self._audit.damage_of(tile)
         self._bad.pop(tile, None)
-        if found:
-            self._bad[tile] = found
+        if damage:
+            self._bad[tile] = damage
 
-    def _make_again(self, sample: list[int]) -> None:
+    def _recompute_and_repair(self, sample: list[int]) -> None:
         audit = self._audit
         try:
             run = run_that_made(audit)
         except InputError as error:
             self._refusal = str(error)
             return
-        audit.expect(run.volume.voxel_size)  # until here it was what the store says of itself
+        audit.expect(run.volume.voxel_size)  # so far the voxel size was the store's own
         self._metadata = audit.metadata_damage()
         self._recompute(run, iter(sample))
         if not self._lease or not any(self._sentences()):
             return
-        if not self._is_vouched_for(run, sample):
+        if not self._is_confirmed(run, sample):
             self._refusal = (
-                f"{self._path}: tiles without damage differ from what input, model and zarr.json "
-                "give, and none agrees, so nobody knows which is right; nothing was repaired: make "
-                "the store anew with --overwrite."
+                f"{self._path}: undamaged tiles differ from the recomputed ones and none agrees, "
+                "so input, model or zarr.json may be wrong; nothing was repaired. Recreate the "
+                "store with --overwrite."
             )
             return
-        found = [*self._sentences()]
+        before = [*self._sentences()]
         self._repair(run, self._lease)
-        left = {*self._sentences()}
-        self._notes += [f"repaired: {each}" for each in found if each not in left]
+        after = {*self._sentences()}
+        self._notes += [f"repaired: {damage}" for damage in before if damage not in after]
 
     def _recompute(self, run: Segmentation, tiles: Iterator[int]) -> None:
-        recompute(self._audit, run, tiles, self._remade)
-        self._bad |= self._remade.differing
+        recompute(self._audit, run, tiles, self._recomputed)
+        self._bad |= self._recomputed.differing
 
-    def _is_vouched_for(self, run: Segmentation, sample: list[int]) -> bool:
-        """Whether what makes the tiles again is, as far as is known, what made this store.
+    def _is_confirmed(self, run: Segmentation, sample: list[int]) -> bool:
+        """Whether `run` seems to be the run that made this store: a tile agrees, or none differs.
 
-        Makes others again to see: all, if one was found that differs, else some until one agrees.
-        A tile of one value agrees with almost anything, so it vouches for nothing.
+        Recomputes further tiles until one agrees or differs. If one differs, it recomputes all
+        tiles, to find all that must be repaired. Constant tiles do not count as agreement, since
+        almost any model yields them.
         """
-        known = {*sample, *self._bad}
-        others = (tile for tile in numbers_of(self._done) if tile not in known)
+        checked = {*sample, *self._bad}
+        others = (tile for tile in numbers_of(self._done) if tile not in checked)
         self._recompute(run, self._until_settled(others))
-        if self._remade.differing:
+        if self._recomputed.differing:
             self._recompute(run, others)
-        return bool(self._remade.agreed) or not self._remade.differing
+        return bool(self._recomputed.agreed) or not self._recomputed.differing
 
     def _until_settled(self, tiles: Iterator[int]) -> Iterator[int]:
-        """A few tiles; no more of them once one agreed or differed."""
-        for _ in range(VOUCHERS):
-            if self._remade.agreed or self._remade.differing:
+        """Yields at most `CONFIRMATIONS` tiles, until one agreed or differed."""
+        for _ in range(CONFIRMATIONS):
+            if self._recomputed.agreed or self._recomputed.differing:
                 return
             yield from itertools.islice(tiles, 1)
 
     def _repair(self, run: Segmentation, lease: Lease) -> None:
-        """Writes damaged files again, and checks them again."""
+        """Replaces damaged files, and checks them again."""
         self._failed += repair_metadata(self._audit, self._metadata, lease)
         self._metadata = self._audit.metadata_damage()
-        bad = {tile: list(found) for tile, found in self._bad.items()}
+        bad = {tile: list(damage) for tile, damage in self._bad.items()}
         written, failed = repair_shards(self._audit, run, bad, lease)
         self._failed += failed
         for tile in written:
@@ -226,7 +229,8 @@ class _Check:
                 self._repaired.append(tile)
 
     def _sentences(self) -> Iterator[str]:
+        """One sentence for each damaged file."""
         yield from self._metadata.values()
-        for tile, found in sorted(self._bad.items()):
-            for name, what in found.items():
-                yield f"{self._audit.shard(name, tile)}: the shard of tile {tile} {what}."
+        for tile, outputs in sorted(self._bad.items()):
+            for name, damage in outputs.items():
+                yield f"{self._audit.shard(name, tile)}: the shard of tile {tile} {damage}."
