@@ -92,10 +92,10 @@ def recompute(
             recomputed.agreed.append(tile)
 
     with closing(_recompute_each("verify", audit, run, tiles, compare)) as receipts:
-        for receipt, again in receipts:
+        for receipt, will_retry in receipts:
             if not receipt.error:
                 recomputed.tiles.append(receipt.tile)
-            elif not again:
+            elif not will_retry:
                 recomputed.failed.append(
                     f"{audit.path}: tile {receipt.tile} cannot be recomputed: {receipt.error}"
                 )
@@ -118,14 +118,14 @@ def _differences(audit: Audit, tile: int, result: Results) -> dict[str, str]:
 
 
 def repair_shards(
-    audit: Audit, run: Segmentation, bad: Mapping[int, Iterable[str]], lease: Lease
+    audit: Audit, run: Segmentation, damaged: Mapping[int, Iterable[str]], lease: Lease
 ) -> tuple[list[int], list[str]]:
     """Recomputes tiles and replaces their damaged shards.
 
     Args:
         audit: audit of the store.
         run: the run that made the store.
-        bad: names of the damaged outputs by tile number; other shards are not written.
+        damaged: names of the damaged outputs by tile number; other shards are not written.
         lease: lease of the store.
 
     Returns:
@@ -138,18 +138,18 @@ def repair_shards(
     repaired, failed = [], []
 
     def write(tile: int, result: Results) -> None:
-        for name in bad[tile]:
+        for name in damaged[tile]:
             refuse_link(audit.path, audit.shard(name, tile).parent)
-        Store(audit.path, [*bad[tile]], lease.fence.hold).write(audit.plan[tile], result)
+        Store(audit.path, [*damaged[tile]], lease.fence.hold).write(audit.plan[tile], result)
 
-    with closing(_recompute_each("repair", audit, run, sorted(bad), write)) as receipts:
-        for receipt, again in receipts:
+    with closing(_recompute_each("repair", audit, run, sorted(damaged), write)) as receipts:
+        for receipt, will_retry in receipts:
             lease.check(now=receipt.verdict == "stop")
             if receipt.verdict == "stop":
                 raise RunError(f"{audit.path}: {receipt.error}; free disk space and repair again.")
             if not receipt.error:
                 repaired.append(receipt.tile)
-            elif not again:
+            elif not will_retry:
                 failed.append(
                     f"{audit.path}: tile {receipt.tile} cannot be repaired: {receipt.error}"
                 )

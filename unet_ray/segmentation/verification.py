@@ -117,8 +117,8 @@ class _Check:
         self._audit = Audit(inspection, scratch)
         self._path, self._done = self._audit.path, self._audit.done
         self._lease = lease  # None without repair
-        self._bad: dict[int, dict[str, str]] = {}  # damage by tile and output
-        self._metadata: dict[Place, str] = {}  # damage by file
+        self._damage: dict[int, dict[str, str]] = {}  # damage by tile and output
+        self._metadata_damage: dict[Place, str] = {}  # damage by file
         self._failed: list[str] = []  # failed repairs
         self._notes: list[str] = []
         self._recomputed = Recomputed()
@@ -128,8 +128,8 @@ class _Check:
     def run(self, tiles: int) -> Verification:
         """Checks all files, then recomputes `tiles` tiles and repairs damage if requested."""
         sample = sorted(self._check_shards(tiles))
-        self._metadata, self._notes = self._audit.metadata_damage(), self._audit.remarks()
-        if sample or (self._lease and (self._bad or self._metadata)):
+        self._metadata_damage, self._notes = self._audit.metadata_damage(), self._audit.remarks()
+        if sample or (self._lease and (self._damage or self._metadata_damage)):
             self._recompute_and_repair(sample)
         done, failed = int(self._done.sum()), (*self._recomputed.failed, *self._failed)
         return Verification(
@@ -148,10 +148,10 @@ class _Check:
         chosen: list[int] = []
         stage = Stage("verify", lambda: Whole(self._check_tile), "cpu")
         with closing(tries(stage, numbers_of(self._done))) as receipts:
-            for receipt, again in receipts:
-                if receipt.error and not again:
+            for receipt, will_retry in receipts:
+                if receipt.error and not will_retry:
                     raise RunError(f"{self._path}: tile {receipt.tile}: {receipt.error}")
-                if receipt.error or receipt.tile in self._bad:
+                if receipt.error or receipt.tile in self._damage:
                     continue
                 sound += 1
                 # Reservoir sampling (Knuth, algorithm R): all tiles so far are equally likely.
@@ -163,9 +163,9 @@ class _Check:
 
     def _check_tile(self, tile: int) -> None:
         damage = self._audit.damage_of(tile)
-        self._bad.pop(tile, None)
+        self._damage.pop(tile, None)
         if damage:
-            self._bad[tile] = damage
+            self._damage[tile] = damage
 
     def _recompute_and_repair(self, sample: list[int]) -> None:
         audit = self._audit
@@ -175,7 +175,7 @@ class _Check:
             self._refusal = str(error)
             return
         audit.expect(run.volume.voxel_size)  # so far the voxel size was the store's own
-        self._metadata = audit.metadata_damage()
+        self._metadata_damage = audit.metadata_damage()
         self._recompute(run, iter(sample))
         if not self._lease or not any(self._sentences()):
             return
@@ -193,7 +193,7 @@ class _Check:
 
     def _recompute(self, run: Segmentation, tiles: Iterator[int]) -> None:
         recompute(self._audit, run, tiles, self._recomputed)
-        self._bad |= self._recomputed.differing
+        self._damage |= self._recomputed.differing
 
     def _is_confirmed(self, run: Segmentation, sample: list[int]) -> bool:
         """Whether `run` seems to be the run that made this store: a tile agrees, or none differs.
@@ -202,7 +202,7 @@ class _Check:
         tiles, to find all that must be repaired. Constant tiles do not count as agreement, since
         almost any model yields them.
         """
-        checked = {*sample, *self._bad}
+        checked = {*sample, *self._damage}
         others = (tile for tile in numbers_of(self._done) if tile not in checked)
         self._recompute(run, self._until_settled(others))
         if self._recomputed.differing:
@@ -218,19 +218,19 @@ class _Check:
 
     def _repair(self, run: Segmentation, lease: Lease) -> None:
         """Replaces damaged files, and checks them again."""
-        self._failed += repair_metadata(self._audit, self._metadata, lease)
-        self._metadata = self._audit.metadata_damage()
-        bad = {tile: list(damage) for tile, damage in self._bad.items()}
-        written, failed = repair_shards(self._audit, run, bad, lease)
+        self._failed += repair_metadata(self._audit, self._metadata_damage, lease)
+        self._metadata_damage = self._audit.metadata_damage()
+        damaged = {tile: list(damage) for tile, damage in self._damage.items()}
+        written, failed = repair_shards(self._audit, run, damaged, lease)
         self._failed += failed
         for tile in written:
             self._check_tile(tile)
-            if tile not in self._bad:
+            if tile not in self._damage:
                 self._repaired.append(tile)
 
     def _sentences(self) -> Iterator[str]:
         """One sentence for each damaged file."""
-        yield from self._metadata.values()
-        for tile, outputs in sorted(self._bad.items()):
+        yield from self._metadata_damage.values()
+        for tile, outputs in sorted(self._damage.items()):
             for name, damage in outputs.items():
                 yield f"{self._audit.shard(name, tile)}: the shard of tile {tile} {damage}."
