@@ -1,4 +1,4 @@
-"""Tiles that fail: tried again, then quarantined; all others are done, and nothing is silent."""
+"""Failing tiles are retried, then quarantined; all others finish, and every failure is reported."""
 
 import errno
 import json
@@ -42,11 +42,11 @@ TILES = 24
 
 @pytest.fixture
 def fail(monkeypatch):
-    """Lets a step of given tiles fail, a number of times each; gives how often each was tried."""
+    """Lets a step of some tiles fail, a number of times each; returns the tries of each tile."""
     tried = Counter()
 
     def install(step, failures, error):
-        whole = getattr(run_module.TileWorker, step)
+        original = getattr(run_module.TileWorker, step)
 
         def failing(worker, tile, *more):
             tried[tile] += 1
@@ -54,7 +54,7 @@ def fail(monkeypatch):
                 if not isinstance(error, Exception):
                     error()
                 raise error
-            return whole(worker, tile, *more)
+            return original(worker, tile, *more)
 
         monkeypatch.setattr(run_module.TileWorker, step, failing)
         return tried
@@ -75,7 +75,7 @@ def events(store, name):
 
 
 @pytest.mark.parametrize("step", ["read", "predict", "write"])
-def test_a_tile_that_fails_twice_is_done_at_the_third_try(task, tmp_path, fail, step):
+def test_a_tile_that_fails_twice_succeeds_at_the_third_try(task, tmp_path, fail, step):
     volume, model, whole = task
     tried = fail(step, {5: 2, 17: 1}, ValueError("flaky"))
     seen = []
@@ -86,7 +86,7 @@ def test_a_tile_that_fails_twice_is_done_at_the_third_try(task, tmp_path, fail, 
     assert [event["tile"] for event in events(store, "failed")] == [5, 17, 5]
 
 
-def test_a_poison_tile_is_quarantined_and_the_rest_finishes(task, tmp_path, fail):
+def test_a_tile_that_always_fails_is_quarantined_and_the_rest_finishes(task, tmp_path, fail):
     volume, model, whole = task
     tried = fail("predict", {5: 99}, ValueError("poison"))
     out, seen = tmp_path / "out.zarr", []
@@ -101,12 +101,12 @@ def test_a_poison_tile_is_quarantined_and_the_rest_finishes(task, tmp_path, fail
     first, *_ = events(out, "failed")
     assert first["box"] == box and "in failing" in first["trace"] and "poison" in first["trace"]
     assert [event["tile"] for event in events(out, "quarantined")] == [5]
-    # No silent hole: nothing of it is there.
+    # The tile has no shard: a missing shard cannot be mistaken for background.
     missing = set(bytes_of(whole)) - set(bytes_of(out))
     assert missing == {f"{ARRAYS[name]}/c/{'0/' * (name != 'classes')}0/1/1" for name in ARRAYS}
 
 
-def test_a_rerun_tries_only_what_is_quarantined(task, tmp_path, fail):
+def test_a_rerun_tries_only_the_quarantined_tiles(task, tmp_path, fail):
     volume, model, whole = task
     tried = fail("predict", {5: 4, 9: 3}, ValueError("poison"))
     out = tmp_path / "out.zarr"
@@ -131,7 +131,7 @@ def test_a_value_that_is_not_finite_is_tried_once(task, tmp_path):
     assert len(events(out, "failed")) == len(given_up(out))
 
 
-def test_a_damaged_chunk_of_the_input_costs_the_tiles_that_read_it(task, tmp_path, monkeypatch):
+def test_a_damaged_input_chunk_quarantines_the_tiles_that_read_it(task, tmp_path, monkeypatch):
     monkeypatch.setattr("unet_ray.volumes.volume._PAUSE", 0)
     _, model, _ = task
     path = tmp_path / "volume.zarr"
@@ -150,16 +150,16 @@ def test_a_damaged_chunk_of_the_input_costs_the_tiles_that_read_it(task, tmp_pat
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_nan_zero_takes_what_is_not_finite_as_zero(task, tmp_path, value):
+def test_nan_zero_replaces_non_finite_voxels_by_zero(task, tmp_path, value):
     _, model, _ = task
     image = noise((3, 61, 75), "float32")
     image[2, 3, 4] = value
     settings = replace(TILED, nan="zero")
     volume = write_stack(tmp_path / "volume.tif", image)
     store = segment(volume, model, tmp_path / "out.zarr", settings)
-    told = json.loads((store / "zarr.json").read_text())["attributes"]["unet_ray"]
-    assert told["nan"] == "zero"
-    # The same mean and deviation, so only the voxel itself can differ.
+    provenance = json.loads((store / "zarr.json").read_text())["attributes"]["unet_ray"]
+    assert provenance["nan"] == "zero"
+    # With the same mean and deviation, only the voxel itself can differ.
     run = preparation.prepare(volume, model, store, settings)
     image[2, 3, 4] = 0
     zero = write_stack(tmp_path / "zero.tif", image)
@@ -170,33 +170,33 @@ def test_nan_zero_takes_what_is_not_finite_as_zero(task, tmp_path, value):
         np.testing.assert_array_equal(one, two)
 
 
-def test_a_slow_tile_is_tried_again_and_gives_the_same_bytes(task, tmp_path, fail, monkeypatch):
+def test_a_slow_tile_is_retried_and_gives_the_same_bytes(task, tmp_path, fail, monkeypatch):
     volume, model, whole = task
     soon = partial(Stage, deadline=Deadline(first=60, multiple=10, least=1))
     monkeypatch.setattr(execution, "Stage", soon)
     tried = fail("predict", {5: 1, 17: 9}, Event().wait)
     out = tmp_path / "out.zarr"
     words = r"1 of 24 .* tile 17 .* did not end within (\d+) s"
-    with pytest.raises(QuarantinedError, match=words) as told:
+    with pytest.raises(QuarantinedError, match=words) as quarantined_tile:
         segment(volume, model, out, replace(TILED, workers=9))
-    # Ten times what a tile takes here, but a second at least; no more the minute of the start.
-    assert 1 <= int(re.search(words, str(told.value))[1]) < 60
+    # Ten times the median tile, but at least a second; no longer the initial minute.
+    assert 1 <= int(re.search(words, str(quarantined_tile.value))[1]) < 60
     assert (tried[5], tried[17]) == (2, 3) and given_up(out) == {17}
     tried[17] = 99
     segment(volume, model, out, TILED)
     assert bytes_of(out) == bytes_of(whole)
 
 
-def test_a_tile_that_lacks_memory_is_tried_alone(task, tmp_path, fail, monkeypatch):
+def test_a_tile_that_lacks_memory_is_retried_alone(task, tmp_path, fail, monkeypatch):
     volume, model, whole = task
     run, alone = engine.run, []
 
-    def listening(stage, tiles, *more):
+    def recording(stage, tiles, *more):
         tiles = list(tiles)
         alone.append(tiles if more[-1] is True else None)
         return run(stage, tiles, *more)
 
-    monkeypatch.setattr("unet_ray.engine.rounds.engines.run", listening)
+    monkeypatch.setattr("unet_ray.engine.rounds.engines.run", recording)
     tried = fail("predict", {5: 1, 17: 99}, MemoryError("out of memory"))
     out = tmp_path / "out.zarr"
     with pytest.raises(QuarantinedError, match=r"1 of 24 .* tile 17 .* set --memory (\d+)MiB and"):
@@ -209,7 +209,7 @@ def test_a_tile_that_lacks_memory_is_tried_alone(task, tmp_path, fail, monkeypat
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
-def test_a_disk_that_takes_nothing_more_ends_the_run_at_once(task, tmp_path, fail, number):
+def test_a_full_or_read_only_disk_ends_the_run_at_once(task, tmp_path, fail, number):
     volume, model, whole = task
     tried = fail("write", {12: 1}, OSError(number, "the disk says no"))
     out = tmp_path / "out.zarr"
@@ -222,12 +222,12 @@ def test_a_disk_that_takes_nothing_more_ends_the_run_at_once(task, tmp_path, fai
     assert bytes_of(out) == bytes_of(whole)
 
 
-def test_what_workers_had_done_but_no_driver_noted_is_not_done_again(task, tmp_path, fail):
-    """As after a kill of a driver on Ray in the middle of long blocks."""
+def test_tiles_that_only_the_marks_record_are_not_recomputed(task, tmp_path, fail):
+    """The state after a driver on Ray was killed in the middle of long blocks."""
     volume, model, whole = task
     out = segment(volume, model, tmp_path / "out.zarr", TILED)
-    for segment_of_notes in (out / LEDGER).glob("*.committed"):
-        segment_of_notes.unlink()
+    for ledger_segment in (out / LEDGER).glob("*.committed"):
+        ledger_segment.unlink()
     (out / marks_of("segment") / "1").mkdir(parents=True, exist_ok=True)
     for tile in range(20):
         Marks(out / marks_of("segment") / "1" / "0").add(Mark(tile, "done"))
@@ -236,7 +236,7 @@ def test_what_workers_had_done_but_no_driver_noted_is_not_done_again(task, tmp_p
     assert set(tried) == {20, 21, 22, 23} and [p.done for p in seen] == [21, 22, 23, 24]
     assert bytes_of(out) == bytes_of(whole)
     assert verify(out, tiles=0).sound
-    again = replace(TILED, overwrite=True)  # what was noted of the store before says nothing
+    again = replace(TILED, overwrite=True)  # marks of the old store must not count
     (out / marks_of("segment") / "1").mkdir(parents=True, exist_ok=True)
     Marks(out / marks_of("segment") / "1" / "0").add(Mark(3, "done"))
     tried.clear()
@@ -245,17 +245,19 @@ def test_what_workers_had_done_but_no_driver_noted_is_not_done_again(task, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("stored", "here"), [("AVX2", "AVX512, bfloat16"), ("AVX512, bfloat16", "DEFAULT, float32")]
+    ("stored", "present"), [("AVX2", "AVX512, bfloat16"), ("AVX512, bfloat16", "DEFAULT, float32")]
 )
 def test_a_worker_on_a_machine_of_another_kind_writes_nothing(
-    task, tmp_path, monkeypatch, stored, here
+    task, tmp_path, monkeypatch, stored, present
 ):
     volume, model, _ = task
     out = tmp_path / "out.zarr"
     monkeypatch.setattr(run_module, "instructions", lambda device: stored)
     run = preparation.prepare(volume, model, out, TILED)
-    monkeypatch.setattr(run_module, "instructions", lambda device: here)
-    with pytest.raises(RunError, match=rf"its instructions is {stored}, but {here} on .*one kind"):
+    monkeypatch.setattr(run_module, "instructions", lambda device: present)
+    with pytest.raises(
+        RunError, match=rf"its instructions is {stored}, but {present} on .*one kind"
+    ):
         run.make_worker()
     with pytest.raises(RunError, match="machines of one kind"):
         execution.execute(run, TILED, lambda progress: None)
@@ -264,7 +266,7 @@ def test_a_worker_on_a_machine_of_another_kind_writes_nothing(
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 160 kB, and a function that gives it 16 MB."""
+    """A file system of 160 kB, and a function that enlarges it to 16 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", folder], capture_output=True)
@@ -276,36 +278,36 @@ def small_disk(tmp_path):
         run(["umount", folder], check=True)
 
 
-def test_a_file_system_that_fills_up_is_told_and_loses_nothing(task, small_disk, disk, monkeypatch):
-    monkeypatch.setattr(ledgers, "SECONDS", 0)  # all that was written was noted, too
+def test_a_disk_that_fills_up_is_reported_and_loses_no_tile(task, small_disk, disk, monkeypatch):
+    monkeypatch.setattr(ledgers, "SECONDS", 0)  # every tile is recorded at once
     volume, model, whole = task
     folder, enlarge = small_disk
     out = folder / "out.zarr"
     with pytest.raises(InputError, match="are free; free disk space"):
         segment(volume, model, out, TILED)
-    disk(free=1 << 40)  # as if it had filled up only later
+    disk(free=1 << 40)  # passes the check, as a disk does that fills up later
     with pytest.raises((RunError, InputError), match="No space left on device"):
         segment(volume, model, out, TILED)
     assert 0 < len(done(out)) < TILES and given_up(out) == set()
     assert not list(out.rglob("*.partial"))
-    kept = {tile: state_of_tile(volume, model, out, tile) for tile in done(out)}
+    before = {tile: state_of_tile(volume, model, out, tile) for tile in done(out)}
     enlarge()
     segment(volume, model, out, TILED)
     assert bytes_of(out) == bytes_of(whole)
-    assert kept == {tile: state_of_tile(volume, model, out, tile) for tile in kept}
+    assert before == {tile: state_of_tile(volume, model, out, tile) for tile in before}
 
 
 @pytest.fixture
 def disk(monkeypatch):
-    """What is told of the disk of an output; given as a function."""
+    """A function that fakes the reported size or free space of all disks."""
     usage = disks.shutil.disk_usage
 
-    def has(**facts):
+    def report(**fields):
         monkeypatch.setattr(
-            disks.shutil, "disk_usage", lambda place: usage(place)._replace(**facts)
+            disks.shutil, "disk_usage", lambda place: usage(place)._replace(**fields)
         )
 
-    return has
+    return report
 
 
 def bytes_stored(store):
@@ -313,33 +315,33 @@ def bytes_stored(store):
 
 
 def bound_of(volume, model, settings=TILED):
-    """The upper bound of what a run stores, as `plan` states it."""
+    """Upper bound of the disk use of a run, as `plan` states it."""
     return plan(volume, model, settings).disk_bytes
 
 
-def test_what_a_disk_may_not_hold_is_refused_at_once(task, tmp_path, disk):
+def test_a_store_that_may_not_fit_onto_its_disk_is_refused_at_once(task, tmp_path, disk):
     volume, model, whole = task
-    out, most = tmp_path / "out.zarr", bound_of(volume, model)
-    disk(free=most - 1)
+    out, bound = tmp_path / "out.zarr", bound_of(volume, model)
+    disk(free=bound - 1)
     words = r"out\.zarr: its tiles may need \d+ KiB, but only \d+ KiB are free; .* another --out"
     with pytest.raises(InputError, match=words):
         segment(volume, model, out, TILED)
     assert not out.exists()
-    disk(free=most)
+    disk(free=bound)
     segment(volume, model, out, TILED)
     assert bytes_of(out) == bytes_of(whole)
     disk(free=0)
-    segment(volume, model, out, TILED)  # nothing is left to do
-    disk(free=most - bytes_stored(out))
-    segment(volume, model, out, replace(TILED, overwrite=True))  # in its own place
+    segment(volume, model, out, TILED)  # already finished
+    disk(free=bound - bytes_stored(out))
+    segment(volume, model, out, replace(TILED, overwrite=True))  # reuses the old store's space
     assert bytes_of(out) == bytes_of(whole)
 
 
-def test_stores_of_which_one_disk_holds_each_but_not_all_are_refused_at_once(task, tmp_path, disk):
+def test_stores_that_fit_onto_a_disk_only_one_by_one_are_refused_at_once(task, tmp_path, disk):
     volume, model, _ = task
     copy, out = shutil.copy(volume, tmp_path / "copy.tif"), tmp_path / "many"
-    inputs, most = [str(volume), str(copy)], bound_of(volume, model)
-    disk(free=2 * most - 1)
+    inputs, bound = [str(volume), str(copy)], bound_of(volume, model)
+    disk(free=2 * bound - 1)
     words = r"many: the 48 tiles of 2 stores may need \d+ KiB, .* process fewer inputs at a time"
     with pytest.raises(InputError, match=words):
         prepare_all(inputs, model, str(out), TILED)
@@ -347,31 +349,31 @@ def test_stores_of_which_one_disk_holds_each_but_not_all_are_refused_at_once(tas
     segment(volume, model, out / "volume.zarr", TILED)
     with pytest.raises(InputError, match=r"volume\.zarr: is a store; several inputs need a folder"):
         prepare_all(inputs, model, str(out / "volume.zarr"), TILED)
-    disk(free=most)
-    runs = prepare_all(inputs, model, str(out), TILED)  # only what is left has to fit
+    disk(free=bound)
+    runs = prepare_all(inputs, model, str(out), TILED)  # only the remaining tiles must fit
     assert [run.resumed for run in runs] == [True, False]
     disk(free=0)
     with pytest.raises(InputError, match=r"copy\.zarr: its tiles .* choose another --out"):
         prepare_all(inputs, model, str(out), TILED)
 
 
-def test_stores_on_two_disks_have_to_fit_on_their_own(task, tmp_path, small_disk, disk):
+def test_stores_on_two_disks_are_checked_separately(task, tmp_path, small_disk, disk):
     volume, model, _ = task
-    there, here = small_disk[0] / "out.zarr", tmp_path / "out.zarr"
-    runs = [preparation.prepare(volume, model, out, TILED) for out in (there, here)]
+    outs = small_disk[0] / "out.zarr", tmp_path / "out.zarr"
+    runs = [preparation.prepare(volume, model, out, TILED) for out in outs]
     disk(free=bound_of(volume, model))
     disks.check_disks(runs, TILED)
     with pytest.raises(InputError, match="the 48 tiles of 2 stores"):
         disks.check_disks([runs[1], runs[1]], TILED)
 
 
-def test_a_disk_that_tells_nothing_takes_what_comes(task, tmp_path, disk):
+def test_a_disk_of_unknown_size_is_not_checked(task, tmp_path, disk):
     volume, model, whole = task
     disk(free=0, total=0)
     assert bytes_of(segment(volume, model, tmp_path / "out.zarr", TILED)) == bytes_of(whole)
 
 
-def test_only_what_is_left_has_to_fit(task, tmp_path, disk):
+def test_only_the_remaining_tiles_must_fit(task, tmp_path, disk):
     volume, model, whole = task
     out = tmp_path / "out.zarr"
     first = replace(TILED, region=Box((0, 0, 0), (2, 61, 75)))
@@ -382,7 +384,7 @@ def test_only_what_is_left_has_to_fit(task, tmp_path, disk):
 
 
 def state_of_tile(volume, model, out, tile):
-    """Inode and time of the shards of a tile."""
+    """Inode and modification time of the shards of a tile."""
     store = Store(out, ("probabilities", "classes"))
     place = preparation.prepare(volume, model, out, TILED).plan[tile]
     stats = [store.shard(name, place).stat() for name in ARRAYS]
@@ -402,7 +404,7 @@ def test_a_value_that_is_not_finite_is_quarantined_on_ray_too(task, tmp_path):
     assert np.flatnonzero(committed(out / LEDGER, 3)).tolist() == [0, 1]
 
 
-def test_a_tile_that_lacks_memory_at_its_last_try_among_others_is_tried_alone(
+def test_a_tile_that_lacks_memory_at_its_last_try_is_retried_alone(
     task, tmp_path, fail, monkeypatch
 ):
     volume, model, whole = task
@@ -425,7 +427,7 @@ read, predict = run_module.TileWorker.read, run_module.TileWorker.predict
 
 def reads(self, tile):
     if tile == 0:
-        time.sleep(1)  # until others are at work
+        time.sleep(1)  # until other tiles are in flight
         raise OSError(28, "No space left on device")
     return read(self, tile)
 
@@ -440,7 +442,7 @@ run()
 """
 
 
-def test_an_error_ends_the_process_in_order_though_tiles_are_still_at_work(task, tmp_path):
+def test_an_error_ends_the_process_in_order_while_tiles_are_in_flight(task, tmp_path):
     volume, model, _ = task
     ended = subprocess.run(
         [

@@ -1,4 +1,4 @@
-"""Kills in the middle: the same command again gives the bytes of a run that nobody disturbed."""
+"""Killed runs: the same command resumes and gives the bytes of an undisturbed run."""
 
 import os
 import random
@@ -34,7 +34,7 @@ def task(tmp_path_factory):
 
 
 def started(folder, out, engine="local"):
-    """The command in a process of its own, one tile at a time."""
+    """Starts the command in a process of its own, one tile at a time."""
     flags = "--tile 1,64,32 --precision float32 --workers 1 --model model.safetensors"
     command = [sys.executable, "-m", "unet_ray", "segment", "volume.tif", *flags.split()]
     return subprocess.Popen(
@@ -49,7 +49,7 @@ def started(folder, out, engine="local"):
 
 
 def shards(store):
-    """How many tiles of the first array are on disk."""
+    """Number of tiles of the first array on disk."""
     return sum(1 for path in (store / "0" / "c").rglob("*") if path.is_file())
 
 
@@ -62,13 +62,13 @@ def wait_for(ready, process):
 
 
 def is_stopped(pid):
-    """Whether every thread of a process has stopped; a signal takes a moment."""
+    """Whether every thread of a process has stopped; a signal takes effect with a delay."""
     states = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
     return all(state.rpartition(")")[2].split()[0] == "T" for state in states)
 
 
 def ended(process):
-    """What it told, once it has ended."""
+    """Waits for the end of a process; returns its stderr."""
     return process.communicate(timeout=SECONDS)[1]
 
 
@@ -83,14 +83,14 @@ def kill_at(folder, out, count, engine):
 
 
 def committed_shards(store):
-    """Inode and time of the files of every tile that the ledger holds, over both arrays."""
-    rows, columns, found = 512 // 64, 256 // 32, {}
+    """Inode and modification time of every committed shard, over both arrays."""
+    rows, columns, files = 512 // 64, 256 // 32, {}
     for number in np.flatnonzero(committed(store / LEDGER, TILES)):
         z, y, x = number // (rows * columns), number // columns % rows, number % columns
         for name in (f"0/c/0/{z}/{y}/{x}", f"labels/classes/0/c/{z}/{y}/{x}"):
             stat = (store / name).stat()
-            found[name] = stat.st_ino, stat.st_mtime_ns
-    return found
+            files[name] = stat.st_ino, stat.st_mtime_ns
+    return files
 
 
 @pytest.mark.parametrize(
@@ -102,38 +102,38 @@ def committed_shards(store):
     ],
     ids=lambda v: v if isinstance(v, str) else f"after {v}",
 )
-def test_a_killed_run_goes_on_to_the_same_bytes(task, engine, counts):
+def test_a_killed_run_resumes_to_the_same_bytes(task, engine, counts):
     out = f"{engine}-{len(counts)}.zarr"
     for count in counts:
-        kept = committed_shards(task / out)
+        before = committed_shards(task / out)
         kill_at(task, out, count, engine)
-        assert kept.items() <= committed_shards(task / out).items()
-    kept = committed_shards(task / out)
+        assert before.items() <= committed_shards(task / out).items()
+    before = committed_shards(task / out)
     last = started(task, out, engine)
-    told = ended(last)
-    assert last.returncode == 0, told
+    stderr = ended(last)
+    assert last.returncode == 0, stderr
     assert len(committed_shards(task / out)) == 2 * TILES
     assert bytes_of(task / out) == bytes_of(task / "whole.zarr")
-    assert kept.items() <= committed_shards(task / out).items()
+    assert before.items() <= committed_shards(task / out).items()
 
 
-def test_the_second_run_is_refused_and_the_next_after_a_kill_just_works(task):
+def test_a_second_run_is_refused_until_the_first_is_killed(task):
     first = started(task, "twice.zarr")
     wait_for(lambda: shards(task / "twice.zarr") >= 10, first)
-    os.kill(first.pid, signal.SIGSTOP)  # lives, and writes nothing
+    os.kill(first.pid, signal.SIGSTOP)  # alive, but writes nothing
     wait_for(lambda: is_stopped(first.pid), first)
     before = state_of(task / "twice.zarr")
     second = started(task, "twice.zarr")
-    told = ended(second)
+    stderr = ended(second)
     assert second.returncode == 2
-    assert f"process {first.pid} on " in told.splitlines()[-1] and "--takeover" in told
+    assert f"process {first.pid} on " in stderr.splitlines()[-1] and "--takeover" in stderr
     assert state_of(task / "twice.zarr") == before
     first.kill()
     ended(first)
     third = started(task, "twice.zarr")
-    told = ended(third)
+    stderr = ended(third)
     assert third.returncode == 0
-    assert told.count(f"taking over from process {first.pid} on ") == 1
+    assert stderr.count(f"taking over from process {first.pid} on ") == 1
     assert bytes_of(task / "twice.zarr") == bytes_of(task / "whole.zarr")
 
 
@@ -160,7 +160,7 @@ def test_a_sweep_of_kills_ends_in_the_same_bytes(task, engine, kinds):
     rng, out, process, begun = random.Random(len(kinds)), f"sweep-{engine}.zarr", None, []
     rng.shuffle(kinds)
     for number, kind in enumerate(kinds):
-        kept = committed_shards(task / out)
+        before = committed_shards(task / out)
         count = shards(task / out) + rng.randrange(1, 4)
         assert count < TILES, f"too late for kill {number}"
         if process is None:
@@ -173,14 +173,14 @@ def test_a_sweep_of_kills_ends_in_the_same_bytes(task, engine, kinds):
             ended(process)
             assert process.returncode == (-signal.SIGKILL if kind == "driver" else 1)
             process = None
-        assert kept.items() <= committed_shards(task / out).items()
-    kept = committed_shards(task / out)
+        assert before.items() <= committed_shards(task / out).items()
+    before = committed_shards(task / out)
     process = process or started(task, out, engine)
     assert ended(process) is not None and process.returncode == 0
     assert bytes_of(task / out) == bytes_of(task / "whole.zarr")
-    assert kept.items() <= committed_shards(task / out).items()
-    for each in begun:
-        for pid in session(each.pid):
+    assert before.items() <= committed_shards(task / out).items()
+    for command in begun:
+        for pid in session(command.pid):
             os.kill(pid, signal.SIGKILL)
 
 
@@ -213,7 +213,7 @@ print("killed after", killed[0], "CPUs left", int(ray.cluster_resources()["CPU"]
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_lost_machine_changes_no_byte(task, tmp_path):
-    """Three machines in one: the raylet of one is killed, and its worker with it."""
+    """A cluster of three simulated machines; the raylet of one is killed, with its worker."""
     ran = subprocess.run(
         [sys.executable, "-c", LOST_MACHINE, tmp_path / "out.zarr"],
         cwd=task,

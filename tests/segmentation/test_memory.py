@@ -1,4 +1,4 @@
-"""Sizes as people write them, and sums that grow with what they are sums of."""
+"""Sizes as people write them, and memory estimates compared with measured peaks."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ from unet_ray.segmentation.settings import Settings
 from unet_ray.tiling.tiles import Context, TilePlan
 from unet_ray.units import format_bytes, parse_bytes
 
-# Sizes of people.
+# Sizes as text
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ from unet_ray.units import format_bytes, parse_bytes
         ("7b", 7),
     ],
 )
-def test_sizes_that_people_write(text, count):
+def test_sizes_as_people_write_them_are_parsed(text, count):
     assert parse_bytes(text) == count
 
 
@@ -67,14 +67,14 @@ def test_sizes_that_people_write(text, count):
     ["", "GiB", "lots", "-4GiB", "4 GiB RAM", "4PiB", "4iB", "1e9", "0", "0GiB", "nan", "inf",
      "4,5GiB", "0.5", "0.9B", "9" * 400],
 )  # fmt: skip
-def test_what_is_no_size_above_zero_is_refused(text):
+def test_an_invalid_or_zero_size_is_refused(text):
     with pytest.raises(InputError) as refused:
         parse_bytes(text)
     assert repr(text) in str(refused.value) and "4GiB" in str(refused.value)
 
 
 @given(st.integers(1, 1 << 49))
-def test_a_size_that_was_written_can_be_read(count):
+def test_a_formatted_size_can_be_parsed(count):
     text = format_bytes(count)
     unit = parse_bytes("1" + text.split()[1])
     assert unit <= count * 1.001  # 1023.7 MiB is written 1.00 GiB
@@ -82,7 +82,7 @@ def test_a_size_that_was_written_can_be_read(count):
 
 
 @pytest.mark.parametrize("count", [(1 << 20) - 1, (1 << 30) - 1, (1 << 40) - 1])
-def test_1024_of_a_unit_are_one_of_the_next(count):
+def test_1024_of_a_unit_are_written_as_one_of_the_next(count):
     assert not format_bytes(count).startswith("1024")
 
 
@@ -90,11 +90,11 @@ def test_1024_of_a_unit_are_one_of_the_next(count):
     ("count", "text"),
     [(0, "0 B"), (1023, "1023 B"), (2048, "2 KiB"), (300 << 20, "300 MiB"), (3 << 29, "1.50 GiB")],
 )
-def test_sizes_for_people(count, text):
+def test_sizes_are_formatted_for_people(count, text):
     assert format_bytes(count) == text
 
 
-# Bytes of a pass and of a worker; their truth against measured peaks is tested elsewhere.
+# Memory of passes and workers
 
 NET = NetworkSize(1, 2, 16, flat_levels(4), weights=10**6, itemsize=4)
 PAPER = Context((0, 92, 92), (0, 96, 96), (1, 16, 16))
@@ -116,14 +116,14 @@ def test_a_larger_network_needs_more(batch, extent, data):
     larger = replace(NET, **{field: 2 * getattr(NET, field)})
     shape = (batch, extent, extent)
     assert pass_bytes(NET, shape) < pass_bytes(larger, shape)
-    # The scores are not always there when the peak is.
+    # At the peak the scores may not exist yet, so a few more classes may cost nothing.
     assert pass_bytes(NET, shape) <= pass_bytes(replace(NET, classes=3), shape)
     assert pass_bytes(NET, shape) < pass_bytes(replace(NET, classes=200), shape)
 
 
 @given(st.integers(1, 200).map(lambda k: 188 + 16 * k))
-def test_a_pass_needs_at_least_what_stands_side_by_side(extent):
-    # Where the last two levels are joined: the buffer of both, and what comes up into it.
+def test_a_pass_needs_at_least_its_two_joined_buffers(extent):
+    # At the last join: the joined buffer, and the up-convolution that is copied into it.
     joined = 3 * NET.base_channels * (extent - 180) ** 2 * NET.itemsize
     assert pass_bytes(NET, (1, extent, extent)) > joined
 
@@ -165,7 +165,7 @@ def test_workers_in_one_process_share_the_process_and_the_weights():
     assert two <= 2 * one - memory.process - memory.weights
 
 
-def test_tiles_that_wait_for_a_pass_need_their_voxels_and_a_copy_only():
+def test_a_tile_that_waits_for_its_pass_needs_its_voxels_and_a_copy_only():
     memory = worker_bytes(NET, planned((1, 384, 384)), 1, 2)
     assert memory.shared_by(1, 1) == memory.total and memory.shared_by(3, 3) == memory.shared_by(3)
     assert memory.tile + memory.copy < memory.shared_by(2, 1) - memory.total
@@ -173,27 +173,27 @@ def test_tiles_that_wait_for_a_pass_need_their_voxels_and_a_copy_only():
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
-def test_the_driver_needs_the_more_of_measuring_and_running(engine):
+def test_the_driver_needs_the_larger_of_measuring_and_running(engine):
     running = driver_bytes(500 << 20, engine, "cpu", 8, 0)
     assert driver_bytes(500 << 20, engine, "cpu", 8, 100 << 20) == running
-    there = PROCESS_BYTES[engine] + 8 * DRIVER_BYTES_PER_TILE
-    assert driver_bytes(500 << 20, engine, "cpu", 8, 1 << 30) == there + (1 << 30)
+    idle = PROCESS_BYTES[engine] + 8 * DRIVER_BYTES_PER_TILE
+    assert driver_bytes(500 << 20, engine, "cpu", 8, 1 << 30) == idle + (1 << 30)
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
-def test_large_chunks_are_planned_for_where_they_are_measured(tmp_path, engine, monkeypatch):
+def test_the_drivers_memory_includes_large_chunks_for_measuring(tmp_path, engine, monkeypatch):
     monkeypatch.setattr(planning, "device_of", lambda settings: "cpu")
     monkeypatch.setattr(planning.cluster, "side_by_side", lambda *_: 1)
     chunk = 128, 1024, 1024
     zarr.create_array(tmp_path / "a.zarr", shape=(256, 1024, 1024), chunks=chunk, dtype="uint16")
     model = random_model(tmp_path / "model.safetensors", depth=1, base=2)
     outlook = plan(tmp_path / "a.zarr", model, Settings(engine=engine))
-    # Stored, decoded, and what is read.
+    # The chunk as stored, as decoded, and the returned voxels.
     assert outlook.driver_memory > PROCESS_BYTES[engine] + 3 * (256 << 20)
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
-def test_a_worker_on_a_gpu_has_tiles_under_way_as_far_as_its_memory_goes(engine):
+def test_the_memory_limit_bounds_the_tiles_in_flight_on_a_gpu(engine):
     memory = worker_bytes(NET, planned((64, 384, 384), (1, 384, 384)), 1, 2).on(engine)
     needs = [memory.shared_by(n, 1) for n in range(1, GPU_TILES + 1)]
     for tiles, allowed in enumerate(needs, start=1):
@@ -207,17 +207,17 @@ def test_a_worker_on_a_gpu_has_tiles_under_way_as_far_as_its_memory_goes(engine)
     assert on_cpu == memory.shared_by(3 if engine == "local" else 1)
 
 
-def test_small_tiles_cross_to_a_gpu_together_as_far_as_its_memory_goes():
+def test_the_memory_limit_bounds_the_batch_of_small_tiles_for_a_gpu():
     memory = worker_bytes(NET, planned((1, 384, 384)), 1, 2).on("ray")
-    most = TILE_BATCH_BYTES // memory.tile
-    assert most > 9
-    enough = Settings(engine="ray", memory=memory.shared_by(GPU_TILES * most, 1))
-    assert together(memory, "cuda", enough) == most
+    batch = TILE_BATCH_BYTES // memory.tile
+    assert batch > 9
+    enough = Settings(engine="ray", memory=memory.shared_by(GPU_TILES * batch, 1))
+    assert together(memory, "cuda", enough) == batch
     assert process_bytes(memory, "cuda", enough) == enough.memory
     less = replace(enough, memory=enough.memory - 1)
-    assert together(memory, "cuda", less) == most - 1
+    assert together(memory, "cuda", less) == batch - 1
     assert process_bytes(memory, "cuda", less) < less.memory
-    # Those that read and write hold the same tiles, without a network.
+    # Helpers hold the same tiles, but no network.
     assert memory.process < helper_bytes(memory, "cuda", enough)
     assert helper_bytes(memory, "cuda", less) < helper_bytes(memory, "cuda", enough)
     helpers = 2 * HELPERS * helper_bytes(memory, "cuda", enough)
@@ -271,23 +271,23 @@ def anonymous():
 peak = first = anonymous()
 done = threading.Event()
 
-def look():
+def sample():
     global peak
     while not done.wait(0.001):
         peak = max(peak, anonymous())
 
-looking = threading.Thread(target=look)
-looking.start()
+sampler = threading.Thread(target=sample)
+sampler.start()
 for _ in range(5):
-    given = volume.read(box).nbytes
+    returned = volume.read(box).nbytes
 done.set()
-looking.join()
-print(peak - first - given, volume.read_overhead(box.shape))
+sampler.join()
+print(peak - first - returned, volume.read_overhead(box.shape))
 """
 
 
 def write_images(folder, voxels):
-    """The same RGB image (y, x, 3) in files whose units hold much, and a plane of it."""
+    """Writes an RGB image (y, x, 3) to files with large storage units, and one of its planes."""
     strip = {"compression": "zlib", "compressionargs": {"level": 0}}
     tile = {**strip, "tile": (1024, 1024)}
     tifffile.imwrite(
@@ -301,14 +301,14 @@ def write_images(folder, voxels):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_read_holds_no_more_than_told(tmp_path):
+def test_a_read_needs_at_most_its_stated_overhead(tmp_path):
     write_images(tmp_path, np.random.default_rng(0).integers(0, 255, (2600, 2600, 3), np.uint8))
     cases = [(name, "0", "part") for name in ("rgb.tif", "small.tif", "rgb.png", "slices")]
     for name, *rest in [*cases, ("plane.tif", ""), ("rgb.png", ""), ("slices", "")]:
         command = [sys.executable, "-c", READ, tmp_path / name, *rest]
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
-        peak, held = map(int, found.stdout.split())
-        assert peak < 1.15 * held + (2 << 20), (name, rest, peak >> 20, held >> 20)
+        reader = subprocess.run(command, capture_output=True, text=True, check=True)
+        peak, stated = map(int, reader.stdout.split())
+        assert peak < 1.15 * stated + (2 << 20), (name, rest, peak >> 20, stated >> 20)
 
 
 def make_case(folder, shape, channels):
@@ -349,16 +349,16 @@ def test_peak_memory_does_not_grow_with_the_volume(tmp_path, engine, channels):
     small.mkdir()
     large.mkdir()
     first = check_peak(small, (48, 2048, 2048), channels, engine)
-    # 2 GB with few channels; with more, 800 MB, or it would take a quarter of an hour.
+    # 2 GB with few channels, 800 MB with more: 2 GB would take a quarter of an hour.
     slices = 480 if channels == 4 else 192
     second = check_peak(large, (slices, 2048, 2048), channels, engine)
     assert second <= 1.05 * first
 
 
-@pytest.mark.parametrize(("chunk", "said"), [((1, 40, 44), False), ((64, 4096, 4096), True)])
-def test_chunks_are_named_as_what_takes_the_memory_only_where_they_do(tmp_path, chunk, said):
+@pytest.mark.parametrize(("chunk", "named"), [((1, 40, 44), False), ((64, 4096, 4096), True)])
+def test_an_error_names_the_chunks_only_if_they_cause_it(tmp_path, chunk, named):
     zarr.create_array(tmp_path / "v.zarr", shape=(64, 4096, 4096), chunks=chunk, dtype="u1")
     model = random_model(tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="too little for this model") as told:
-        plan(tmp_path / "v.zarr", model, Settings(memory=(900 if said else 100) << 20))
-    assert ("stored in chunks of" in str(told.value)) == said
+    with pytest.raises(InputError, match="too little for this model") as refused:
+        plan(tmp_path / "v.zarr", model, Settings(memory=(900 if named else 100) << 20))
+    assert ("stored in chunks of" in str(refused.value)) == named

@@ -1,4 +1,4 @@
-"""Tiles that are tried before a run: what is measured is what a run does, and nothing is left."""
+"""Trials before a run: the estimates match the run, and no file is left behind."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ def files(tmp_path):
     return volume, random_model(tmp_path / "model.safetensors")
 
 
-def test_the_bytes_of_a_tile_are_those_that_a_run_stores(files, tmp_path):
+def test_the_estimated_bytes_per_tile_match_the_stored_bytes(files, tmp_path):
     outlook = plan(*files, TILED)
     store = segment(*files, tmp_path / "out", TILED)
     stored = sum((store / name).stat().st_size for name in shards_of(store))
@@ -43,24 +43,24 @@ def test_the_bytes_of_a_tile_are_those_that_a_run_stores(files, tmp_path):
 
 @pytest.mark.parametrize("tile", [(1, 4, 4), (1, 2, 76), (1, 64, 76), (3, 64, 76)])
 @pytest.mark.parametrize("outputs", [None, ("classes",)])
-def test_a_store_takes_no_more_of_a_disk_than_was_told(files, tmp_path, tile, outputs):
-    asked = dataclasses.replace(TILED, tile=tile, outputs=outputs)
-    store = segment(*files, tmp_path / "out", asked)
-    taken = [path.lstat().st_blocks * 512 for path in (store, *store.rglob("*"))]
-    assert sum(taken) <= plan(*files, asked).disk_bytes
+def test_a_store_needs_at_most_the_stated_disk_space(files, tmp_path, tile, outputs):
+    settings = dataclasses.replace(TILED, tile=tile, outputs=outputs)
+    store = segment(*files, tmp_path / "out", settings)
+    used = [path.lstat().st_blocks * 512 for path in (store, *store.rglob("*"))]
+    assert sum(used) <= plan(*files, settings).disk_bytes
 
 
-def test_of_a_large_tile_one_slab_tells_as_much(files, monkeypatch):
+def test_one_slab_of_a_large_tile_suffices_for_the_estimate(files, monkeypatch):
     outlook = plan(*files, dataclasses.replace(TILED, tile=(3, 64, 76)))
     whole = try_tiles(outlook, 1)
-    held = []
+    shapes = []
     write = pilot.Store.write
     monkeypatch.setattr(pilot, "SLAB_BYTES", 1)
     monkeypatch.setattr(
-        pilot.Store, "write", lambda *told: held.append(told[2]["classes"].shape) or write(*told)
+        pilot.Store, "write", lambda *args: shapes.append(args[2]["classes"].shape) or write(*args)
     )
     slab = try_tiles(dataclasses.replace(outlook, plan=one_slice_a_pass(outlook.plan)), 1)
-    assert {*held} == {(1, 64, 76)}
+    assert {*shapes} == {(1, 64, 76)}
     assert abs(slab.stored / whole.stored - 1) < 0.3
 
 
@@ -68,52 +68,53 @@ def one_slice_a_pass(tiles):
     return dataclasses.replace(tiles, passes=(1, *tiles.passes[1:]))
 
 
-def test_what_was_measured_of_a_slab_is_told_of_the_tile(files, monkeypatch):
+def test_the_seconds_of_a_slab_are_scaled_to_the_tile(files, monkeypatch):
     outlook = plan(*files, dataclasses.replace(TILED, tile=(3, 64, 76)))
     clock = [0.0]
 
-    def taking(seconds, step):
-        def taken(*told):
+    def slowed(seconds, step):
+        def slow_step(*args):
             clock[0] += seconds
-            return step(*told)
+            return step(*args)
 
-        return taken
+        return slow_step
 
     monkeypatch.setattr(pilot, "SLAB_BYTES", 1)
     monkeypatch.setattr(pilot, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(pilot, "read_tile", taking(1.0, pilot.read_tile))
-    monkeypatch.setattr(pilot.Store, "write", taking(5.0, pilot.Store.write))
+    monkeypatch.setattr(pilot, "read_tile", slowed(1.0, pilot.read_tile))
+    monkeypatch.setattr(pilot.Store, "write", slowed(5.0, pilot.Store.write))
     trial = try_tiles(dataclasses.replace(outlook, plan=one_slice_a_pass(outlook.plan)), 1)
-    # A slab is one slice of three, and so are the chunks of the input.
+    # The tile has three slices; a slab and a chunk of the input have one.
     assert (trial.read, trial.write, trial.tiles) == (3.0, 15.0, 1)
 
 
 @given(st.integers(1, 40), st.integers(1, 3), st.integers(1, 60), st.integers(1, 9))
-def test_a_slab_is_as_deep_as_memory_allows(z, step, most, voxel):
+def test_a_slab_is_as_deep_as_its_memory_limit_allows(z, step, layers, voxel):
     context = Context((0, 92, 92), (0, 96, 96), (1, 16, 16))
     tiles = TilePlan((100, 900, 900), (z * step, 160, 96), context, (step, 160, 96))
     layer = voxel * math.prod(tiles.read_shape[1:]) + 2 * 160 * 96
-    with patch.object(pilot, "SLAB_BYTES", most * layer):
+    with patch.object(pilot, "SLAB_BYTES", layers * layer):
         slab = pilot.slab_of(tiles, voxel, 2)
     depth = slab.core[0]
     assert slab.core[1:] == tiles.core[1:] and slab.passes == tiles.passes
-    assert depth <= max(step, min(most, z * step))
+    assert depth <= max(step, min(layers, z * step))
     chunk = chunk_of(tiles.core)[0]
-    if most >= z * step:
+    if layers >= z * step:
         assert slab == tiles
-    elif most >= math.lcm(chunk, step):
+    elif layers >= math.lcm(chunk, step):
         assert depth % chunk == 0
 
 
-def test_a_machine_without_the_memory_tries_fewer_side_by_side_or_none(files, monkeypatch):
+def test_a_machine_with_little_memory_uses_fewer_threads_or_none(files, monkeypatch):
     outlook = plan(*files, TILED)
     monkeypatch.setattr(pilot.cluster, "usable_cores", lambda: 3)
-    for fits in (3, 2, 1):
-        monkeypatch.setattr(pilot, "memory_available", lambda n=fits: outlook.memory.shared_by(n))
-        assert try_tiles(outlook).threads == fits
+    for fitting in (3, 2, 1):
+        available = outlook.memory.shared_by(fitting)
+        monkeypatch.setattr(pilot, "memory_available", lambda n=available: n)
+        assert try_tiles(outlook).threads == fitting
     monkeypatch.setattr(pilot, "memory_available", lambda: outlook.memory.total - 1)
     assert try_tiles(outlook) is None
-    monkeypatch.setattr(pilot, "memory_available", lambda: 0)  # the system does not tell
+    monkeypatch.setattr(pilot, "memory_available", lambda: 0)  # unknown
     assert try_tiles(outlook).threads == 3
 
 
@@ -123,21 +124,21 @@ def test_more_workers_than_cores_are_no_faster(files, monkeypatch):
     for workers, rounds in ((1, 24), (2, 12), (8, 12)):
         outlook = plan(*files, dataclasses.replace(TILED, workers=workers))
         assert trial.run_seconds(outlook) == pytest.approx(rounds * trial.seconds)
-    elsewhere = dataclasses.replace(outlook, engine="ray")
-    assert trial.run_seconds(elsewhere) == pytest.approx(3 * trial.seconds)
+    on_ray = dataclasses.replace(outlook, engine="ray")
+    assert trial.run_seconds(on_ray) == pytest.approx(3 * trial.seconds)
 
 
-def test_what_constant_passes_store_is_told_as_chunks_hold_them(files, tmp_path):
+def test_the_size_of_constant_passes_is_estimated_from_whole_chunks(files, tmp_path):
     zarr.create_array(tmp_path / "blank.zarr", shape=(32, 61, 75), chunks=(32, 61, 75), dtype="u1")
-    asked = dataclasses.replace(TILED, tile=(32, 64, 76))
-    outlook = plan(tmp_path / "blank.zarr", files[1], asked)
+    settings = dataclasses.replace(TILED, tile=(32, 64, 76))
+    outlook = plan(tmp_path / "blank.zarr", files[1], settings)
     outlook = dataclasses.replace(outlook, plan=one_slice_a_pass(outlook.plan))
-    store = segment(tmp_path / "blank.zarr", files[1], tmp_path / "out.zarr", asked)
+    store = segment(tmp_path / "blank.zarr", files[1], tmp_path / "out.zarr", settings)
     stored = sum((store / shard).stat().st_size for shard in shards_of(store))
     assert abs(try_tiles(outlook).stored / stored - 1) < 0.5
 
 
-def test_seconds_are_those_of_a_whole_tile(files, monkeypatch):
+def test_the_seconds_are_for_a_whole_tile(files, monkeypatch):
     predictor = pilot.Predictor.__call__
     passes = []
 
@@ -154,8 +155,7 @@ def test_seconds_are_those_of_a_whole_tile(files, monkeypatch):
     outlook = plan(*files, settings)
     deep = dataclasses.replace(outlook, plan=dataclasses.replace(outlook.plan, passes=(1, 32, 40)))
     trial = try_tiles(deep, 1)
-    # Each step takes one tick here, and a tile has three passes; before the first the thread warms
-    # up.
+    # Each step takes one tick and a tile has three passes. The first pass, a warm-up, is not timed.
     assert len(passes) - 1 == trial.passes == trial.inspected == 12 and trial.tiles == 4
     assert trial.predict >= 3 * trial.read > 0
 
@@ -170,7 +170,7 @@ def test_a_worker_on_a_gpu_reads_and_writes_while_it_predicts():
     assert dataclasses.replace(helped, write=9).seconds == 4.5
 
 
-def test_slices_that_cannot_be_read_are_passed_over(files, monkeypatch):
+def test_slices_that_cannot_be_read_are_skipped(files, monkeypatch):
     outlook = plan(*files, dataclasses.replace(TILED, tile=(1, 64, 76)))
     read = outlook.volume.read
 
@@ -188,21 +188,21 @@ def test_constant_background_costs_next_to_nothing(tmp_path, files):
     settings = dataclasses.replace(TILED, tile=(3, 64, 76))
     empty, full = (try_tiles(plan(path, files[1], settings), 1) for path in (empty, files[0]))
     assert empty.predict == 0 < full.predict
-    assert (empty.passes, full.first) == (0, 0) and empty.first > 0  # it is computed once
+    assert (empty.passes, full.first) == (0, 0) and empty.first > 0  # computed once
 
 
-def test_of_a_tile_any_pass_may_be_tried(tmp_path, files):
+def test_the_trial_samples_passes_within_a_tile(tmp_path, files):
     image = noise((16, 61, 75))
     image[:2] = 0
     volume = write_stack(tmp_path / "blank.tif", image)
-    asked = dataclasses.replace(TILED, tile=(16, 64, 76))
-    outlook = plan(volume, files[1], asked)
+    settings = dataclasses.replace(TILED, tile=(16, 64, 76))
+    outlook = plan(volume, files[1], settings)
     outlook = dataclasses.replace(outlook, plan=one_slice_a_pass(outlook.plan))
-    store = segment(volume, files[1], tmp_path / "out", asked)
+    store = segment(volume, files[1], tmp_path / "out", settings)
     trial, stored = try_tiles(outlook, 1), sum(map(len, shard_bytes(store)))
     assert (trial.tiles, trial.inspected, trial.constant) == (1, 16, 2)
     assert abs(trial.stored / stored - 1) < 0.3
-    assert trial.predict == pytest.approx(14 * trial.first)  # of one pass
+    assert trial.predict == pytest.approx(14 * trial.first)  # `first` is one pass
 
 
 @pytest.mark.parametrize("empty", [slice(0, 20), slice(20, 40), slice(1, 40, 2), slice(0, 39)])
@@ -221,38 +221,38 @@ def test_constant_passes_are_counted_however_long_the_others_take(
     assert trial.run_seconds(outlook) == pytest.approx(trial.first * (full + 1) + rest)
 
 
-def test_passes_are_looked_at_all_over_tiles_and_within_them(files):
+def test_the_inspected_passes_cover_all_tiles_and_all_depths(files):
     outlook = plan(*files, dataclasses.replace(TILED, tile=(3, 64, 76)))
     tiles = dataclasses.replace(one_slice_a_pass(outlook.plan), shape=(9000, 120, 140))
     tiles = dataclasses.replace(tiles, core=(30, 64, 76))
     passes = pilot._plan_of_passes(tiles)
     sample = spread(range(len(tiles)), planning.SAMPLE)
-    found = pilot._random_passes(dataclasses.replace(outlook, plan=tiles, sample=sample), passes)
-    assert len(found) == len({*found}) == pilot.INSPECTIONS
-    owners = [pilot._owner(tiles, passes[number]).index for number in found]
+    numbers = pilot._random_passes(dataclasses.replace(outlook, plan=tiles, sample=sample), passes)
+    assert len(numbers) == len({*numbers}) == pilot.INSPECTIONS
+    owners = [pilot._owner(tiles, passes[number]).index for number in numbers]
     assert {*owners} == {*sample}
-    depths = [passes[number].write.start[0] % 30 for number in found]
+    depths = [passes[number].write.start[0] % 30 for number in numbers]
     assert len({*depths}) > 15 and min(depths) < 5 and max(depths) >= 25
 
 
-def test_looking_ends_in_time(files, monkeypatch):
+def test_inspection_respects_its_time_limit(files, monkeypatch):
     monkeypatch.setattr(pilot, "INSPECT_SECONDS", 0)
     assert try_tiles(plan(*files, TILED), 1).inspected == pilot.KINDS
 
 
-def test_nothing_is_left_and_nothing_to_try_is_no_failure(files, tmp_path, monkeypatch):
+def test_a_trial_removes_its_files_and_accepts_an_empty_sample(files, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
     outlook = plan(*files, TILED)
     assert try_tiles(outlook).tiles > 0
     assert not list((tmp_path / "scratch").iterdir())
-    nothing = try_tiles(dataclasses.replace(outlook, sample=()))
-    assert (nothing.tiles, nothing.seconds, nothing.stored) == (0, 0, 0)
+    empty = try_tiles(dataclasses.replace(outlook, sample=()))
+    assert (empty.tiles, empty.seconds, empty.stored) == (0, 0, 0)
     if not pilot.torch.cuda.is_available():
         assert try_tiles(dataclasses.replace(outlook, device="cuda")) is None
 
 
-def test_an_input_that_cannot_be_read_is_told(files, monkeypatch):
+def test_an_unreadable_input_is_reported(files, monkeypatch):
     outlook = plan(*files, TILED)
 
     def fail(*arguments):
@@ -263,12 +263,12 @@ def test_an_input_that_cannot_be_read_is_told(files, monkeypatch):
         try_tiles(outlook)
 
 
-def test_voxels_that_are_no_numbers_are_zero_or_their_tiles_are_passed_over(tmp_path, files):
+def test_tiles_with_non_finite_voxels_are_zeroed_or_skipped(tmp_path, files):
     voxels = noise((3, 61, 75)).astype(np.float32)
     voxels[:, :3, :3] = np.nan
     volume = write_stack(tmp_path / "nan.tif", voxels)
-    asked = dataclasses.replace(TILED, tile=(1, 64, 76))
-    zero = dataclasses.replace(asked, nan="zero")
+    settings = dataclasses.replace(TILED, tile=(1, 64, 76))
+    zero = dataclasses.replace(settings, nan="zero")
     store = segment(volume, files[1], tmp_path / "out", zero)
     outlook = plan(volume, files[1], zero)
     trial, stored = try_tiles(outlook, 1), sum(map(len, shard_bytes(store)))
@@ -276,10 +276,10 @@ def test_voxels_that_are_no_numbers_are_zero_or_their_tiles_are_passed_over(tmp_
     with pytest.raises(
         RunError, match=r"no tile could be processed: .*nan, read by tile .*--nan zero"
     ):
-        try_tiles(plan(volume, files[1], asked), 1)
+        try_tiles(plan(volume, files[1], settings), 1)
     voxels[1:, :3, :3] = 7
-    some = plan(write_stack(tmp_path / "some.tif", voxels), files[1], asked)
-    assert try_tiles(some, 1).tiles == 2
+    partly_nan = plan(write_stack(tmp_path / "some.tif", voxels), files[1], settings)
+    assert try_tiles(partly_nan, 1).tiles == 2
 
 
 def shard_bytes(store):
@@ -287,35 +287,35 @@ def shard_bytes(store):
 
 
 @pytest.mark.parametrize("region", [None, Box((1, 30, 20), (2, 61, 40))])
-def test_only_tiles_that_are_asked_for_are_tried(files, region, monkeypatch):
+def test_only_tiles_of_the_region_are_sampled(files, region, monkeypatch):
     outlook = plan(*files, dataclasses.replace(TILED, region=region))
     tiles = outlook.plan
-    asked = {*tiles.within(region or Box.of(tiles.shape))}
-    assert {*outlook.sample} <= asked and len(outlook.sample) == len(asked) == outlook.tiles
+    inside = {*tiles.within(region or Box.of(tiles.shape))}
+    assert {*outlook.sample} <= inside and len(outlook.sample) == len(inside) == outlook.tiles
 
 
-def test_only_tiles_under_a_mask_are_tried(files, tmp_path):
-    shown = np.zeros((3, 61, 75), np.uint8)
-    shown[2, 40:, 50:] = 1
-    mask = write_stack(tmp_path / "mask.tif", shown)
+def test_only_tiles_under_the_mask_are_sampled(files, tmp_path):
+    mask_voxels = np.zeros((3, 61, 75), np.uint8)
+    mask_voxels[2, 40:, 50:] = 1
+    mask = write_stack(tmp_path / "mask.tif", mask_voxels)
     outlook = plan(*files, dataclasses.replace(TILED, mask=mask))
     boxes = [outlook.plan[tile].write for tile in outlook.sample]
     assert len(boxes) == outlook.tiles == 2
-    assert all(shown[box.slices].any() for box in boxes)
+    assert all(mask_voxels[box.slices].any() for box in boxes)
 
 
-@pytest.mark.parametrize(("count", "most"), [(0, 5), (3, 5), (5, 5), (100, 7), (10**12, 64)])
-def test_a_sample_is_spread_evenly(count, most):
-    found = spread(range(count), most)
-    assert len(found) == min(count, most) == len({*found})
-    assert all(0 <= n < count for n in found)
-    if len(found) > 1:
-        gaps = np.diff(found)
+@pytest.mark.parametrize(("count", "limit"), [(0, 5), (3, 5), (5, 5), (100, 7), (10**12, 64)])
+def test_a_sample_is_spread_evenly(count, limit):
+    sample = spread(range(count), limit)
+    assert len(sample) == min(count, limit) == len({*sample})
+    assert all(0 <= n < count for n in sample)
+    if len(sample) > 1:
+        gaps = np.diff(sample)
         assert gaps.max() - gaps.min() <= 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_petabyte_is_planned_within_a_gigabyte(files, tmp_path):
+def test_planning_a_petabyte_needs_less_than_a_gigabyte(files, tmp_path):
     assert resident_peak(["plan", petabyte(tmp_path), "--model", files[1]]) < 10**9
 
 

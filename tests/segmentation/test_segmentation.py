@@ -1,4 +1,4 @@
-"""Segmentation on the local engine: the promises about bytes, and what is refused before them."""
+"""Segmentation on the local engine: the promises about stored bytes, and the refusals."""
 
 import dataclasses
 import json
@@ -57,10 +57,10 @@ from unet_ray.volumes.opening import open_volume
 
 COARSE = dataclasses.replace(FLOAT32, tile=(3, 32, 40))
 
-# Measured over 93 random networks (depth 1 to 4, 2 to 32 base channels), each with three or four
-# pairs of tile sizes, on a CPU that multiplies in bfloat16: no difference at all. Where a library
-# sums in another order for another shape, activations may round the other way, which is less than
-# the difference to float32: 3.4 of 255.
+# Measured with 93 random networks (depth 1 to 4, 2 to 32 base channels), each with three or four
+# pairs of tile sizes, on a CPU with native bfloat16: no difference at all. A library may sum in
+# another order for another shape, so that activations round the other way. The bound allows for
+# that: it is the difference to float32, 3.4 of 255, rounded up.
 BFLOAT16_BOUND = 4
 
 
@@ -96,7 +96,7 @@ def predicted(monkeypatch):
 
 
 def in_one_pass(model, image):
-    """Probabilities ``(classes, z, y, x)`` of an image (c, z, y, x): padded once, never tiled."""
+    """Probabilities (classes, z, y, x) of an image (c, z, y, x) in one pass, without tiles."""
     network, _ = read_model(model)
     context = network.context
     grey = image.astype(np.float64)
@@ -112,14 +112,14 @@ def in_one_pass(model, image):
 
 
 def assert_agrees(store, p, within=1):
-    """Stored maps against probabilities: `within` of 255, classes equal but at ties."""
+    """Checks stored outputs: probabilities to `within` of 255, classes equal except at ties."""
     maps, classes = probabilities_of(store), classes_of(store)
     assert np.abs(maps - np.rint(255 * p[1:])).max() <= within
     assert (np.abs(maps - 255 * p[1:]) > 0.5 + 1e-3).mean() < 1e-3
     first, second = np.sort(p, axis=0)[::-1][:2]
     tie = 255 * (first - second) <= 2
     np.testing.assert_array_equal(classes[~tie], p.argmax(0)[~tie])
-    assert tie.mean() < 0.2 or classes.size < 100  # or the comparison says nothing
+    assert tie.mean() < 0.2 or classes.size < 100  # else too few voxels are compared
 
 
 def probabilities_of(store):
@@ -154,7 +154,7 @@ def test_float32_differs_by_at_most_one_between_tile_sizes(tmp_path, model, writ
 
 
 def test_bfloat16_differs_by_a_few_between_tile_sizes(tmp_path, write):
-    volume, found = write(noise((2, 100, 90))), []
+    volume, differences = write(noise((2, 100, 90))), []
     for seed in range(2):
         model = random_model(tmp_path / f"{seed}.safetensors", seed=seed)
         stores = [
@@ -162,8 +162,8 @@ def test_bfloat16_differs_by_a_few_between_tile_sizes(tmp_path, write):
             for n, t in enumerate([(2, 100, 92), (1, 16, 16)])
         ]
         one, other = map(probabilities_of, stores)
-        found.append(np.abs(one - other).max())
-    assert max(found) <= BFLOAT16_BOUND, found
+        differences.append(np.abs(one - other).max())
+    assert max(differences) <= BFLOAT16_BOUND, differences
     p = in_one_pass(model, tifffile.imread(volume)[None])
     assert np.abs(probabilities_of(stores[0]) - 255 * p[1:]).mean() < 2
 
@@ -214,16 +214,16 @@ def test_the_chosen_channel_is_segmented(tmp_path, model, write):
     assert_agrees(store, in_one_pass(model, image[1:]))
 
 
-def test_the_tile_asked_for_is_rounded_up_and_clamped(tmp_path, model, volume):
-    for n, (asked, fitted) in enumerate(
+def test_the_requested_tile_is_rounded_up_and_clamped(tmp_path, model, volume):
+    for n, (requested, fitted) in enumerate(
         [((1, 1, 1), (1, 4, 4)), ((9, 999, 17), (3, 64, 20)), ((2, 61, 75), (2, 64, 76))]
     ):
-        settings = dataclasses.replace(FLOAT32, tile=asked)
+        settings = dataclasses.replace(FLOAT32, tile=requested)
         run = preparation.prepare(volume, model, tmp_path / str(n), settings)
         assert run.plan.core == fitted
 
 
-# The same bytes again
+# Repeated runs
 
 
 def test_a_second_run_gives_the_same_bytes(tmp_path, model, volume):
@@ -233,7 +233,7 @@ def test_a_second_run_gives_the_same_bytes(tmp_path, model, volume):
 
 
 @pytest.mark.parametrize("stops", [(1,), (12,), (3, 4, 10), (23,)], ids=str)
-def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, model, volume, predicted, stops):
+def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, model, volume, predicted, stops):
     whole = segment(volume, model, tmp_path / "whole", TILED)
     assert sorted(predicted) == list(range(24))
     done = 0
@@ -250,7 +250,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, model, volume, p
     assert bytes_of(store) == bytes_of(whole)
 
 
-def test_only_missing_tiles_are_written_again(tmp_path, model, volume):
+def test_only_missing_tiles_are_written(tmp_path, model, volume):
     with pytest.raises(StoppedError):
         segment(volume, model, tmp_path / "cut", TILED, stop_after(10))
     with Ledger(tmp_path / "cut" / LEDGER, 24) as ledger:
@@ -280,7 +280,7 @@ def test_a_finished_run_does_nothing(tmp_path, model, volume, predicted):
     [Box((0, 0, 0), (1, 1, 1)), Box((1, 17, 19), (3, 40, 75)), Box((2, 60, 74), (3, 61, 75))],
     ids=str,
 )
-def test_a_region_gives_the_bytes_of_that_part_of_the_whole(tmp_path, model, volume, region):
+def test_a_region_gives_the_bytes_of_the_same_part_of_the_whole(tmp_path, model, volume, region):
     whole = bytes_of(segment(volume, model, tmp_path / "whole", TILED))
     settings = dataclasses.replace(TILED, region=region)
     part = segment(volume, model, tmp_path / "part", settings)
@@ -290,9 +290,9 @@ def test_a_region_gives_the_bytes_of_that_part_of_the_whole(tmp_path, model, vol
     ranges = zip(region.start, region.stop, (1, 32, 20), strict=True)
     touched = np.prod([-(-b // n) - a // n for a, b, n in ranges])
     assert len(shards_of(part)) == 2 * touched
-    there, here = classes_of(tmp_path / "whole"), classes_of(part)
-    assert here.shape == there.shape
-    np.testing.assert_array_equal(here[region.slices], there[region.slices])
+    classes, part_classes = classes_of(tmp_path / "whole"), classes_of(part)
+    assert part_classes.shape == classes.shape
+    np.testing.assert_array_equal(part_classes[region.slices], classes[region.slices])
 
 
 def test_regions_accumulate(tmp_path, model, volume, predicted):
@@ -305,36 +305,36 @@ def test_regions_accumulate(tmp_path, model, volume, predicted):
 
 
 @pytest.mark.parametrize(
-    "outputs, there, gone",
+    "outputs, present, absent",
     [(("classes",), "labels", "0"), (("probabilities",), "0", "labels")],
     ids=["classes", "probabilities"],
 )
-def test_only_the_outputs_asked_for_are_stored(tmp_path, model, volume, outputs, there, gone):
+def test_only_the_requested_outputs_are_stored(tmp_path, model, volume, outputs, present, absent):
     whole = bytes_of(segment(volume, model, tmp_path / "whole", TILED))
     settings = dataclasses.replace(TILED, outputs=outputs)
     store = segment(volume, model, tmp_path / "out", settings)
-    assert (store / there).is_dir() and not (store / gone).exists()
+    assert (store / present).is_dir() and not (store / absent).exists()
     shards = shards_of(store)
     assert len(shards) == 24
     assert {n: c for n, c in bytes_of(store).items() if n in shards} == {
         n: whole[n] for n in shards
     }
-    # the store's own choice is kept where none is made
+    # a rerun without `outputs` uses those of the store
     assert preparation.prepare(volume, model, store, TILED).outputs == outputs
 
 
 @pytest.mark.parametrize("change", [-1, 1 << 30])
-def test_the_plan_in_the_store_wins_over_another_memory(tmp_path, model, volume, predicted, change):
+def test_a_store_keeps_its_plan_with_another_memory(tmp_path, model, volume, predicted, change):
     opened, (network, _) = open_volume(volume), read_model(model)
     size = network_size(network, "float32")
     plan, need = choose_plan(opened, network, size, FLOAT32, 2)
-    # Tiles are chosen by what a Ray worker needs, whichever engine runs them.
+    # Tiles must fit into a Ray worker, even on the local engine.
     one_less = dataclasses.replace(FLOAT32, memory=need.on("ray").total - 1)
     _, less = choose_plan(opened, network, size, one_less, 2)
     assert less.total < need.total
     chosen = (need if change > 0 else less).on("ray").total
     first = dataclasses.replace(FLOAT32, memory=chosen)
-    # the allowance of the second call would choose another plan for a new store
+    # a new store would get another plan with the memory of the second call
     second = dataclasses.replace(FLOAT32, memory=(less if change > 0 else need.on("ray")).total)
     whole = segment(volume, model, tmp_path / "whole", first)
     with pytest.raises(StoppedError):
@@ -348,10 +348,10 @@ def test_the_plan_in_the_store_wins_over_another_memory(tmp_path, model, volume,
     assert preparation.prepare(volume, model, tmp_path / "cut", second).plan != plan or change > 0
 
 
-# What the store says of itself
+# Provenance
 
 
-def test_provenance_does_not_know_who_ran_it_where_and_when(tmp_path, model, volume):
+def test_provenance_does_not_depend_on_user_place_and_time(tmp_path, model, volume):
     one = segment(volume, model, tmp_path / "one", TILED)
     (tmp_path / "elsewhere").mkdir()
     moved = [shutil.move(path, tmp_path / "elsewhere" / path.name) for path in (model, volume)]
@@ -367,21 +367,21 @@ def test_provenance_does_not_know_who_ran_it_where_and_when(tmp_path, model, vol
     assert not {w for w in words if re.search("engine|workers|memory|region|path|seconds|host", w)}
 
 
-def test_provenance_says_what_fixes_the_bytes(tmp_path, model, volume):
+def test_provenance_records_everything_that_determines_the_bytes(tmp_path, model, volume):
     store = segment(volume, model, tmp_path / "out", TILED)
-    told = json.loads((store / "zarr.json").read_text())["attributes"]["unet_ray"]
+    provenance = json.loads((store / "zarr.json").read_text())["attributes"]["unet_ray"]
     image = tifffile.imread(volume).astype(float)
-    assert told["input"]["name"] == "volume.tif"
-    assert told["plan"]["core"] == [1, 32, 20]
-    assert told["precision"] == "float32" and told["device"] in ("cpu", "cuda")
-    assert told["normalisation"]["mean"] == pytest.approx([image.mean()], rel=1e-12)
-    assert told["normalisation"]["sd"] == pytest.approx([image.std()], rel=1e-12)
-    assert told["model"]["architecture"]["depth"] == 2
-    assert len(told["model"]["sha256"]) == 64
-    assert {"unet-ray", "torch", "numpy", "zarr"} <= set(told["versions"])
+    assert provenance["input"]["name"] == "volume.tif"
+    assert provenance["plan"]["core"] == [1, 32, 20]
+    assert provenance["precision"] == "float32" and provenance["device"] in ("cpu", "cuda")
+    assert provenance["normalisation"]["mean"] == pytest.approx([image.mean()], rel=1e-12)
+    assert provenance["normalisation"]["sd"] == pytest.approx([image.std()], rel=1e-12)
+    assert provenance["model"]["architecture"]["depth"] == 2
+    assert len(provenance["model"]["sha256"]) == 64
+    assert {"unet-ray", "torch", "numpy", "zarr"} <= set(provenance["versions"])
 
 
-# What is refused
+# Refusals
 
 
 OTHER = {
@@ -415,7 +415,7 @@ def test_another_run_on_the_same_store_is_refused_by_name(
     assert state_of(tmp_path) == before
 
 
-def test_overwrite_starts_anew(tmp_path, model, volume):
+def test_overwrite_creates_a_new_store(tmp_path, model, volume):
     segment(volume, model, tmp_path / "out", TILED)
     settings = dataclasses.replace(TILED, tile=(3, 64, 40), overwrite=True)
     segment(volume, model, tmp_path / "out", settings)
@@ -427,7 +427,7 @@ def test_overwrite_starts_anew(tmp_path, model, volume):
     assert bytes_of(tmp_path / "new") == bytes_of(fresh)
 
 
-def test_overwrite_deletes_nothing_before_all_is_checked(tmp_path, model, volume):
+def test_overwrite_deletes_nothing_before_all_checks_passed(tmp_path, model, volume):
     segment(volume, model, tmp_path / "out", COARSE)
     before = state_of(tmp_path)
     settings = dataclasses.replace(COARSE, region=Box((0, 0, 0), (4, 1, 1)), overwrite=True)
@@ -446,21 +446,21 @@ def test_overwrite_never_deletes_its_own_input(tmp_path, volume):
 
 
 @pytest.mark.parametrize("kind", ["mask", "model", "volume"])
-def test_overwrite_never_deletes_what_the_run_reads(tmp_path, volume, kind):
+def test_overwrite_never_deletes_an_input_of_the_run(tmp_path, volume, kind):
     out = tmp_path / "out"
-    given = {"model": random_model(tmp_path / "model.safetensors"), "volume": volume}
-    given["mask"] = write_stack(tmp_path / "mask.tif", np.ones((3, 61, 75), np.uint8))
-    segment(volume, given["model"], out, COARSE)
-    inside = out / PRIVATE / Path(given[kind]).name  # where all is taken to be ours
-    given[kind] = shutil.copy(given[kind], inside)
+    inputs = {"model": random_model(tmp_path / "model.safetensors"), "volume": volume}
+    inputs["mask"] = write_stack(tmp_path / "mask.tif", np.ones((3, 61, 75), np.uint8))
+    segment(volume, inputs["model"], out, COARSE)
+    inside = out / PRIVATE / Path(inputs[kind]).name  # all files in this folder count as ours
+    inputs[kind] = shutil.copy(inputs[kind], inside)
     before = state_of(tmp_path)
-    settings = dataclasses.replace(COARSE, mask=given["mask"], overwrite=True)
+    settings = dataclasses.replace(COARSE, mask=inputs["mask"], overwrite=True)
     with pytest.raises(InputError, match=rf"{out}: overlaps the input {inside}"):
-        segment(given["volume"], given["model"], out, settings)
+        segment(inputs["volume"], inputs["model"], out, settings)
     assert state_of(tmp_path) == before
 
 
-def test_an_output_that_no_disk_takes_is_named(tmp_path, model, volume):
+def test_an_impossible_output_path_is_named(tmp_path, model, volume):
     long = tmp_path / ("x" * 300)
     with pytest.raises(InputError, match=rf"{long}: cannot be used \(File name too long\)"):
         segment(volume, model, long, TILED)
@@ -472,19 +472,19 @@ def test_an_output_that_no_disk_takes_is_named(tmp_path, model, volume):
 
 FOREIGN = {
     "folder": lambda path: [path.mkdir(), (path / "chapter.tex").write_text("years of work")],
-    "a link that leads nowhere": lambda path: path.symlink_to("nowhere"),
+    "a broken link": lambda path: path.symlink_to("nowhere"),
     "metadata of another": lambda path: zarr.create_group(path / "labels"),
     "file": lambda path: path.write_text("years of work"),
     "array": lambda path: zarr.create_array(path, shape=(4,), dtype="uint8"),
     "group": lambda path: zarr.create_group(path, attributes={"ome": {"version": "0.5"}}),
     "damaged": lambda path: [path.mkdir(), (path / "zarr.json").write_text('{"attributes": {')],
     "oddity": lambda path: zarr.create_group(path, attributes={"unet_ray": "a word"}),
-    "nothing told": lambda path: zarr.create_group(path, attributes={"unet_ray": {}}),
+    "empty provenance": lambda path: zarr.create_group(path, attributes={"unet_ray": {}}),
     "later format": lambda path: zarr.create_group(path, attributes={"unet_ray": {"format": 2}}),
 }
 
 
-def test_an_empty_folder_is_as_good_as_none(tmp_path, model, volume):
+def test_an_empty_folder_becomes_a_store(tmp_path, model, volume):
     (tmp_path / "out").mkdir()
     whole = segment(volume, model, tmp_path / "whole", TILED)
     assert bytes_of(segment(volume, model, tmp_path / "out", TILED)) == bytes_of(whole)
@@ -492,7 +492,7 @@ def test_an_empty_folder_is_as_good_as_none(tmp_path, model, volume):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_what_is_not_ours_is_never_touched(tmp_path, model, volume, kind, overwrite):
+def test_foreign_files_are_never_touched(tmp_path, model, volume, kind, overwrite):
     FOREIGN[kind](tmp_path / "out")
     before = state_of(tmp_path)
     with pytest.raises(InputError, match="out: exists and is not an output of unet-ray"):
@@ -505,10 +505,10 @@ def test_a_value_that_is_not_finite_is_named_with_its_tile(tmp_path, model, writ
     image = noise((3, 61, 75), "float32")
     image[place] = value
     volume = write(image)
-    with pytest.raises(QuarantinedError, match=re.escape(f"voxel (z, y, x) = {place} ")) as told:
+    with pytest.raises(QuarantinedError, match=re.escape(f"voxel (z, y, x) = {place} ")) as named:
         segment(volume, model, tmp_path / "out", TILED)
-    assert str(volume) in str(told.value) and str(value) in str(told.value)
-    number = int(re.search(r"read by tile (\d+)", str(told.value))[1])
+    assert str(volume) in str(named.value) and str(value) in str(named.value)
+    number = int(re.search(r"read by tile (\d+)", str(named.value))[1])
     plan = preparation.prepare(volume, model, tmp_path / "out", TILED).plan
     read = plan[number].read
     assert all(a <= p < b for a, p, b in zip(read.start, place, read.stop, strict=True))
@@ -522,9 +522,7 @@ def test_too_little_memory_is_refused(tmp_path, model, volume):
     assert not (tmp_path / "out").exists()
 
 
-def test_memory_that_is_little_for_this_engine_still_gives_the_largest_tile_that_fits(
-    tmp_path, model, write
-):
+def test_little_memory_still_gets_the_largest_tile_that_fits_the_engine(tmp_path, model, write):
     volume = write(noise((3, 900, 1000)))
 
     def planned(engine, memory):
@@ -534,18 +532,18 @@ def test_memory_that_is_little_for_this_engine_still_gives_the_largest_tile_that
     smallest = planning.plan(volume, model, dataclasses.replace(FLOAT32, tile=(1, 4, 4)))
     memory = smallest.memory.total + (40 << 20)
     assert memory < smallest.memory.on("ray").total
-    found = planned("local", memory)
-    assert found.memory.total <= memory and found.plan.core[1] > 100
-    # Nor does a little more take the smallest tiles that Ray could have.
+    outlook = planned("local", memory)
+    assert outlook.memory.total <= memory and outlook.plan.core[1] > 100
+    # A little more memory must not switch to the smallest tiles that fit into a Ray worker.
     for more in (0, 1, 2, 4, 8, 16):
         memory = smallest.memory.on("ray").total + (more << 20)
-        assert planned("local", memory).halo_overhead <= 1.5 * found.halo_overhead + 1
+        assert planned("local", memory).halo_overhead <= 1.5 * outlook.halo_overhead + 1
     with pytest.raises(InputError, match="is too little for this model"):
-        choose = dataclasses.replace(FLOAT32, engine="local", memory=smallest.memory.total - 1)
-        planning.plan(volume, model, choose)
+        too_little = dataclasses.replace(FLOAT32, memory=smallest.memory.total - 1)
+        planning.plan(volume, model, dataclasses.replace(too_little, engine="local"))
 
 
-def test_a_tile_too_large_for_the_memory_names_one_that_fits(tmp_path, model, write):
+def test_the_error_for_a_too_large_tile_names_one_that_fits(tmp_path, model, write):
     volume = write(noise((3, 900, 1000)))
     opened, (network, _) = open_volume(volume), read_model(model)
     half = dataclasses.replace(FLOAT32, tile=(3, 452, 1000))
@@ -566,7 +564,7 @@ def large_network():
 
 
 def chosen(folder, network, shape, chunks, memory):
-    """The plan of a Zarr array of which nothing is stored, for bfloat16."""
+    """The plan for a Zarr array without stored chunks, in bfloat16."""
     zarr.create_array(folder / "a.zarr", shape=shape, chunks=chunks, dtype="uint16")
     volume, size = open_volume(folder / "a.zarr"), network_size(network, "bfloat16")
     plan, need = choose_plan(volume, network, size, Settings(memory=memory), 2)
@@ -584,12 +582,12 @@ def chosen(folder, network, shape, chunks, memory):
         ((1024, 64, 64), 4, (1000, 416, 416)),
     ],
 )
-def test_tiles_are_as_deep_as_chunks_or_as_a_slab(tmp_path, large_network, chunks, memory, core):
+def test_tiles_are_as_deep_as_a_chunk_or_a_slab(tmp_path, large_network, chunks, memory, core):
     plan, _, _ = chosen(tmp_path, large_network, (1000, 2048, 2048), chunks, memory << 30)
     assert plan.core == core
 
 
-def test_tiles_of_deep_chunks_are_cut_before_they_are_mostly_halo(tmp_path, large_network):
+def test_tiles_of_deep_chunks_are_split_before_they_are_mostly_halo(tmp_path, large_network):
     whole = 4096, 4096, 4096
     plan, halo, reads = chosen(tmp_path, large_network, whole, (2048, 64, 64), 1 << 30)
     assert 1 < plan.core[0] < 2048 and min(plan.core[1:]) > 128
@@ -620,7 +618,7 @@ def test_an_unknown_output_is_refused(tmp_path, model, volume):
         segment(volume, model, tmp_path / "out", settings)
 
 
-# Where several inputs go
+# Several inputs
 
 
 def test_one_input_goes_to_the_path_itself_and_several_into_a_folder():
@@ -634,7 +632,7 @@ def test_one_input_goes_to_the_path_itself_and_several_into_a_folder():
         output_paths(["a/x.tif", "b/x.zarr"], "out")
 
 
-def test_a_plan_says_what_a_run_does_and_writes_nothing(tmp_path, model, volume):
+def test_a_plan_predicts_the_run_and_writes_nothing(tmp_path, model, volume):
     before = state_of(tmp_path)
     settings = dataclasses.replace(TILED, region=Box((0, 0, 0), (1, 61, 75)))
     outlook = planning.plan(volume, model, settings)
@@ -668,10 +666,10 @@ def test_an_input_inside_the_output_of_another_is_refused(tmp_path, model, volum
     assert state_of(tmp_path) == before
 
 
-def test_another_run_on_the_same_store_is_refused_and_may_be_forced_out(tmp_path, model, volume):
+def test_a_second_run_on_a_store_is_refused_unless_it_takes_over(tmp_path, model, volume):
     store = segment(volume, model, tmp_path / "out", FLOAT32)
     before = bytes_of(store)
-    shutil.rmtree(store / LEDGER)  # or there would be nothing to do
+    shutil.rmtree(store / LEDGER)  # else no tile is pending
     again = dataclasses.replace(FLOAT32, overwrite=True)
     with Lease(store / PRIVATE):
         for settings in (FLOAT32, again):
@@ -682,33 +680,31 @@ def test_another_run_on_the_same_store_is_refused_and_may_be_forced_out(tmp_path
     assert bytes_of(store) == before
 
 
-def test_a_run_that_is_forced_out_stops_and_loses_nothing(
+def test_a_run_that_was_taken_over_stops_and_loses_nothing(
     tmp_path, model, volume, monkeypatch, capsys
 ):
     monkeypatch.setattr(lease, "CHECK_SECONDS", 0)
     whole = segment(volume, model, tmp_path / "whole", TILED)
 
-    def force_out(progress):
+    def take_over(progress):
         if progress.finished == 5:
             last = Box((2, 60, 74), (3, 61, 75))
             other = dataclasses.replace(TILED, takeover=True, region=last)
             segment(volume, model, tmp_path / "out", other)
 
     with pytest.raises(RunError, match="so this run stops; committed work is kept"):
-        segment(volume, model, tmp_path / "out", TILED, force_out)
+        segment(volume, model, tmp_path / "out", TILED, take_over)
     assert "taking over from process" in capsys.readouterr().err
     seen = []
     store = segment(volume, model, tmp_path / "out", TILED, seen.append)
-    assert seen[0].done >= 7  # five of the first run, one of the second
+    assert seen[0].done >= 7  # five of the first run, one of the second, and this one
     assert bytes_of(store) == bytes_of(whole)
 
 
 @pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.ray)])
 @pytest.mark.usefixtures("ready")
-def test_a_run_whose_store_was_made_anew_by_another_writes_nothing_there(
-    tmp_path, model, volume, engine
-):
-    """The old run is amid a tile when the new one deletes its store and makes its own."""
+def test_a_run_writes_nothing_after_another_recreated_its_store(tmp_path, model, volume, engine):
+    """The old run is computing a tile while the new one replaces the store."""
     fresh = dataclasses.replace(TILED, tile=(1, 64, 76))
     whole = segment(volume, model, tmp_path / "whole", fresh)
     store = tmp_path / "out"
@@ -726,9 +722,7 @@ def test_a_run_whose_store_was_made_anew_by_another_writes_nothing_there(
     assert segment(volume, model, store, fresh, pytest.fail) == store
 
 
-def test_a_run_that_finds_another_store_than_it_was_prepared_for_is_refused(
-    tmp_path, model, volume
-):
+def test_a_run_is_refused_if_the_store_changed_after_preparation(tmp_path, model, volume):
     other = dataclasses.replace(TILED, tile=(1, 64, 76))
     for out in ("new", "old"):
         if out == "old":
@@ -738,13 +732,13 @@ def test_a_run_that_finds_another_store_than_it_was_prepared_for_is_refused(
                 tmp_path / out,
                 dataclasses.replace(TILED, region=Box((2, 60, 74), (3, 61, 75))),
             )
-        late = preparation.prepare(volume, model, tmp_path / out, TILED)
+        prepared = preparation.prepare(volume, model, tmp_path / out, TILED)
         whole = segment(
             volume, model, tmp_path / out, dataclasses.replace(other, overwrite=out == "old")
         )
         before = state_of(whole)
         with pytest.raises(InputError, match=r"another plan\.core"):
-            execution.execute(late, TILED, print)
+            execution.execute(prepared, TILED, print)
         after = state_of(whole)
         assert {k for k in after if after[k] != before.get(k)} <= {
             whole / PRIVATE / name for name in ("", "lease.json")
@@ -753,18 +747,20 @@ def test_a_run_that_finds_another_store_than_it_was_prepared_for_is_refused(
 
 def test_overwriting_through_a_link_leaves_the_link(tmp_path, model, volume):
     whole = segment(volume, model, tmp_path / "whole", TILED)
-    there = segment(volume, model, tmp_path / "disk", dataclasses.replace(TILED, tile=(1, 64, 76)))
-    (tmp_path / "out").symlink_to(there)
+    target = segment(volume, model, tmp_path / "disk", dataclasses.replace(TILED, tile=(1, 64, 76)))
+    (tmp_path / "out").symlink_to(target)
     segment(volume, model, tmp_path / "out", dataclasses.replace(TILED, overwrite=True))
     assert (tmp_path / "out").is_symlink()
-    assert bytes_of(there) == bytes_of(whole)
+    assert bytes_of(target) == bytes_of(whole)
 
 
-@pytest.mark.parametrize(("room", "remedy"), [(300, r"--workers \d+\."), (64, "a smaller --mem")])
+@pytest.mark.parametrize(
+    ("available", "remedy"), [(300, r"--workers \d+\."), (64, "a smaller --mem")]
+)
 def test_more_workers_than_fit_into_memory_are_refused(
-    tmp_path, model, volume, monkeypatch, room, remedy
+    tmp_path, model, volume, monkeypatch, free, remedy
 ):
-    monkeypatch.setattr(preparation, "memory_available", lambda: room << 20)
+    monkeypatch.setattr(preparation, "memory_available", lambda: free << 20)
     many = dataclasses.replace(TILED, workers=500)
     with pytest.raises(InputError, match=rf"500 workers need .* are available; set .*{remedy}"):
         segment(volume, model, tmp_path / "out", many)

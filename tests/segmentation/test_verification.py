@@ -1,4 +1,4 @@
-"""Verifying a store: every damage is named, nothing else is, and repair gives the same bytes."""
+"""Verification names every damage and nothing else; repair restores the same bytes."""
 
 import dataclasses
 import io
@@ -48,13 +48,13 @@ NEAR = Context((0, 4, 4), (0, 4, 4), (1, 4, 4))
 
 @pytest.fixture
 def store(task, tmp_path):
-    """A copy of that store, to be damaged."""
+    """A copy of the store of `task`, to be damaged by a test."""
     return shutil.copytree(task[2], tmp_path / "out.zarr")
 
 
 @pytest.fixture
 def unet_ray(monkeypatch, capsys):
-    """Runs the command line in this process: gives exit code, stdout and stderr."""
+    """Runs the command line in this process; returns exit code, stdout and stderr."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     def call(*args):
@@ -83,7 +83,7 @@ def flip(path, bit):
 
 
 def the_damage(store, shard, tile, *words, **options):
-    """Checks that a shard is all that is damaged, and named in one sentence with these words."""
+    """Checks that only this shard is damaged, and that one sentence with `words` names it."""
     verdict = verify(store, **{"tiles": 0, **options})
     [sentence] = verdict.damage
     assert sentence.startswith(f"{shard}: the shard of tile {tile} "), sentence
@@ -93,10 +93,10 @@ def the_damage(store, shard, tile, *words, **options):
     return verdict
 
 
-# Stores that are whole
+# Sound stores
 
 
-def test_a_whole_store_is_sound_and_left_alone(store):
+def test_a_sound_store_is_reported_and_not_changed(store):
     before = state_of(store)
     verdict = verify(store, tiles=2)
     assert (verdict.tiles, verdict.shards) == (TILES, SHARDS)
@@ -106,30 +106,30 @@ def test_a_whole_store_is_sound_and_left_alone(store):
     assert state_of(store) == before
 
 
-def test_as_many_tiles_are_made_again_as_asked_for(store, monkeypatch):
-    made, predict = [], run_module.TileWorker.predict
+def test_the_requested_number_of_tiles_is_recomputed(store, monkeypatch):
+    recomputed, predict = [], run_module.TileWorker.predict
 
     def counted(worker, tile, voxels):
-        made.append(tile)
+        recomputed.append(tile)
         return predict(worker, tile, voxels)
 
     monkeypatch.setattr(run_module.TileWorker, "predict", counted)
-    assert verify(store, tiles=0).recomputed == () and made == []
+    assert verify(store, tiles=0).recomputed == () and recomputed == []
     assert verify(store, tiles=10**9).recomputed == (*range(TILES),)
-    assert sorted(made) == [*range(TILES)]
-    made.clear()
+    assert sorted(recomputed) == [*range(TILES)]
+    recomputed.clear()
     assert {verify(store, tiles=1).recomputed for _ in range(8)} != {(0,)}
-    assert len(made) == 8
+    assert len(recomputed) == 8
 
 
-def test_repair_of_a_whole_store_does_nothing(store):
+def test_repair_of_a_sound_store_changes_nothing(store):
     before = bytes_of(store)
     verdict = verify(store, tiles=0, repair=True)
     assert verdict.sound and not verdict.repaired and bytes_of(store) == before
 
 
 @pytest.mark.parametrize("outputs", [("probabilities",), ("classes",)])
-def test_a_store_of_one_output_with_settings_of_its_own(tmp_path, task, outputs):
+def test_a_store_with_one_output_and_unusual_settings_is_sound(tmp_path, task, outputs):
     volume, model, _ = task
     settings = dataclasses.replace(TILED, outputs=outputs, tta=True, nan="zero", channel=0, time=0)
     store = segment(volume, model, tmp_path / "out.zarr", settings)
@@ -137,7 +137,7 @@ def test_a_store_of_one_output_with_settings_of_its_own(tmp_path, task, outputs)
     assert verdict.sound and verdict.shards == TILES
 
 
-def test_the_unit_of_a_volume_is_no_damage(tmp_path, task):
+def test_a_voxel_size_with_a_unit_is_no_damage(tmp_path, task):
     written = {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER"}
     metadata = {"axes": "ZYX", "PhysicalSizeZ": 2.0, "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
     volume = write_stack(
@@ -164,7 +164,7 @@ def wide(tmp_path):
     return path
 
 
-def test_inner_chunks_outside_the_volume_are_not_missed(wide):
+def test_inner_chunks_outside_the_volume_do_not_count_as_missing(wide):
     verdict = verify(wide, tiles=0)
     assert verdict.sound and (verdict.tiles, verdict.shards) == (2, 4)
 
@@ -174,10 +174,10 @@ def test_inner_chunks_outside_the_volume_are_not_missed(wide):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_flipped_bit_is_found(store, seed):
-    chance = random.Random(seed)
-    tile, name = chance.randrange(TILES), chance.choice([*ARRAYS])
+    rng = random.Random(seed)
+    tile, name = rng.randrange(TILES), rng.choice([*ARRAYS])
     shard = shard_of(store, tile, name)
-    flip(shard, chance.randrange(8 * shard.stat().st_size))
+    flip(shard, rng.randrange(8 * shard.stat().st_size))
     the_damage(store, shard, tile, "damaged")
 
 
@@ -196,17 +196,17 @@ def test_every_byte_of_a_shard_is_covered(task, tmp_path):
 @pytest.mark.parametrize("tile", [0, 1])
 def test_flipped_bits_are_found_among_several_inner_chunks(wide, tile):
     shard = shard_of(wide, tile)
-    whole, chance = shard.read_bytes(), random.Random(tile)
+    whole, rng = shard.read_bytes(), random.Random(tile)
     index = 16 * 8 + 4
-    offsets = [chance.randrange(len(whole)) for _ in range(8)]
-    for at in [*offsets, *(len(whole) - chance.randint(1, index) for _ in range(8))]:
-        flip(shard, 8 * at + chance.randrange(8))
+    offsets = [rng.randrange(len(whole)) for _ in range(8)]
+    for at in [*offsets, *(len(whole) - rng.randint(1, index) for _ in range(8))]:
+        flip(shard, 8 * at + rng.randrange(8))
         assert len(verify(wide, tiles=0).damage) == 1, at
         shard.write_bytes(whole)
 
 
 def test_bytes_between_the_chunks_of_a_shard_are_found(store):
-    """An index that skips some bytes has a checksum that is right, and readers see nothing."""
+    """An index that skips some bytes can have a valid checksum, and readers do not notice."""
     from google_crc32c import value
 
     shard = shard_of(store, 7)
@@ -241,13 +241,13 @@ def test_every_damaged_shard_has_a_line(store):
     )
 
 
-def test_a_shard_of_another_tile_is_found_by_making_it_again(store):
+def test_a_shard_of_another_tile_is_found_by_recomputing(store):
     whole = bytes_of(store)
     one, other = shard_of(store, 2), shard_of(store, 9)
-    kept = one.read_bytes()
+    content = one.read_bytes()
     assert plan_of(store)[2].write.shape == plan_of(store)[9].write.shape
     one.write_bytes(other.read_bytes())
-    other.write_bytes(kept)
+    other.write_bytes(content)
     assert verify(store, tiles=0).sound
     verdict = verify(store, tiles=TILES)
     assert [s.split(" differs")[0] for s in verdict.damage] == [
@@ -258,10 +258,10 @@ def test_a_shard_of_another_tile_is_found_by_making_it_again(store):
     assert bytes_of(store) == whole
 
 
-# Shards that somebody has made
+# Forged shards
 
 
-def test_a_link_is_no_shard_and_repair_does_not_write_behind_it(store, tmp_path):
+def test_a_link_is_no_shard_and_repair_does_not_write_to_its_target(store, tmp_path):
     shard, elsewhere = shard_of(store, 3), tmp_path / "elsewhere"
     shutil.move(shard, elsewhere)
     shard.symlink_to(elsewhere)
@@ -271,7 +271,7 @@ def test_a_link_is_no_shard_and_repair_does_not_write_behind_it(store, tmp_path)
     assert shard.is_file() and not shard.is_symlink() and state_of(tmp_path)[elsewhere] == before
 
 
-def test_a_folder_of_links_is_damage_that_repair_leaves_alone(store, tmp_path):
+def test_a_linked_folder_is_damage_that_repair_does_not_touch(store, tmp_path):
     shard = shard_of(store, 0, "classes")
     shutil.move(shard.parent, tmp_path / "elsewhere")
     shard.parent.symlink_to(tmp_path / "elsewhere")
@@ -283,7 +283,7 @@ def test_a_folder_of_links_is_damage_that_repair_leaves_alone(store, tmp_path):
 
 
 @pytest.mark.parametrize("loop", ["itself", "gone"])
-def test_a_link_to_nothing_is_no_shard(store, tmp_path, loop):
+def test_a_broken_link_is_no_shard(store, tmp_path, loop):
     shard = shard_of(store, 3)
     shard.unlink()
     shard.symlink_to(shard if loop == "itself" else tmp_path / "gone")
@@ -337,7 +337,7 @@ def test_a_shard_of_absurd_size_is_not_read(store):
 
 
 def forged(frame, chunks=1):
-    """A shard of one inner chunk whose checksums are right."""
+    """A shard of one inner chunk, with valid checksums."""
     from google_crc32c import value
 
     chunk = frame + value(frame).to_bytes(4, "little")
@@ -345,7 +345,7 @@ def forged(frame, chunks=1):
     return chunk + index + value(index).to_bytes(4, "little")
 
 
-def test_a_forged_shard_is_taken_if_it_is_right(store):
+def test_a_forged_shard_with_valid_checksums_is_found_only_by_recomputing(store):
     frame = bytes(Zstd(level=1).encode(np.zeros(640, np.uint8)))
     shard_of(store, 3).write_bytes(forged(frame))
     assert verify(store, tiles=0).sound
@@ -353,9 +353,9 @@ def test_a_forged_shard_is_taken_if_it_is_right(store):
 
 
 @pytest.mark.parametrize("size", [639, 641, 2**40, 2**63])
-def test_an_inner_chunk_of_another_size_is_never_unpacked(store, size):
+def test_an_inner_chunk_of_another_size_is_never_decompressed(store, size):
     shard = shard_of(store, 3)
-    # a header that announces so many bytes, and one block of a repeated byte
+    # a header that declares `size` bytes, and one block of a repeated byte
     frame = b"\x28\xb5\x2f\xfd\xe0" + size.to_bytes(8, "little") + b"\x03\x14\x00\x00"
     shard.write_bytes(forged(frame))
     the_damage(store, shard, 3, f"{size} bytes, not 640")
@@ -378,7 +378,7 @@ def test_an_index_that_points_elsewhere_is_damage(store, spans):
 
 
 @pytest.mark.parametrize("size", [0, 1, 255, 256, 300, 65791, 65792, 2**20])
-def test_the_size_that_a_frame_tells(size):
+def test_the_declared_size_of_a_frame_is_its_content_size(size):
     assert declared_size(bytes(Zstd().encode(np.zeros(size, np.uint8))) or b"") in (size, None)
     assert size == 0 or declared_size(bytes(Zstd().encode(np.zeros(size, np.uint8)))) == size
 
@@ -386,7 +386,7 @@ def test_the_size_that_a_frame_tells(size):
 @pytest.mark.parametrize(
     "frame", [b"", b"\x28\xb5\x2f\xfd", b"\x28\xb5\x2f\xfd\x00", b"PK\3\4" * 9]
 )
-def test_what_is_no_frame_tells_no_size(frame):
+def test_data_that_is_no_frame_has_no_declared_size(frame):
     assert declared_size(frame) is None
 
 
@@ -403,8 +403,8 @@ FILES += ["labels/classes/0/zarr.json"]
 )
 def test_damaged_metadata_is_named_and_repaired(store, name, how):
     path, whole = store / name, bytes_of(store)
-    told = json.loads(path.read_text())
-    texts = {"broken": "{", "other": json.dumps({**told, "zarr_format": 2}), "list": "[]"}
+    root = json.loads(path.read_text())
+    texts = {"broken": "{", "other": json.dumps({**root, "zarr_format": 2}), "list": "[]"}
     texts |= {"deep": "[" * 200000, "empty": ""}
     path.unlink() if how == "missing" else path.write_text(texts[how])
     [sentence] = verify(store, tiles=0).damage
@@ -415,7 +415,7 @@ def test_damaged_metadata_is_named_and_repaired(store, name, how):
     assert bytes_of(store) == whole
 
 
-def test_tiles_are_made_again_though_an_array_cannot_be_opened(store):
+def test_tiles_are_recomputed_even_if_an_array_cannot_be_opened(store):
     (store / "0/zarr.json").unlink()
     verdict = verify(store, tiles=TILES)
     assert verdict.recomputed == (*range(TILES),) and len(verdict.damage) == 1
@@ -424,11 +424,11 @@ def test_tiles_are_made_again_though_an_array_cannot_be_opened(store):
 def test_a_changed_voxel_size_is_found(store):
     whole = bytes_of(store)
     path = store / "zarr.json"
-    told = json.loads(path.read_text())
-    told["attributes"]["ome"]["multiscales"][0]["axes"][1]["unit"] = "micrometer"
-    path.write_text(json.dumps(told))
+    root = json.loads(path.read_text())
+    root["attributes"]["ome"]["multiscales"][0]["axes"][1]["unit"] = "micrometer"
+    path.write_text(json.dumps(root))
     assert not verify(store, tiles=0).sound
-    [sentence] = verify(store, tiles=1).damage  # the volume knows which of the two is right
+    [sentence] = verify(store, tiles=1).damage  # only the volume has the right unit
     assert sentence.startswith(f"{path}: differs in 'attributes'")
     assert verify(store, repair=True).sound and bytes_of(store) == whole
 
@@ -443,7 +443,7 @@ def test_a_store_without_provenance_is_damaged(store, text):
     assert verify(store).damage == (f"{store / 'zarr.json'}: is missing.",)
 
 
-STRANGE = [
+INVALID = [
     ("plan", {}),
     ("plan", 3),
     ("plan.shape", [3, 61]),
@@ -463,27 +463,27 @@ STRANGE = [
 ]
 
 
-@pytest.mark.parametrize("key, value", STRANGE, ids=str)
-def test_strange_provenance_ends_as_damage(store, key, value):
-    told = json.loads((store / "zarr.json").read_text())
+@pytest.mark.parametrize("key, value", INVALID, ids=str)
+def test_invalid_provenance_is_damage(store, key, value):
+    root = json.loads((store / "zarr.json").read_text())
     *folders, last = ["attributes", "unet_ray", *key.split(".")]
-    place = told
+    place = root
     for folder in folders:
         place = place[folder]
     place[last] = value
-    (store / "zarr.json").write_text(json.dumps(told))
+    (store / "zarr.json").write_text(json.dumps(root))
     assert verify(store, tiles=0).damage
 
 
 @pytest.mark.parametrize("key", ["precision", "input.channel", "input.level", "model.sha256"])
-def test_provenance_of_another_run_is_not_made_again(store, key):
-    told = json.loads((store / "zarr.json").read_text())
+def test_tiles_are_not_recomputed_from_the_provenance_of_another_run(store, key):
+    root = json.loads((store / "zarr.json").read_text())
     *folders, last = ["attributes", "unet_ray", *key.split(".")]
-    place = told
+    place = root
     for folder in folders:
         place = place[folder]
     place[last] = "strange"
-    (store / "zarr.json").write_text(json.dumps(told))
+    (store / "zarr.json").write_text(json.dumps(root))
     verdict = verify(store)
     assert verdict.refusal and not verdict.recomputed and not verdict.sound
     assert verify(store, tiles=0).sound
@@ -495,10 +495,10 @@ def test_a_copy_without_hidden_files_is_damaged(store):
     assert f"{PRIVATE} is missing" in sentence
 
 
-# What is no damage
+# Notes that are no damage
 
 
-def test_an_unfinished_store_is_sound_and_said_to_be_unfinished(tmp_path, task):
+def test_an_unfinished_store_is_sound_and_reported_as_unfinished(tmp_path, task):
     region = dataclasses.replace(TILED, region=Box((0, 0, 0), (1, 61, 75)))
     store = segment(*task[:2], tmp_path / "out.zarr", region)
     verdict = verify(store, tiles=1)
@@ -525,7 +525,7 @@ def test_an_empty_store_is_sound(tmp_path, task):
     assert verdict.sound and verdict.shards == 0 and verdict.recomputed == ()
 
 
-def test_shards_that_no_commit_tells_of_are_a_note(store):
+def test_uncommitted_shards_are_a_note(store):
     shutil.rmtree(store / LEDGER)
     with Ledger(store / LEDGER, TILES) as ledger:
         for tile in range(20):
@@ -537,7 +537,7 @@ def test_shards_that_no_commit_tells_of_are_a_note(store):
     assert verdict.notes[1].startswith("8 shards belong to tiles that are not done")
 
 
-def test_a_damaged_ledger_is_damage_until_the_run_goes_on(store, task):
+def test_a_damaged_ledger_is_damage_until_the_run_resumes(store, task):
     volume, model, whole = task
     [segment_of_ledger] = (store / LEDGER).glob("*.committed")
     flip(segment_of_ledger, 400)
@@ -568,14 +568,14 @@ def test_a_stray_file_is_a_note(store, stray):
 
 
 def damage_all_kinds(store):
-    """Damages shards of tiles 1, 4, 4 and 20 in ways of their own."""
+    """Damages four shards of tiles 1, 4 and 20, each in another way."""
     shard_of(store, 1).unlink()
     flip(shard_of(store, 4), 77)
     os.truncate(shard_of(store, 4, "classes"), 30)
     shard_of(store, 20, "classes").write_bytes(b"")
 
 
-def test_repair_gives_the_same_bytes_and_touches_nothing_else(store):
+def test_repair_restores_the_same_bytes_and_changes_no_other_file(store):
     whole, before = bytes_of(store), state_of(store)
     damage_all_kinds(store)
     assert len(verify(store, tiles=0).damage) == 4
@@ -596,8 +596,7 @@ def test_repair_gives_the_same_bytes_and_touches_nothing_else(store):
 def test_repair_is_refused_while_a_run_is_writing(store):
     damage_all_kinds(store)
     before = bytes_of(store)
-    pretended = Lease(store / PRIVATE)
-    with pretended, pytest.raises(InputError, match=str(os.getpid())):
+    with Lease(store / PRIVATE), pytest.raises(InputError, match=str(os.getpid())):
         verify(store, tiles=0, repair=True)
     assert bytes_of(store) == before
 
@@ -615,7 +614,7 @@ def test_a_full_disk_ends_a_repair(store, monkeypatch):
         verify(store, tiles=0, repair=True)
 
 
-def test_a_tile_that_cannot_be_made_again_is_damage(store, monkeypatch):
+def test_a_tile_that_cannot_be_recomputed_is_damage(store, monkeypatch):
     def fail(worker, tile):
         raise ValueError("unreadable")
 
@@ -629,22 +628,23 @@ def test_a_tile_that_cannot_be_made_again_is_damage(store, monkeypatch):
 # Input and model
 
 
-def told_start(store, **facts):
+def log_start(store, **facts):
+    """Adds a start event with another input or model to the event log."""
     start = next(e for e in read_events(store / EVENTS) if e["event"] == "start")
     EventLog(store / EVENTS).add(
         "start", **{"input": start["input"], "model": start["model"]} | facts
     )
 
 
-@pytest.mark.parametrize("what", ["input", "model"])
-@pytest.mark.parametrize("told", ["gone.tif", None, 3, ""])
-def test_without_input_or_model_checksums_are_checked_and_the_rest_is_refused(store, what, told):
+@pytest.mark.parametrize("field", ["input", "model"])
+@pytest.mark.parametrize("logged", ["gone.tif", None, 3, ""])
+def test_without_input_or_model_only_checksums_are_checked(store, field, logged):
     damaged = shard_of(store, 3)
-    told_start(store, **{what: told})
+    log_start(store, **{field: logged})
     verdict = verify(store)
     assert verdict.shards == SHARDS and not verdict.damage and not verdict.sound
     assert verdict.recomputed == () and "--tiles 0" in verdict.refusal
-    assert told != "gone.tif" or "gone.tif" in verdict.refusal
+    assert logged != "gone.tif" or "gone.tif" in verdict.refusal
     assert verify(store, tiles=0, repair=True).sound
     damaged.unlink()
     verdict = verify(store, tiles=0, repair=True)
@@ -652,7 +652,7 @@ def test_without_input_or_model_checksums_are_checked_and_the_rest_is_refused(st
 
 
 def test_another_model_is_refused_by_name(store, tmp_path):
-    told_start(store, model=str(random_model(tmp_path / "other.safetensors", seed=3)))
+    log_start(store, model=str(random_model(tmp_path / "other.safetensors", seed=3)))
     refusal = verify(store).refusal
     assert "another model.sha256" in refusal and "--overwrite" not in refusal
 
@@ -665,7 +665,7 @@ def test_a_store_without_a_log_is_checked(store):
 # The command
 
 
-def test_the_command_tells_of_a_sound_store(unet_ray, store):
+def test_the_command_reports_a_sound_store(unet_ray, store):
     code, out, err = unet_ray("verify", store)
     assert (code, err) == (0, "")
     tiles = r"\(tiles \d+, \d+, \d+\)"
@@ -688,7 +688,7 @@ def test_the_command_names_damage_and_repairs_it(unet_ray, store):
     assert (code, err) == (0, "")
     repaired, last = out.splitlines()
     assert repaired == f"repaired: {first}"
-    # Some sound tile is made again first, to see that the right model is there.
+    # Before the repair, a sound tile is recomputed to confirm input and model.
     assert re.fullmatch(
         rf"{store}: 24 tiles, 48 shards checked, \d recomputed \(tiles [0-9, ]+\), "
         r"1 repaired \(tiles 4\): no damage found\.",
@@ -696,8 +696,8 @@ def test_the_command_names_damage_and_repairs_it(unet_ray, store):
     )
 
 
-def test_the_command_refuses_in_one_sentence_what_it_cannot_make_again(unet_ray, store):
-    told_start(store, input="gone.tif")
+def test_the_command_refuses_to_recompute_in_one_sentence(unet_ray, store):
+    log_start(store, input="gone.tif")
     code, out, err = unet_ray("verify", store)
     assert code == 2 and out == f"{store}: 24 tiles, 48 shards checked: no damage found.\n"
     assert re.fullmatch(r"unet-ray: .*gone\.tif.*--tiles 0.*\n", err)
@@ -707,7 +707,7 @@ def test_the_command_refuses_in_one_sentence_what_it_cannot_make_again(unet_ray,
 
 
 @pytest.mark.parametrize("kind", ["nothing", "file", "folder", "zarr"])
-def test_what_is_no_output_of_ours_is_refused(unet_ray, tmp_path, kind):
+def test_a_path_that_is_no_output_is_refused(unet_ray, tmp_path, kind):
     path = tmp_path / "out.zarr"
     if kind == "file":
         path.write_text("x")
@@ -725,11 +725,11 @@ def test_a_negative_number_of_tiles_is_refused(unet_ray, store):
     assert unet_ray("verify", store, "--tiles", "many")[0] == 2
 
 
-# Shards that are sound, but not of this run.
+# Shards with valid checksums that another run made
 
 
 def of_another_model(store, task, names=None):
-    """Puts shards in a store that another model made; gives the names of those that differ."""
+    """Replaces shards by those of another model; returns the names of those that differ."""
     other = random_model(store.parent / "other.safetensors", seed=1)
     theirs = bytes_of(segment(task[0], other, store.parent / "other.zarr", TILED))
     mine = bytes_of(store)
@@ -739,24 +739,24 @@ def of_another_model(store, task, names=None):
     return changed
 
 
-def test_repair_finds_every_tile_of_another_model_once_it_knows_of_one(store, task):
+def test_repair_finds_all_tiles_of_another_model_after_the_first(store, task):
     whole = bytes_of(store)
     tiles = [f"0/c/0/{z}/{y}/0" for z in range(3) for y in range(2)]
     assert len(of_another_model(store, task, tiles)) == 6
-    verdict = verify(store, tiles=TILES - 4, repair=True)  # so that it must find some of them
+    verdict = verify(store, tiles=TILES - 4, repair=True)  # so that the sample contains one of them
     assert verdict.sound and len(verdict.repaired) == 6
     assert bytes_of(store) == whole
 
 
 @pytest.mark.parametrize("kind", ["shards", "provenance"])
-def test_nothing_is_repaired_where_nobody_knows_what_is_right(store, task, kind):
+def test_nothing_is_repaired_if_no_recomputed_tile_agrees(store, task, kind):
     if kind == "shards":
         of_another_model(store, task)
     else:
         file = store / "zarr.json"
-        told = json.loads(file.read_text())
-        told["attributes"]["unet_ray"]["normalisation"]["mean"] = [50.0]
-        file.write_text(json.dumps(told))
+        root = json.loads(file.read_text())
+        root["attributes"]["unet_ray"]["normalisation"]["mean"] = [50.0]
+        file.write_text(json.dumps(root))
     before = bytes_of(store)
     verdict = verify(store, tiles=2, repair=True)
     assert not verdict.sound and not verdict.repaired
