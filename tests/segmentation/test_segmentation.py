@@ -754,9 +754,7 @@ def test_overwriting_through_a_link_leaves_the_link(tmp_path, model, volume):
     assert bytes_of(target) == bytes_of(whole)
 
 
-@pytest.mark.parametrize(
-    ("available", "remedy"), [(300, r"--workers \d+\."), (64, "a smaller --mem")]
-)
+@pytest.mark.parametrize(("free", "remedy"), [(300, r"--workers \d+\."), (64, "a smaller --mem")])
 def test_more_workers_than_fit_into_memory_are_refused(
     tmp_path, model, volume, monkeypatch, free, remedy
 ):

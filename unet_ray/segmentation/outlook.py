@@ -122,7 +122,7 @@ class Outlook:
 
 
 def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -> Outlook:
-    """Estimates what `segment` would do and need for a new store; reads no voxel.
+    """Estimates what `segment` would need for a new store; reads no voxel of the volume.
 
     Args:
         source: path or URL of the volume.

@@ -2,7 +2,8 @@
 
 Knows the steps of a tile. Does not know the price of a run. A trial first reads a random sample of
 passes to count the constant ones, which cost next to nothing. It then runs some passes of both
-kinds, with a temporary folder for the output. It processes large tiles by slab to save memory.
+kinds and writes their outputs to a temporary folder. Large tiles are processed by slab, to save
+memory.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def try_tiles(outlook: Outlook, workers: int | None = None) -> Pilot | None:
         the run, or the memory for one worker.
 
     Raises:
-        RunError: if no pass can be read.
+        RunError: if no pass can be read or run.
     """
     if not outlook.sample:
         return Pilot(0, 0, 0, 1, 0.0, 0.0, 0.0, 0.0)
@@ -170,7 +171,7 @@ def _threads(outlook: Outlook, workers: int | None) -> int:
 
 
 def slab_of(plan: TilePlan, voxel: int, values: int) -> TilePlan:
-    """Splits the tiles of a plan along z into slabs of about `SLAB_BYTES`; at least one pass each.
+    """Splits tiles along z into slabs of at most `SLAB_BYTES`, but at least one pass deep.
 
     Args:
         plan: the tiles.

@@ -78,7 +78,9 @@ def prepare(
     stored = stored_at(path, settings.overwrite)
     device: Device = stored.device if stored else device_of(settings)
     if stored and device != "cpu" and device_of(settings) != device:
-        raise InputError(f"{path}: was started on a GPU, but no GPU is available; use one.")
+        raise InputError(
+            f"{path}: was started on a GPU, but none is available; use a machine with a GPU."
+        )
     precision = settings.precision or (
         stored.precision if stored else precision_of(device, settings)
     )
