@@ -23,7 +23,7 @@ from unet_ray.network.prediction import Predictor
 from unet_ray.network.unet import UNet
 from unet_ray.segmentation.memory import in_flight, needed_bytes, network_size, stored_values
 from unet_ray.segmentation.planning import choose_plan
-from unet_ray.segmentation.preparation import check_room
+from unet_ray.segmentation.preparation import check_memory
 from unet_ray.segmentation.run import read_tile
 from unet_ray.segmentation.settings import Settings, device_of, precision_of
 from unet_ray.tiling.tiles import TilePlan
@@ -73,7 +73,7 @@ def predict_volume(
     size = network_size(network, precision, settings.tta)
     values = stored_values(network.classes, OUTPUTS)
     plan, memory = choose_plan(volume, network, size, settings, values)
-    check_room(Path(volume.path), memory, device, settings)
+    check_memory(Path(volume.path), memory, device, settings)
     predictor = Predictor(network, plan, measure(volume), precision, device, settings.tta)
     worker = _ArrayWorker(volume, plan, predictor, settings.nan, network.classes)
     stage = Stage(
