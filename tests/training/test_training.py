@@ -169,7 +169,7 @@ def test_a_network_predicts_as_well_as_it_has_learned(tmp_path):
     train([image], [labels], tmp_path / "run", made)
     network, _ = read_model(max((tmp_path / "run" / "checkpoints").glob("step-*")))
     (held,) = load_training_data([image], [labels], made).held_out
-    used = Validator([held], 2, None, "float32", "cpu")(network)["iou"]
+    used = Validator([held], 2, None, "float32", "cpu")(network)[0]["iou"]
     learned = iou(classes_by_own_statistics(network, held), held.targets).value
     assert learned > iou(np.ones_like(held.targets), held.targets).value + 0.05
     assert used > learned - 0.01

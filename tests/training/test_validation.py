@@ -111,7 +111,7 @@ def test_a_validation_equals_segmenting_and_scoring(files, tmp_path):
     data = load([files[0]], [files[1]], val="4:6")
     network = UNet(**header["architecture"]).eval()
     network.load_state_dict(tensors)
-    scores = Validator(data.held_out, 2, None, "float32", "cpu")(network)
+    scores = Validator(data.held_out, 2, None, "float32", "cpu")(network)[0]
     assert scores == pytest.approx(logged)
     # The mean grey value of two slices differs a little from that of all six.
     store = segment(

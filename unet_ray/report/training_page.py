@@ -18,9 +18,19 @@ from unet_ray.errors import InputError
 from unet_ray.network.checkpoints import read_tensors
 from unet_ray.report import charts
 from unet_ray.report.figures import OVERLAY_GREYS, Facts, by, colours_of, figure
-from unet_ray.report.pictures import colour_classes, colour_log, few_greys, frame, to_grey
+from unet_ray.report.pictures import (
+    Picture,
+    colour_classes,
+    colour_log,
+    colour_map,
+    few_greys,
+    frame,
+    to_grey,
+)
 from unet_ray.report.results import WINDOW
 from unet_ray.storage.events import measured, read_events
+from unet_ray.training.gallery import PREDICTIONS
+from unet_ray.training.labels import IGNORED
 from unet_ray.training.run_folder import METRICS, MODEL, PATCHES, WEIGHTS
 
 LARGEST_LOSS = 1e39  # beyond float32
@@ -53,6 +63,7 @@ def about_run(run: Path) -> Facts:
         "header": header,
         "patches": patches,
         "weight_map": weight_map,
+        "predictions": _unless_damaged(_predictions, run / PREDICTIONS),
     }
 
 
@@ -123,6 +134,50 @@ def _patches(path: Path) -> Facts:
         "colours": colours_of(1 + max(int(each.max()) for each in targets)),
         **scale,
     }
+
+
+def _predictions(path: Path) -> Facts:
+    """One held-out window after each validation, and the worst and the best places."""
+    tensors, header = read_tensors(path)
+    try:
+        classes = int(header["classes"])
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        steps = [int(n) for n in _in_order(name[5:] for name in arrays if name.startswith("step."))]
+        places = sorted({int(name.split(".")[1]) for name in arrays if name.startswith("place.")})
+        progress = [_truth_panel(arrays, "", classes)] + [
+            figure(_predicted(arrays[f"step.{step}"], classes), f"step {step}") for step in steps
+        ]
+        pairs = [_place(arrays, number, classes) for number in places]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"{path}: does not hold predictions as train writes them.") from error
+    half = (len(pairs) + 1) // 2
+    return {
+        "progress": [figure(to_grey(arrays["image"]), "image"), *progress],
+        "worst": pairs[:half],
+        "best": pairs[half:],
+    }
+
+
+def _place(arrays: dict[str, NDArray[Any]], number: int, classes: int) -> list[Facts]:
+    prefix = f"place.{number}."
+    predicted = _predicted(arrays[f"{prefix}prediction"], classes)
+    return [
+        figure(to_grey(arrays[f"{prefix}image"]), "image"),
+        _truth_panel(arrays, prefix, classes),
+        figure(predicted, "prediction"),
+    ]
+
+
+def _truth_panel(arrays: dict[str, NDArray[Any]], prefix: str, classes: int) -> Facts:
+    targets = arrays[f"{prefix}targets"]
+    if classes == 2:
+        shown = np.where(targets == IGNORED, 128, np.where(targets > 0, 255, 0)).astype(np.uint8)
+        return figure(colour_map(shown), "truth")
+    return figure(colour_classes(np.where(targets == IGNORED, 0, targets)), "truth")
+
+
+def _predicted(prediction: NDArray[Any], classes: int) -> Picture:
+    return colour_map(prediction) if classes == 2 else colour_classes(prediction)
 
 
 def _stored_patches(path: Path) -> list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:

@@ -36,6 +36,7 @@ from unet_ray.network.checkpoints import (
 from unet_ray.network.prediction import Device, Precision, best_precision
 from unet_ray.network.unet import UNet
 from unet_ray.storage.places import write_whole
+from unet_ray.training.gallery import PREDICTIONS, store_predictions
 from unet_ray.training.labels import TrainingData
 from unet_ray.training.patches import Sample, Sampler, SampleSlot, sample_slots
 from unet_ray.training.recipes import Recipe
@@ -367,6 +368,7 @@ class _Validation:
         world: World,
     ) -> None:
         self._best_file, self._guard = run.path / BEST, run.guard
+        self._held_out, self._predictions_file = data.held_out, run.path / PREDICTIONS
         self._log, self._patience = log, recipe.patience
         device = cast(Device, world.device.type)
         classes = len(data.class_values)
@@ -404,8 +406,9 @@ class _Validation:
     ) -> None:
         """Scores the network, stores it if it is the best so far, and logs the scores."""
         network.eval()
-        scores = self._validator(network)
+        scores, predictions = self._validator(network)
         network.train()
+        store_predictions(self._predictions_file, step, self._held_out, predictions, self._guard)
         self._last_tenth = _tenth(progress)
         if self._record(scores):
             fields = dataclasses.asdict(header)

@@ -58,10 +58,17 @@ class Validator:
         self.names = score_names(held_out, classes)
         self.best_by = checked_score(held_out, classes, best_by)
 
-    def __call__(self, network: UNet) -> dict[str, float]:
-        """Returns the scores of `network` by name, without undefined ones."""
+    def __call__(self, network: UNet) -> tuple[dict[str, float], list[NDArray[np.uint8]]]:
+        """Scores `network`.
+
+        Returns:
+            The scores by name, without undefined ones, and the prediction of each volume: 255 p of
+            the classes above 0, (classes - 1, z, y, x).
+        """
         stored = [self._predict(network, held_out) for held_out in self._held_out]
-        scores = self._scores(stored)
+        return self._defined(self._scores(stored)), stored
+
+    def _defined(self, scores: Mapping[str, float]) -> dict[str, float]:
         return {name: value for name, value in scores.items() if not math.isnan(value)}
 
     def better(self, scores: Mapping[str, float], than: Mapping[str, float] | None) -> bool:
