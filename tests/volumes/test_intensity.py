@@ -1,4 +1,4 @@
-"""Grey values against NumPy, whatever the volume's dtype and however it is cut into pieces."""
+"""Mean and deviation of intensities against NumPy, for all dtypes and sizes of pieces."""
 
 import json
 import tracemalloc
@@ -20,26 +20,26 @@ from unet_ray.volumes.volume import Volume
 
 
 class ArrayVolume:
-    """An array as a volume (c, z, y, x); remembers which boxes were read."""
+    """An array as a volume (c, z, y, x); records which boxes were read."""
 
     def __init__(self, voxels, chunk=(1, 1, 1)):
-        self.voxels, self.chunk, self.asked = voxels, chunk, []
+        self.voxels, self.chunk, self.boxes_read = voxels, chunk, []
         self.shape, self.dtype = voxels.shape, voxels.dtype
 
     def read(self, box):
-        self.asked.append(box)
+        self.boxes_read.append(box)
         return self.voxels[(slice(None), *box.slices)].copy()
 
-    def read_patiently(self, box):
-        return Volume.read_patiently(self, box)
+    def read_with_retries(self, box):
+        return Volume.read_with_retries(self, box)
 
 
-def close(found, mean, sd):
-    np.testing.assert_allclose(found.mean, mean, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(found.sd, sd, rtol=1e-9, atol=1e-12)
+def assert_close(measured, mean, sd):
+    np.testing.assert_allclose(measured.mean, mean, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(measured.sd, sd, rtol=1e-9, atol=1e-12)
 
 
-def over(voxels, function):
+def per_channel(voxels, function):
     return [function(channel.astype(np.float64)) for channel in voxels]
 
 
@@ -52,39 +52,45 @@ def over(voxels, function):
 def test_mean_and_deviation_are_those_of_numpy(dtype, shape, seed):
     rng = np.random.default_rng(seed)
     voxels = (rng.normal(size=shape) * 20 + rng.integers(60, 120)).clip(0, 255).astype(dtype)
-    found, sd = measure(ArrayVolume(voxels)), over(voxels, np.std)
-    close(found, over(voxels, np.mean), np.where(np.array(sd) == 0, 1, sd))
+    measured, sd = measure(ArrayVolume(voxels)), per_channel(voxels, np.std)
+    assert_close(measured, per_channel(voxels, np.mean), np.where(np.array(sd) == 0, 1, sd))
 
 
 @given(st.data(), st.sampled_from(["uint8", "uint16"]))
-def test_any_whole_numbers(data, dtype):
+def test_mean_and_deviation_of_any_integers(data, dtype):
     voxels = data.draw(arrays(dtype, (2, 2, 3, 4)))
-    sd = np.array(over(voxels, np.std))
-    close(measure(ArrayVolume(voxels)), over(voxels, np.mean), np.where(sd == 0, 1, sd))
+    sd = np.array(per_channel(voxels, np.std))
+    assert_close(
+        measure(ArrayVolume(voxels)), per_channel(voxels, np.mean), np.where(sd == 0, 1, sd)
+    )
 
 
 def test_values_far_from_zero_keep_their_digits():
     rng = np.random.default_rng(0)
     voxels = (rng.normal(size=(1, 20, 30, 40)) + 1e7).astype(np.float64)
-    close(measure(ArrayVolume(voxels)), over(voxels, np.mean), over(voxels, np.std))
+    assert_close(
+        measure(ArrayVolume(voxels)), per_channel(voxels, np.mean), per_channel(voxels, np.std)
+    )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_passed_over(bad):
+def test_values_that_are_not_finite_are_ignored(bad):
     voxels = np.random.default_rng(0).normal(7, 3, (2, 20, 9, 11)).astype(np.float32)
     voxels[0, ::3] = bad
-    voxels[0, 0] = bad  # all of the first pieces, too
+    voxels[0, 0] = bad  # all voxels of the first pieces
     finite = [channel[np.isfinite(channel)] for channel in voxels]
-    close(measure(ArrayVolume(voxels)), over(finite, np.mean), over(finite, np.std))
+    assert_close(
+        measure(ArrayVolume(voxels)), per_channel(finite, np.mean), per_channel(finite, np.std)
+    )
 
 
 @pytest.mark.parametrize("value", [0, 7, 255])
-def test_a_constant_channel_becomes_zero(value):
+def test_a_constant_channel_normalises_to_zero(value):
     voxels = np.full((2, 3, 4, 5), value, np.uint8)
     voxels[1, 0, 0, 0] ^= 1
-    found = measure(ArrayVolume(voxels))
-    assert found.mean[0] == value and found.sd[0] == 1 and found.sd[1] != 1
-    assert not found.normalise(voxels)[0].any()
+    measured = measure(ArrayVolume(voxels))
+    assert measured.mean[0] == value and measured.sd[0] == 1 and measured.sd[1] != 1
+    assert not measured.normalise(voxels)[0].any()
 
 
 @settings(max_examples=20)
@@ -94,22 +100,22 @@ def test_the_values_do_not_depend_on_chunks(chunk, dtype):
     volume = ArrayVolume(voxels, chunk)
     with pytest.MonkeyPatch.context() as small:
         small.setattr(intensity, "PIECE", (7, 16, 16))
-        found = measure(volume)
-    assert len(volume.asked) > 1
-    close(found, over(voxels, np.mean), over(voxels, np.std))
+        measured = measure(volume)
+    assert len(volume.boxes_read) > 1
+    assert_close(measured, per_channel(voxels, np.mean), per_channel(voxels, np.std))
     # Chunks are read whole, and once.
-    painted = np.zeros(voxels.shape[1:], int)
-    for box in volume.asked:
-        painted[box.slices] += 1
+    reads = np.zeros(voxels.shape[1:], int)
+    for box in volume.boxes_read:
+        reads[box.slices] += 1
         assert all(a % n == 0 for a, n in zip(box.start, chunk, strict=True))
-    assert (painted == 1).all()
+    assert (reads == 1).all()
 
 
-# Volumes that cannot be read everywhere.
+# Volumes with unreadable parts.
 
 
 class DamagedVolume(ArrayVolume):
-    """As its parent, but reading voxel `bad` (z, y, x) fails so many times."""
+    """An array volume whose voxel `bad` (z, y, x) cannot be read the first `times` times."""
 
     def __init__(self, voxels, chunk, bad, times):
         super().__init__(voxels, chunk)
@@ -123,12 +129,12 @@ class DamagedVolume(ArrayVolume):
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 1024, 1024), (8, 4, 512, 512)])
-def test_measuring_holds_no_more_than_told(tmp_path, shape):
+def test_measuring_needs_no_more_memory_than_estimated(tmp_path, shape):
     chunk = (1, *shape[1:])
     array = zarr.create_array(tmp_path / "a.zarr", shape=shape, chunks=chunk, dtype="uint16")
     array[:] = np.random.default_rng(0).integers(0, 2**16, shape, np.uint16)
     volume = open_volume(tmp_path / "a.zarr")
-    measure(volume)  # what is imported late counts for nothing
+    measure(volume)  # so that late imports are not counted
     tracemalloc.start()
     try:
         measure(volume)
@@ -140,7 +146,7 @@ def test_measuring_holds_no_more_than_told(tmp_path, shape):
 
 @pytest.fixture
 def damaged(monkeypatch):
-    """(voxels, their volume in chunks of 4 x 8 x 8 of which one fails so many times)."""
+    """Voxels, and their volume in chunks of 4 x 8 x 8, one of which fails at first."""
     monkeypatch.setattr(volumes, "_PAUSE", 0)
     voxels = np.random.default_rng(3).normal(100, 30, (1, 8, 16, 24)).clip(0, 255)
 
@@ -153,40 +159,40 @@ def damaged(monkeypatch):
 
 @pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_a_read_that_fails_for_a_while_changes_no_bit(damaged, times, dtype, monkeypatch):
+def test_a_read_that_succeeds_after_retries_changes_no_bit(damaged, times, dtype, monkeypatch):
     monkeypatch.setattr(intensity, "PIECE", (4, 8, 8))
     voxels, volume = damaged(times, dtype)
     assert measure(volume) == measure(ArrayVolume(voxels, (4, 8, 8)))
     assert volume.times == 0
 
 
-def test_a_chunk_that_cannot_be_read_is_left_out_and_noted(damaged):
+def test_an_unreadable_chunk_is_left_out_and_recorded(damaged):
     voxels, volume = damaged(10**9)
-    found, kept = measure(volume), np.ones(voxels.shape, bool)
-    kept[:, 4:8, 0:8, 8:16] = False
-    close(found, [voxels[kept].mean()], [voxels[kept].std()])
-    assert found.unread == ("4:8,0:8,8:16",)
-    assert Intensity.from_json(json.loads(json.dumps(found.to_json()))) == found
+    measured, readable = measure(volume), np.ones(voxels.shape, bool)
+    readable[:, 4:8, 0:8, 8:16] = False
+    assert_close(measured, [voxels[readable].mean()], [voxels[readable].std()])
+    assert measured.unread == ("4:8,0:8,8:16",)
+    assert Intensity.from_json(json.loads(json.dumps(measured.to_json()))) == measured
 
 
-def test_a_volume_that_is_gone_is_refused_soon(monkeypatch):
+def test_a_volume_that_is_gone_is_refused_after_few_reads(monkeypatch):
     monkeypatch.setattr(volumes, "_PAUSE", 0)
     monkeypatch.setattr(intensity, "PIECE", (1, 8, 8))
 
     class Gone(ArrayVolume):
         def read(self, box):
-            self.asked.append(box)
+            self.boxes_read.append(box)
             raise RunError("a.zarr cannot be read.")
 
     volume = Gone(np.ones((1, 9, 64, 64), np.uint8), (1, 2, 2))
     with pytest.raises(InputError, match=r"a.zarr cannot be read"):
         measure(volume)
     pieces = 9 * 64
-    assert len(volume.asked) <= pieces + 3 * (1 + intensity.HOPELESS)
+    assert len(volume.boxes_read) <= pieces + 3 * (1 + intensity.PROBED_CHUNKS)
 
 
 @pytest.mark.parametrize("piece", [(1, 8, 8), (16, 64, 64)])
-def test_a_volume_that_was_away_at_first_is_measured_without_its_bad_chunk(monkeypatch, piece):
+def test_a_volume_that_is_unreadable_at_first_is_measured_without_its_bad_chunk(monkeypatch, piece):
     monkeypatch.setattr(volumes, "_PAUSE", 0)
     monkeypatch.setattr(intensity, "PIECE", piece)
     voxels = np.random.default_rng(5).integers(0, 255, (1, 4, 16, 16), np.uint8)
@@ -194,58 +200,58 @@ def test_a_volume_that_was_away_at_first_is_measured_without_its_bad_chunk(monke
 
     class Away(ArrayVolume):
         def read(self, box):
-            self.asked.append(box)
-            first = box.start == (0, 0, 0)  # that can never be read, nor any box that has it
-            if len(self.asked) <= pieces or first:
+            self.boxes_read.append(box)
+            first = box.start == (0, 0, 0)  # the first chunk stays unreadable
+            if len(self.boxes_read) <= pieces or first:
                 raise RunError(f"a.zarr: {box} cannot be read.")
             return voxels[(slice(None), *box.slices)]
 
-    kept = np.ones(voxels.shape, bool)
-    kept[:, 0, :4, :4] = False
-    found = measure(Away(voxels, (1, 4, 4)))
-    close(found, [voxels[kept].mean()], [voxels[kept].std()])
-    assert found.unread == ("0:1,0:4,0:4",)
+    readable = np.ones(voxels.shape, bool)
+    readable[:, 0, :4, :4] = False
+    measured = measure(Away(voxels, (1, 4, 4)))
+    assert_close(measured, [voxels[readable].mean()], [voxels[readable].std()])
+    assert measured.unread == ("0:1,0:4,0:4",)
 
 
-def test_a_piece_that_cannot_be_read_at_once_and_holds_no_number_counts_for_nothing(monkeypatch):
+def test_a_piece_without_finite_values_that_is_read_by_chunks_is_ignored(monkeypatch):
     monkeypatch.setattr(volumes, "_PAUSE", 0)
 
     class Narrow(ArrayVolume):
         def read(self, box):
             if box.size > 16:
-                raise RunError("a.zarr: a read of so much fails.")
+                raise RunError("a.zarr: the read is too large.")
             return super().read(box)
 
-    found = measure(Narrow(np.full((1, 2, 8, 8), np.nan, np.float32), (1, 4, 4)))
-    assert (found.mean, found.sd, found.unread) == ((0.0,), (1.0,), ())
+    measured = measure(Narrow(np.full((1, 2, 8, 8), np.nan, np.float32), (1, 4, 4)))
+    assert (measured.mean, measured.sd, measured.unread) == ((0.0,), (1.0,), ())
 
 
 @settings(max_examples=30)
 @given(st.tuples(*[st.integers(1, 40)] * 3), st.integers(0, 4))
-def test_pieces_begin_where_chunks_do(chunk, small):
+def test_pieces_are_aligned_to_chunks(chunk, small):
     volume = ArrayVolume(np.zeros((1, 50, 40, 30), np.uint8), chunk)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(intensity, "PIECE", (16, 8, 8))
         patch.setattr(intensity, "PIECE_BYTES", 1000 * small + 1)
         measure(volume)
-    for box in volume.asked:
+    for box in volume.boxes_read:
         assert all(a % n == 0 for a, n in zip(box.start, chunk, strict=True))
-    assert sum(box.size for box in volume.asked) == 50 * 40 * 30
+    assert sum(box.size for box in volume.boxes_read) == 50 * 40 * 30
 
 
-def test_a_volume_that_cannot_be_read_at_all_is_refused(monkeypatch):
+def test_an_unreadable_volume_is_refused(monkeypatch):
     monkeypatch.setattr(volumes, "_PAUSE", 0)
     volume = DamagedVolume(np.ones((1, 1, 5, 5)), (1, 8, 8), (0, 0, 0), 10**9)
     with pytest.raises(InputError, match=r"a.zarr cannot be read"):
         measure(volume)
 
 
-# Volumes that are too large to be measured whole.
+# Volumes that are measured from a sample.
 
 
 @pytest.fixture
 def large(monkeypatch):
-    """A volume of 8 times what is measured exactly, in 256 pieces."""
+    """A volume of 256 pieces, 8 times as large as the limit of an exact measurement."""
     monkeypatch.setattr(intensity, "PIECE", (4, 8, 8))
     monkeypatch.setattr(intensity, "EXACT_BYTES", 8192)
     return np.random.default_rng(2).integers(0, 256, (1, 16, 64, 64), np.uint8)
@@ -253,31 +259,31 @@ def large(monkeypatch):
 
 def sampled(voxels):
     volume = ArrayVolume(voxels)
-    return measure(volume), volume.asked
+    return measure(volume), volume.boxes_read
 
 
 def test_a_large_volume_is_measured_on_a_sample(large):
-    found, asked = sampled(large)
+    measured, boxes = sampled(large)
     pieces = list(Box.of(large.shape[1:]).split((4, 8, 8)))
-    assert set(asked) < set(pieces) and len(asked) == len(set(asked))
-    assert asked[0] == pieces[0]
-    assert 16 < len(asked) < 64  # about one in eight of 256
-    read = np.concatenate([large[0][box.slices].ravel() for box in asked]).astype(float)
-    close(found, [read.mean()], [read.std()])
-    assert abs(found.mean[0] - large.mean()) < 3 and abs(found.sd[0] - large.std()) < 3
+    assert set(boxes) < set(pieces) and len(boxes) == len(set(boxes))
+    assert boxes[0] == pieces[0]
+    assert 16 < len(boxes) < 64  # about one in eight of 256
+    read = np.concatenate([large[0][box.slices].ravel() for box in boxes]).astype(float)
+    assert_close(measured, [read.mean()], [read.std()])
+    assert abs(measured.mean[0] - large.mean()) < 3 and abs(measured.sd[0] - large.std()) < 3
 
 
-def test_the_sample_is_the_same_every_time_and_for_every_content(large):
+def test_the_sample_is_always_the_same_and_independent_of_the_content(large):
     first, again = sampled(large), sampled(large)
     assert first == again
     assert sampled(255 - large)[1] == first[1]
 
 
-def test_a_volume_of_just_the_limit_is_measured_whole(large):
+def test_a_volume_of_exactly_the_limit_is_measured_whole(large):
     voxels = large[:, :2]
-    found, asked = sampled(voxels)
-    assert voxels.nbytes == 8192 and sum(box.size for box in asked) == voxels[0].size
-    close(found, over(voxels, np.mean), over(voxels, np.std))
+    measured, boxes = sampled(voxels)
+    assert voxels.nbytes == 8192 and sum(box.size for box in boxes) == voxels[0].size
+    assert_close(measured, per_channel(voxels, np.mean), per_channel(voxels, np.std))
     assert sum(box.size for box in sampled(large[:, :3])[1]) < large[0, :3].size
 
 
@@ -285,7 +291,7 @@ def test_the_limit_is_2_GiB():
     assert intensity.EXACT_BYTES == 2**31
 
 
-# What the values are for.
+# Normalisation.
 
 
 def test_normalised_values_have_mean_0_and_deviation_1():
@@ -297,7 +303,7 @@ def test_normalised_values_have_mean_0_and_deviation_1():
     np.testing.assert_allclose(normal, exact, atol=1e-5)
 
 
-def test_normalising_leaves_its_input_alone():
+def test_normalising_does_not_change_its_input():
     voxels = np.ones((1, 2, 2), np.float32)
     Intensity((5.0,), (2.0,)).normalise(voxels)
     assert (voxels == 1).all()
@@ -306,12 +312,12 @@ def test_normalising_leaves_its_input_alone():
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=3), st.floats(1e-9, 1e9))
 def test_values_survive_json(mean, sd):
     values = Intensity(tuple(mean), (sd,) * len(mean))
-    told = json.loads(json.dumps(values.to_json()))
-    assert told["method"] == "mean-std" and Intensity.from_json(told) == values
+    fields = json.loads(json.dumps(values.to_json()))
+    assert fields["method"] == "mean-std" and Intensity.from_json(fields) == values
 
 
 def test_values_far_from_zero_keep_their_distances():
     values = np.arange(8, dtype=np.int32).reshape(1, 1, 2, 4)
     far = Intensity((1e9 + 3.5,), (2.0,))
-    wanted = (values - 3.5) / 2
-    assert np.allclose(far.normalise(values + np.int32(10**9)), wanted, atol=1e-6)
+    expected = (values - 3.5) / 2
+    assert np.allclose(far.normalise(values + np.int32(10**9)), expected, atol=1e-6)

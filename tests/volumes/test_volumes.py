@@ -1,4 +1,4 @@
-"""Volumes: every format against NumPy windows, damaged files against their sentences."""
+"""Volumes: every format against NumPy windows, damaged files against their error messages."""
 
 import errno
 import gc
@@ -49,8 +49,8 @@ def boxes(shape):
     return st.tuples(*ranges).map(lambda axes: Box(*map(tuple, zip(*axes, strict=True))))
 
 
-# One entry per way of writing a TIFF file: shape and dtype of what is written, how it is moved to
-# (c, z, y, x), and how it is written. An axis is left out where the entry reads "-".
+# One entry per way of writing a TIFF file: shape, dtype and axes of the written array, and the
+# options of the writer.
 
 RGB = {"photometric": "rgb"}
 ZYX = {"metadata": {"axes": "ZYX"}}
@@ -147,7 +147,7 @@ TIFFS = {
 
 
 def write_tiff(path, name):
-    """Writes one of `TIFFS`; gives its voxels as (c, z, y, x)."""
+    """Writes one of `TIFFS`; returns its voxels as (c, z, y, x)."""
     shape, dtype, axes, options = TIFFS[name]
     voxels = noise(shape, dtype)
     if "byteorder" in options:
@@ -155,8 +155,8 @@ def write_tiff(path, name):
     tifffile.imwrite(path, voxels, **{"photometric": "minisblack", **options})
     native = voxels.astype(dtype, copy=False)
     order = [axes.index(axis) for axis in "czyx" if axis in axes]
-    kept = tuple(slice(None) if axis in axes else None for axis in "czyx")
-    return native.transpose(order)[kept]
+    with_all_axes = tuple(slice(None) if axis in axes else None for axis in "czyx")
+    return native.transpose(order)[with_all_axes]
 
 
 @pytest.fixture(params=TIFFS)
@@ -227,7 +227,7 @@ def test_bits_are_read_as_bytes(tmp_path, compression):
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize("big", [True, False])
 @pytest.mark.parametrize("levels", [1, 2])
-def test_of_a_pyramid_the_finest_level_is_read(tmp_path, ome, order, big, levels):
+def test_the_finest_level_of_a_pyramid_is_read(tmp_path, ome, order, big, levels):
     want = noise((3, 64, 64))
     options = {"tile": (16, 16), "compression": "zlib", "photometric": "minisblack"}
     with tifffile.TiffWriter(tmp_path / "i.tif", bigtiff=big, byteorder=order, ome=ome) as writer:
@@ -238,7 +238,7 @@ def test_of_a_pyramid_the_finest_level_is_read(tmp_path, ome, order, big, levels
     np.testing.assert_array_equal(whole(tmp_path / "i.tif"), want[None])
 
 
-def test_of_several_images_the_first_is_read(tmp_path):
+def test_the_first_of_several_images_is_read(tmp_path):
     want = noise((4, 33, 47))
     with tifffile.TiffWriter(tmp_path / "i.tif") as writer:
         writer.write(want, photometric="minisblack")
@@ -259,9 +259,9 @@ def test_blank_tiles_of_a_sparse_file_are_zero(tmp_path, compression):
     np.testing.assert_array_equal(whole(path)[0, 0], want)
 
 
-def kept_by(path):
-    """Bytes that an open volume keeps; opening it may take more, but no more than told."""
-    open_volume(path)  # what is imported late counts for nothing
+def bytes_of_open_volume(path):
+    """Bytes that an open volume needs; checks that opening it needs no more than estimated."""
+    open_volume(path)  # so that late imports are not counted
     tracemalloc.start()
     try:
         volume = open_volume(path)
@@ -273,17 +273,17 @@ def kept_by(path):
         tracemalloc.stop()
 
 
-def test_little_is_kept_of_each_strip(tmp_path):
+def test_an_open_volume_needs_few_bytes_per_strip(tmp_path):
     path, options = tmp_path / "i.tif", {"rowsperstrip": 1, "compression": "zlib"}
     tifffile.imwrite(path, noise((10, 5000, 8)), **ZYX, **options)
-    assert kept_by(path) < 20 * 50_000
+    assert bytes_of_open_volume(path) < 20 * 50_000
 
 
-def test_strips_that_are_not_compressed_are_told_of_too(tmp_path):
+def test_the_estimate_includes_uncompressed_strips(tmp_path):
     with tifffile.TiffWriter(tmp_path / "i.tif") as writer:
         for page in noise((10, 5000, 8)):
             writer.write(page, rowsperstrip=1, contiguous=False, metadata=None)
-    assert kept_by(tmp_path / "i.tif") < 20 * 50_000
+    assert bytes_of_open_volume(tmp_path / "i.tif") < 20 * 50_000
     assert open_volume(tmp_path / "i.tif").index_bytes > 40 * 50_000
 
 
@@ -301,7 +301,7 @@ ELEMENTS = {
 
 
 @pytest.mark.parametrize("elements", ELEMENTS.values(), ids=ELEMENTS)
-def test_ome_metadata_that_list_every_plane_are_told_of_too(tmp_path, elements):
+def test_the_estimate_includes_ome_metadata_that_list_every_plane(tmp_path, elements):
     planes, path = 2000, tmp_path / "i.ome.tif"
     listed = "".join(elements.format(plane) for plane in range(planes))
     xml = (
@@ -315,15 +315,15 @@ def test_ome_metadata_that_list_every_plane_are_told_of_too(tmp_path, elements):
         for plane in noise((planes, 8, 8)):
             writer.write(plane, description=xml and xml.encode(), metadata=None, compression="zlib")
             xml = None
-    assert kept_by(path) < 100 * planes
+    assert bytes_of_open_volume(path) < 100 * planes
     assert open_volume(path).shape == (1, planes, 8, 8)
 
 
-def test_little_is_kept_of_each_page_and_its_tables(tmp_path):
+def test_an_open_volume_needs_few_bytes_per_page(tmp_path):
     pytest.importorskip("imagecodecs")
     path, options = tmp_path / "i.tif", {"tile": (16, 16), "compression": "jpeg"}
     tifffile.imwrite(path, noise((4000, 16, 16, 3)), photometric="ycbcr", **options)
-    assert kept_by(path) < 64 * 4000
+    assert bytes_of_open_volume(path) < 64 * 4000
 
 
 def test_time_points_and_channels_are_chosen(tmp_path):
@@ -332,9 +332,9 @@ def test_time_points_and_channels_are_chosen(tmp_path):
     tifffile.imwrite(path, want, imagej=True, metadata={"axes": "TZCYX"})
     with pytest.raises(InputError, match=r"i\.tif has 3 time points: choose one, .* --time 0"):
         open_volume(path)
-    with pytest.raises(InputError, match="no --time 3: it goes from 0 to 2"):
+    with pytest.raises(InputError, match="no --time 3: time points are 0 to 2"):
         open_volume(path, time=3)
-    with pytest.raises(InputError, match="no --channel 2: it goes from 0 to 1"):
+    with pytest.raises(InputError, match="no --channel 2: channels are 0 to 1"):
         open_volume(path, time=0, channel=2)
     with pytest.raises(InputError, match="no --channel -1"):
         open_volume(path, time=0, channel=-1)
@@ -417,14 +417,14 @@ def test_axes_that_cannot_be_placed_are_refused(tmp_path):
 def test_a_colour_image_is_never_read_as_a_stack(tmp_path):
     voxels = noise((33, 47, 3))
     tifffile.imwrite(tmp_path / "grey.tif", voxels, photometric="minisblack")
-    with pytest.raises(InputError, match=r"grey\.tif seems a colour image .* save it as RGB"):
+    with pytest.raises(InputError, match=r"grey\.tif looks like a colour image .* save it as RGB"):
         open_volume(tmp_path / "grey.tif")
     zarr.save_array(tmp_path / "grey.zarr", voxels)
-    with pytest.raises(InputError, match=r"grey\.zarr seems a colour image"):
+    with pytest.raises(InputError, match=r"grey\.zarr looks like a colour image"):
         open_volume(tmp_path / "grey.zarr")
 
 
-def test_a_window_of_a_huge_plain_file_costs_its_own_size(tmp_path):
+def test_a_window_of_a_huge_plain_file_needs_only_its_own_size(tmp_path):
     path = tmp_path / "sparse.tif"
     stack = tifffile.memmap(path, shape=(64, 2048, 2048), dtype="uint8", photometric="minisblack")
     stack[40, 100, 200] = 7
@@ -445,7 +445,7 @@ def test_a_window_of_a_huge_plain_file_costs_its_own_size(tmp_path):
 
 
 def refused_or_same(path, want):
-    """Whether a file is refused; where it is read, it must be what it was."""
+    """Whether a file is refused; if it is read, its voxels must equal `want`."""
     try:
         voxels = whole(path)
     except InputError:
@@ -479,7 +479,7 @@ def test_tifffile_itself_reads_a_truncated_stack_in_part(tmp_path, caplog):
     path = tmp_path / "i.tif"
     want = write_tiff(path, "ImageJ, one directory")
     path.write_bytes(path.read_bytes()[:-1000])
-    assert tifffile.imread(path).size < want.size  # why every byte is checked here
+    assert tifffile.imread(path).size < want.size  # hence the checks of open_volume
     caplog.clear()
     with pytest.raises(InputError, match=r"i\.tif is truncated or damaged: it declares 5 planes"):
         open_volume(path)
@@ -506,7 +506,7 @@ def test_fewer_planes_than_declared_are_refused(tmp_path, name, old, new):
         open_volume(path)
 
 
-def test_what_tifffile_logs_reaches_the_user_once(tmp_path, caplog):
+def test_log_messages_of_tifffile_reach_the_user_once(tmp_path, caplog):
     path = tmp_path / "i.tif"
     write_tiff(path, "OME")
     path.write_bytes(path.read_bytes().replace(b'SizeZ="5"', b'SizeZ="4"'))
@@ -519,29 +519,29 @@ def test_what_tifffile_logs_reaches_the_user_once(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("header", "told"),
+    ("header", "message"),
     [
-        (b"II*\0" + bytes(4), r"holds no image"),
-        (b"II*\0\x09\0\0\0", r"is truncated: it ends at byte 64 and refers to bytes up to 6179"),
+        (b"II*\0" + bytes(4), r"contains no image"),
+        (b"II*\0\x09\0\0\0", r"is truncated: it has 64 bytes and needs at least 6179"),
         (b"II+\0\x07\0\0\0" + bytes(8), r"cannot be read as a TIFF file: invalid BigTIFF"),
     ],
 )
-def test_headers_that_lead_nowhere(tmp_path, header, told):
+def test_headers_with_invalid_links_are_refused(tmp_path, header, message):
     (tmp_path / "i.tif").write_bytes(header.ljust(64, b"\2"))
-    with pytest.raises(InputError, match=rf"i\.tif {told}"):
+    with pytest.raises(InputError, match=rf"i\.tif {message}"):
         open_volume(tmp_path / "i.tif")
 
 
-def test_metadata_that_do_not_fit_the_images(tmp_path):
+def test_metadata_that_do_not_match_the_images_are_refused(tmp_path):
     path = tmp_path / "i.tif"
     write_tiff(path, "OME")
     path.write_bytes(path.read_bytes().replace(b"<Image ", b"<Imago "))
-    with pytest.raises(InputError, match=r"does not hold the images that its OME metadata desc"):
+    with pytest.raises(InputError, match=r"does not contain the images that its OME metadata"):
         open_volume(path)
 
 
 @pytest.mark.parametrize(
-    ("name", "tag", "value", "told"),
+    ("name", "tag", "value", "message"),
     [
         (
             "strips, deflate",
@@ -549,28 +549,28 @@ def test_metadata_that_do_not_fit_the_images(tmp_path):
             9999,
             r"cannot be decompressed: 9999 .*; export it uncompressed or",
         ),
-        ("no metadata", 258, 57, r"holds samples of an unknown type"),
+        ("no metadata", 258, 57, r"contains samples of unknown type"),
         ("strips, deflate", 278, 4, r"is damaged: page 0 lists 5 of its 9 strips or tiles"),
     ],
 )
-def test_tags_that_cannot_be_followed(tmp_path, name, tag, value, told):
+def test_tags_with_invalid_values_are_refused(tmp_path, name, tag, value, message):
     path = tmp_path / "i.tif"
     write_tiff(path, name)
     with tifffile.TiffFile(path, mode="r+") as tif:
         tif.pages[0].tags[tag].overwrite(value)
-    with pytest.raises(InputError, match=rf"i\.tif {told}"):
+    with pytest.raises(InputError, match=rf"i\.tif {message}"):
         open_volume(path)
 
 
-def test_a_circle_of_directories_is_refused(tmp_path):
+def test_a_loop_of_directories_is_refused(tmp_path):
     path = tmp_path / "i.tif"
     write_tiff(path, "no metadata")
     with tifffile.TiffFile(path) as tif:
-        first, place = tif.pages[0].offset, tif.pages.next_page_offset
+        first, link = tif.pages[0].offset, tif.pages.next_page_offset
     stored = bytearray(path.read_bytes())
-    stored[place : place + 4] = first.to_bytes(4, "little")
+    stored[link : link + 4] = first.to_bytes(4, "little")
     path.write_bytes(stored)
-    with pytest.raises(InputError, match=r"i\.tif is damaged: its directories run in a circle"):
+    with pytest.raises(InputError, match=r"i\.tif is damaged: its directories form a loop"):
         open_volume(path)
 
 
@@ -592,12 +592,12 @@ def test_a_multi_file_ome_tiff_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"belongs to an OME-TIFF of several files: convert it"):
         open_volume(tmp_path / "0.ome.tif")
     (tmp_path / "1.ome.tif").unlink()
-    with pytest.raises(InputError, match=r"0\.ome\.tif declares 2 planes and holds 1"):
+    with pytest.raises(InputError, match=r"0\.ome\.tif declares 2 planes and contains 1"):
         open_volume(tmp_path / "0.ome.tif")
 
 
 @pytest.mark.parametrize("name", ["strips, deflate", "tiles, zstd"])
-def test_damaged_data_harm_only_the_boxes_that_touch_them(tmp_path, name):
+def test_damaged_data_affect_only_the_boxes_that_touch_them(tmp_path, name):
     path = tmp_path / "i.tif"
     want = write_tiff(path, name)
     with tifffile.TiffFile(path) as tif:
@@ -614,7 +614,7 @@ def test_damaged_data_harm_only_the_boxes_that_touch_them(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["stack", "strips, deflate"])
-def test_a_file_that_shrinks_after_it_was_opened(tmp_path, name):
+def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path, name):
     path = tmp_path / "i.tif"
     write_tiff(path, name)
     volume = open_volume(path)
@@ -641,17 +641,17 @@ def test_a_missing_codec_is_named_with_its_remedy(tmp_path):
             print(error)
     """
     root = Path(__file__).parents[2]
-    told = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
     )
-    assert (told.returncode, told.stderr) == (0, "")
-    shape, sentence = told.stdout.splitlines()
+    assert (process.returncode, process.stderr) == (0, "")
+    shape, message = process.stdout.splitlines()
     assert shape == "(1, 1, 1, 1)"
-    assert re.search(r"lzw\.tif .*LZW.* requires .*; pip install 'unet-ray\[tiff\]'\.$", sentence)
+    assert re.search(r"lzw\.tif .*LZW.* requires .*; pip install 'unet-ray\[tiff\]'\.$", message)
     np.testing.assert_array_equal(whole(tmp_path / "lzw.tif"), want)
 
 
@@ -686,12 +686,12 @@ def test_a_folder_names_the_file_of_each_slice(tmp_path):
         (save_png if name.endswith("png") else tifffile.imwrite)(folder / name, plane)
     volume = open_volume(folder)
     assert volume.slice_files() == names
-    # of the planes in the same order, and in another process too
+    # The planes have the same order, in another process too.
     assert len(names) == volume.shape[1]
     assert pickle.loads(pickle.dumps(volume)).slice_files() == names
 
 
-def test_what_is_no_folder_has_no_files_of_slices(tmp_path):
+def test_only_folders_have_slice_files(tmp_path):
     tifffile.imwrite(tmp_path / "stack.tif", noise((5, 13, 17)))
     save_png(tmp_path / "one.png", noise((13, 17)))
     zarr.create_array(tmp_path / "stack.zarr", data=noise((3, 13, 17)))
@@ -699,7 +699,7 @@ def test_what_is_no_folder_has_no_files_of_slices(tmp_path):
         assert open_volume(tmp_path / name).slice_files() == []
 
 
-def test_slices_of_colours(tmp_path):
+def test_slices_of_colour_images_are_read(tmp_path):
     want = noise((3, 13, 17, 3))
     for z, plane in enumerate(want):
         save_png(tmp_path / f"{z}.png", plane)
@@ -708,7 +708,7 @@ def test_slices_of_colours(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "I;16"])
-def test_one_png(tmp_path, mode):
+def test_a_single_png_is_read(tmp_path, mode):
     if mode in "1P":
         image = Image.fromarray(noise((13, 17)) % 2).convert(mode)
         want = np.asarray(image).astype(np.uint8)[..., None]
@@ -720,7 +720,7 @@ def test_one_png(tmp_path, mode):
     check_windows(tmp_path / "i.png", np.moveaxis(want, -1, 0)[:, None])
 
 
-def test_slices_know_y_and_x_but_not_z(tmp_path):
+def test_slices_have_a_voxel_size_along_y_and_x_but_not_z(tmp_path):
     options = {"imagej": True, "resolution": (2, 4), "metadata": {"unit": "um"}}
     tifffile.imwrite(tmp_path / "0.tif", noise((13, 17)), **options)
     assert open_volume(tmp_path).voxel_size == (1, 0.25, 0.5)
@@ -740,14 +740,14 @@ def test_slices_that_differ_are_both_named(tmp_path):
 
 def test_bad_slices_are_named(tmp_path):
     tifffile.imwrite(tmp_path / "1.tif", noise((5, 13, 17)))
-    with pytest.raises(InputError, match=r"1\.tif holds 5 planes: .* one slice each"):
+    with pytest.raises(InputError, match=r"1\.tif contains 5 planes: .* one slice"):
         open_volume(tmp_path)
     (tmp_path / "1.tif").write_bytes(b"")
     with pytest.raises(InputError, match=r"1\.tif is empty"):
         open_volume(tmp_path)
 
 
-def test_png_files_that_cannot_be_read(tmp_path):
+def test_damaged_png_files_are_refused(tmp_path):
     path = tmp_path / "i.png"
     save_png(path, noise((50, 60)))
     stored = path.read_bytes()
@@ -758,7 +758,7 @@ def test_png_files_that_cannot_be_read(tmp_path):
     path.write_bytes(stored)
     volume = open_volume(path)
     save_png(path, noise((49, 60)))
-    with pytest.raises(RunError, match=r"i\.png .* has become another image"):
+    with pytest.raises(RunError, match=r"i\.png .* image has changed since it was opened"):
         volume.read(Box((0, 0, 0), (1, 50, 60)))
     path.write_bytes(stored[:60] + bytes(40) + stored[100:])
     with pytest.raises(RunError, match=r"i\.png cannot be decoded: ."):
@@ -769,18 +769,18 @@ def test_png_files_that_cannot_be_read(tmp_path):
         open_volume(path)
 
 
-def test_a_copy_notices_a_slice_more(tmp_path):
+def test_a_copy_notices_an_added_slice(tmp_path):
     save_png(tmp_path / "0.png", noise((13, 17)))
     sent = pickle.dumps(open_volume(tmp_path))
     save_png(tmp_path / "1.png", noise((13, 17)))
-    with pytest.raises(RunError, match="now has 2 slices: it had 1"):
+    with pytest.raises(RunError, match="had 1 slices and now has 2"):
         pickle.loads(sent).read(Box((0, 0, 0), (1, 1, 1)))
     shutil.rmtree(tmp_path)
     with pytest.raises(RunError, match="cannot be read: No such file"):
         pickle.loads(sent).read(Box((0, 0, 0), (1, 1, 1)))
 
 
-def test_slices_that_change_or_go_after_the_folder_was_opened(tmp_path):
+def test_slices_that_change_or_vanish_after_the_folder_was_opened_are_refused(tmp_path):
     for z in range(3):
         save_png(tmp_path / f"{z}.png", noise((13, 17)))
     volume = open_volume(tmp_path)
@@ -836,9 +836,9 @@ def test_any_box_of_a_zarr_array(zarr_array):
     assert open_volume(path).chunk == ((2, 8, 8) if sharded else (4, 16, 16))
 
 
-@pytest.mark.parametrize("most", [1, 3 * 4 * 16 * 16 * 2])
-def test_a_zarr_array_is_read_by_parts(zarr_array, monkeypatch, most):
-    monkeypatch.setattr(ome_zarr, "READ_BYTES", most)
+@pytest.mark.parametrize("read_bytes", [1, 3 * 4 * 16 * 16 * 2])
+def test_a_zarr_array_is_read_in_parts(zarr_array, monkeypatch, read_bytes):
+    monkeypatch.setattr(ome_zarr, "READ_BYTES", read_bytes)
     check_windows(*zarr_array)
 
 
@@ -849,31 +849,31 @@ def test_no_box_touches_more_units_than_counted(shape, chunk, data):
     array = zarr.create_array({}, shape=shape, chunks=chunk, dtype="uint8")
     volume = object.__new__(ome_zarr.Zarr)
     volume.shape, volume.chunk, volume.unit_bytes = (1, *shape), array.chunks, 1
-    volume._together = volume._under_way = 10**9
+    volume._units_per_read = volume._units_in_flight = 10**9
     touched = math.prod(-(-b // n) - a // n for a, b, n in zip(starts, stops, chunk, strict=True))
     assert volume.read_overhead([b - a for a, b in zip(starts, stops, strict=True)]) >= 2 * touched
 
 
 @pytest.mark.parametrize("shards", [None, (32, 256, 256)])
-def test_a_read_holds_little_beside_what_it_gives(tmp_path, monkeypatch, shards):
+def test_the_overhead_of_a_read_is_bounded(tmp_path, monkeypatch, shards):
     voxels = noise((64, 512, 512), "uint8")
     options = {"chunks": (16, 128, 128), "shards": shards, "compressors": None}
     write_zarr(tmp_path / "a.zarr", voxels, **options)
     monkeypatch.setattr(ome_zarr, "READ_BYTES", 1 << 20)
     volume = open_volume(tmp_path / "a.zarr")
     box = Box((1, 1, 1), (64, 512, 512))
-    volume.read(box)  # what is imported late counts for nothing
+    volume.read(box)  # so that late imports are not counted
     tracemalloc.start()
     try:
-        found = volume.read(box)
-        peak = tracemalloc.get_traced_memory()[1] - found.nbytes
+        result = volume.read(box)
+        peak = tracemalloc.get_traced_memory()[1] - result.nbytes
     finally:
         tracemalloc.stop()
     assert volume.read_overhead(box.shape) == 3 << 20
     assert peak <= volume.read_overhead(box.shape) + (1 << 19)
 
 
-def test_a_truncated_chunk_is_never_read_as_less(zarr_array):
+def test_a_truncated_chunk_is_refused(zarr_array):
     path, want = zarr_array
     chunk = next(p for p in (path / "c/0/0/0", path / "0.0.0", path / "0/0/0") if p.is_file())
     stored = chunk.read_bytes()
@@ -926,12 +926,12 @@ def test_axes_of_zarr_by_name_or_number(tmp_path, names, order):
 @pytest.mark.parametrize("ndim", [0, 1, 6])
 def test_too_few_or_too_many_axes(tmp_path, ndim):
     write_zarr(tmp_path / "a.zarr", noise((2,) * ndim))
-    with pytest.raises(InputError, match=r"a\.zarr has axes .*y and x must be"):
+    with pytest.raises(InputError, match=r"a\.zarr has axes .*y and x must occur exactly once"):
         open_volume(tmp_path / "a.zarr")
 
 
 def write_ome_zarr(path, images, version, **more):
-    """An OME-Zarr image of one array per level, axes (c, z, y, x), each level half as fine."""
+    """Writes an OME-Zarr image with axes (c, z, y, x); each level is half as fine as the last."""
     axes = [
         {"name": "c", "type": "channel"},
         *({"name": a, "type": "space", "unit": "nanometer"} for a in "zyx"),
@@ -966,14 +966,14 @@ def test_levels_of_ome_zarr(tmp_path, version):
     assert volume.voxel_size == pytest.approx((0.04, 0.08, 0.01))
     assert volume.channel_names == ("a", "1")
     assert open_volume(path, channel=1).channel_names == ("1",)
-    with pytest.raises(InputError, match=r"i\.zarr has no --level 2: it goes from 0 to 1"):
+    with pytest.raises(InputError, match=r"i\.zarr has no --level 2: levels are 0 to 1"):
         open_volume(path, level=2)
     with pytest.raises(InputError, match="--level 1 needs an OME-Zarr image"):
         open_volume(path / "scale0/image", level=1)
 
 
 @pytest.mark.parametrize(
-    ("attributes", "told"),
+    ("attributes", "error"),
     [
         ({"multiscales": []}, "IndexError"),
         ({"multiscales": [{"datasets": [{}]}]}, "KeyError"),
@@ -981,13 +981,13 @@ def test_levels_of_ome_zarr(tmp_path, version):
         ({"multiscales": "zyx"}, "TypeError"),
     ],
 )
-def test_metadata_that_are_not_ome_zarr(tmp_path, attributes, told):
+def test_invalid_ome_zarr_metadata_are_refused(tmp_path, attributes, error):
     zarr.create_group(tmp_path / "g.zarr", attributes={"ome": attributes})
-    with pytest.raises(InputError, match=rf"g\.zarr has metadata that are not OME-Zarr: {told}"):
+    with pytest.raises(InputError, match=rf"g\.zarr has invalid OME-Zarr metadata: {error}"):
         open_volume(tmp_path / "g.zarr")
 
 
-def test_zarr_that_cannot_be_opened(tmp_path):
+def test_damaged_zarr_is_refused(tmp_path):
     path = tmp_path / "g.zarr"
     zarr.create_group(path).create_group("first")
     with pytest.raises(InputError, match=r"Zarr group without an image: open one of \['first'\]"):
@@ -996,7 +996,7 @@ def test_zarr_that_cannot_be_opened(tmp_path):
     with pytest.raises(InputError, match=r"zarr\.json cannot be read as JSON"):
         open_volume(path)
     (path / "zarr.json").write_text("[]")
-    with pytest.raises(InputError, match=r"zarr\.json holds no JSON object"):
+    with pytest.raises(InputError, match=r"zarr\.json is not a JSON object"):
         open_volume(path)
     (path / "zarr.json").write_text('{"node_type": "array", "zarr_format": 3}')
     with pytest.raises(InputError, match=r"g\.zarr cannot be opened as Zarr: ."):
@@ -1031,7 +1031,7 @@ def test_real_files(shared_data, name):
     shape, dtype, total = REAL[name]
     path = shared_data / "formats" / name
     if not path.exists():
-        pytest.skip(f"{path} is not there")
+        pytest.skip(f"{path} does not exist")
     volume = open_volume(path)
     assert (volume.shape, str(volume.dtype)) == (shape, dtype)
     voxels = whole(path)
@@ -1062,11 +1062,11 @@ def test_the_volume_of_isbi2012(shared_data):
     np.testing.assert_array_equal(volume.read(box)[0], want[box.slices])
 
 
-# What holds for every volume ------------------------------------------------------------------
+# Properties of every volume -------------------------------------------------------------------
 
 
 def make_volumes(folder):
-    """One volume of every class: mapped, decoded, slices, an image alone, Zarr."""
+    """One volume of every class: mapped, decoded, single image, slices, Zarr."""
     write_tiff(folder / "mapped.tif", "RGB stack")
     write_tiff(folder / "decoded.tif", "tiles, zstd")
     save_png(folder / "image.png", noise((33, 47)))
@@ -1078,7 +1078,7 @@ def make_volumes(folder):
     return [open_volume(folder / name) for name in names]
 
 
-def test_a_volume_travels_as_its_description(tmp_path):
+def test_a_volume_is_pickled_as_its_description(tmp_path):
     for volume in make_volumes(tmp_path):
         sent = pickle.dumps(volume)
         copy = pickle.loads(sent)
@@ -1109,13 +1109,13 @@ def test_many_threads_read_at_once(tmp_path):
         for volume in make_volumes(tmp_path):
             want = volume.read(Box.of(volume.shape[1:]))
             ends = np.sort(random.integers(0, np.add(volume.shape[1:], 1), (60, 2, 3)), axis=1)
-            asked = [Box(tuple(start), tuple(stop)) for start, stop in ends.tolist()]
+            requests = [Box(tuple(start), tuple(stop)) for start, stop in ends.tolist()]
             copy = pickle.loads(pickle.dumps(volume))
-            for box, voxels in zip(asked, pool.map(copy.read, asked), strict=True):
+            for box, voxels in zip(requests, pool.map(copy.read, requests), strict=True):
                 np.testing.assert_array_equal(voxels, want[:, *box.slices])
 
 
-def test_what_is_read_belongs_to_the_reader(tmp_path):
+def test_every_read_returns_a_new_array(tmp_path):
     for volume in make_volumes(tmp_path):
         box = Box.of(volume.shape[1:])
         first = volume.read(box)
@@ -1125,15 +1125,15 @@ def test_what_is_read_belongs_to_the_reader(tmp_path):
         np.testing.assert_array_equal(volume.read(box), before)
 
 
-def test_a_box_outside_is_a_mistake_of_the_program(tmp_path):
+def test_a_box_outside_the_volume_is_a_value_error(tmp_path):
     for volume in make_volumes(tmp_path):
-        with pytest.raises(ValueError, match="Box -1:1,0:1,0:1 leaves"):
+        with pytest.raises(ValueError, match="Box -1:1,0:1,0:1 extends beyond"):
             volume.read(Box((-1, 0, 0), (1, 1, 1)))
-        with pytest.raises(ValueError, match="leaves"):
+        with pytest.raises(ValueError, match="extends beyond"):
             volume.read(Box.of(volume.shape[1:]).grow((0, 0, 0), (0, 0, 1)))
 
 
-def test_identity_is_stable_and_tells_inputs_apart(tmp_path):
+def test_identity_is_stable_and_describes_the_input(tmp_path):
     for volume in make_volumes(tmp_path):
         first = volume.identity()
         assert first == volume.identity() == pickle.loads(pickle.dumps(volume)).identity()
@@ -1145,7 +1145,7 @@ def test_identity_is_stable_and_tells_inputs_apart(tmp_path):
         assert first["modified_ns"] > 0
 
 
-def test_identity_of_a_file(tmp_path):
+def test_identity_changes_with_the_content_of_a_file(tmp_path):
     path = tmp_path / "i.tif"
     write_tiff(path, "stack")
     before = open_volume(path).identity()
@@ -1159,20 +1159,20 @@ def test_identity_of_a_file(tmp_path):
     assert after["bytes"] == before["bytes"]
 
 
-def test_identity_reads_16_mebibytes_at_most(tmp_path):
+def test_identity_reads_at_most_16_mebibytes(tmp_path):
     zarr.create_array(
         tmp_path / "a.zarr", shape=(40, 2048, 2048), chunks=(8, 1024, 1024), dtype="uint16"
     )
     volume = open_volume(tmp_path / "a.zarr")
-    read, asked = volume.read, []
-    volume.read = lambda box: asked.append(box) or read(box)
+    read, boxes_read = volume.read, []
+    volume.read = lambda box: boxes_read.append(box) or read(box)
     volume.identity()
-    assert len(set(asked)) == len(asked) == 16
-    assert max(box.size for box in asked) * 2 == 2**20
-    assert {box.start[0] for box in asked} == {0, 8, 16, 24, 32}
+    assert len(set(boxes_read)) == len(boxes_read) == 16
+    assert max(box.size for box in boxes_read) * 2 == 2**20
+    assert {box.start[0] for box in boxes_read} == {0, 8, 16, 24, 32}
 
 
-def test_identity_does_not_depend_on_the_order_of_bytes(tmp_path):
+def test_identity_does_not_depend_on_the_byte_order(tmp_path):
     want = noise((5, 33, 47), "uint16")
     for order in "<>":
         tifffile.imwrite(tmp_path / f"{order}.tif", want.astype(f"{order}u2"))
@@ -1183,7 +1183,7 @@ def test_identity_does_not_depend_on_the_order_of_bytes(tmp_path):
 # Bad input ------------------------------------------------------------------------------------
 
 
-def test_paths_that_cannot_be_opened(tmp_path, monkeypatch):
+def test_paths_that_cannot_be_opened_are_refused(tmp_path, monkeypatch):
     (tmp_path / "train-volume.tif").write_bytes(b"")
     with pytest.raises(InputError, match=r"does not exist \(did you mean 'train-volume.tif'\?\)"):
         open_volume(tmp_path / "train-volumes.tif")
@@ -1196,7 +1196,7 @@ def test_paths_that_cannot_be_opened(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"https:// is not a supported object store"):
         open_volume("https://server/volume.zarr")
     (tmp_path / "none").mkdir()
-    with pytest.raises(InputError, match="none holds neither TIFF or PNG slices nor Zarr"):
+    with pytest.raises(InputError, match="none contains no TIFF or PNG slices and no Zarr"):
         open_volume(tmp_path / "none")
 
 
@@ -1224,26 +1224,26 @@ def test_a_path_without_permission(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
-        (b"\x89HDF\r\n", r"neither TIFF, PNG nor Zarr: it starts with b'\\x89HDF': an HDF5 file"),
+        (b"\x89HDF\r\n", r"not TIFF, PNG or Zarr: it starts with b'\\x89HDF': an HDF5 file"),
         (b"PK\x03\x04rest", "a zip archive"),
         (b"\xff\xd8\xff\xe0rest", "a JPEG image"),
         (b"hello world", r"it starts with b'hell'\.$"),
     ],
 )
-def test_files_of_another_kind(tmp_path, content, told):
+def test_files_of_other_formats_are_named(tmp_path, content, message):
     (tmp_path / "i.tif").write_bytes(content)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         open_volume(tmp_path / "i.tif")
 
 
-def test_what_is_no_grey_value_is_refused(tmp_path):
+def test_voxels_that_are_not_grey_values_are_refused(tmp_path):
     tifffile.imwrite(tmp_path / "i.tif", np.zeros((13, 17), "complex64"))
-    with pytest.raises(InputError, match=r"i\.tif holds complex64 voxels: use integers or floats"):
+    with pytest.raises(InputError, match=r"i\.tif has complex64 voxels: use integers or floats"):
         open_volume(tmp_path / "i.tif")
     write_zarr(tmp_path / "a.zarr", np.zeros((13, 17), "complex128"))
-    with pytest.raises(InputError, match=r"a\.zarr holds complex128 voxels"):
+    with pytest.raises(InputError, match=r"a\.zarr has complex128 voxels"):
         open_volume(tmp_path / "a.zarr")
 
 
@@ -1257,7 +1257,7 @@ def test_empty_arrays_are_refused(tmp_path, caplog):
         open_volume(tmp_path / "i.tif")
 
 
-def test_slices_that_change_places_make_another_input(tmp_path):
+def test_exchanging_two_slices_changes_the_identity(tmp_path):
     for number in range(40):
         tifffile.imwrite(tmp_path / f"{number}.tif", np.full((8, 8), number, np.uint8))
     before = open_volume(tmp_path).identity()

@@ -1,4 +1,4 @@
-"""Inputs as arrays (c, z, y, x) that are read by windows, with grey values, masks and phantoms.
+"""Input volumes as arrays (c, z, y, x) read by windows; intensities, masks and phantoms.
 
-Knows the formats that other tools write. Does not know tiles of a run, networks or results.
+Handles the file formats of other tools. Independent of networks, segmentation runs and results.
 """

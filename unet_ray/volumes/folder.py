@@ -1,6 +1,6 @@
 """A folder of slices as one volume.
 
-Knows the natural order of file names. Does not know how a file is read.
+Handles the natural order of file names. Independent of the format of each file.
 """
 
 from __future__ import annotations
@@ -19,83 +19,90 @@ from unet_ray.errors import InputError, RunError
 from unet_ray.tiling.boxes import Box
 from unet_ray.volumes.image_files import open_file
 from unet_ray.volumes.tiff import reason
-from unet_ray.volumes.volume import Volume, opened_again
+from unet_ray.volumes.volume import Volume, reopen
 
 
 class Folder(Volume):
-    """A folder of TIFF or PNG slices, one plane each, in natural order."""
+    """A folder of TIFF or PNG slices, one plane per file, in natural order."""
 
     kind = "folder"
 
     def _open(self) -> list[str]:
-        names = self._slices()
-        first = open_file(names[0], self._choice)
+        paths = self._slices()
+        first = open_file(paths[0], self._choice)
         c, z, y, x = first.shape
         if z != 1:
-            raise InputError(f"{names[0]} holds {z} planes: files of a folder hold one slice each.")
-        self._largest = first
-        for name in names[1:]:
-            other = open_file(name, replace(self._choice, quiet=True))
+            raise InputError(
+                f"{paths[0]} contains {z} planes: each file of a folder must contain one slice."
+            )
+        self._costliest = first
+        for path in paths[1:]:
+            other = open_file(path, replace(self._choice, quiet=True))
             if (other.shape, other.dtype) != (first.shape, first.dtype):
                 raise InputError(
-                    f"{self.path} mixes slices: {os.path.basename(names[0])} is {first.shape} "
-                    f"{first.dtype}, {os.path.basename(name)} is {other.shape} {other.dtype} "
-                    "(c, z, y, x)."
+                    f"{self.path} contains different slices: {os.path.basename(paths[0])} is "
+                    f"{first.shape} {first.dtype}, {os.path.basename(path)} is {other.shape} "
+                    f"{other.dtype}. All must have the same shape (c, z, y, x) and data type."
                 )
-            if other.read_overhead((1, y, x)) > self._largest.read_overhead((1, y, x)):
-                self._largest = other
+            if other.read_overhead((1, y, x)) > self._costliest.read_overhead((1, y, x)):
+                self._costliest = other
         sizes = (None, *first.voxel_size[1:]) if first.voxel_size else (None, None, None)
-        self._describe((c, len(names), y, x), first.dtype, first.chunk, sizes)
+        self._describe((c, len(paths), y, x), first.dtype, first.chunk, sizes)
         self.channel_names = first.channel_names
-        self.index_bytes = self._largest.index_bytes
-        return names
+        self.index_bytes = self._costliest.index_bytes
+        return paths
 
     def read_overhead(self, shape: Sequence[int]) -> int:
-        """As of any volume; the slices are read one after the other."""
-        one = 1, *shape[1:]
+        """See `Volume.read_overhead`. One slice is read at a time."""
+        one_slice = 1, *shape[1:]
         return (
-            self._largest.read_overhead(one) + self.shape[0] * math.prod(one) * self.dtype.itemsize
+            self._costliest.read_overhead(one_slice)
+            + self.shape[0] * math.prod(one_slice) * self.dtype.itemsize
         )
 
     def slice_files(self) -> list[str]:
-        """Name of the file of each slice."""
-        return [os.path.basename(name) for name in self._source]
+        """File name of each slice, in order."""
+        return [os.path.basename(path) for path in self._source]
 
     def _slices(self) -> list[str]:
-        """Paths of the slices, so sorted that t2 comes before t10."""
+        """Returns the paths of the slices in natural order: t2 before t10."""
         try:
             names = [name for name in os.listdir(self.path) if not name.startswith(".")]
         except OSError as error:
             raise InputError(f"{self.path} cannot be read: {reason(error)}.") from error
         names = [name for name in names if name.lower().endswith((".tif", ".tiff", ".png"))]
         if not names:
-            raise InputError(f"{self.path} holds neither TIFF or PNG slices nor Zarr metadata.")
+            raise InputError(f"{self.path} contains no TIFF or PNG slices and no Zarr metadata.")
         return [os.path.join(self.path, name) for name in sorted(names, key=_natural)]
 
     def _read(self, box: Box) -> NDArray[Any]:
         c, _, y, x = self.shape
         voxels = np.empty((c, *box.shape), self.dtype)
-        flat = Box((0, *box.start[1:]), (1, *box.stop[1:]))
-        for z, name in enumerate(self._source[box.slices[0]]):
-            slice_ = opened_again(open_file, name, self._choice, (c, 1, y, x), self.dtype)
-            voxels[:, z] = slice_.read(flat)[:, 0]
+        in_slice = Box((0, *box.start[1:]), (1, *box.stop[1:]))
+        for z, path in enumerate(self._source[box.slices[0]]):
+            slice_ = reopen(open_file, path, self._choice, (c, 1, y, x), self.dtype)
+            voxels[:, z] = slice_.read(in_slice)[:, 0]
         return voxels
 
-    def _open_again(self) -> list[str]:
-        """The list alone: every slice is checked where it is read."""
+    def _reopen(self) -> list[str]:
+        """Lists the slices only: `_read` checks each slice when it opens it."""
         try:
-            names = self._slices()
+            paths = self._slices()
         except InputError as error:
             raise RunError(str(error)) from error
-        if len(names) != self.shape[1]:
-            raise RunError(f"{self.path} now has {len(names)} slices: it had {self.shape[1]}.")
-        return names
+        if len(paths) != self.shape[1]:
+            raise RunError(
+                f"{self.path} has changed since it was opened: it had {self.shape[1]} slices and "
+                f"now has {len(paths)}."
+            )
+        return paths
 
     def _files(self) -> list[str]:
         return list(self._source)
 
 
 def _natural(name: str) -> tuple[list[int | str], str]:
+    """Sort key that compares runs of digits as numbers."""
     parts = re.split(r"([0-9]+)", name)
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 

@@ -1,6 +1,6 @@
-"""Image files: TIFF and PNG, one file a volume.
+"""Volumes of one image file: TIFF or PNG.
 
-Knows how planes of a file become (c, z, y, x). Does not know folders or Zarr.
+Handles the arrangement of a file's planes as (c, z, y, x). Independent of folders and Zarr.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from unet_ray.volumes.volume import Choice, Volume, name_axes
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_MAGIC = b"\x89PNG"
-_ROWS = 64  # of a PNG image, taken out at a time
+_COPIED_ROWS = 64  # rows of a PNG image that are copied at a time
 
 
 class Tiff(Volume):
@@ -43,7 +43,7 @@ class Tiff(Volume):
         return image, planes
 
     def read_overhead(self, shape: Sequence[int]) -> int:
-        """As of any volume; plain strips that follow each other are mapped, and hold nothing."""
+        """See `Volume.read_overhead`. It is 0 for memory-mapped files: uncompressed, contiguous."""
         return self._overhead
 
     def _read(self, box: Box) -> NDArray[Any]:
@@ -54,19 +54,19 @@ class Tiff(Volume):
 
 
 def _plane_numbers(axes: str, shape: Sequence[int]) -> NDArray[np.int64]:
-    """Numbers of the planes of a TIFF image, as an array over (t, c, z).
+    """Returns the plane numbers of a TIFF image as an array (t, c, z).
 
-    Samples of a pixel (s) are channels too, and vary faster than c.
+    Samples of a pixel (s) are treated as channels that vary faster than c.
     """
-    rest = {axis: n for axis, n in zip(axes, shape, strict=True) if axis not in "yx-"}
-    numbers = np.arange(math.prod(rest.values()), dtype=np.int64).reshape(tuple(rest.values()))
-    numbers = numbers.transpose([list(rest).index(axis) for axis in "tcsz" if axis in rest])
-    t, c, s, z = (rest.get(axis, 1) for axis in "tcsz")
+    counts = {axis: n for axis, n in zip(axes, shape, strict=True) if axis not in "yx-"}
+    numbers = np.arange(math.prod(counts.values()), dtype=np.int64).reshape(tuple(counts.values()))
+    numbers = numbers.transpose([list(counts).index(axis) for axis in "tcsz" if axis in counts])
+    t, c, s, z = (counts.get(axis, 1) for axis in "tcsz")
     return numbers.reshape(t, c * s, z)
 
 
 class Png(Volume):
-    """One PNG image; of a palette image the numbers of the colours, not the colours."""
+    """One PNG image. A palette image is read as its colour numbers, not its colours."""
 
     kind = "png"
 
@@ -74,29 +74,34 @@ class Png(Volume):
         try:
             with PngImageFile(self.path) as image, open(self.path, "rb") as file:
                 (width, height), bands = image.size, len(image.getbands())
-                bits, colours = file.read(26)[24:]
+                bit_depth, colour_type = file.read(26)[24:]
                 file.seek(max(0, os.path.getsize(self.path) - 4096))
-                ends = b"IEND" in file.read()
+                has_end_mark = b"IEND" in file.read()
         except Exception as error:  # a parser of arbitrary bytes may fail in any way
             raise InputError(
                 f"{self.path} cannot be read as a PNG image: {reason(error)}."
             ) from error
-        if not ends:
-            raise InputError(f"{self.path} is truncated: no PNG end mark; copy or export it again.")
-        if bits == 16 and colours:
-            raise InputError(f"{self.path} has 16 bits per colour, which only TIFF is read with.")
+        if not has_end_mark:
+            raise InputError(
+                f"{self.path} is truncated: its PNG end mark is missing; copy or export it again."
+            )
+        if bit_depth == 16 and colour_type:
+            raise InputError(
+                f"{self.path} has 16 bits per colour, which cannot be read from PNG: export it as "
+                "TIFF."
+            )
         _, channels = self._choice.select(self.path, 1, bands)
-        dtype = np.dtype(np.uint16 if bits == 16 else np.uint8)
+        dtype = np.dtype(np.uint16 if bit_depth == 16 else np.uint8)
         shape = (channels.stop - channels.start, 1, height, width)
         self._describe(shape, dtype, shape[1:], (None, None, None))
         self._name_channels((), channels)
         self._bands = bands
 
     def read_overhead(self, shape: Sequence[int]) -> int:
-        """As of any volume: the image as Pillow has it, and some rows in copies."""
-        pixel = 4 if self._bands > 1 else self.dtype.itemsize
-        rows = self.shape[2] + 3 * min(_ROWS, self.shape[2])
-        return pixel * rows * self.shape[3]
+        """See `Volume.read_overhead`. Pillow's whole image, and three copies of some rows."""
+        pixel_bytes = 4 if self._bands > 1 else self.dtype.itemsize
+        rows = self.shape[2] + 3 * min(_COPIED_ROWS, self.shape[2])
+        return pixel_bytes * rows * self.shape[3]
 
     def _read(self, box: Box) -> NDArray[Any]:
         _, y, x = box.slices
@@ -105,18 +110,18 @@ class Png(Volume):
         try:
             with PngImageFile(self.path) as image:
                 if (*image.size, len(image.getbands())) != (*self.shape[:1:-1], self._bands):
-                    raise ValueError("it has become another image since it was opened")
-                for row in range(y.start, y.stop, _ROWS):
-                    end = min(row + _ROWS, y.stop)
-                    part = np.asarray(image.crop((x.start, row, x.stop, end)))
-                    there = slice(row - y.start, end - y.start)
-                    voxels[:, 0, there] = np.moveaxis(np.atleast_3d(part), -1, 0)[channels]
+                    raise ValueError("the image has changed since it was opened")
+                for row in range(y.start, y.stop, _COPIED_ROWS):
+                    stop = min(row + _COPIED_ROWS, y.stop)
+                    pixels = np.asarray(image.crop((x.start, row, x.stop, stop)))
+                    rows = slice(row - y.start, stop - y.start)
+                    voxels[:, 0, rows] = np.moveaxis(np.atleast_3d(pixels), -1, 0)[channels]
         except Exception as error:  # as above
             raise RunError(f"{self.path} cannot be decoded: {reason(error)}.") from error
         return voxels
 
 
-_FOREIGN = {
+_OTHER_FORMATS = {
     b"\x89HDF": "an HDF5 file",
     b"\x93NUM": "a NumPy file",
     b"PK\x03\x04": "a zip archive",
@@ -133,15 +138,15 @@ def open_file(path: str, choice: Choice) -> Volume:
     """Opens a TIFF or PNG file.
 
     Raises:
-        InputError: if it is neither, or cannot be read.
+        InputError: if the file has another format or cannot be read.
     """
     try:
         with open(path, "rb") as file:
             head = file.read(8)
     except FileNotFoundError as error:
         folder, name = os.path.split(path)
-        beside = os.listdir(folder) if os.access(folder, os.R_OK) else []
-        raise InputError(f"{path} does not exist{nearest(name, beside)}.") from error
+        siblings = os.listdir(folder) if os.access(folder, os.R_OK) else []
+        raise InputError(f"{path} does not exist{nearest(name, siblings)}.") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {reason(error)}.") from error
     if head.startswith(TIFF_MAGIC):
@@ -150,7 +155,7 @@ def open_file(path: str, choice: Choice) -> Volume:
         return Png(path, choice)
     if not head:
         raise InputError(f"{path} is empty.")
-    known = [f": {what}" for magic, what in _FOREIGN.items() if head.startswith(magic)]
+    formats = [f": {label}" for magic, label in _OTHER_FORMATS.items() if head.startswith(magic)]
     raise InputError(
-        f"{path} is neither TIFF, PNG nor Zarr: it starts with {head[:4]!r}{''.join(known)}."
+        f"{path} is not TIFF, PNG or Zarr: it starts with {head[:4]!r}{''.join(formats)}."
     )

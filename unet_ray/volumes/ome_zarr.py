@@ -1,6 +1,6 @@
 """Zarr arrays, and the images of OME-Zarr groups.
 
-Knows the metadata of OME-Zarr 0.1 to 0.5. Does not know stores that this package writes.
+Handles the metadata of OME-Zarr 0.1 to 0.5. Independent of the stores that this package writes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from unet_ray.volumes.tiff import MICROMETRES, Sizes, reason
 from unet_ray.volumes.volume import Volume, name_axes
 
 METADATA_FILES = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
-# Chunks of Zarr are read together up to so many bytes, or one by one; of these so many are under
-# way at a time (its setting async.concurrency).
-READ_BYTES, ZARR_UNITS = 32 << 20, 10
+READ_BYTES = 32 << 20  # upper bound of one read, unless a single chunk is larger
+ZARR_CONCURRENCY = 10  # chunks in flight in one read, zarr's default of async.concurrency
 
 
 class Zarr(Volume):
@@ -40,9 +39,7 @@ class Zarr(Volume):
         except InputError:
             raise
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{self.path} has metadata that are not OME-Zarr: {error!r}."
-            ) from error
+            raise InputError(f"{self.path} has invalid OME-Zarr metadata: {error!r}.") from error
         self._folder = image.folder
         try:
             array = open_array(place_of(image.folder))
@@ -58,42 +55,49 @@ class Zarr(Volume):
         dtype = np.dtype(np.uint8) if array.dtype.kind == "b" else array.dtype.newbyteorder("=")
         self._describe(shape, dtype, [chunks.get(axis, 1) for axis in "zyx"], image.sizes)
         self._name_channels(image.channel_names, channels)
-        deep = chunks.get("c", 1)
-        together = math.prod(array.chunks) * (-(-channels.stop // deep) - channels.start // deep)
-        self.unit_bytes = int(together * array.dtype.itemsize)
-        self._together = max(1, READ_BYTES // self.unit_bytes)
-        # Of a sharded array all inner chunks of a part may be held, else those under way.
-        self._under_way = self._together if array.shards else min(self._together, ZARR_UNITS)
+        # A unit is all chunks at one (z, y, x) position that contain a selected channel.
+        step = chunks.get("c", 1)
+        unit_voxels = math.prod(array.chunks) * (-(-channels.stop // step) - channels.start // step)
+        self.unit_bytes = int(unit_voxels * array.dtype.itemsize)
+        self._units_per_read = max(1, READ_BYTES // self.unit_bytes)
+        # In a sharded array, all inner chunks of a read may be in memory at once.
+        self._units_in_flight = (
+            self._units_per_read if array.shards else min(self._units_per_read, ZARR_CONCURRENCY)
+        )
         return array, axes, time, channels
 
     def read_overhead(self, shape: Sequence[int]) -> int:
-        """As of any volume; of several units, and of the part that they are put together to."""
-        touched = math.prod(
+        """See `Volume.read_overhead`.
+
+        Each unit in flight counts twice: as stored and as decoded. A box that needs several reads
+        adds the result of one read.
+        """
+        units = math.prod(
             min((extent - 2) // n + 2, -(-whole // n))
             for extent, whole, n in zip(shape, self.shape[1:], self.chunk, strict=True)
         )
-        part = self._together if touched > self._together else 0
-        return (2 * min(self._under_way, touched) + part) * self.unit_bytes
+        result_units = self._units_per_read if units > self._units_per_read else 0
+        return (2 * min(self._units_in_flight, units) + result_units) * self.unit_bytes
 
     def _read(self, box: Box) -> NDArray[Any]:
-        parts = [*box.split_by_chunks(self.chunk, self._together)]
+        parts = [*box.split_by_chunks(self.chunk, self._units_per_read)]
         if len(parts) == 1:
             return self._read_part(box)
         voxels = np.empty((self.shape[0], *box.shape), self.dtype)
         for part in parts:
-            place = part.relative_to(box.start)
-            voxels[(slice(None), *place.slices)] = self._read_part(part)
+            target = part.relative_to(box.start)
+            voxels[(slice(None), *target.slices)] = self._read_part(part)
         return voxels
 
     def _read_part(self, box: Box) -> NDArray[Any]:
         array, axes, time, channels = self._source
-        where = {"t": slice(time, time + 1), "-": slice(0, 1), "c": channels}
-        where |= dict(zip("zyx", box.slices, strict=True))
-        window = tuple(where[axis] for axis in axes)
+        slices = {"t": slice(time, time + 1), "-": slice(0, 1), "c": channels}
+        slices |= dict(zip("zyx", box.slices, strict=True))
+        window = tuple(slices[axis] for axis in axes)
         try:
-            _refuse_cut_chunks(array, self._folder, window)
+            _refuse_truncated_chunks(array, self._folder, window)
             voxels = np.asarray(array[window])
-        except Exception as error:  # every codec and every store has errors of its own
+        except Exception as error:  # each codec and each store raises its own errors
             raise RunError(f"{self._folder} cannot be read at {box}: {reason(error)}.") from error
         order = [*(i for i, axis in enumerate(axes) if axis in "t-")]
         order += [axes.index(axis) for axis in "czyx" if axis in axes]
@@ -106,32 +110,33 @@ class Zarr(Volume):
         return [name for name in names if place_of(name).is_file()]
 
 
-def _refuse_cut_chunks(array: Any, folder: str, window: Sequence[slice]) -> None:
-    """Refuses chunk files that zarr would misread without an error.
+def _refuse_truncated_chunks(array: Any, folder: str, window: Sequence[slice]) -> None:
+    """Refuses truncated chunk files that zarr would misread without an error.
 
-    An empty shard is read as a blank one, and Blosc reads past the end of a truncated chunk. In an
-    object store, which puts objects whole, it would take a request per chunk, and is left out.
+    zarr reads an empty shard as fill values, and Blosc reads past the end of a truncated chunk.
+    Arrays in an object store are not checked: objects are written whole, and each check would cost
+    a request.
     """
     if isinstance(place_of(folder), ObjectPath):
         return
     last = type(array.compressors[-1]).__name__ if array.compressors and not array.shards else ""
     extents = array.shards or array.chunks
     ranges = [range(s.start // n, -(-s.stop // n)) for s, n in zip(window, extents, strict=True)]
-    for place in itertools.product(*ranges):
-        name = array.metadata.encode_chunk_key(place)
+    for indices in itertools.product(*ranges):
+        name = array.metadata.encode_chunk_key(indices)
         try:
             with open(os.path.join(folder, *name.split("/")), "rb") as file:
                 head, size = file.read(16), os.fstat(file.fileno()).st_size
         except FileNotFoundError:
-            continue  # never written: the fill value
+            continue  # a chunk that was never written has the fill value
         declared = int.from_bytes(head[12:], "little") if "Blosc" in last else size
         if not size or declared != size:
-            raise ValueError(f"chunk {name} is truncated: it has {size} bytes")
+            raise ValueError(f"chunk {name} is truncated to {size} bytes")
 
 
 @dataclass(frozen=True)
 class _ZarrImage:
-    """Where an array lies and what the metadata around it say of it."""
+    """Location of an array, and what the metadata of its image state."""
 
     folder: str
     axes: str
@@ -144,58 +149,60 @@ def _zarr_image(path: str, level: int) -> _ZarrImage:
     node = _json(path, "zarr.json") or {"node_type": "group", **_zarr_v2(path)}
     if node.get("node_type") == "array":
         if level:
-            raise InputError(f"{path} is one Zarr array: --level {level} needs an OME-Zarr image.")
+            raise InputError(
+                f"{path} is a single Zarr array: --level {level} needs an OME-Zarr image."
+            )
         names = node.get("dimension_names") or ()
         return _ZarrImage(path, "".join(_letter(name or "?") for name in names))
     attributes = node.get("attributes", {})
     attributes = attributes.get("ome", attributes)
     if "multiscales" not in attributes:
-        inside = (
+        choices = (
             ""
             if "://" in path
             else f" of {sorted(e.name for e in os.scandir(path) if e.is_dir())[:5]}"
         )
-        raise InputError(f"{path} is a Zarr group without an image: open one{inside} in it.")
+        raise InputError(f"{path} is a Zarr group without an image: open one{choices} inside it.")
     return _multiscale(path, attributes, level)
 
 
 def _zarr_v2(path: str) -> dict[str, Any]:
-    """The metadata of a Zarr v2 array or group, in the words of v3."""
+    """Metadata of a Zarr v2 array or group, under the keys of v3."""
     attributes = _json(path, ".zattrs")
-    found: dict[str, Any] = {"attributes": attributes}
+    node: dict[str, Any] = {"attributes": attributes}
     if place_of(os.path.join(path, ".zarray")).is_file():
-        found["node_type"] = "array"
-        found["dimension_names"] = attributes.get("_ARRAY_DIMENSIONS")
-    return found
+        node["node_type"] = "array"
+        node["dimension_names"] = attributes.get("_ARRAY_DIMENSIONS")
+    return node
 
 
 def _json(folder: str, name: str) -> dict[str, Any]:
-    """An object in a metadata file; empty where there is no such file."""
+    """The JSON object of a metadata file; empty if the file does not exist."""
     path = os.path.join(folder, name)
     try:
-        found = json.loads(place_of(path).read_bytes())
+        content = json.loads(place_of(path).read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: {reason(error)}.") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds no JSON object.")
-    return found
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a JSON object.")
+    return content
 
 
 def _multiscale(path: str, attributes: dict[str, Any], level: int) -> _ZarrImage:
-    """One level of the first multiscale image that the attributes of a group describe."""
+    """One level of the first multiscale image in the attributes of a group."""
     image = attributes["multiscales"][0]
     levels = image["datasets"]
     if not 0 <= level < len(levels):
-        raise InputError(f"{path} has no --level {level}: it goes from 0 to {len(levels) - 1}.")
+        raise InputError(f"{path} has no --level {level}: levels are 0 to {len(levels) - 1}.")
     axes = [axis if isinstance(axis, dict) else {"name": axis} for axis in image.get("axes", ())]
     letters = "".join(_letter(axis["name"], axis.get("type")) for axis in axes)
     units = [MICROMETRES.get(str(axis.get("unit", "")).lower()) for axis in axes]
     scales = np.ones(len(axes))
-    for part in (levels[level], image):
-        for step in part.get("coordinateTransformations", ()):
-            scales = scales * (step["scale"] if step["type"] == "scale" else 1)
+    for metadata in (levels[level], image):
+        for transform in metadata.get("coordinateTransformations", ()):
+            scales = scales * (transform["scale"] if transform["type"] == "scale" else 1)
     size = {a: float(n) * unit for a, n, unit in zip(letters, scales, units, strict=True) if unit}
     channels = (attributes.get("omero") or {}).get("channels", ())
     names = tuple(str(channel.get("label", "")) for channel in channels)
@@ -204,7 +211,7 @@ def _multiscale(path: str, attributes: dict[str, Any], level: int) -> _ZarrImage
 
 
 def _letter(name: str, kind: str | None = None) -> str:
-    """The letter of an axis of this name and OME type, "?" where it is none of t, c, z, y, x."""
+    """Letter of an axis, from its name and OME type: t, c, z, y or x, or "?" for other axes."""
     word = kind if kind in ("time", "channel") else name.lower()
     letter = {"time": "t", "channel": "c"}.get(word, word)
     return letter if letter in ("t", "c", "z", "y", "x") else "?"

@@ -1,6 +1,6 @@
-"""A volume opened by its path, whatever its format.
+"""Opens a volume of any supported format by its path.
 
-Knows which format lies at a path. Does not know how any format is read.
+Detects the format at a path. Independent of how each format is read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _open(path: str, choice: Choice) -> Volume:
 
 
 def _kind(path: str) -> Callable[[str, Choice], Volume]:
-    """What opens a path, by what is there."""
+    """Returns the class or function that opens the format at `path`."""
     if isinstance(place := place_of(path), ObjectPath):
         try:
             if any((place / name).is_file() for name in METADATA_FILES):
@@ -38,8 +38,8 @@ def _kind(path: str) -> Callable[[str, Choice], Volume]:
         except OSError as error:
             raise InputError(unusable(place, error)) from error
         raise InputError(
-            f"{path} is no Zarr array or OME-Zarr image; of an object store only these are read: "
-            "copy anything else to a disk."
+            f"{path} is not a Zarr array or OME-Zarr image. Other formats cannot be read from an "
+            "object store: copy the file to a disk."
         )
     if os.path.isdir(path):
         is_zarr = any(os.path.exists(os.path.join(path, name)) for name in METADATA_FILES)
@@ -57,15 +57,15 @@ def open_volume(
     """Opens a TIFF or PNG file, a folder of slices, a Zarr array, an OME-Zarr image, or an array.
 
     Args:
-        source: path, or URL of a Zarr array or OME-Zarr image in an object store. Of several images
-            in one file or group the first is taken. Or an array (y, x), (z, y, x), (c, z, y, x) or
-            (t, c, z, y, x), which is not copied. A volume is returned as it is.
-        channel: the one channel to read, from 0; all by default. RGB samples are channels.
-        time: the time point to read, from 0; needed where there are several.
-        level: of the resolutions of an OME-Zarr image, 0 being the finest.
+        source: path, or URL of a Zarr array or OME-Zarr image in an object store. If a file or
+            group contains several images, the first is opened. Or an array (y, x), (z, y, x),
+            (c, z, y, x) or (t, c, z, y, x), which is not copied. A volume is returned unchanged.
+        channel: channel to read, from 0; all channels by default. RGB samples are channels.
+        time: time point to read, from 0; required if there are several.
+        level: resolution level of an OME-Zarr image; 0 is the finest.
 
     Raises:
-        InputError: if the path, the file or the choice is at fault.
+        InputError: if the file cannot be read, or has no such channel, time point or level.
     """
     if isinstance(source, Volume):
         return source

@@ -1,7 +1,7 @@
 """A stored volume, read by boxes, always as (c, z, y, x).
 
-Knows what volumes of all formats share: the choice of a channel, the identity of an input, the
-letters of axes. Does not know any format.
+Handles what all formats share: selection of channels, identity of an input, letters of axes.
+Independent of any format.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ from unet_ray.tiling.boxes import Box
 from unet_ray.volumes.tiff import Sizes
 
 _SAMPLES, _SAMPLE_BYTES = 16, 2**20
-_TRIES, _PAUSE = 3, 0.2  # seconds between two tries
+_TRIES, _PAUSE = 3, 0.2  # attempts to read a box; seconds between two attempts
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was asked for of all that a file holds."""
+    """The part of a file to read: one or all channels, a time point and a resolution level.
+
+    `quiet` suppresses the warnings of file readers.
+    """
 
     channel: int | None = None
     time: int | None = None
@@ -39,31 +42,37 @@ class Choice:
     quiet: bool = False
 
     def select(self, path: str, times: int, channels: int) -> tuple[int, slice]:
-        """The time point to read and the channels to read, of as many as `path` has."""
+        """Returns the time point and the slice of channels to read from `path`.
+
+        Raises:
+            InputError: if the file does not have them, or has several time points to choose from.
+        """
         if self.time is None and times > 1:
             raise InputError(f"{path} has {times} time points: choose one, such as --time 0.")
         if not 0 <= (self.time or 0) < times:
-            raise InputError(f"{path} has no --time {self.time}: it goes from 0 to {times - 1}.")
+            raise InputError(f"{path} has no --time {self.time}: time points are 0 to {times - 1}.")
         if self.channel is None:
             return self.time or 0, slice(0, channels)
         if not 0 <= self.channel < channels:
             last = channels - 1
-            raise InputError(f"{path} has no --channel {self.channel}: it goes from 0 to {last}.")
+            raise InputError(f"{path} has no --channel {self.channel}: channels are 0 to {last}.")
         return self.time or 0, slice(self.channel, self.channel + 1)
 
 
 class Volume(ABC):
-    """A stored image; it pickles as this description and opens its file again where it is read.
+    """A stored image.
+
+    A pickle contains this description only; the file is reopened in the process that reads it.
 
     Attributes:
-        path: absolute path of the file or folder.
+        path: absolute path of the file or folder, or its URL.
         shape: extents, always (c, z, y, x).
-        dtype: of what `read` returns: integers or floats, in native byte order.
-        voxel_size: along z, y, x in micrometre, or None where the file does not say. Of a
-            single plane of which only y and x are known, z counts as 1.
-        channel_names: one per channel, "" if unknown.
-        chunk: (z, y, x) extent of the storage unit: inner chunk of Zarr, strip or tile of TIFF.
-        index_bytes: at most this many bytes are needed in each process to open the file.
+        dtype: data type of the result of `read`: integers or floats, in native byte order.
+        voxel_size: size along z, y, x in micrometres, or None if the file does not state it. If a
+            single plane has sizes only along y and x, the size along z is 1.
+        channel_names: one name per channel, "" if unknown.
+        chunk: extent of the storage unit (z, y, x): inner chunk of Zarr, strip or tile of TIFF.
+        index_bytes: upper bound of the bytes that each process needs to open the file.
     """
 
     kind: ClassVar[str]
@@ -80,16 +89,18 @@ class Volume(ABC):
         self._source = self._open()
 
     def read(self, box: Box) -> NDArray[Any]:
-        """The voxels of `box` (over z, y, x), a fresh array of shape ``(c, *box.shape)``.
+        """Reads the voxels of `box` (z, y, x) into a new array of shape ``(c, *box.shape)``.
 
-        Only the storage units that the box touches are read. Safe from several threads at once.
+        Only the storage units that the box touches are read. Thread-safe.
 
         Raises:
-            RunError: if what is stored is damaged, or has changed since the volume was opened.
-            ValueError: if the box leaves the volume.
+            RunError: if the file is damaged or has changed since the volume was opened.
+            ValueError: if the box extends beyond the volume.
         """
         if box.intersect(Box.of(self.shape[1:])) != box:
-            raise ValueError(f"Box {box} leaves {self.path} of shape {self.shape[1:]} (z, y, x).")
+            raise ValueError(
+                f"Box {box} extends beyond {self.path}, which has shape {self.shape[1:]} (z, y, x)."
+            )
         if not box.size:
             return np.empty((self.shape[0], *box.shape), self.dtype)
         voxels = self._read(box)
@@ -99,16 +110,16 @@ class Volume(ABC):
 
     @abstractmethod
     def read_overhead(self, shape: Sequence[int]) -> int:
-        """Bytes at most that reading a box of `shape` (z, y, x) holds beside what it gives.
+        """Upper bound of the bytes that reading a box of `shape` (z, y, x) needs beyond its result.
 
-        They are those of storage units, as they are stored and decoded, with all their channels.
+        They are the storage units, as stored and as decoded, with all their channels.
         """
 
-    def read_patiently(self, box: Box) -> NDArray[Any]:
-        """As `read`, tried again if it fails: disks and file servers have bad moments.
+    def read_with_retries(self, box: Box) -> NDArray[Any]:
+        """Reads `box` like `read`, with retries, since faults of disks and servers may be short.
 
         Raises:
-            RunError: if it fails every time.
+            RunError: if all attempts fail.
         """
         for _ in range(_TRIES - 1):
             with suppress(RunError):
@@ -117,15 +128,16 @@ class Volume(ABC):
         return self.read(box)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this input from another, for JSON; the same on every call.
+        """Returns a JSON object that identifies this input; it is the same on every call.
 
-        Size and time are those of the image files, but for Zarr of the metadata files alone: an
-        array may have millions of chunks. One hash covers names, sizes and times of all these
-        files; the other 16 storage units at most, evenly spread, of at most 1 MiB each.
+        Sizes and modification times are those of the image files. For Zarr they are those of the
+        metadata files only, since an array may have millions of chunks. One hash covers the names,
+        sizes and times of these files. The other hash covers at most 16 evenly spaced storage
+        units, and at most 1 MiB of each.
         """
         files = sorted(self._files())
         stats = [stat_of(place_of(name)) for name in files]
-        listed = [
+        lines = [
             f"{os.path.basename(name)} {stat.size} {stat.modified_ns}\n"
             for name, stat in zip(files, stats, strict=True)
         ]
@@ -136,12 +148,12 @@ class Volume(ABC):
             "dtype": str(self.dtype),
             "bytes": sum(stat.size for stat in stats),
             "modified_ns": max(stat.modified_ns for stat in stats),
-            "files_sha256": hashlib.sha256("".join(listed).encode()).hexdigest(),
+            "files_sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),
             "sampled_sha256": self._sampled_hash(),
         }
 
     def slice_files(self) -> list[str]:
-        """Name of the file of each slice, for a folder of slices; empty for anything else."""
+        """File name of each slice of a folder; empty for other kinds of volume."""
         return []
 
     def _sampled_hash(self) -> str:
@@ -151,14 +163,14 @@ class Volume(ABC):
         x = min(self.chunk[2], limit)
         y = min(self.chunk[1], limit // x)
         extent = min(self.chunk[0], limit // (x * y)), y, x
-        picks = np.unique(np.linspace(0, math.prod(grid) - 1, _SAMPLES).astype(np.int64))
-        for pick in picks:
-            index = np.unravel_index(pick, grid)
+        numbers = np.unique(np.linspace(0, math.prod(grid) - 1, _SAMPLES).astype(np.int64))
+        for number in numbers:
+            index = np.unravel_index(number, grid)
             start = tuple(int(i) * m for i, m in zip(index, self.chunk, strict=True))
             box = Box(start, start).grow((0, 0, 0), extent).intersect(Box.of(self.shape[1:]))
             try:
-                voxels = self.read_patiently(box)
-            except RunError:  # the tiles that read it will tell
+                voxels = self.read_with_retries(box)
+            except RunError:  # a tile that needs these voxels reports the error later
                 digest.update(b"cannot be read")
                 continue
             digest.update(voxels.astype(self.dtype.newbyteorder("<"), copy=False).tobytes())
@@ -167,43 +179,45 @@ class Volume(ABC):
     def _describe(
         self, shape: Sequence[int], dtype: np.dtype[Any], chunk: Sequence[int], sizes: Sizes
     ) -> None:
-        """Sets and checks what every kind of file has."""
+        """Checks and sets the attributes that all kinds of file have."""
         if 0 in shape:
             raise InputError(f"{self.path} is empty: its shape (c, z, y, x) is {tuple(shape)}.")
         if dtype.kind not in "iuf" or dtype.itemsize > 8:
-            raise InputError(f"{self.path} holds {dtype} voxels: use integers or floats.")
+            raise InputError(
+                f"{self.path} has {dtype} voxels: use integers or floats of at most 64 bits."
+            )
         c, z, y, x = (int(n) for n in shape)
         self.shape, self.dtype = (c, z, y, x), dtype
-        deep, high, wide = (min(int(n), m) for n, m in zip(chunk, (z, y, x), strict=True))
-        self.chunk = deep, high, wide
+        depth, height, width = (min(int(n), m) for n, m in zip(chunk, (z, y, x), strict=True))
+        self.chunk = depth, height, width
         along_z = 1.0 if sizes[0] is None and z == 1 else sizes[0]
-        known = None not in (along_z, *sizes[1:])
-        self.voxel_size = (along_z, *sizes[1:]) if known else None  # type: ignore[assignment]
+        complete = None not in (along_z, *sizes[1:])
+        self.voxel_size = (along_z, *sizes[1:]) if complete else None  # type: ignore[assignment]
 
-    def _name_channels(self, names: Sequence[str], chosen: slice) -> None:
-        """Takes the names that a file gives all its channels, if it names each of them."""
-        self.channel_names = tuple(names[chosen])
-        if len(self.channel_names) != self.shape[0] or len(names) < chosen.stop:
+    def _name_channels(self, names: Sequence[str], selected: slice) -> None:
+        """Sets the names of the selected channels, or "" for all if the file lacks some names."""
+        self.channel_names = tuple(names[selected])
+        if len(self.channel_names) != self.shape[0] or len(names) < selected.stop:
             self.channel_names = ("",) * self.shape[0]
 
     @abstractmethod
     def _open(self) -> Any:
-        """Fills the attributes and gives what `_read` reads from."""
+        """Sets the attributes and returns the source that `_read` uses."""
 
     @abstractmethod
     def _read(self, box: Box) -> NDArray[Any]:
-        """As `read`, of a box that is not empty and lies inside."""
+        """Reads a box that is not empty and is inside the volume."""
 
     def _files(self) -> list[str]:
         return [self.path]
 
     @cached_property
     def _source(self) -> Any:
-        """What `_read` reads from, made again after the volume came to another process."""
-        return self._open_again()
+        """The source that `_read` uses, recreated after the volume was unpickled."""
+        return self._reopen()
 
-    def _open_again(self) -> Any:
-        return opened_again(type(self), self.path, self._choice, self.shape, self.dtype)._source
+    def _reopen(self) -> Any:
+        return reopen(type(self), self.path, self._choice, self.shape, self.dtype)._source
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_source"}
@@ -212,17 +226,17 @@ class Volume(ABC):
         return f"<{self.kind} volume {self.path} {self.shape} {self.dtype}>"
 
 
-def opened_again(
+def reopen(
     opener: Callable[[str, Choice], Volume],
     path: str,
     choice: Choice,
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
 ) -> Volume:
-    """The volume at `path`, which was opened before with `shape` and `dtype`.
+    """Reopens the volume at `path`, which had `shape` and `dtype` when it was first opened.
 
     Raises:
-        RunError: if it cannot be opened any more, or is another image now.
+        RunError: if the volume can no longer be opened, or its shape or dtype has changed.
     """
     if "://" not in path and not os.path.exists(path):
         raise RunError(f"{path} does not exist any more.")
@@ -232,17 +246,20 @@ def opened_again(
         raise RunError(str(error)) from error
     if (volume.shape, volume.dtype) != (shape, dtype):
         raise RunError(
-            f"{path} has changed since it was opened: it was {shape} {dtype} and is "
+            f"{path} has changed since it was opened: it was {shape} {dtype} and is now "
             f"{volume.shape} {volume.dtype}."
         )
     return volume
 
 
 def name_axes(path: str, letters: str, shape: Sequence[int]) -> str:
-    """Gives every axis a letter: t, c, s (samples of a pixel), z, y or x.
+    """Assigns every axis a letter: t, c, s (samples of a pixel), z, y or x.
 
-    Axes without a name ("?") go by their number: yx, zyx, czyx, tczyx; one among named axes is
-    z. What has extent 1 and no place becomes "-".
+    If all axes are unnamed ("?"), their number decides: yx, zyx, czyx or tczyx. A single unnamed
+    axis among named ones becomes z. Other axes of extent 1 become "-".
+
+    Raises:
+        InputError: if a letter occurs twice, y or x is missing, or an axis gets no letter.
     """
     if not letters.strip("?"):
         letters = letters[2:] + "yx"
@@ -251,26 +268,26 @@ def name_axes(path: str, letters: str, shape: Sequence[int]) -> str:
         pairs = zip(letters, shape, strict=False)
         axes = ["-" if n == 1 and axis not in "yx" else axis for axis, n in pairs]
         named = set(axes) - set("yx?-")
-    unknown = [i for i, axis in enumerate(axes) if axis == "?"]
+    unnamed = [i for i, axis in enumerate(axes) if axis == "?"]
     free = "tcz" if not named else "z" if "z" not in named else ""
-    for i, axis in zip(reversed(unknown), reversed(free), strict=False):
+    for i, axis in zip(reversed(unnamed), reversed(free), strict=False):
         axes[i] = axis
-    known = sorted(set(axes) & set("tcszyx"))
-    once = sorted("".join(axes).replace("-", "")) == known and {"y", "x"} <= set(known)
-    if not once or len(letters) != len(shape):
+    valid = sorted(set(axes) & set("tcszyx"))
+    unique = sorted("".join(axes).replace("-", "")) == valid and {"y", "x"} <= set(valid)
+    if not unique or len(letters) != len(shape):
         raise InputError(
-            f"{path} has axes {letters!r} of extents {tuple(shape)}: each of t, c, z may be there "
-            "once, y and x must be."
+            f"{path} has axes {letters!r} of extents {tuple(shape)}: t, c and z may occur at most "
+            "once each, and y and x must occur exactly once."
         )
-    if unknown and not named:
-        _refuse_colours(path, [shape[unknown[-1]], shape[axes.index("y")], shape[axes.index("x")]])
+    if unnamed and not named:
+        _refuse_colours(path, [shape[unnamed[-1]], shape[axes.index("y")], shape[axes.index("x")]])
     return "".join(axes)
 
 
 def _refuse_colours(path: str, shape: Sequence[int]) -> None:
-    """Refuses what would be read as (z, y, x), and is rather a colour image (y, x, samples)."""
+    """Refuses an array that would be read as (z, y, x) but looks like colours (y, x, samples)."""
     if shape[2] in (3, 4) and min(shape[:2]) >= 16:
         raise InputError(
-            f"{path} seems a colour image stored as {shape[0]} planes of {shape[1]} x {shape[2]}: "
-            "save it as RGB, or name its axes."
+            f"{path} looks like a colour image stored as {shape[0]} planes of {shape[1]} x "
+            f"{shape[2]}: save it as RGB, or name its axes."
         )
