@@ -1,4 +1,4 @@
-"""Which tiles a mask asks for, against a look at every voxel."""
+"""Tiles selected by a mask, against a check of every voxel, and runs with a mask."""
 
 import dataclasses
 
@@ -29,16 +29,16 @@ NEAR = Context((0, 0, 0), (0, 0, 0), (1, 1, 1))
 class ArrayMask:
     def __init__(self, voxels):
         self.voxels, self.shape, self.dtype = voxels, (1, *voxels.shape), voxels.dtype
-        self.asked = []
+        self.boxes_read = []
 
     def read(self, box):
-        self.asked.append(box)
+        self.boxes_read.append(box)
         return self.voxels[None][(slice(None), *box.slices)]
 
 
 @settings(max_examples=100)
 @given(st.data())
-def test_a_tile_is_asked_for_if_the_mask_shows_something_in_its_core(data):
+def test_a_tile_is_selected_if_its_core_touches_a_nonzero_voxel_of_the_mask(data):
     shape = data.draw(st.tuples(*[st.integers(1, 40)] * 3))
     core = data.draw(st.tuples(*[st.integers(1, 12)] * 3))
     coarse = tuple(data.draw(st.integers(1, n)) for n in shape)
@@ -47,41 +47,44 @@ def test_a_tile_is_asked_for_if_the_mask_shows_something_in_its_core(data):
     plan = TilePlan(shape, core, NEAR, core)
     with pytest.MonkeyPatch.context() as small:
         small.setattr(masks, "READ_BYTES", data.draw(st.sampled_from([1, 50, 500, 10**6])))
-        found = tiles_under(mask, plan)
-    assert found.shape == plan.counts
+        selected = tiles_under(mask, plan)
+    assert selected.shape == plan.counts
     for tile in plan:
         touched = [
             {m for m in range(k) if m * n < b * k and (m + 1) * n > a * k}
             for a, b, n, k in zip(tile.write.start, tile.write.stop, shape, coarse, strict=True)
         ]
-        assert found.flat[tile.index] == mask.voxels[np.ix_(*map(sorted, touched))].any()
+        assert selected.flat[tile.index] == mask.voxels[np.ix_(*map(sorted, touched))].any()
 
 
-def test_a_large_mask_is_read_by_parts(monkeypatch):
+def test_a_large_mask_is_read_in_parts(monkeypatch):
     monkeypatch.setattr(masks, "READ_BYTES", 4000)
     mask = ArrayMask(np.ones((16, 64, 64), np.uint8))
     plan = TilePlan((16, 64, 64), (4, 16, 16), NEAR, (4, 16, 16))
     assert tiles_under(mask, plan).all()
-    assert max(box.size for box in mask.asked) <= 4000
+    assert max(box.size for box in mask.boxes_read) <= 4000
 
 
 @pytest.mark.parametrize(
-    ("axes", "shape", "words"),
-    [("ZYX", (3, 5, 5), "as fine or coarser"), ("ZCYX", (4, 2, 4, 4), "has one channel, not 2")],
+    ("axes", "shape", "message"),
+    [
+        ("ZYX", (3, 5, 5), "the same or a coarser resolution"),
+        ("ZCYX", (4, 2, 4, 4), "must have one channel, not 2"),
+    ],
 )
-def test_what_is_no_mask_of_the_volume_is_refused(tmp_path, axes, shape, words):
+def test_a_mask_that_is_finer_or_has_channels_is_refused(tmp_path, axes, shape, message):
     voxels = np.zeros(shape, np.uint8)
     tifffile.imwrite(tmp_path / "mask.tif", voxels, imagej=True, metadata={"axes": axes})
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         open_mask(tmp_path / "mask.tif", (4, 4, 9))
 
 
-# Runs under a mask
+# Runs with a mask
 
 
 @pytest.fixture
 def masked(tmp_path):
-    """A mask that asks for 5 of the 24 tiles, and their numbers."""
+    """Settings with a mask that selects 5 of the 24 tiles, and the numbers of these tiles."""
     mask = np.zeros((3, 31, 25), np.uint8)
     mask[0, 2, 2] = mask[1, 15:18, 20] = mask[2, 30, 24] = mask[2, 0, 7] = 9
     write_stack(tmp_path / "mask.tif", mask)
@@ -93,18 +96,18 @@ def test_only_the_tiles_of_a_mask_are_read_and_the_others_are_skipped(
 ):
     volume, model, whole = task
     under_mask, numbers = masked
-    read, asked = TileWorker.read, []
+    read, tiles_read = TileWorker.read, []
     monkeypatch.setattr(
-        TileWorker, "read", lambda worker, tile: asked.append(tile) or read(worker, tile)
+        TileWorker, "read", lambda worker, tile: tiles_read.append(tile) or read(worker, tile)
     )
-    seen, out = [], tmp_path / "out.zarr"
-    segment(volume, model, out, under_mask, seen.append)
-    assert sorted(asked) == numbers and [p.total for p in seen] == [5] * 5
+    progress, out = [], tmp_path / "out.zarr"
+    segment(volume, model, out, under_mask, progress.append)
+    assert sorted(tiles_read) == numbers and [p.total for p in progress] == [5] * 5
     assert np.flatnonzero(committed(out / LEDGER, 24)).tolist() == numbers
     assert np.flatnonzero(~skipped(out / LEDGER, 24)).tolist() == numbers
-    there, right = bytes_of(out), bytes_of(whole)
-    assert there.items() <= right.items()
-    assert sum("/c/" in name for name in there) == 10
+    stored, expected = bytes_of(out), bytes_of(whole)
+    assert stored.items() <= expected.items()
+    assert sum("/c/" in name for name in stored) == 10
 
     before = state_of(out)
     segment(volume, model, out, under_mask)
@@ -118,13 +121,13 @@ def test_only_the_tiles_of_a_mask_are_read_and_the_others_are_skipped(
     assert "19 of 24 tiles were left out by a mask and count as 0" in scored.note
     assert "19 tiles were left out by a mask." in write_report(out).read_text()
 
-    asked.clear()
-    segment(volume, model, out, TILED)  # without the mask, the others
-    assert bytes_of(out) == right and len(asked) == 19
+    tiles_read.clear()
+    segment(volume, model, out, TILED)  # without the mask: the other tiles
+    assert bytes_of(out) == expected and len(tiles_read) == 19
     assert not skipped(out / LEDGER, 24).any()
 
 
-def test_what_a_mask_left_out_is_missing_once_it_is_asked_for(task, tmp_path, masked):
+def test_tiles_skipped_by_a_mask_count_as_missing_in_a_run_without_it(task, tmp_path, masked):
     volume, model, _ = task
     under_mask, _ = masked
     out = segment(volume, model, tmp_path / "out.zarr", under_mask)
@@ -134,11 +137,11 @@ def test_what_a_mask_left_out_is_missing_once_it_is_asked_for(task, tmp_path, ma
     with pytest.raises(InputError, match="of 24 tiles are not done"):
         evaluate(out, volume, "classes")
     assert "are not done" in verify(out, tiles=0).notes[0]
-    segment(volume, model, out, under_mask)  # and left out again once more
+    segment(volume, model, out, under_mask)  # skips the remaining tiles again
     assert (skipped(out / LEDGER, 24) == ~committed(out / LEDGER, 24)).all()
 
 
-def test_a_mask_and_a_region_ask_for_what_both_show(task, tmp_path, masked):
+def test_a_mask_and_a_region_select_their_common_tiles(task, tmp_path, masked):
     volume, model, _ = task
     under_mask, _ = masked
     region = dataclasses.replace(under_mask, region=Box((0, 0, 0), (1, 61, 75)))
@@ -151,9 +154,9 @@ def test_a_mask_and_a_region_ask_for_what_both_show(task, tmp_path, masked):
         evaluate(out, volume, "classes")
 
 
-def test_an_empty_mask_is_no_work(task, tmp_path):
+def test_a_run_with_an_empty_mask_skips_all_tiles(task, tmp_path):
     volume, model, _ = task
     write_stack(tmp_path / "mask.tif", np.zeros((1, 4, 4), np.uint8))
-    nothing = dataclasses.replace(TILED, mask=tmp_path / "mask.tif")
-    out = segment(volume, model, tmp_path / "out.zarr", nothing)
+    empty = dataclasses.replace(TILED, mask=tmp_path / "mask.tif")
+    out = segment(volume, model, tmp_path / "out.zarr", empty)
     assert skipped(out / LEDGER, 24).all()

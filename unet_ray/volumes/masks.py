@@ -1,7 +1,7 @@
-"""Which tiles a mask asks for: those of which it shows a voxel that is not zero.
+"""Tiles selected by a mask: those whose core touches a nonzero voxel of the mask.
 
-Knows a mask as a volume of the same field of view, at any coarser resolution; does not know what is
-done with the tiles that are left out.
+A mask is a volume with the same field of view, at the same or a coarser resolution. Independent of
+how unselected tiles are handled.
 """
 
 from __future__ import annotations
@@ -19,72 +19,76 @@ from unet_ray.tiling.tiles import TilePlan
 from unet_ray.volumes.opening import open_volume
 from unet_ray.volumes.volume import Volume
 
-READ_BYTES = 32 << 20  # of a mask that are read at once, or one tile's part
+READ_BYTES = 32 << 20  # upper bound of one read of a mask, unless a single tile needs more
 
 
 def open_mask(path: PathOrUrl, shape: Sequence[int]) -> Volume:
     """Opens a mask of a volume of `shape` (z, y, x).
 
     Raises:
-        InputError: if it has several channels, or is finer than the volume along an axis.
+        InputError: if the mask has several channels or is finer than the volume along an axis.
     """
     mask = open_volume(path)
     if mask.shape[0] != 1:
-        raise InputError(f"{mask.path}: a mask has one channel, not {mask.shape[0]}.")
+        raise InputError(f"{mask.path}: a mask must have one channel, not {mask.shape[0]}.")
     if any(m > n for m, n in zip(mask.shape[1:], shape, strict=True)):
         raise InputError(
-            f"{mask.path}: has {mask.shape[1:]} voxels, more than the volume, {tuple(shape)} "
-            "(z, y, x); a mask shows the same field of view as the volume, as fine or coarser."
+            f"{mask.path}: has shape {mask.shape[1:]} (z, y, x) and is finer than the volume, "
+            f"which has shape {tuple(shape)}. A mask must show the same field of view as the "
+            "volume, at the same or a coarser resolution."
         )
     return mask
 
 
 def tiles_under(mask: Volume, plan: TilePlan) -> NDArray[np.bool_]:
-    """Which tiles the mask asks for, in the shape of the grid: ``plan.counts``.
+    """Selects the tiles whose core touches a nonzero voxel of the mask.
 
-    A voxel of the mask stands for an equal part of the field of view; a tile whose core it touches
-    is asked for.
+    All voxels of the mask represent equal parts of the field of view.
+
+    Returns:
+        Boolean array over the grid of tiles, of shape ``plan.counts``.
 
     Raises:
         RunError: if the mask cannot be read.
     """
-    found = np.zeros(plan.counts, bool)
-    for group in Box.of(plan.counts).split(_group(mask, plan)):
+    selected = np.zeros(plan.counts, bool)
+    for group in Box.of(plan.counts).split(_tiles_per_read(mask, plan)):
         spans = [
             _spans(range(a, b), *axis)
             for a, b, *axis in zip(
                 group.start, group.stop, plan.core, plan.shape, mask.shape[1:], strict=True
             )
         ]
-        seen = Box(tuple(int(s[0, 0]) for s in spans), tuple(int(s[-1, 1]) for s in spans))
-        part = mask.read(seen)[0] != 0
-        for axis, (span, start) in enumerate(zip(spans, seen.start, strict=True)):
-            part = _any(part, span - start, axis)
-        found[group.slices] = part
-    return found
+        window = Box(tuple(int(s[0, 0]) for s in spans), tuple(int(s[-1, 1]) for s in spans))
+        nonzero = mask.read(window)[0] != 0
+        for axis, (span, start) in enumerate(zip(spans, window.start, strict=True)):
+            nonzero = _any(nonzero, span - start, axis)
+        selected[group.slices] = nonzero
+    return selected
 
 
-def _spans(places: range, core: int, extent: int, masked: int) -> NDArray[np.int64]:
-    """The mask's voxels along one axis that each tile touches: (tiles, start and stop)."""
-    start = np.arange(places.start, places.stop) * core
+def _spans(tiles: range, core: int, extent: int, mask_extent: int) -> NDArray[np.int64]:
+    """Mask voxels along one axis that each tile touches, shape (tiles, 2): start and stop."""
+    start = np.arange(tiles.start, tiles.stop) * core
     stop = np.minimum(start + core, extent)
-    return np.stack([start * masked // extent, -(-stop * masked // extent)], axis=1)
+    return np.stack([start * mask_extent // extent, -(-stop * mask_extent // extent)], axis=1)
 
 
 def _any(voxels: NDArray[np.bool_], spans: NDArray[np.int64], axis: int) -> NDArray[np.bool_]:
     """Whether any voxel of each span is true, along one axis."""
-    # reduceat takes no end that is the end of the array.
+    # reduceat refuses an index equal to the length of the array, hence one voxel of padding.
     padded = np.concatenate([voxels, np.zeros_like(voxels.take([0], axis))], axis)
-    found: NDArray[np.bool_] = np.logical_or.reduceat(padded, spans.ravel(), axis)
-    return found.take(range(0, 2 * len(spans), 2), axis)
+    # Every second result belongs to the gap between two spans.
+    reduced: NDArray[np.bool_] = np.logical_or.reduceat(padded, spans.ravel(), axis)
+    return reduced.take(range(0, 2 * len(spans), 2), axis)
 
 
-def _group(mask: Volume, plan: TilePlan) -> tuple[int, ...]:
-    """How many tiles' parts of the mask are read at once, per axis: whole rows, then planes."""
+def _tiles_per_read(mask: Volume, plan: TilePlan) -> tuple[int, ...]:
+    """Number of tiles per axis whose mask voxels are read at once: whole rows, then planes."""
     extents = zip(plan.core, plan.shape, mask.shape[1:], strict=True)
-    left = READ_BYTES / mask.dtype.itemsize / math.prod(-(-c * m // n) + 1 for c, n, m in extents)
+    limit = READ_BYTES / mask.dtype.itemsize / math.prod(-(-c * m // n) + 1 for c, n, m in extents)
     group = []
     for count in reversed(plan.counts):
-        group.append(int(max(1, min(count, left))))
-        left /= count
+        group.append(int(max(1, min(count, limit))))
+        limit /= count
     return tuple(reversed(group))
