@@ -1,4 +1,4 @@
-"""The U-Net: its layers, its arithmetic, its model file, and one tile through it.
+"""The U-Net: its layers, its arithmetic, its model file, and the prediction of one tile.
 
-Knows tensors and what they cost. Does not know files of volumes, or Ray.
+Handles tensors and their cost in time and memory. Independent of volume files and of Ray.
 """

@@ -1,7 +1,7 @@
-"""One tile through the network: voxels in, uint8 probabilities and classes out.
+"""Prediction of one tile: voxels in, uint8 probabilities and classes out.
 
-Knows NumPy on the outside and torch on the inside: precision, device, passes. Does not know where
-voxels come from or where results go.
+Handles precision, device and passes, with NumPy arrays as input and output. Independent of the
+source of the voxels and the destination of the results.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from unet_ray.tiling.tiles import Tile, TilePlan
 from unet_ray.volumes.intensity import Intensity
 
 Precision = Literal["float32", "bfloat16"]
-Device = Literal["cpu", "cuda", "mps"]  # mps: an Apple GPU, on which this was not run
+Device = Literal["cpu", "cuda", "mps"]  # mps: Apple GPUs, not tested
 
 
 def best_precision(device: Device) -> Precision:
-    """bfloat16 where the hardware multiplies in it, else float32."""
+    """Returns bfloat16 if the hardware supports its multiplication, else float32."""
     if device == "mps":
         return "float32"
     if device == "cuda":
@@ -38,27 +38,27 @@ def best_precision(device: Device) -> Precision:
 
 
 def instructions(device: Device) -> str:
-    """The kind of arithmetic unit, as far as it decides the last bits of a result."""
+    """Names the arithmetic unit as far as it determines the last bits of a result."""
     if device != "cpu":
         return device
     return f"{torch.backends.cpu.get_cpu_capability()}, {best_precision('cpu')}"
 
 
 class Predictor:
-    """A network at inference, for tiles of one plan.
+    """A network at inference, for the tiles of one plan.
 
-    Every pass has the same shape, so a tile gives the same bytes whoever runs it. The caller sets
-    the number of threads (one per pass on a CPU), which is part of what fixes the bytes.
+    All passes have the same shape, so the result of a tile does not depend on the process. It does
+    depend on the number of threads, which the caller sets (one per pass on a CPU).
 
     Args:
-        network: the trained network; its norm layers are folded into the convolutions.
-        plan: the tiles and the passes inside them.
+        network: trained network; its norm layers are folded into the convolutions.
+        plan: tiles, and the passes inside them.
         intensity: mean and standard deviation of the volume.
         precision: number format of weights and activations.
-        device: where the network runs.
-        tta: average over the 8 symmetries of the square, each of the same read (sec. 3 of the
-            paper averages rotations); exact under tiling, since every read ends on the same phase
-            of the pooling as it starts, wherever its tile lies.
+        device: device that runs the network.
+        tta: whether to average over the 8 symmetries of the square (the paper averages rotations,
+            sec. 3). Tiling stays exact: every pass starts and ends on the same phase of the
+            pooling, at any position of its tile.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class Predictor:
         tta: bool = False,
     ) -> None:
         keep_freed_memory()
-        # Else "float32" would mean numbers of 10 bits on recent GPUs.
+        # Otherwise recent GPUs would round float32 to a mantissa of 10 bits.
         torch.backends.cudnn.allow_tf32 = False
         self._plan, self._intensity, self._tta = plan, intensity, tta
         self._classes = network.classes
-        self._constants: dict[tuple[bytes, tuple[str, ...]], dict[str, NDArray[np.uint8]]] = {}
+        self._cache: dict[tuple[bytes, tuple[str, ...]], dict[str, NDArray[np.uint8]]] = {}
         self._lock = threading.Lock()
         self._device = torch.device(device)
         self._dtype = getattr(torch, precision)
@@ -89,16 +89,16 @@ class Predictor:
         """Predicts the core of `tile`.
 
         Args:
-            tile: which tile; passes that lie outside the volume are not run.
-            voxels: what the tile reads, ``(c, z, y, x)``, in the volume's own units.
-            outputs: which of ``probabilities`` and ``classes`` to give.
+            tile: tile to predict; passes outside the volume are not run.
+            voxels: input of the tile, ``(c, z, y, x)``, in the units of the volume.
+            outputs: results to return: ``probabilities``, ``classes`` or both.
 
         Returns:
-            ``probabilities``: uint8 ``(classes - 1, *core)``, round(255 p) of classes 1..;
-            ``classes``: uint8 ``core``, the most probable class (the lower one at a tie).
+            ``probabilities``: uint8 ``(classes - 1, *core)``, round(255 p) of classes 1 and up;
+            ``classes``: uint8 of shape ``core``, the most probable class (the lowest at a tie).
 
         Raises:
-            RunError: if the network gives a score that is not finite.
+            RunError: if the network returns a score that is not finite.
         """
         shapes = {
             "probabilities": (self._classes - 1, *self._plan.core),
@@ -107,88 +107,97 @@ class Predictor:
         results = {name: np.zeros(shapes[name], np.uint8) for name in outputs}
         for part in self._plan.pass_boxes(tile):
             stop = (a + n for a, n in zip(part.start, self._plan.pass_shape, strict=True))
-            seen = voxels[(slice(None), *Box(part.start, tuple(stop)).slices)]
-            for name, values in self._pass(seen, tile, tuple(outputs)).items():
+            window = voxels[(slice(None), *Box(part.start, tuple(stop)).slices)]
+            for name, values in self._pass(window, tile, tuple(outputs)).items():
                 z, y, x = part.slices
                 results[name][..., z, y, x] = values
         return results
 
     def _pass(
-        self, seen: NDArray[np.generic], tile: Tile, outputs: tuple[str, ...]
+        self, window: NDArray[np.generic], tile: Tile, outputs: tuple[str, ...]
     ) -> dict[str, NDArray[np.uint8]]:
-        """What one pass gives, ``(..., *passes)``; of voxels that are all the same, from memory.
+        """Results of one pass, ``(..., *passes)``; cached if all voxels are equal.
 
-        All passes have one shape, so the same voxels give the same bytes.
+        All passes have the same shape, so equal voxels have equal results.
         """
-        value = constant_value(seen)
+        value = constant_value(window)
         if value is None:
-            return self._forward(seen, tile, outputs)
-        with self._lock:  # or two threads would compute the same
+            return self._forward(window, tile, outputs)
+        with self._lock:  # otherwise two threads could compute the same result
             key = value, outputs
-            found = self._constants.pop(key, None)
-            if found is None:
-                if len(self._constants) == CONSTANTS:  # the one that was used longest ago goes
-                    del self._constants[next(iter(self._constants))]
-                found = self._forward(seen, tile, outputs)
-            self._constants[key] = found
-            return found
+            result = self._cache.pop(key, None)
+            if result is None:
+                if len(self._cache) == CONSTANTS:  # remove the least recently used result
+                    del self._cache[next(iter(self._cache))]
+                result = self._forward(window, tile, outputs)
+            self._cache[key] = result
+            return result
 
     def _forward(
-        self, seen: NDArray[np.generic], tile: Tile, outputs: tuple[str, ...]
+        self, window: NDArray[np.generic], tile: Tile, outputs: tuple[str, ...]
     ) -> dict[str, NDArray[np.uint8]]:
-        # The network returns a little more than the core: sizes come in steps.
+        # The network may return more voxels than the pass has, since its sizes have a step.
         inside = (..., slice(self._plan.passes[-2]), slice(self._plan.passes[-1]))
         results = {}
         with torch.inference_mode():
-            image = self._image(seen)
+            image = self._image(window)
             if self._tta:
-                scores = shares = self._averaged(image, tile)[inside]
+                scores = probabilities = self._averaged(image, tile)[inside]
             else:
                 scores = self._scores(image, tile)[inside]
-                shares = scores.softmax(dim=1)
+                probabilities = scores.softmax(dim=1)
             if "probabilities" in outputs:
-                probabilities = shares[:, 1:].mul(255).round_().byte()
-                results["probabilities"] = probabilities.transpose(0, 1).cpu().numpy()
+                rounded = probabilities[:, 1:].mul(255).round_().byte()
+                results["probabilities"] = rounded.transpose(0, 1).cpu().numpy()
             if "classes" in outputs:
                 results["classes"] = scores.argmax(dim=1).byte().cpu().numpy()
         return results
 
-    def _image(self, seen: NDArray[np.generic]) -> torch.Tensor:
-        """What one pass reads, normalised, ``(z, c, y, x)``."""
-        image = self._intensity.normalise(seen)
+    def _image(self, window: NDArray[np.generic]) -> torch.Tensor:
+        """Normalised input of one pass on the device, ``(z, c, y, x)``."""
+        image = self._intensity.normalise(window)
         batch = torch.from_numpy(image).transpose(0, 1)
         if self._device.type == "cuda":
             batch = batch.pin_memory()
         return batch.to(self._device, self._dtype, non_blocking=True)
 
     def _scores(self, image: torch.Tensor, tile: Tile) -> torch.Tensor:
-        """Float32 scores ``(z, classes, y, x)`` of one pass."""
+        """Scores of one pass in float32, ``(z, classes, y, x)``."""
         scores = self._network(image.contiguous(memory_format=torch.channels_last)).float()
         if not torch.isfinite(scores).all():
             raise RunError(
-                f"tile {tile.index} ({tile.write}): the network gives scores that are not finite; "
-                f"the model or the intensities are damaged."
+                f"tile {tile.index} ({tile.write}): the network returns scores that are not "
+                f"finite; the model or the intensities are damaged."
             )
         return cast(torch.Tensor, scores)
 
     def _averaged(self, image: torch.Tensor, tile: Tile) -> torch.Tensor:
-        """Mean probabilities ``(z, classes, y, x)`` over turns and mirror images, in one order."""
+        """Mean probabilities ``(z, classes, y, x)`` over rotations and mirrorings.
+
+        The order of the sum is fixed, so its rounding is too.
+        """
         total = torch.zeros(())
         for turns in range(4):
             for mirrored in (False, True):
-                seen = image.rot90(turns, (2, 3))
-                scores = self._scores(seen.flip(3) if mirrored else seen, tile)
-                shares = scores.softmax(dim=1)
-                back = (shares.flip(3) if mirrored else shares).rot90(-turns, (2, 3))
-                total = total + back
+                turned = image.rot90(turns, (2, 3))
+                scores = self._scores(turned.flip(3) if mirrored else turned, tile)
+                softmax = scores.softmax(dim=1)
+                upright = (softmax.flip(3) if mirrored else softmax).rot90(-turns, (2, 3))
+                total = total + upright
         return total / 8
 
 
-def constant_value(seen: NDArray[np.generic]) -> bytes | None:
-    """The value of each channel if all its voxels are the same, bit for bit."""
-    bits = seen.view(f"u{seen.dtype.itemsize}") if seen.dtype.kind == "f" else seen
+def constant_value(window: NDArray[np.generic]) -> bytes | None:
+    """Returns the value of each channel as bytes, or None if a channel has different voxels.
+
+    Values are compared bit by bit.
+
+    Args:
+        window: voxels ``(c, z, y, x)``.
+    """
+    bits = window.view(f"u{window.dtype.itemsize}") if window.dtype.kind == "f" else window
     first = bits[:, :1, :1, :1]
-    # A look at one voxel tells nearly always that they are not.
+    # Comparing a single voxel first is fast and nearly always shows that they differ.
     if (first != bits[:, -1:, -1:, -1:]).any() or (first != bits).any():
         return None
     return first.tobytes()
