@@ -1,4 +1,4 @@
-"""Model files: what comes back, what is refused and how it is called, and whole or not at all."""
+"""Model files: round trips, refusals and their messages, and atomic writes."""
 
 import io
 import json
@@ -58,35 +58,35 @@ def path(tmp_path, network):
 
 
 def refusal(path):
-    """The one sentence that a file is refused with; it names the file."""
-    with pytest.raises(InputError) as refused:
+    """The error message for a file; checks that it names the file and has one line."""
+    with pytest.raises(InputError) as error:
         read_model(path)
-    said = str(refused.value)
-    assert said.startswith(f"{path}: ") and said.endswith(".") and "\n" not in said
-    return said.removeprefix(f"{path}: ")
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and message.endswith(".") and "\n" not in message
+    return message.removeprefix(f"{path}: ")
 
 
-# What comes back.
+# Round trips.
 
 
-def test_round_trip(path, network):
-    again, header = read_model(path)
+def test_a_model_is_read_as_it_was_written(path, network):
+    loaded, header = read_model(path)
     assert header == HEADER
-    assert not again.training and architecture_of(again) == ARCHITECTURE
-    wanted, found = network.state_dict(), again.state_dict()
-    assert list(wanted) == list(found)
-    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert not loaded.training and architecture_of(loaded) == ARCHITECTURE
+    written, read = network.state_dict(), loaded.state_dict()
+    assert list(written) == list(read)
+    assert all(torch.equal(written[name], read[name]) for name in written)
     image = torch.randn(1, 2, 24, 28)
-    assert torch.equal(network.eval()(image), again(image))
+    assert torch.equal(network.eval()(image), loaded(image))
 
 
-def test_the_header_is_plain_json_that_says_everything(path):
-    # Read here by hand, as a program without unet-ray would.
+def test_the_header_is_plain_json_with_all_fields(path):
+    # Parsed by hand, as a program without unet-ray would.
     data = path.read_bytes()
-    said = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-    told = json.loads(said["header"])
-    assert len(told.pop("sha256")) == 64
-    assert told == {
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    header = json.loads(metadata["header"])
+    assert len(header.pop("sha256")) == 64
+    assert header == {
         "format": FORMAT,
         "architecture": ARCHITECTURE,
         "class_values": [0, 7, 255],
@@ -98,8 +98,8 @@ def test_the_header_is_plain_json_that_says_everything(path):
     }
 
 
-def test_the_same_model_gives_the_same_bytes(path, network):
-    # A run is bound to its model by this hash. Often, since an order may be right by chance.
+def test_writing_a_model_again_writes_the_same_bytes(path, network):
+    # Runs identify their model by this hash. Repeated, since a random order may match once.
     hashes = {sha256_of(path)}
     for _ in range(10):
         write_model(path, network, HEADER)
@@ -107,22 +107,22 @@ def test_the_same_model_gives_the_same_bytes(path, network):
     assert len(hashes) == 1 and len(hashes.pop()) == 64
 
 
-def test_a_checkpoint_holds_any_tensors(tmp_path):
+def test_a_checkpoint_stores_any_tensors(tmp_path):
     path = tmp_path / "step.safetensors"
     tensors = {"a": torch.arange(6).reshape(2, 3).t(), "b": torch.tensor(1.5, dtype=torch.float64)}
     write_tensors(path, tensors, {"step": 3})
-    found, header = read_tensors(path)
-    assert header == {"step": 3} and set(found) == {"a", "b"}
-    assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in tensors.items())
+    read, header = read_tensors(path)
+    assert header == {"step": 3} and set(read) == {"a", "b"}
+    assert all(torch.equal(read[n], t) and read[n].dtype == t.dtype for n, t in tensors.items())
 
 
-def test_a_run_folder_or_its_file_is_named(path, monkeypatch):
+def test_a_model_is_found_by_its_run_folder_or_its_file(path, monkeypatch):
     assert find_model(path.parent) == find_model(path) == path
     monkeypatch.chdir(path.parent.parent)
     assert find_model(path.parent.name) == path
 
 
-# What is refused.
+# Refusals.
 
 
 def saved(legacy):
@@ -157,15 +157,15 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_a_foreign_file_is_called_what_it_is(tmp_path, kind):
-    data, said = FOREIGN[kind]
+def test_the_format_of_a_foreign_file_is_named(tmp_path, kind):
+    data, message = FOREIGN[kind]
     path = tmp_path / "model.safetensors"
     path.write_bytes(data)
-    assert re.search(said, refusal(path))
+    assert re.search(message, refusal(path))
 
 
 class Bomb:
-    """A pickle of it makes a folder when it is opened."""
+    """An object whose pickle creates a folder when it is loaded."""
 
     def __init__(self, folder):
         self.folder = str(folder)
@@ -175,37 +175,37 @@ class Bomb:
 
 
 @pytest.mark.parametrize("write", [pickle.dump, torch.save])
-def test_nothing_that_a_pickle_holds_is_run(tmp_path, write):
+def test_the_code_in_a_pickle_is_never_run(tmp_path, write):
     path, folder = tmp_path / "model.safetensors", tmp_path / "ran"
     with open(path, "wb") as file:
         write(Bomb(folder), file)
     assert "pickle" in refusal(path)
     assert not folder.exists()
     pickle.loads(pickle.dumps(Bomb(folder)))
-    assert folder.exists()  # the bomb is a real one
+    assert folder.exists()  # the bomb works
 
 
-def test_a_missing_file_is_called_missing(tmp_path):
+def test_a_missing_file_is_reported_as_missing(tmp_path):
     assert "no such model file" in refusal(tmp_path / "model.safetensors")
     assert "no such model file" in refusal(tmp_path)  # a folder
 
 
-def test_a_file_cut_anywhere_is_called_cut(path):
+def test_a_file_truncated_anywhere_is_reported_as_truncated(path):
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     for length in sorted({*range(0, len(whole), 13), header - 1, header, len(whole) - 1}):
         path.write_bytes(whole[:length])
-        said = refusal(path)
-        assert f"a file of {length} bytes" in said if length < 10 else "truncated" in said
+        message = refusal(path)
+        assert f"a file of {length} bytes" in message if length < 10 else "truncated" in message
         if 10 <= length < header:
-            assert f"its header needs {header} bytes, it has {length}" in said
+            assert f"its header needs {header} bytes, it has {length}" in message
 
 
-def test_a_damaged_header_never_ends_in_a_traceback(path):
+def test_a_damaged_header_causes_no_error_but_an_input_error(path):
     whole = path.read_bytes()
-    for at in range(0, 8 + int.from_bytes(whole[:8], "little"), 11):
+    for position in range(0, 8 + int.from_bytes(whole[:8], "little"), 11):
         damaged = bytearray(whole)
-        damaged[at] ^= 0x10
+        damaged[position] ^= 0x10
         path.write_bytes(damaged)
         try:
             read_model(path)
@@ -229,15 +229,15 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("kind", MISFITS)
-def test_a_header_that_does_not_fit_the_weights_is_refused(path, network, kind):
+def test_a_header_that_does_not_match_the_weights_is_refused(path, network, kind):
     write_model(path, network, replace(HEADER, **MISFITS[kind]))
-    assert "header and weights do not fit each other" in refusal(path)
+    assert "header and weights do not match" in refusal(path)
 
 
 @pytest.mark.parametrize("header", [{}, {"architecture": ARCHITECTURE}])
-def test_a_header_that_lacks_something_is_refused(path, network, header):
+def test_an_incomplete_header_is_refused(path, network, header):
     write_tensors(path, network.state_dict(), header)
-    assert "header and weights do not fit each other" in refusal(path)
+    assert "header and weights do not match" in refusal(path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -248,11 +248,11 @@ def test_weights_that_are_not_finite_are_refused_by_name(path, network, value):
     assert refusal(path) == "weight 'head.weight' is not finite; train again."
 
 
-# Whole or not at all.
+# Atomic writes.
 
 
 @pytest.mark.parametrize("step", ["replace", "fsync"])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypatch, step):
+def test_a_failed_write_leaves_only_the_old_file(path, monkeypatch, step):
     before = path.read_bytes()
 
     def fails(*arguments):
@@ -265,13 +265,13 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(path, monkeypat
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_the_bytes_are_on_disk_before_the_name_is(path, monkeypatch):
-    done = []
+def test_a_file_is_flushed_to_disk_before_it_is_renamed(path, monkeypatch):
+    calls = []
     fsync, move = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: (done.append("fsync"), fsync(file)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("replace"), move(a, b)))
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), move(a, b)))
     write_model(path, UNet(**ARCHITECTURE), HEADER)
-    assert done[:2] == ["fsync", "replace"]
+    assert calls[:2] == ["fsync", "replace"]
 
 
 def test_a_file_whose_bytes_have_changed_is_refused(tmp_path):

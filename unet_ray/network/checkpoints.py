@@ -1,7 +1,7 @@
-"""Model files: safetensors with a JSON header that says how the model was made.
+"""Model files: safetensors with a JSON header that describes the model and its training.
 
-Knows bytes on disk and the network's name for each weight; runs no code that a file holds. The
-same format, with optimiser state added, serves as a checkpoint of training.
+Handles the bytes on disk and the names of the weights. Never runs code from a file. Checkpoints of
+training have the same format, with the state of the optimiser added.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from unet_ray.network.unet import UNet
 from unet_ray.storage.places import Guard, write_whole
 
 FORMAT = "unet-ray model 1"
-WEIGHT = "model."  # how the names of a checkpoint's weights begin
+WEIGHT = "model."  # prefix of the names of weights in a checkpoint
 
 
 @dataclass(frozen=True)
 class ModelHeader:
-    """What a model file says of itself, enough to use it with nothing else.
+    """Description of a model, sufficient to use its file without other information.
 
     Attributes:
         architecture: arguments of `UNet`.
-        class_values: label value of each class, ascending; ISBI: 0 membrane, 255 cell.
-        normalisation: how intensities are prepared, ``{"method": "mean-std"}``; the values come
-            from each volume itself.
-        voxel_size: (z, y, x) in micrometre of the training images, where their file says so.
+        class_values: label value of each class, ascending; ISBI 2012: 0 = membrane, 255 = cell.
+        normalisation: preparation of intensities, ``{"method": "mean-std"}``. Mean and standard
+            deviation are measured for each volume.
+        voxel_size: voxel size (z, y, x) of the training images in micrometres, if known.
         training: settings and results of the training run.
-        data: fingerprint of images and labels.
-        versions: software that wrote the file.
+        data: identity of the training images and labels.
+        versions: versions of the software that wrote the file.
     """
 
     architecture: dict[str, Any]
@@ -52,16 +52,18 @@ class ModelHeader:
     versions: dict[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Refuses what this version could not honour.
+        """Checks that this version supports the class values and the normalisation.
 
         Raises:
-            ValueError: naming what.
+            ValueError: if it does not.
         """
         values = self.class_values
         if not all(isinstance(v, int) for v in values) or sorted(set(values)) != values:
             raise ValueError(f"class values {values} are not ascending integers")
         if len(values) != self.architecture["classes"]:
-            raise ValueError(f"{len(values)} class values")
+            raise ValueError(
+                f"{len(values)} class values for {self.architecture['classes']} classes"
+            )
         if self.normalisation.get("method") != "mean-std":
             raise ValueError(f"normalisation {self.normalisation} is not mean-std")
 
@@ -71,7 +73,7 @@ class ModelHeader:
 
 
 def architecture_of(network: UNet) -> dict[str, Any]:
-    """The arguments that make a network like this one."""
+    """Returns the arguments of `UNet` that create this architecture."""
     names = ("in_channels", "classes", "base_channels", "depth", "norm", "dropout")
     return {name: getattr(network, name) for name in names}
 
@@ -82,35 +84,35 @@ def write_tensors(
     header: Mapping[str, Any],
     guard: Guard | None = None,
 ) -> None:
-    """Writes tensors and a JSON-able header so that `path` is whole or absent."""
+    """Writes tensors and a header for JSON atomically: `path` is complete or absent."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    told = {"format": FORMAT, "sha256": _digest(plain), **header}
-    # One key only: safetensors writes several in random order, and equal models are equal files.
-    write_whole(path, save(plain, {"header": json.dumps(told, sort_keys=True)}), guard=guard)
+    fields = {"format": FORMAT, "sha256": _digest(plain), **header}
+    # One key only: safetensors writes several in random order, but equal models need equal files.
+    write_whole(path, save(plain, {"header": json.dumps(fields, sort_keys=True)}), guard=guard)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads what `write_tensors` wrote.
+    """Reads the tensors and the header of a file that `write_tensors` wrote.
 
     Raises:
-        InputError: if the file is missing, cut short, or of another kind; says which kind.
+        InputError: if the file is missing, truncated, damaged or of another format.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such model file; give a RUN folder or a .safetensors file.")
+        raise InputError(f"{path}: no such model file; pass a RUN folder or a .safetensors file.")
     try:
-        if problem := _foreign(path):
+        if problem := _format_problem(path):
             raise InputError(f"{path}: {problem}; unet-ray reads only its own .safetensors models.")
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("header", "{}"))
-            written = header.pop("format", None) if isinstance(header, dict) else None
-            if written != FORMAT:
+            file_format = header.pop("format", None) if isinstance(header, dict) else None
+            if file_format != FORMAT:
                 raise InputError(
-                    f"{path}: a safetensors file that unet-ray did not write (format {written!r}, "
-                    f"not {FORMAT!r}); train one with `unet-ray train`."
+                    f"{path}: a safetensors file that unet-ray did not write (format "
+                    f"{file_format!r}, not {FORMAT!r}); train a model with `unet-ray train`."
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if header.pop("sha256", None) != _digest(tensors):
-            raise InputError(f"{path}: a damaged model file (its checksum differs).")
+            raise InputError(f"{path}: a damaged model file (its checksum does not match).")
         return tensors, header
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
@@ -119,29 +121,30 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def write_model(path: Path, network: UNet, header: ModelHeader) -> None:
-    """Writes the weights of `network` (float32) and its header, atomically."""
+    """Writes the float32 weights of `network` and its header atomically."""
     write_tensors(path, network.state_dict(), dataclasses.asdict(header))
 
 
 def read_model(path: Path) -> tuple[UNet, ModelHeader]:
-    """The network of a model file or of a checkpoint, ready for inference, and its header.
+    """Reads a model file or a checkpoint; returns the network, ready for inference, and its header.
 
     Raises:
-        InputError: as `read_tensors`; also if the header and the weights do not fit.
+        InputError: if `read_tensors` refuses the file, header and weights do not match, or a weight
+            is not finite.
     """
-    tensors, told = read_tensors(path)
-    if "step" in told:  # a checkpoint: beside the weights it has the optimiser's state
+    tensors, fields = read_tensors(path)
+    if "step" in fields:  # a checkpoint also contains the state of the optimiser
         tensors = {n.removeprefix(WEIGHT): t for n, t in tensors.items() if n.startswith(WEIGHT)}
-        told = {name: told[name] for name in told if name in ModelHeader.__dataclass_fields__}
+        fields = {name: fields[name] for name in fields if name in ModelHeader.__dataclass_fields__}
     try:
-        header = ModelHeader(**told)
+        header = ModelHeader(**fields)
         header.check()
-        with torch.device("meta"):  # no memory for a network that may not fit the file
+        with torch.device("meta"):  # allocates no memory, since the header may be wrong
             network = header.network()
         network.load_state_dict(tensors, assign=True)
     except (TypeError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        first = str(error).splitlines()[0]
-        raise InputError(f"{path}: header and weights do not fit each other ({first}).") from error
+        cause = str(error).splitlines()[0]
+        raise InputError(f"{path}: header and weights do not match ({cause}).") from error
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     if bad:
         raise InputError(f"{path}: weight {bad[0]!r} is not finite; train again.")
@@ -149,32 +152,32 @@ def read_model(path: Path) -> tuple[UNet, ModelHeader]:
 
 
 def find_model(path: str | os.PathLike[str]) -> Path:
-    """The model file of a RUN folder, or the file itself.
+    """Returns the absolute path of the model file in a RUN folder, or of the file at `path`.
 
     Raises:
-        InputError: if the training of that folder has not ended; names its newest checkpoint.
+        InputError: if the training in that folder has not finished.
     """
-    found = Path(path).absolute()
-    if not found.is_dir():
-        return found
-    model = found / "model.safetensors"
-    checkpoints = sorted((found / "checkpoints").glob("step-*.safetensors"))
+    absolute = Path(path).absolute()
+    if not absolute.is_dir():
+        return absolute
+    model = absolute / "model.safetensors"
+    checkpoints = sorted((absolute / "checkpoints").glob("step-*.safetensors"))
     if checkpoints and not model.exists():
         raise InputError(
-            f"{found}: its training has not ended; run the same `train` again, or give --model "
-            f"{checkpoints[-1]}."
+            f"{absolute}: its training has not finished; run the same `train` again to resume it, "
+            f"or use --model {checkpoints[-1]}."
         )
     return model
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal text."""
+    """SHA-256 of a file, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names and bytes of all tensors."""
+    """SHA-256 of the names and bytes of all tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
@@ -182,8 +185,8 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _foreign(path: Path) -> str | None:
-    """What kind of file this is, if its first bytes show that it is no safetensors file."""
+def _format_problem(path: Path) -> str | None:
+    """Describes the file if its first bytes show that it is not a complete safetensors file."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(16)
@@ -201,9 +204,9 @@ def _foreign(path: Path) -> str | None:
             return kind
     if start[8:9] != b"{":
         return f"not a safetensors file (it starts with {start[:8]!r})"
-    header = int.from_bytes(start[:8], "little")
+    header_bytes = int.from_bytes(start[:8], "little")
     return (
-        f"truncated: its header needs {8 + header} bytes, it has {size}"
-        if 8 + header > size
+        f"truncated: its header needs {8 + header_bytes} bytes, it has {size}"
+        if 8 + header_bytes > size
         else None
     )
