@@ -1,4 +1,4 @@
-"""The paper's network: its layers, its sizes, and the context that its arithmetic needs."""
+"""The network of the paper: its layers, its sizes and the context that it needs."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ def one_thread():
 
 @pytest.fixture
 def double():
-    """Float64 by default, so that what differs is wrong and not rounded."""
+    """Float64 by default, so that differences are errors, not rounding."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -43,8 +43,8 @@ def convolutions(network):
     return [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
 
 
-def lively_norms(network):
-    """Norms as after training: none is what it starts as."""
+def with_random_norms(network):
+    """Sets the norms to random values, as after training."""
     for layer in network.modules():
         if isinstance(layer, StandardisedConv2d):
             nn.init.normal_(layer.weight, 0.1, 0.3)
@@ -58,7 +58,7 @@ def lively_norms(network):
     return network
 
 
-# The paper's figure.
+# The figure of the paper.
 
 
 def test_the_network_of_the_paper():
@@ -72,7 +72,7 @@ def test_the_network_of_the_paper():
     assert not any(layer.padding[0] for layer in convolutions(network))
 
 
-def test_the_context_is_read_off_the_layers():
+def test_the_context_is_computed_from_the_layers():
     with torch.device("meta"):
         network = UNet()
     assert network.context == Context((0, 92, 92), (0, 96, 96), (1, 16, 16))
@@ -81,7 +81,7 @@ def test_the_context_is_read_off_the_layers():
 
 
 def as_in_the_paper(network, x):
-    """Figure 1 once more, from the weights alone."""
+    """Figure 1, implemented independently from the weights."""
     weights = {name: p.detach() for name, p in network.named_parameters()}
 
     def pair(x, name):
@@ -118,16 +118,16 @@ def test_he_initialisation():
     network = UNet(in_channels=3, base_channels=16, depth=3)
     for layer in convolutions(network):
         taps = layer.kernel_size[0] ** 2 if isinstance(layer, nn.Conv2d) else 1
-        wanted, count = math.sqrt(2 / (layer.in_channels * taps)), layer.weight.numel()
+        sd, count = math.sqrt(2 / (layer.in_channels * taps)), layer.weight.numel()
         # Five standard errors of a standard deviation and of a mean.
-        assert abs(layer.weight.std().item() / wanted - 1) < 5 / math.sqrt(2 * count)
-        assert abs(layer.weight.mean().item()) < 5 * wanted / math.sqrt(count)
+        assert abs(layer.weight.std().item() / sd - 1) < 5 / math.sqrt(2 * count)
+        assert abs(layer.weight.mean().item()) < 5 * sd / math.sqrt(count)
         assert not layer.bias.any()
 
 
 @pytest.mark.parametrize("norm", ["none", "weight"])
-def test_signals_keep_their_size_on_the_way(double, norm):
-    # What He initialisation is for: as many digits at the end as at the beginning.
+def test_signals_have_a_similar_size_at_input_and_output(double, norm):
+    # The purpose of He initialisation.
     scores = small(base_channels=16, depth=2, norm=norm)(noise(2, 1, 60, 60))
     assert 0.1 < scores.std() < 10
 
@@ -145,7 +145,7 @@ def test_dropout_is_at_the_end_of_the_contracting_path_and_only_while_training()
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
-def test_every_legal_size_loses_the_same_and_the_others_name_the_nearest(depth):
+def test_valid_sizes_lose_a_constant_border_and_errors_name_the_nearest_valid_sizes(depth):
     network, step, lost = UNet(base_channels=1, depth=depth), 2**depth, 12 * 2**depth - 8
     halo = lost + 4
     for extent in range(1, halo + 4 * step):
@@ -170,7 +170,7 @@ def test_the_papers_sizes_on_real_layers():
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("grad", [True, False])
-def test_the_layers_return_what_the_arithmetic_says(depth, grad):
+def test_the_layers_return_the_calculated_sizes(depth, grad):
     network, halo = small(depth=depth, in_channels=2, classes=3), 12 * 2**depth - 4
     for y, x in ((0, 1), (1, 2), (3, 1)):
         image = torch.zeros(2, 2, halo + y * 2**depth, halo + x * 2**depth)
@@ -180,29 +180,29 @@ def test_the_layers_return_what_the_arithmetic_says(depth, grad):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ({"classes": 1}, "classes=1 must lie in 2..255; nearest is 2."),
-        ({"classes": 256}, "classes=256 must lie in 2..255; nearest is 255."),
-        ({"in_channels": 0}, "in_channels=0 must lie in"),
-        ({"base_channels": 0}, "base_channels=0 must lie in"),
-        ({"depth": 0}, "depth=0 must lie in 1..8; nearest is 1."),
+        ({"classes": 1}, "classes=1 must be from 2 to 255; nearest is 2."),
+        ({"classes": 256}, "classes=256 must be from 2 to 255; nearest is 255."),
+        ({"in_channels": 0}, "in_channels=0 must be from"),
+        ({"base_channels": 0}, "base_channels=0 must be from"),
+        ({"depth": 0}, "depth=0 must be from 1 to 8; nearest is 1."),
         ({"norm": "group"}, "norm='group' is not a norm"),
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1."),
     ],
 )
-def test_numbers_out_of_range_are_refused(options, said):
-    with pytest.raises(InputError) as refused:
+def test_numbers_out_of_range_are_refused(options, message):
+    with pytest.raises(InputError) as error:
         UNet(**options)
-    assert said in str(refused.value)
+    assert message in str(error.value)
 
 
-# One function, however it is computed.
+# Equivalent computations.
 
 
 @pytest.mark.parametrize("norm", ["weight", "batch"])
 def test_folding_the_norms_changes_nothing(double, norm):
-    network, image = lively_norms(small(norm=norm)), noise(2, 1, 52, 60)
+    network, image = with_random_norms(small(norm=norm)), noise(2, 1, 52, 60)
     folded = network.folded()
     layers = nn.BatchNorm2d | StandardisedConv2d
     assert not any(isinstance(m, layers) for m in folded.modules())
@@ -215,7 +215,7 @@ def test_folding_the_norms_changes_nothing(double, norm):
 
 @pytest.mark.parametrize("norm", ["weight", "batch"])
 def test_folding_in_single_precision_rounds_once(norm):
-    network = lively_norms(small(norm=norm))
+    network = with_random_norms(small(norm=norm))
     image = noise(1, 1, 60, 60)
     with torch.inference_mode():
         folded, exact = network.folded().double()(image), network.double()(image)
@@ -229,36 +229,36 @@ def test_folding_without_norms_is_a_copy(double):
 
 @pytest.mark.parametrize("norm", ["none", "weight", "batch"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_lean_path_of_inference_is_the_path_of_training(double, norm, layout):
-    network = lively_norms(small(norm=norm)).to(memory_format=layout)
+def test_the_code_path_of_inference_is_equivalent_to_that_of_training(double, norm, layout):
+    network = with_random_norms(small(norm=norm)).to(memory_format=layout)
     image = noise(3, 1, 52, 60).contiguous(memory_format=layout)
     trained = network(image)
     assert trained.requires_grad
     with torch.inference_mode():
-        lean = network(image)
-    torch.testing.assert_close(lean, trained.detach(), rtol=1e-12, atol=1e-12)
+        predicted = network(image)
+    torch.testing.assert_close(predicted, trained.detach(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("norm", ["none", "weight", "batch"])
-def test_a_training_step_computes_what_a_prediction_computes(double, norm):
-    network, image = lively_norms(small(norm=norm, dropout=0.0)), noise(2, 1, 52, 60)
+def test_training_and_prediction_compute_the_same_function(double, norm):
+    network, image = with_random_norms(small(norm=norm, dropout=0.0)), noise(2, 1, 52, 60)
     before = {name: tensor.clone() for name, tensor in network.named_buffers()}
     trained = network.train()(image).detach()
     torch.testing.assert_close(trained, network.folded()(image), rtol=1e-12, atol=1e-12)
     assert all(torch.equal(before[name], tensor) for name, tensor in network.named_buffers())
 
 
-def test_filters_are_standardised_as_the_formula_says(double):
-    network = lively_norms(small(norm="weight"))
+def test_filters_are_standardised_by_the_formula(double):
+    network = with_random_norms(small(norm="weight"))
     layer = next(m for m in network.modules() if isinstance(m, StandardisedConv2d))
     for number, weights in enumerate(layer.weight.detach().numpy()):
         plain = math.sqrt(2 / weights.size) * (weights - weights.mean()) / weights.std()
-        wanted = torch.from_numpy(layer.gain[number].item() * plain)
-        found = layer.standardised(layer.weight)[number]
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        expected = torch.from_numpy(layer.gain[number].item() * plain)
+        standardised = layer.standardised(layer.weight)[number]
+        torch.testing.assert_close(standardised, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_grey_levels_are_seen_through_standardised_filters(double):
+def test_a_network_with_standardised_filters_responds_to_grey_levels(double):
     network, image = small(norm="weight"), noise(1, 1, 52, 60)
     assert (network(image + 1) - network(image)).abs().max() > 0.01
 
@@ -278,12 +278,12 @@ def test_after_calibration_every_channel_has_mean_0_and_variance_1(double):
     assert len(seen) == 10
     for out in seen:
         channels = out.detach().transpose(0, 1).flatten(1)
-        # Batch norm adds 1e-5 to the variance, and its running one divides by one voxel less.
+        # Batch norm adds 1e-5 to the variance, and its running variance is the unbiased one.
         torch.testing.assert_close(channels.mean(1), torch.zeros(len(channels)), rtol=0, atol=1e-2)
         torch.testing.assert_close(channels.var(1), torch.ones(len(channels)), rtol=0, atol=1e-2)
 
 
-def test_an_image_of_a_wrong_size_leaves_the_norms_fixed():
+def test_calibrating_with_a_wrong_size_leaves_the_norms_fixed():
     network = small(norm="batch").train()
     with pytest.raises(InputError, match="size=53"):
         network.calibrate(torch.zeros(1, 1, 52, 53))
@@ -298,7 +298,7 @@ def test_folding_stays_on_the_device_of_the_network(norm):
         network.folded()
 
 
-def test_what_the_network_is_given_stays_as_it_was(double):
+def test_the_network_does_not_change_its_input(double):
     image = noise(1, 1, 52, 52)
     before = image.clone()
     with torch.inference_mode():
@@ -306,11 +306,11 @@ def test_what_the_network_is_given_stays_as_it_was(double):
     assert torch.equal(image, before)
 
 
-# What a voxel sees.
+# Receptive field.
 
 
-def eager(depth):
-    """A network with positive weights: whatever raises a voxel that it sees raises its scores."""
+def positive_network(depth):
+    """A network with positive weights: raising any voxel in the receptive field raises scores."""
     network = small(base_channels=1, depth=depth).double()
     with torch.no_grad():
         for layer in convolutions(network):
@@ -321,45 +321,45 @@ def eager(depth):
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_the_context_matches_the_networks_arithmetic(depth, axis):
-    network = eager(depth)
+    network = positive_network(depth)
     before, after, step = (n[-1] for n in dataclasses.astuple(network.context))
-    # The core is one step, well inside an image that has `step` voxels more than its halo needs.
-    # Along the other axis the image is as small as can be.
+    # The core is one step long, inside an image with `step` extra voxels on both sides of its halo.
+    # Along the other axis the image has its smallest size.
     first = before + step
     sizes = [before + step + after] * 2
     sizes[axis] += 2 * step
     image = noise(1, 1, *sizes).abs()
-    own = (step, 2 * step)  # the core's voxels in the output: outputs start `before` inside
+    core = slice(step, 2 * step)  # in the output, which starts `before` voxels inside the image
 
-    def moved(position):
+    def changed(position):
         """Which voxels of the core, along `axis`, change with one input voxel."""
         other = image.clone()
         row = other.select(2 + axis, position)
         row += 1e3
         with torch.inference_mode():
             change = (network(other) - network(image)).abs().amax(dim=(0, 1)).amax(dim=1 - axis)
-        return change[own[0] : own[1]] > 0
+        return change[core] > 0
 
-    # Below: the first voxel of the core sees the first voxel of the halo and none before it.
-    assert moved(first - before)[0]
-    assert not moved(first - before - 1).any()
-    # Above: sizes come in steps, so at depth 1 and 2 the halo holds 4 voxels that nobody needs.
-    spare = 0 if depth >= 3 else 4
-    assert moved(first + step + after - spare - 1)[-1]
-    assert not moved(first + step + after - spare).any()
+    # Below: the first voxel of the core depends on the first voxel of the halo and none before it.
+    assert changed(first - before)[0]
+    assert not changed(first - before - 1).any()
+    # Above: sizes have a step, so at depth 1 and 2 the halo has 4 unused voxels.
+    unused = 0 if depth >= 3 else 4
+    assert changed(first + step + after - unused - 1)[-1]
+    assert not changed(first + step + after - unused).any()
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_moving_by_the_step_is_exact_and_by_half_of_it_is_not(double, depth):
+def test_shifting_by_the_step_is_exact_and_by_half_of_it_is_not(double, depth):
     network, step = small(depth=depth), 2**depth
     extent = 12 * step - 4 + 6 * step
     image = noise(1, 1, extent + step, extent + step)
 
     def scores(offset):
         with torch.inference_mode():
-            seen = network(image[..., offset : offset + extent, offset : offset + extent])
-        there = slice(step - offset, 2 * step - offset)  # the same voxels of the image
-        return seen[..., there, there]
+            output = network(image[..., offset : offset + extent, offset : offset + extent])
+        common = slice(step - offset, 2 * step - offset)  # the same voxels of the image
+        return output[..., common, common]
 
     torch.testing.assert_close(scores(step), scores(0), rtol=0, atol=1e-12)
     assert (scores(step // 2) - scores(0)).abs().max() > 1e-3

@@ -1,7 +1,7 @@
-"""The U-Net of Ronneberger, Fischer and Brox (2015): the layers and the context they need.
+"""The U-Net of Ronneberger, Fischer and Brox (2015): its layers and the context they need.
 
-Knows tensors; knows nothing of volumes, tiles, files or training. All convolutions are unpadded,
-so every output voxel is computed from real input only, which is what makes tiling exact.
+Independent of volumes, tiles, files and training. All convolutions are unpadded: every output voxel
+depends on real input only, so tiling is exact.
 """
 
 from __future__ import annotations
@@ -23,25 +23,27 @@ Convolution = nn.Conv2d | nn.ConvTranspose2d
 class UNet(nn.Module):
     """The paper's network (Fig. 1): at depth 4 it has 23 convolutional layers.
 
-    Each level has two unpadded 3x3 convolutions with ReLU; 2x2 max-pooling leads down and doubles
-    the channels, a 2x2 up-convolution leads up and halves them, the cropped features of the same
-    level are joined to it, and a 1x1 convolution gives the class scores.
+    Each level has two unpadded 3x3 convolutions with ReLU. Between levels, 2x2 max-pooling leads
+    down and the channels double; a 2x2 up-convolution leads up and halves the channels. Its output
+    is concatenated with the cropped features of the same level. A final 1x1 convolution computes
+    the class scores.
 
     Args:
-        in_channels: channels of the image.
-        classes: number of classes, at least 2.
-        base_channels: channels at full resolution; the paper's 64.
-        depth: number of poolings; the paper's 4.
-        norm: ``"weight"`` standardises the weights of all 3x3 convolutions but the first, which
-            must see grey levels (see `StandardisedConv2d`). ``"batch"`` adds batch normalisation
-            after every 3x3 convolution, with statistics that only `calibrate` changes; until
-            then they are mean 0 and variance 1. No norm uses statistics of the input image, in
-            training or inference, so tiling stays exact.
-        dropout: probability of dropping a feature at the end of the contracting path (after its
-            last two levels, as in the authors' Caffe network). Only while training.
+        in_channels: channels of the image, 1 to 1024.
+        classes: number of classes, 2 to 255.
+        base_channels: channels at full resolution, 1 to 4096; 64 in the paper.
+        depth: number of poolings, 1 to 8; 4 in the paper.
+        norm: ``"weight"`` standardises the weights of all 3x3 convolutions except the first, which
+            must respond to grey levels (see `StandardisedConv2d`). ``"batch"`` adds batch
+            normalisation after every 3x3 convolution; its statistics are mean 0 and variance 1
+            until `calibrate` changes them. No norm uses statistics of the input image, in training
+            or at inference, so tiling stays exact.
+        dropout: probability of dropping a feature at the end of the contracting path, at least 0
+            and below 1. Applied only in training, after the last two levels, as in the authors'
+            Caffe network.
 
     Raises:
-        InputError: if a number is outside its range.
+        InputError: if an argument is outside its range.
     """
 
     def __init__(
@@ -73,13 +75,13 @@ class UNet(nn.Module):
         self.join = nn.ModuleList(_pair(2 * w, w, norm) for w in widths[:-1])
         self.head = nn.Conv2d(base_channels, classes, 1)
         self.drop = nn.Dropout(dropout)
-        if norm == "weight":  # a filter of mean 0 does not see whether the image is bright
+        if norm == "weight":  # a filter of mean 0 would not respond to brightness
             cast(nn.Sequential, self.down[0])[0] = nn.Conv2d(in_channels, base_channels, 3)
         self._initialise()
         self.train()
 
     def train(self, mode: bool = True) -> UNet:
-        """Sets the network to training or inference; batch norm keeps its statistics in both."""
+        """Switches between training and inference; batch norm has fixed statistics in both."""
         super().train(mode)
         for norm in self._batch_norms():
             norm.eval()
@@ -88,14 +90,14 @@ class UNet(nn.Module):
     def calibrate(self, images: Tensor) -> None:
         """Sets the statistics of batch norm to those of all `images` together.
 
-        One pass over all images gives each layer the input that it gets with fixed statistics.
-        Single blank images do no harm, since the statistics are not taken per image.
+        In a single pass over all images, each layer normalises with the statistics that it will
+        have at inference. The statistics are not per image, so single blank images do no harm.
 
         Args:
             images: ``(n, in_channels, y, x)``, floating point, normalised.
 
         Raises:
-            InputError: if y or x is a size that the network does not take.
+            InputError: if the network does not support the size y or x.
         """
         training = self.training
         self.eval()  # no dropout
@@ -113,39 +115,39 @@ class UNet(nn.Module):
 
     @property
     def levels(self) -> tuple[Level, ...]:
-        """The levels over (z, y, x), read off the layers; nothing happens along z in 2-D."""
+        """Levels over (z, y, x), from the layers; kernels and pools have width 1 along z."""
         pools = [(1, *layer.stride) for layer in _convolutions(self.up)] + [(1, 1, 1)]
         kernels = [(1, *_convolutions(_layers(pair))[0].kernel_size) for pair in self.down]
         return tuple(Level(k, p) for k, p in zip(kernels, pools, strict=True))
 
     @property
     def context(self) -> Context:
-        """Halo and step over (z, y, x), computed from the levels."""
+        """Halo and step along (z, y, x), computed from the levels."""
         return Context.of_levels(self.levels)
 
     def _initialise(self) -> None:
         """He initialisation: N(0, sqrt(2 / N)), N = incoming nodes of one neuron (sec. 3)."""
         for layer in self.modules():
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-                # A 2x2 up-convolution of stride 2 feeds each output voxel from one input voxel.
+                # A 2x2 up-convolution of stride 2 computes each output voxel from one input voxel.
                 taps = layer.kernel_size[0] ** 2 if isinstance(layer, nn.Conv2d) else 1
                 nn.init.normal_(layer.weight, 0.0, (2 / (layer.in_channels * taps)) ** 0.5)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
     def output_extent(self, extent: int) -> int:
-        """Size of the output for `extent` input voxels along y or x: 572 gives 388.
+        """Size of the output for `extent` input voxels along y or x, for example 388 for 572.
 
         Raises:
-            InputError: if the network does not take that size; names the nearest that fit.
+            InputError: if the network does not support that size; names the nearest valid sizes.
         """
         outputs = output_extents(self.levels, (1, extent, extent))
         if outputs is None:
             raise InputError(self._size_rule(extent))
         return outputs[-1]
 
-    def _joined_sizes(self, image: Tensor) -> list[tuple[int, ...]]:
-        """Size of what is joined at each level, (y, x), for an image."""
+    def _skip_sizes(self, image: Tensor) -> list[tuple[int, ...]]:
+        """Size (y, x) of the cropped skip connection of each level, for an image."""
         extents = image.shape[-2:]
         for extent in extents:
             self.output_extent(extent)
@@ -154,6 +156,7 @@ class UNet(nn.Module):
         return [tuple(map(int, size)) for size in reversed(sizes)]
 
     def _size_rule(self, extent: int) -> str:
+        """Error message for an unsupported size."""
         step, halo = self.context.step[-1], self.context.halo[-1]
         below = max(1, (extent - halo) // step)
         near = [halo + step * k for k in (below, below + 1) if halo + step * k != extent]
@@ -172,9 +175,9 @@ class UNet(nn.Module):
             ``(n, classes, y - m, x - m)``, same dtype; m = 12 * 2**depth - 8, 184 at depth 4.
 
         Raises:
-            InputError: if y or x is a size that the network does not take.
+            InputError: if the network does not support the size y or x.
         """
-        wanted = self._joined_sizes(image)
+        skip_sizes = self._skip_sizes(image)
         skips, x = [], image
         for level, pair in enumerate(self.down):
             for layer in _layers(pair):
@@ -182,26 +185,26 @@ class UNet(nn.Module):
             if level >= self.depth - 1:
                 x = self.drop(x)
             if level < self.depth:
-                skips.append(_middle(x, wanted[level]))
+                skips.append(_middle(x, skip_sizes[level]))
                 x = nn.functional.max_pool2d(x, 2)
         for level in reversed(range(self.depth)):
-            x = _joined(skips, self.up[level], x)
+            x = _concatenated(skips, self.up[level], x)
             for layer in _layers(self.join[level]):
                 x = layer(x)
         return cast(Tensor, self.head(x))
 
     def folded(self) -> UNet:
-        """The same function at inference without a norm, which goes into the weights.
+        """Returns an equivalent network for inference, with its norms folded into the weights.
 
-        Computed in double precision. Faster, and in bfloat16 more exact, since a convolution
-        rounds once where convolution and norm round twice.
+        It is faster, and more exact in bfloat16: a convolution rounds once, a convolution followed
+        by a norm twice. The new weights are computed in double precision.
         """
         plain = UNet(self.in_channels, self.classes, self.base_channels, self.depth, "none", 0.0)
         pairs = zip([*self.down, *self.join], [*plain.down, *plain.join], strict=True)
         with torch.no_grad():
-            for mine, theirs in pairs:
+            for pair, plain_pair in pairs:
                 for target, (weight, bias) in zip(
-                    _convolutions(theirs), _folded(_layers(mine)), strict=True
+                    _convolutions(plain_pair), _folded(_layers(pair)), strict=True
                 ):
                     target.weight.copy_(weight)
                     cast(Tensor, target.bias).copy_(bias)
@@ -213,19 +216,19 @@ class UNet(nn.Module):
 def _check(name: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         near = min(max(value, low), high)
-        raise InputError(f"{name}={value} must lie in {low}..{high}; nearest is {near}.")
+        raise InputError(f"{name}={value} must be from {low} to {high}; nearest is {near}.")
 
 
 class StandardisedConv2d(nn.Conv2d):
     """A convolution whose filters have mean 0 and standard deviation ``gain * sqrt(2 / N)``.
 
     N is the number of weights of a filter. This is weight standardisation (Qiao et al. 2019) with
-    a gain for each filter (Brock et al. 2021), scaled as He initialisation: signals roughly keep
-    their size from layer to layer, as with batch norm. No statistics of images enter, so a
-    training step and a prediction compute the same function.
+    a gain for each filter (Brock et al. 2021), scaled as in He initialisation. As with batch norm,
+    signals have a similar size in all layers. Since no statistics of images are used, training and
+    inference compute the same function.
 
     Attributes:
-        gain: float32 ``(filters,)``, learned, 1 at the start.
+        gain: float32 ``(filters,)``, learned, initially 1.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
@@ -233,19 +236,19 @@ class StandardisedConv2d(nn.Conv2d):
         self.gain = nn.Parameter(torch.ones(outputs))
 
     def standardised(self, weight: Tensor) -> Tensor:
-        """The filters that the convolution applies, computed in the precision of `weight`."""
+        """Returns the standardised filters, computed in the precision of `weight`."""
         variance, mean = torch.var_mean(weight, (1, 2, 3), correction=0, keepdim=True)
-        size = weight[0].numel() * variance
-        scale = self.gain.to(weight)[:, None, None, None] * (2 / size.clamp(min=1e-4)).sqrt()
+        total = weight[0].numel() * variance
+        scale = self.gain.to(weight)[:, None, None, None] * (2 / total.clamp(min=1e-4)).sqrt()
         return (weight - mean) * scale
 
     def forward(self, image: Tensor) -> Tensor:
-        """As `nn.Conv2d`."""
+        """Convolves `image` with the standardised filters."""
         return nn.functional.conv2d(image, self.standardised(self.weight), self.bias)
 
 
 def _pair(inputs: int, outputs: int, norm: Norm) -> nn.Sequential:
-    """Two unpadded 3x3 convolutions, each with (norm and) ReLU."""
+    """Two unpadded 3x3 convolutions, each followed by an optional norm and ReLU."""
     layers: list[nn.Module] = []
     for channels in (inputs, outputs):
         if norm == "weight":
@@ -259,8 +262,8 @@ def _pair(inputs: int, outputs: int, norm: Norm) -> nn.Sequential:
 
 
 def _layers(pair: nn.Module) -> Iterator[nn.Module]:
-    # Layers are called one by one, not through nn.Sequential, so that no caller's frame keeps
-    # the input of a pair alive: it saves a quarter of the peak memory at inference.
+    # Layers are called one by one, since nn.Sequential would keep the input of a pair in memory.
+    # This saves a quarter of the peak memory at inference.
     return iter(cast(nn.Sequential, pair))
 
 
@@ -269,18 +272,18 @@ def _convolutions(layers: Iterable[nn.Module]) -> list[Convolution]:
 
 
 def _middle(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    """The middle of `x`; a copy where nothing else needs the rest, to free it early."""
-    top, left = ((have - want) // 2 for have, want in zip(x.shape[-2:], size, strict=True))
+    """The middle of `x` of the given size; a copy at inference, so that `x` is freed early."""
+    top, left = ((n - m) // 2 for n, m in zip(x.shape[-2:], size, strict=True))
     view = x[..., top : top + size[0], left : left + size[1]]
     return view if torch.is_grad_enabled() else view.contiguous(memory_format=_memory_format(x))
 
 
-def _joined(skips: list[Tensor], up: nn.Module, x: Tensor) -> Tensor:
-    """The skipped features and the up-convolved `x`, joined along the channels."""
+def _concatenated(skips: list[Tensor], up: nn.Module, x: Tensor) -> Tensor:
+    """The last skip connection and the up-convolved `x`, concatenated along the channels."""
     if torch.is_grad_enabled():
         return torch.cat([skips.pop(), up(x)], dim=1)
-    # One buffer is filled in two steps, so that skip, up-convolution and result never stand
-    # beside each other: this is where memory peaks.
+    # Memory peaks here. One buffer is filled in two steps, so that skip, up-convolution and result
+    # are never in memory together.
     skip = skips.pop()
     n, channels, height, width = skip.shape
     both = torch.empty(
@@ -301,26 +304,27 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 
 def _folded(layers: Iterable[nn.Module]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(weight, bias) of each convolution with the norm that follows it worked in."""
+    """Yields weight and bias of each convolution, with the norm that follows it folded in."""
     stack = list(layers)
-    for layer, after in zip(stack, [*stack[1:], None], strict=True):
+    for layer, following in zip(stack, [*stack[1:], None], strict=True):
         if not isinstance(layer, nn.Conv2d):
             continue
         weight = _double(layer.weight)
         if isinstance(layer, StandardisedConv2d):
             weight = layer.standardised(weight)
         bias = torch.zeros_like(weight[:, 0, 0, 0]) if layer.bias is None else layer.bias
-        if isinstance(after, nn.BatchNorm2d):
-            mean, variance = cast(Tensor, after.running_mean), cast(Tensor, after.running_var)
-            gain = _double(after.weight) / (_double(variance) + after.eps).sqrt()
+        if isinstance(following, nn.BatchNorm2d):
+            mean = cast(Tensor, following.running_mean)
+            variance = cast(Tensor, following.running_var)
+            gain = _double(following.weight) / (_double(variance) + following.eps).sqrt()
             weight, bias = (
                 weight * gain[:, None, None, None],
                 (_double(bias) - _double(mean)) * gain,
             )
-            bias = bias + _double(after.bias)
+            bias = bias + _double(following.bias)
         yield weight, bias
 
 
 def _double(x: Tensor) -> Tensor:
-    """In float64, which Apple's GPUs do not have."""
+    """Converts to float64, on the CPU for Apple GPUs, which do not support it."""
     return (x.cpu() if x.device.type == "mps" else x).double()
