@@ -1,4 +1,4 @@
-"""The cost of the halo: against the layers of the network itself, and against known numbers."""
+"""The cost of the halo, against the layers of the network and against reference values."""
 
 import math
 
@@ -47,9 +47,9 @@ def paper(base_channels=64):
 )
 def test_the_cost_of_the_halo(extent, ratio):
     core = extent - 188
-    spent = pass_multiplications(paper(), (1, extent, extent))
+    total = pass_multiplications(paper(), (1, extent, extent))
     digits = len(str(ratio).split(".")[1])
-    assert spent / core_multiplications(paper(), (1, core, core)) == pytest.approx(
+    assert total / core_multiplications(paper(), (1, core, core)) == pytest.approx(
         ratio, abs=0.51 * 10**-digits
     )
 
@@ -94,7 +94,7 @@ def test_the_overhead_of_a_plan_that_fits_the_volume():
     assert halo_overhead(paper(), plan) == pytest.approx(0.39, abs=0.01)
 
 
-def test_what_reaches_beyond_the_volume_counts():
+def test_parts_of_cores_outside_the_volume_count():
     # 5 slices in passes of 2 are 6; 768 rows in cores of 512 are 1024.
     core = (2, 512, 384)
     plan = TilePlan((5, 768, 1152), core, PAPER, core)
@@ -104,12 +104,13 @@ def test_what_reaches_beyond_the_volume_counts():
     assert halo_overhead(paper(), plan) == pytest.approx(ratio * 6 / 5 * 1024 / 768 - 1)
 
 
-def test_passes_beyond_the_volume_are_not_run_and_do_not_count():
+def test_passes_outside_the_volume_are_not_run_and_do_not_count():
     # The last slab of 4 has one slice in the volume: one pass of 2 is run, the other is not.
-    plan = TilePlan((5, 768, 1152), (4, 384, 384), PAPER, (2, 384, 384))
-    same = TilePlan((6, 768, 1152), (4, 384, 384), PAPER, (2, 384, 384))
-    ran, might = halo_overhead(paper(), plan) + 1, halo_overhead(paper(), same) + 1
-    assert ran * 5 == pytest.approx(might * 6)
+    plan_of_5 = TilePlan((5, 768, 1152), (4, 384, 384), PAPER, (2, 384, 384))
+    plan_of_6 = TilePlan((6, 768, 1152), (4, 384, 384), PAPER, (2, 384, 384))
+    cost_of_5 = halo_overhead(paper(), plan_of_5) + 1
+    cost_of_6 = halo_overhead(paper(), plan_of_6) + 1
+    assert cost_of_5 * 5 == pytest.approx(cost_of_6 * 6)
 
 
 def test_small_passes_cost_as_much_as_small_cores():
@@ -120,7 +121,7 @@ def test_small_passes_cost_as_much_as_small_cores():
 
 @settings(max_examples=60)
 @given(st.tuples(*[st.integers(1, 60)] * 3), st.tuples(*[st.integers(1, 20)] * 3), st.data())
-def test_what_is_decoded_is_what_reading_every_tile_touches(shape, chunk, data):
+def test_read_amplification_is_that_of_reading_every_tile(shape, chunk, data):
     core = tuple(data.draw(st.integers(1, 5)) * 4 for _ in range(3))
     plan = TilePlan(shape, core, Context((0, 5, 9), (0, 7, 12), (1, 4, 4)), core)
     decoded = 0

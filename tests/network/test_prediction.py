@@ -1,4 +1,4 @@
-"""Passes of constant voxels: one for each value, with the bytes of all others."""
+"""Passes of constant voxels: computed once per value, with identical results."""
 
 import numpy as np
 import pytest
@@ -21,8 +21,8 @@ def network():
     return network
 
 
-def made(network, plan, volume, monkeypatch=None, tta=False):
-    """All tiles of a volume (z, y, x), and how many passes were computed."""
+def predicted(network, plan, volume, monkeypatch=None, tta=False):
+    """Results of all tiles of a volume (z, y, x), and the number of computed passes."""
     predictor = Predictor(network, plan, Intensity((9.0,), (30.0,)), "float32", "cpu", tta)
     calls, forward = [], predictor._forward
     predictor._forward = lambda *args: calls.append(1) or forward(*args)
@@ -30,9 +30,9 @@ def made(network, plan, volume, monkeypatch=None, tta=False):
     for tile in plan:
         before, after = plan.context.before, plan.context.after
         padded = np.pad(volume, [*zip(before, after, strict=True)], mode="reflect")
-        seen = padded[tuple(slice(a + b, c + b) for a, b, c in zip(
+        window = padded[tuple(slice(a + b, c + b) for a, b, c in zip(
             tile.read.start, before, tile.read.stop, strict=True))]  # fmt: skip
-        results.append(predictor(tile, seen[None], OUTPUTS))
+        results.append(predictor(tile, window[None], OUTPUTS))
     return results, len(calls)
 
 
@@ -43,24 +43,24 @@ def test_constant_passes_are_computed_once_for_each_value(network, monkeypatch, 
     volume = np.zeros((2, 96, 192), dtype)
     volume[1] = 7
     volume[1, 90, 180] = 50
-    found, few = made(network, plan, volume, tta=tta)
-    monkeypatch.setattr(prediction, "constant_value", lambda seen: None)
-    right, all_of_them = made(network, plan, volume, tta=tta)
-    assert all_of_them == 36 and 2 + 2 <= few < 2 + 9
-    for one, two in zip(found, right, strict=True):
+    cached, computed_passes = predicted(network, plan, volume, tta=tta)
+    monkeypatch.setattr(prediction, "constant_value", lambda window: None)
+    expected, all_passes = predicted(network, plan, volume, tta=tta)
+    assert all_passes == 36 and 2 + 2 <= computed_passes < 2 + 9
+    for one, two in zip(cached, expected, strict=True):
         for name in OUTPUTS:
             np.testing.assert_array_equal(one[name], two[name])
-    # A pattern of the pooling, not one number: only whole passes may be taken from memory.
-    assert len(np.unique(right[0]["probabilities"][0, 0])) > 1
+    # Constant input has a pattern of the pooling as output, so only whole passes can be cached.
+    assert len(np.unique(expected[0]["probabilities"][0, 0])) > 1
 
 
 @pytest.mark.parametrize(
     ("values", "computed"), [([1, 1, 2, 2, 3, 1], 4), ([1, 2, 1, 3, 1, 2], 4), ([1, 2] * 3, 2)]
 )
-def test_the_few_results_that_were_used_last_are_kept(network, values, computed):
+def test_the_most_recently_used_results_are_cached(network, values, computed):
     plan = TilePlan((6, 32, 32), (6, 32, 32), network.context, (1, 32, 32))
     volume = np.repeat(np.array(values, np.uint8), 32 * 32).reshape(6, 32, 32)
-    assert made(network, plan, volume)[1] == computed
+    assert predicted(network, plan, volume)[1] == computed
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_arrays_have_the_stated_shapes_dtypes_and_values(phantom):
     assert set(np.unique(phantom.classes)) <= {0, 255}
 
 
-def test_shape_is_kept():
+def test_the_image_has_the_requested_shape():
     assert make_phantom((3, 40, 70)).image.shape == (3, 40, 70)
 
 
@@ -99,14 +99,14 @@ def test_membrane_share_and_sizes_are_like_those_of_tissue(seed, diameter):
     assert np.percentile(areas, 90) > 6 * np.percentile(areas, 25)
 
 
-def test_cells_run_on_from_slice_to_slice():
+def test_cells_continue_from_slice_to_slice():
     instances = make_phantom((6, 256, 256)).instances
     both = (instances[1:] > 0) & (instances[:-1] > 0)
     assert both.mean() > 0.65
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_threshold_finds_some_of_the_membrane_but_not_enough(seed):
+def test_a_threshold_detects_some_of_the_membrane_but_not_enough(seed):
     """ISBI 2012 has 0.36 and 0.80; the light, the noise and the organelles must not be lost."""
     phantom = make_phantom((4, 384, 384), seed)
     membrane, cell = best_threshold_iou(phantom.image, phantom.instances == 0)
@@ -121,7 +121,7 @@ def test_slices_differ_in_brightness_and_light_is_uneven_within():
     assert corners.std() > 3
 
 
-def test_making_one_is_fast():
+def test_making_a_phantom_is_fast():
     start = time.process_time()
     make_phantom((2, 512, 512))
     assert time.process_time() - start < 3
@@ -138,7 +138,7 @@ def test_making_one_is_fast():
         (((1, 16, 16), 0, float("inf")), "cell_diameter=inf"),
     ],
 )
-def test_impossible_tissue_is_refused(arguments, words):
+def test_arguments_out_of_range_are_refused(arguments, words):
     with pytest.raises(InputError) as error:
         make_phantom(*arguments)
     assert words in str(error.value)
