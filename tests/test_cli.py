@@ -742,7 +742,7 @@ def broken_file(files, kind):
         return ["image.tif", "truncated"]
     if kind == "empty folder":
         path.mkdir()
-        return ["image.tif holds neither"]
+        return ["image.tif contains no TIFF or PNG slices"]
     path.write_bytes(b"PK\x03\x04" + content)
     return ["image.tif", "a zip archive"]
 

@@ -136,7 +136,7 @@ FOREIGN = {
     "pickle": (pickle.dumps(WEIGHTS), "a Python pickle, which could run code"),
     "old pickle": (pickle.dumps(WEIGHTS, protocol=2), "a Python pickle, which could run code"),
     "oldest pickle": (pickle.dumps(WEIGHTS, protocol=0), "not a safetensors file"),
-    "torch.save": (saved(legacy=False), r"a PyTorch .pt file holds a pickle"),
+    "torch.save": (saved(legacy=False), r"a PyTorch .pt file contains a pickle"),
     "old torch.save": (saved(legacy=True), "a Python pickle, which could run code"),
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(88), "an HDF5 file"),
     "TIFF": (b"II*\0\x08\0\0\0" + bytes(88), "a TIFF image"),

@@ -327,7 +327,7 @@ def test_a_volume_in_a_bucket_is_read_like_one_on_a_disk(task, bucket, tmp_path)
 @pytest.mark.parametrize("name", ["nothing.zarr", "volume.tif"])
 def test_only_zarr_is_read_from_a_bucket(bucket, name):
     bucket.put("volume.tif", b"II*\0", None, None)
-    with pytest.raises(InputError, match="of an object store only these are read"):
+    with pytest.raises(InputError, match="cannot be read from an object store"):
         open_volume(f"s3://bucket/{name}")
 
 

@@ -194,7 +194,7 @@ def _format_problem(path: Path) -> str | None:
         return f"a file of {size} bytes"
     kinds = {
         b"\x80": "a Python pickle, which could run code when opened",
-        b"PK\x03\x04": "a zip archive (a PyTorch .pt file holds a pickle, which could run code)",
+        b"PK\x03\x04": "a zip archive (a PyTorch .pt file contains a pickle, which could run code)",
         b"\x89HDF": "an HDF5 file (Keras weights?)",
         b"II*\x00": "a TIFF image",
         b"MM\x00*": "a TIFF image",

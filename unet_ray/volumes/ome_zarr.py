@@ -136,7 +136,7 @@ def _refuse_truncated_chunks(array: Any, folder: str, window: Sequence[slice]) -
 
 @dataclass(frozen=True)
 class _ZarrImage:
-    """Location of an array, and what the metadata of its image state."""
+    """Location of an array, with axes, voxel size and channel names from the metadata."""
 
     folder: str
     axes: str

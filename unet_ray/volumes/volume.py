@@ -1,7 +1,7 @@
 """A stored volume, read by boxes, always as (c, z, y, x).
 
-Handles what all formats share: selection of channels, identity of an input, letters of axes.
-Independent of any format.
+Handles the common parts of all formats: selection of channels, identity of an input, and letters of
+axes. Independent of any format.
 """
 
 from __future__ import annotations
