@@ -125,13 +125,17 @@ def write_model(path: Path, network: UNet, header: ModelHeader) -> None:
     write_tensors(path, network.state_dict(), dataclasses.asdict(header))
 
 
-def read_model(path: Path) -> tuple[UNet, ModelHeader]:
-    """Reads a model file or a checkpoint; returns the network, ready for inference, and its header.
+def read_model(path: str | os.PathLike[str]) -> tuple[UNet, ModelHeader]:
+    """Reads the model of a RUN folder, a model file or a checkpoint.
+
+    Returns:
+        The network, ready for inference, and its header.
 
     Raises:
         InputError: if `read_tensors` refuses the file, header and weights do not match, or a weight
             is not finite.
     """
+    path = find_model(path)
     tensors, fields = read_tensors(path)
     if "step" in fields:  # a checkpoint also contains the state of the optimiser
         tensors = {n.removeprefix(WEIGHT): t for n, t in tensors.items() if n.startswith(WEIGHT)}

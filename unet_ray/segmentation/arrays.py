@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from unet_ray.engine.cluster import side_by_side
 from unet_ray.engine.rounds import Progress, tries
 from unet_ray.engine.stages import Stage
-from unet_ray.errors import InputError, RunError
+from unet_ray.errors import RunError
 from unet_ray.machine import keep_freed_memory
 from unet_ray.network.prediction import Predictor
 from unet_ray.network.unet import UNet
@@ -25,7 +25,7 @@ from unet_ray.segmentation.memory import in_flight, needed_bytes, network_size, 
 from unet_ray.segmentation.planning import choose_plan
 from unet_ray.segmentation.preparation import check_memory
 from unet_ray.segmentation.run import read_tile
-from unet_ray.segmentation.settings import Settings, device_of, precision_of
+from unet_ray.segmentation.settings import Settings, device_of, precision_of, refuse_channels
 from unet_ray.tiling.tiles import TilePlan
 from unet_ray.volumes.intensity import measure
 from unet_ray.volumes.volume import Volume
@@ -61,11 +61,7 @@ def predict_volume(
         InputError: if volume and network do not fit, or memory is too small.
         RunError: if a tile cannot be read or predicted.
     """
-    if volume.shape[0] != network.in_channels:
-        raise InputError(
-            f"{volume.path}: has {volume.shape[0]} channels, but {model} was trained on "
-            f"{network.in_channels}."
-        )
+    refuse_channels(volume, network, model)
     # Before any thread is made: each would get a pool of memory of its own, and give it back.
     keep_freed_memory()
     device = device_of(settings)

@@ -74,12 +74,7 @@ def open_inputs(
     volume = open_volume(source, channel=settings.channel, time=settings.time, level=settings.level)
     file = find_model(model)
     network, header = read_model(file)
-    if volume.shape[0] != network.in_channels:
-        hint = "; choose one with --channel N" if network.in_channels == 1 else ""
-        raise InputError(
-            f"{volume.path}: has {volume.shape[0]} channels, but {file} was trained on "
-            f"{network.in_channels}{hint}."
-        )
+    refuse_channels(volume, network, str(file))
     extent = Box.of(volume.shape[1:])
     region = settings.region
     if region and (region.size == 0 or region.intersect(extent) != region):
@@ -87,6 +82,20 @@ def open_inputs(
             f"region={region} must be a box of at least one voxel inside the volume, {extent}."
         )
     return volume, network, header
+
+
+def refuse_channels(volume: Volume, network: UNet, model: str) -> None:
+    """Refuses a volume with another number of channels than the network reads.
+
+    Raises:
+        InputError: naming both numbers.
+    """
+    if volume.shape[0] != network.in_channels:
+        hint = "; choose one with --channel N" if network.in_channels == 1 else ""
+        raise InputError(
+            f"{volume.path}: has {volume.shape[0]} channels, but {model} was trained on "
+            f"{network.in_channels}{hint}."
+        )
 
 
 def device_of(settings: Settings) -> Device:

@@ -22,6 +22,10 @@ from unet_ray.volumes.tiff import reason
 from unet_ray.volumes.volume import Volume, reopen
 
 
+# Files that only folders of other formats contain.
+_OTHER_FOLDERS = {"attributes.json": "N5", "info": "Neuroglancer precomputed"}
+
+
 class Folder(Volume):
     """A folder of TIFF or PNG slices, one plane per file, in natural order."""
 
@@ -72,6 +76,12 @@ class Folder(Volume):
             raise InputError(f"{self.path} cannot be read: {reason(error)}.") from error
         names = [name for name in names if name.lower().endswith((".tif", ".tiff", ".png"))]
         if not names:
+            for name, label in _OTHER_FOLDERS.items():
+                if os.path.exists(os.path.join(self.path, name)):
+                    raise InputError(
+                        f"{self.path} is a {label} volume, which unet-ray does not read; convert "
+                        "it to OME-Zarr."
+                    )
             raise InputError(f"{self.path} contains no TIFF or PNG slices and no Zarr metadata.")
         return [os.path.join(self.path, name) for name in sorted(names, key=_natural)]
 

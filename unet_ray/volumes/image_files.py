@@ -132,6 +132,21 @@ _OTHER_FORMATS = {
     b"%PDF": "a PDF document",
     b"NRRD": "an NRRD file",
 }
+# Formats of microscopes and of other fields, by the endings of their files. Bio-Formats reads them.
+_MICROSCOPE_FORMATS = {
+    ".mrc": "MRC",
+    ".rec": "MRC",
+    ".czi": "Zeiss CZI",
+    ".nd2": "Nikon ND2",
+    ".lif": "Leica LIF",
+    ".dm3": "Gatan DM3",
+    ".dm4": "Gatan DM4",
+    ".nii": "NIfTI",
+    ".nii.gz": "NIfTI",
+    ".ims": "Imaris",
+    ".oib": "Olympus OIB",
+    ".vsi": "Olympus VSI",
+}
 
 
 def open_file(path: str, choice: Choice) -> Volume:
@@ -155,6 +170,12 @@ def open_file(path: str, choice: Choice) -> Volume:
         return Png(path, choice)
     if not head:
         raise InputError(f"{path} is empty.")
+    for ending, label in _MICROSCOPE_FORMATS.items():
+        if path.lower().endswith(ending):
+            raise InputError(
+                f"{path} is a {label} file, which unet-ray does not read; convert it to OME-TIFF, "
+                "for example with Bio-Formats in Fiji, or to OME-Zarr with bioformats2raw."
+            )
     formats = [f": {label}" for magic, label in _OTHER_FORMATS.items() if head.startswith(magic)]
     raise InputError(
         f"{path} is not TIFF, PNG or Zarr: it starts with {head[:4]!r}{''.join(formats)}."

@@ -222,6 +222,11 @@ class Volume(ABC):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_source"}
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """All voxels as an array (c, z, y, x); loads the whole volume into memory."""
+        voxels = self.read(Box.of(self.shape[1:]))
+        return voxels if dtype is None else voxels.astype(dtype, copy=False)
+
     def __repr__(self) -> str:
         return f"<{self.kind} volume {self.path} {self.shape} {self.dtype}>"
 
