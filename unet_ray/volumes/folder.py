@@ -21,7 +21,6 @@ from unet_ray.volumes.image_files import open_file
 from unet_ray.volumes.tiff import reason
 from unet_ray.volumes.volume import Volume, reopen
 
-
 # Files that only folders of other formats contain.
 _OTHER_FOLDERS = {"attributes.json": "N5", "info": "Neuroglancer precomputed"}
 
