@@ -1,4 +1,4 @@
-"""``ray job submit --working-dir . -- python jobs/segment.py ...``: the verb `segment`, on Ray."""
+"""Runs `segment` on Ray: ``ray job submit --working-dir . -- python jobs/segment.py ...``."""
 
 import sys
 from pathlib import Path

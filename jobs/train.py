@@ -1,4 +1,4 @@
-"""``ray job submit --working-dir . -- python jobs/train.py ...``: the verb `train`, on Ray."""
+"""Runs `train` on Ray: ``ray job submit --working-dir . -- python jobs/train.py ...``."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Loops that NumPy cannot express, compiled by numba; knows nothing of what they compute."""
+"""Compiles loops that NumPy cannot express, with numba. Independent of what they compute."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(function: Function) -> Function:
-    """Compiles `function` at its first call; it runs without the GIL.
+    """Compiles `function` at its first call. The compiled code releases the GIL.
 
-    The machine code is kept on disk. Where no folder can be written (an install that is
-    read-only, and no home) each process compiles for itself, which takes it about a second.
+    The compiled code is cached on disk. Without a writable folder (a read-only installation and
+    no home folder), each process compiles again, which takes about a second.
     """
     try:
         return cast(Function, numba.njit(cache=True, nogil=True)(function))
-    except RuntimeError:  # numba finds no place for its cache, and says so while decorating
+    except RuntimeError:  # raised at decoration if no folder for the cache is writable
         return cast(Function, numba.njit(nogil=True)(function))

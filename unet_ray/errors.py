@@ -1,4 +1,7 @@
-"""The ways a command can fail, each with its exit code; knows nothing about what failed."""
+"""Exceptions of unet-ray, each with the exit code of a command that it ends.
+
+Independent of every other module.
+"""
 
 from __future__ import annotations
 
@@ -8,52 +11,52 @@ from pathlib import Path
 
 
 class UnetRayError(Exception):
-    """Anything that unet-ray tells a user in one sentence. Never raised itself."""
+    """Base class of the errors whose message is shown to users. Never raised itself."""
 
     exit_code = 1
 
 
 class InputError(UnetRayError, ValueError):
-    """Bad usage or bad input, found before any work is done: nothing was written."""
+    """Invalid usage or input, detected before any work starts. Nothing was written."""
 
     exit_code = 2
 
 
 class RunError(UnetRayError, RuntimeError):
-    """A failure while running: what was committed before it stays and is used by the next run."""
+    """A failure during a run. Committed results stay, and the next run uses them."""
 
     exit_code = 1
 
 
 class LostError(RunError):
-    """Another run has taken the output over, so this one writes nothing more."""
+    """Another run has taken over the output, so this run writes nothing more."""
 
 
 class VoxelError(RunError):
-    """What a tile reads cannot be segmented, however often it is tried."""
+    """The input of a tile cannot be segmented, and a retry would fail again."""
 
 
 class DamageError(RunError):
-    """What is wrong with a stored file, in words that go on from its name."""
+    """A stored file is damaged. The message names the file, or continues from its name."""
 
 
 class QuarantinedError(RunError):
-    """Some tiles failed too often; all others are done, and the next run tries only these."""
+    """Some tiles failed too often. All others are done, and the next run retries only these."""
 
     exit_code = 3
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Gives ``" (did you mean 'x'?)"`` for the known word nearest to `word`, or ``""``."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+def nearest(word: str, candidates: Iterable[str]) -> str:
+    """Returns ``" (did you mean 'x'?)"`` for the candidate most like `word`, or ``""``."""
+    close = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def refuse_below_file(path: Path) -> None:
-    """Refuses an output path one of whose folders is a file.
+    """Refuses an output path if one of its parent folders is a file.
 
     Raises:
-        InputError: naming that file.
+        InputError: with the name of that file.
     """
     for folder in path.parents:
         if folder.is_file():

@@ -1,4 +1,4 @@
-"""The machine below this process: its memory, its C library, its name.
+"""Services of the operating system: file locks, memory, the C library's allocator, host name.
 
 Knows the operating system. Does not know tiles, torch or Ray.
 """
@@ -19,14 +19,14 @@ import psutil
 try:
     import fcntl
     import resource
-except ImportError:  # Windows, where this was not run
+except ImportError:  # Windows, where this code is untested
     fcntl = resource = None  # type: ignore[assignment]
 
 PROC = Path("/proc")
 
 
 def try_lock(file: int) -> bool:
-    """Locks an open file until it is closed; returns False if another process holds it."""
+    """Locks an open file until it is closed. Returns False if another process has locked it."""
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -34,7 +34,7 @@ def try_lock(file: int) -> bool:
             _lock_on_windows(file, "LK_NBLCK")
     except BlockingIOError:
         return False
-    except PermissionError:  # on Windows: another holds it
+    except PermissionError:  # on Windows: another process has locked it
         if fcntl:
             raise
         return False
@@ -42,7 +42,7 @@ def try_lock(file: int) -> bool:
 
 
 def unlock(file: int) -> None:
-    """Unlocks a file, though a forked child may have it open too."""
+    """Unlocks a file, even if a forked child still has it open."""
     if fcntl:
         fcntl.flock(file, fcntl.LOCK_UN)
     else:
@@ -52,62 +52,62 @@ def unlock(file: int) -> None:
 def _lock_on_windows(file: int, mode: str) -> None:
     import msvcrt
 
-    os.lseek(file, 1 << 30, os.SEEK_SET)  # far behind what is written there
+    os.lseek(file, 1 << 30, os.SEEK_SET)  # far beyond the content
     msvcrt.locking(file, getattr(msvcrt, mode), 1)  # type: ignore[attr-defined]
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on disk; Windows cannot, and needs not."""
+    """Waits until the file names in a folder are on disk. Windows cannot and need not."""
     if os.name == "nt":
         return
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 def machine_name() -> str:
-    """The network name of this machine."""
+    """Returns the network name of this machine."""
     return platform.node()
 
 
 def memory_available() -> int:
-    """Bytes that this process could hold if nothing else changed; 0 where that is unknown.
+    """Returns the bytes that this process could use in total; 0 if unknown.
 
-    What it holds, and what is free on the machine or, if that is less, in its container or by a
-    limit of its own (``ulimit``).
+    The sum of the bytes that it uses now and those still free. The latter are the minimum of the
+    free bytes of the machine, of its containers, and of the process's own limits (``ulimit``).
     """
     if not resource or not PROC.is_dir():
         return memory_in_use() + psutil.virtual_memory().available
     status = PROC / "self/status"
     try:
-        free = _told(PROC / "meminfo", "MemAvailable")
-        for limit, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
-            most, _ = resource.getrlimit(limit)
-            if most != resource.RLIM_INFINITY:
-                free = min(free, max(0, most - _told(status, name)))
+        free = _bytes_in(PROC / "meminfo", "MemAvailable")
+        for kind, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+            limit, _ = resource.getrlimit(kind)
+            if limit != resource.RLIM_INFINITY:
+                free = min(free, max(0, limit - _bytes_in(status, name)))
     except OSError:
         return 0
-    return memory_in_use() + min([free, *_left_in_containers()])
+    return memory_in_use() + min([free, *_free_in_cgroups()])
 
 
-def _left_in_containers() -> Iterator[int]:
-    """Bytes left in each control group of this process that limits them, from the outermost in."""
-    for kind, (most, used, cache) in _CGROUP.items():
+def _free_in_cgroups() -> Iterator[int]:
+    """Yields the free bytes of each control group with a memory limit, outermost first."""
+    for kind, (limit, usage, prefix) in _CGROUP.items():
         folder = CGROUPS / kind
         for name in ("", *_cgroup_names(kind)):
             folder = folder / name
             with suppress(OSError, ValueError):  # no such group, or no limit ("max")
-                left = int((folder / most).read_text()) - int((folder / used).read_text())
-                # Pages of files count as used, though they are given up when others need room.
+                free = int((folder / limit).read_text()) - int((folder / usage).read_text())
+                # Cached pages of files count as used, though the kernel drops them on demand.
                 stat = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
-                files = sum(int(stat.get(f"{cache}{each}_file", 0)) for each in _LISTS)
-                yield max(0, left + files)
+                cached = sum(int(stat.get(f"{prefix}{state}_file", 0)) for state in _LISTS)
+                yield max(0, free + cached)
 
 
 def _cgroup_names(kind: str) -> list[str]:
-    """The names, from the outermost in, of the groups that hold this process."""
+    """Returns the names of the control groups of this process, outermost first."""
     with suppress(OSError):
         for line in PROC_CGROUP.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -117,18 +117,18 @@ def _cgroup_names(kind: str) -> list[str]:
 
 
 def memory_in_use() -> int:
-    """Anonymous bytes that this process holds; all resident ones where there is no ``/proc``."""
+    """Returns the anonymous bytes of this process, or all resident bytes without ``/proc``."""
     if not PROC.is_dir():
         return psutil.Process().memory_info().rss
     try:
-        return _told(PROC / "self/status", "RssAnon")
+        return _bytes_in(PROC / "self/status", "RssAnon")
     except OSError:
         return 0
 
 
 CGROUPS, PROC_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-# Version 2, whose controller has no name, and 1: files of limit and use, and what comes before the
-# names of sums over a group and those in it.
+# By the name of the memory controller, empty in version 2 and "memory" in version 1: the files of
+# limit and usage, and the prefix of the statistics that include all child groups.
 _CGROUP = {
     "": ("memory.max", "memory.current", ""),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
@@ -136,19 +136,19 @@ _CGROUP = {
 _LISTS = ("active", "inactive")
 
 
-def _told(file: Path, name: str) -> int:
-    """The bytes in a line ``NAME:  123 kB`` of a file."""
-    found = re.search(rf"^{name}:\s+(\d+) kB$", file.read_text(), re.M)
-    return int(found[1]) * 1024 if found else 0
+def _bytes_in(file: Path, name: str) -> int:
+    """Returns the bytes in the line ``NAME:  123 kB`` of a file; 0 without such a line."""
+    match = re.search(rf"^{name}:\s+(\d+) kB$", file.read_text(), re.M)
+    return int(match[1]) * 1024 if match else 0
 
 
 def keep_freed_memory() -> None:
-    """Makes the C library keep what is freed for the next pass, for this whole process.
+    """Makes the C library keep freed memory for reuse, in the whole process.
 
-    Every pass asks for the same large buffers again. Handing them back to the system and getting
-    them anew, page by page, takes up to a third of the time of a pass; keeping them costs memory
-    that is idle between passes, and makes the peak of a worker one number that does not drift.
-    Does nothing where there is no glibc.
+    Every pass allocates the same large buffers. Returning them to the system and mapping them
+    again, page by page, takes up to a third of the time of a pass. Keeping them costs memory that
+    is idle between passes, and makes the peak memory of a worker constant. Does nothing without
+    glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
@@ -157,7 +157,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Gives what is kept for the next pass back to the system, where there is glibc."""
+    """Returns freed memory to the system. Without glibc, only collects garbage."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
@@ -165,12 +165,12 @@ def give_back_freed_memory() -> None:
 
 
 def kept_memory_environment() -> dict[str, str]:
-    """The same as environment variables, for a process that is yet to start."""
+    """Returns environment variables that do the same as `keep_freed_memory` in a new process."""
     return {name: str(value) for name, value in _MALLOC.values()}
 
 
-# Options of glibc's malloc.h and the variables that set them: no mapping of its own for a large
-# buffer, nothing given back, growth by 16 MiB, one arena for all threads.
+# Options of glibc's malloc.h and the environment variables that set them: no separate mapping for
+# large buffers, no memory returned to the system, growth by 16 MiB, one arena for all threads.
 _MALLOC = {
     -4: ("MALLOC_MMAP_MAX_", 0),
     -1: ("MALLOC_TRIM_THRESHOLD_", 2**31 - 1),

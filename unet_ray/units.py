@@ -1,6 +1,6 @@
-"""Numbers as people write and read them: sizes of memory, durations, extents.
+"""Numbers as text for people: memory sizes, durations, extents.
 
-Knows units. Does not know what is measured.
+Knows units. Does not know what the numbers measure.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ _UNITS |= {f"{unit}i": 1 << 10 * n for n, unit in enumerate("kmgt", start=1)}
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of a size such as ``8GiB``, ``500 MB`` or ``1048576``.
+    """Returns the bytes of a size such as ``8GiB``, ``500 MB`` or ``1048576``.
 
     Raises:
-        InputError: if it is no size or not above zero.
+        InputError: if `text` is not a size of at least 1 byte.
     """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    size = float(found[1]) * _UNITS.get(found[2], 0) if found else 0.0
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    size = float(match[1]) * _UNITS.get(match[2], 0) if match else 0.0
     if not 1 <= size < 2**63:
         raise InputError(f"memory={text!r} is not a size: write a number and a unit, as in 4GiB.")
     return int(size)
 
 
 def format_bytes(count: float) -> str:
-    """A size for people, in powers of 1024: ``900 MiB``, ``1.50 GiB``."""
+    """Formats a size in powers of 1024: ``900 MiB``, ``1.50 GiB``."""
     for unit, digits in (("B", 0), ("KiB", 0), ("MiB", 0), ("GiB", 2), ("TiB", 2)):
         if round(count, digits) < 1024:
             return f"{count:.{digits}f} {unit}"
@@ -38,7 +38,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration for people: ``42 s``, ``3 min 05 s``, ``2 h 07 min``."""
+    """Formats a duration: ``42 s``, ``3 min 05 s``, ``2 h 07 min``."""
     if math.isinf(seconds):
         return "unknown time"
     whole = round(seconds)
@@ -50,7 +50,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def commas(numbers: Sequence[int]) -> str:
-    """Whole numbers as a flag takes them: ``16,384,384``."""
+    """Formats whole numbers as command line flags take them: ``16,384,384``."""
     return ",".join(map(str, numbers))
 
 

@@ -1,4 +1,7 @@
-"""Versions of unet-ray and of the software that a result depends on; knows nothing else."""
+"""Versions of unet-ray and of the packages that affect its results.
+
+Independent of every other module.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,6 @@ VERSION = "0.1.0"
 
 
 def versions() -> dict[str, str]:
-    """Version by package name, without a build's local suffix (``+cpu``, ``+cu130``)."""
-    found = {name: metadata.version(name) for name in ("torch", "numcodecs", "numpy", "zarr")}
-    return {"unet-ray": VERSION, **{n: v.split("+")[0] for n, v in found.items()}}
+    """Returns versions by package name, without build suffixes such as ``+cpu`` or ``+cu130``."""
+    installed = {name: metadata.version(name) for name in ("torch", "numcodecs", "numpy", "zarr")}
+    return {"unet-ray": VERSION, **{n: v.split("+")[0] for n, v in installed.items()}}
