@@ -1,5 +1,5 @@
-"""Any stage run to its end: one try of a tile, threads, Ray actors and the cluster.
+"""Runs a stage to its end: attempts at single tiles, threads, Ray actors and the cluster.
 
-Knows tile numbers, failures and receipts. Does not know what a tile is about, volumes or
+Knows tile numbers, failures and receipts. Does not know what a tile contains, volumes or
 networks.
 """

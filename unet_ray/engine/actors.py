@@ -1,7 +1,7 @@
-"""What an actor of Ray does with tiles: all their steps, or with GPUs one of them.
+"""Ray actors that process tiles: one kind runs all steps; with GPUs, three kinds run one each.
 
-Knows a worker's steps, marks, and the tables in which tiles come and go; does not know who makes
-actors, or what a tile is about.
+Knows a worker's steps, marks, and the tables that carry tiles. Does not know who starts the
+actors, or what a tile contains.
 """
 
 from __future__ import annotations
@@ -18,41 +18,41 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import torch
 
-from unet_ray.engine.attempts import MOST_SECONDS, carry, failure
-from unet_ray.engine.guard import Guarded, is_suspect, made_in_time
+from unet_ray.engine.attempts import MAX_BLOCK_SECONDS, failure, run_steps
+from unet_ray.engine.guard import Guard, is_suspect, limit_restarts
 from unet_ray.engine.parcels import packed, receipts, unpacked
-from unet_ray.engine.stages import STEPS, Carried, Receipt, Stage, Step
+from unet_ray.engine.stages import STEPS, Receipt, Stage, Step, TileState
 from unet_ray.engine.threads import worker_of
 from unet_ray.storage.marks import Marks
 
 
 class TileActor:
-    """Takes all steps of a tile: only receipts leave it."""
+    """Runs all steps of a tile, so that only receipts leave the actor."""
 
     steps: ClassVar[tuple[Step, ...]] = STEPS
 
     def __init__(self, stage: Stage) -> None:
-        with made_in_time(stage.marks, _name()) if stage.marks else nullcontext():
+        with limit_restarts(stage.marks, _actor_name()) if stage.marks else nullcontext():
             self._worker = worker_of(stage, self.steps)
-        self._guard = Guarded(stage.marks, self.steps, stage.deadline) if stage.marks else None
-        self._alone: AbstractContextManager[Any] = nullcontext()
+        self._guard = Guard(stage.marks, self.steps, stage.deadline) if stage.marks else None
+        self._predict_lock: AbstractContextManager[Any] = nullcontext()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """What has become of the tiles for which there was time.
+        """Processes the tiles of a block until its time is up.
 
         Args:
-            table: one block in ``tiles``, numbers with commas between; or one tile, with what the
-                step before has given.
+            table: a block, as comma-separated numbers in its column ``tiles``; or one tile with
+                the output of the previous step.
 
         Returns:
-            Their receipts, with what this step has given if there are more.
+            The receipts, with the output of this step unless it is the last.
         """
-        # No threads of our own: the convolution library keeps buffers for each it has seen.
+        # One thread: the convolution library keeps buffers for every thread that calls it.
         torch.set_num_threads(1)
         tiles = _tiles_of(table)
         marks = self._guard.marks_of(tiles[0].receipt.tile) if self._guard else None
         done = [
-            tile if tile.receipt.error else self._go_on(tile, marks) for tile in _in_time(tiles)
+            tile if tile.receipt.error else self._process(tile, marks) for tile in _in_time(tiles)
         ]
         if self._is_last:
             return receipts(done)
@@ -62,19 +62,19 @@ class TileActor:
     def _is_last(self) -> bool:
         return self.steps[-1] == STEPS[-1]
 
-    def _go_on(self, tile: Carried, marks: Marks | None) -> Carried:
-        go = partial(self._take, tile)
-        return self._guard.carry(tile.receipt.tile, marks, go) if self._guard and marks else go()
+    def _process(self, tile: TileState, marks: Marks | None) -> TileState:
+        run = partial(self._run_steps, tile)
+        return self._guard.run(tile.receipt.tile, marks, run) if self._guard and marks else run()
 
-    def _take(self, tile: Carried) -> Carried:
-        """Takes the steps; what goes on to another actor is packed here, where it is guarded."""
-        done = carry(self._worker, tile, self.steps, self._alone)
+    def _run_steps(self, tile: TileState) -> TileState:
+        """Runs the steps, and packs their output for the next actor while the guard watches."""
+        done = run_steps(self._worker, tile, self.steps, self._predict_lock)
         if done.receipt.error or self._is_last:
             return done
         try:
-            return Carried(done.receipt, packed([done]))
-        except Exception as error:  # as of too little memory; told by a receipt as any other
-            return Carried(failure(done.receipt.tile, done.receipt.seconds, error))
+            return TileState(done.receipt, packed([done]))
+        except Exception as error:  # for example too little memory; becomes a receipt
+            return TileState(failure(done.receipt.tile, done.receipt.seconds, error))
 
 
 class Reader(TileActor):
@@ -84,53 +84,54 @@ class Reader(TileActor):
 
 
 class GpuActor(TileActor):
-    """Has a GPU for itself, and runs one pass at a time, while other tiles come and go."""
+    """Predicts one tile at a time on its own GPU, while it receives and sends others."""
 
     steps = ("predict",)
 
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
-        self._alone, self._turn = threading.Lock(), threading.Lock()
-        self._most, self._places = stage.in_flight, threading.Semaphore(stage.in_flight)
+        self._predict_lock, self._queue = threading.Lock(), threading.Lock()
+        self._in_flight, self._slots = stage.in_flight, threading.Semaphore(stage.in_flight)
 
-    def _go_on(self, tile: Carried, marks: Marks | None) -> Carried:
-        # A tile that may have ended its process is tried with nothing beside it.
+    def _process(self, tile: TileState, marks: Marks | None) -> TileState:
+        # A tile that may have killed its process takes all slots: no other tile may run beside it.
         suspect = marks is not None and is_suspect(tile.receipt.tile, marks)
-        with self._at(self._most if suspect else 1):
-            return super()._go_on(tile, marks)
+        with self._hold_slots(self._in_flight if suspect else 1):
+            return super()._process(tile, marks)
 
     @contextmanager
-    def _at(self, places: int) -> Iterator[None]:
-        with self._turn:
-            for _ in range(places):
-                self._places.acquire()
+    def _hold_slots(self, count: int) -> Iterator[None]:
+        # One thread at a time: two with some of their slots each would wait for each other.
+        with self._queue:
+            for _ in range(count):
+                self._slots.acquire()
         try:
             yield
         finally:
-            self._places.release(places)
+            self._slots.release(count)
 
 
 class Writer(TileActor):
-    """Writes what a GPU has given."""
+    """Writes the results of a GPU."""
 
     steps = ("write",)
 
 
-def _tiles_of(table: pa.Table) -> list[Carried]:
+def _tiles_of(table: pa.Table) -> list[TileState]:
     if "tiles" not in table.column_names:
         return unpacked(table)
     (block,) = table["tiles"].to_pylist()
-    return [Carried(Receipt(int(tile), 0.0)) for tile in block.split(",")]
+    return [TileState(Receipt(int(tile), 0.0)) for tile in block.split(",")]
 
 
-def _in_time(tiles: Sequence[Carried]) -> Iterator[Carried]:
-    """The first tile, and others as long as there is time for more."""
-    end = time.monotonic() + MOST_SECONDS
+def _in_time(tiles: Sequence[TileState]) -> Iterator[TileState]:
+    """Yields the first tile, and further ones until the time of the block is up."""
+    end = time.monotonic() + MAX_BLOCK_SECONDS
     return itertools.takewhile(lambda tile: tile is tiles[0] or time.monotonic() < end, tiles)
 
 
-def _name() -> str:
-    """Of this actor, the same when Ray starts it anew."""
+def _actor_name() -> str:
+    """Returns the name of this actor, which stays the same when Ray restarts it."""
     import ray
 
     return ray.get_runtime_context().get_actor_id() if ray.is_initialized() else str(os.getpid())

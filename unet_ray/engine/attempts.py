@@ -1,6 +1,7 @@
-"""One try of a tile: read, predict, write; what a failure means, and how long a try may take.
+"""One attempt at a tile: read, predict, write; classification of failures, and time limits.
 
-Knows a worker's three steps and tile numbers. Does not know who runs them, or what a tile is about.
+Knows the three steps of a worker and tile numbers. Does not know who runs them, or what a tile
+contains.
 """
 
 from __future__ import annotations
@@ -18,81 +19,95 @@ from typing import Any, cast
 
 import torch
 
-from unet_ray.engine.stages import STEPS, Carried, Deadline, Helper, Receipt, Step, Verdict, Worker
+from unet_ray.engine.stages import (
+    STEPS,
+    Deadline,
+    Helper,
+    Receipt,
+    Step,
+    TileState,
+    Verdict,
+    Worker,
+)
 from unet_ray.errors import LostError, UnetRayError, VoxelError
 from unet_ray.machine import memory_available, memory_in_use
 
-# How often a tile is tried in a run, before it is given up.
+# Attempts per tile and run, before the tile is given up.
 TRIES = 3
-# A disk that takes nothing more: full, over quota, read-only.
+# The disk accepts no more data: full, over quota, read-only.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-# How torch and its libraries say it; they have no type of their own for it, but on a GPU.
+# torch and its libraries have an exception type for a lack of memory only on a GPU.
 _NO_MEMORY = re.compile(
     r"(can.t|cannot) allocate memory|(out of|not enough) memory|bad_alloc|ALLOC_FAILED|new thread",
     re.I,
 )
-# Tiles of which the median is taken, at most, and at least.
-SEEN, ENOUGH = 101, 3
-TICK = 1.0  # seconds between two looks at the clock
-MOST_SECONDS = 60.0  # after which a block begins no more tiles: it reports when it ends
+# The median duration is that of the last SAMPLES attempts, once there are MIN_SAMPLES.
+SAMPLES, MIN_SAMPLES = 101, 3
+TICK = 1.0  # seconds between two checks of the clock
+# After this time a block starts no further tile: its receipts arrive only when it ends.
+MAX_BLOCK_SECONDS = 60.0
 
 
-def attempt(worker: Helper, tile: int, alone: AbstractContextManager[Any]) -> Receipt:
-    """Read, predict, write; a failure becomes a receipt that says what happened.
-
-    Args:
-        worker: does it.
-        tile: what is tried.
-        alone: held while predicting.
-    """
-    return carry(worker, Carried(Receipt(tile, 0.0)), STEPS, alone).receipt
-
-
-def carry(
-    worker: Helper, tile: Carried, steps: Sequence[Step], alone: AbstractContextManager[Any]
-) -> Carried:
-    """Takes some steps with a tile; a failure becomes a receipt that says what happened.
+def attempt(worker: Helper, tile: int, predict_lock: AbstractContextManager[Any]) -> Receipt:
+    """Reads, predicts and writes a tile. A failure becomes a receipt with its cause.
 
     Args:
-        worker: takes them.
-        tile: after the steps before.
-        steps: which are next.
-        alone: held while predicting.
+        worker: runs the steps.
+        tile: its number.
+        predict_lock: entered while predicting.
     """
-    before, data, start = tile.receipt, tile.data, time.monotonic()
+    return run_steps(worker, TileState(Receipt(tile, 0.0)), STEPS, predict_lock).receipt
+
+
+def run_steps(
+    worker: Helper,
+    state: TileState,
+    steps: Sequence[Step],
+    predict_lock: AbstractContextManager[Any],
+) -> TileState:
+    """Runs some steps of a tile. A failure becomes a receipt with its cause.
+
+    Args:
+        worker: runs the steps.
+        state: of the tile after the previous steps.
+        steps: to run now.
+        predict_lock: entered while predicting.
+    """
+    before, data, start = state.receipt, state.data, time.monotonic()
     try:
         for step in steps:
-            data = _take(worker, step, before.tile, data, alone)
-    except Exception as error:  # not swallowed: the driver decides, and shows it
-        return Carried(failure(before.tile, before.seconds + time.monotonic() - start, error))
+            data = _run_step(worker, step, before.tile, data, predict_lock)
+    except Exception as error:  # not swallowed: the driver handles and shows it
+        return TileState(failure(before.tile, before.seconds + time.monotonic() - start, error))
     seconds = before.seconds + time.monotonic() - start
-    return Carried(Receipt(before.tile, seconds, memory=max(before.memory, memory_in_use())), data)
+    memory = max(before.memory, memory_in_use())
+    return TileState(Receipt(before.tile, seconds, memory=memory), data)
 
 
-def _take(
-    worker: Helper, step: Step, tile: int, data: Any, alone: AbstractContextManager[Any]
+def _run_step(
+    worker: Helper, step: Step, tile: int, data: Any, predict_lock: AbstractContextManager[Any]
 ) -> Any:
     if step == "read":
         return worker.read(tile)
     if step == "write":
         return worker.write(tile, data)
-    with alone:
+    with predict_lock:
         return cast(Worker, worker).predict(tile, data)
 
 
 def failure(tile: int, seconds: float, error: Exception) -> Receipt:
-    """The receipt of a try that raised `error`, which is being handled."""
+    """Returns the receipt of an attempt that raised `error`; call it in the ``except`` block."""
     verdict = _verdict(error)
-    bytes_left = _room(error) if verdict == "alone" else 0
+    available = _memory_limit(error) if verdict == "alone" else 0
     sentence = str(error) if isinstance(error, UnetRayError) else f"{type(error).__name__}: {error}"
     return Receipt(
-        tile, seconds, _text(sentence), _text(traceback.format_exc()), verdict, bytes_left
+        tile, seconds, _encodable(sentence), _encodable(traceback.format_exc()), verdict, available
     )
 
 
-def _text(sentence: str) -> str:
-    """What can be written down: a name of a file may hold bytes that are no text."""
-    return sentence.encode(errors="replace").decode()
+def _encodable(text: str) -> str:
+    """Replaces characters that UTF-8 cannot encode; a file name may contain undecodable bytes."""
+    return text.encode(errors="replace").decode()
 
 
 def _verdict(error: Exception) -> Verdict:
@@ -106,15 +121,15 @@ def _verdict(error: Exception) -> Verdict:
     return "never" if isinstance(error, VoxelError) else "again"
 
 
-def _room(error: Exception) -> int:
-    """Bytes that were there for a pass which ran out of them."""
+def _memory_limit(error: Exception) -> int:
+    """Returns the bytes that were available to an attempt that ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0]) + torch.cuda.memory_reserved()
     return memory_available()
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of Python, NumPy, torch or the system says that memory ran out."""
+    """Returns whether Python, NumPy, torch or the system raised `error` for lack of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(error, OSError):
@@ -122,46 +137,46 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
 
 
-class Patience:
-    """How long the tries of one process may take, from how long others took."""
+class Timeouts:
+    """Time limits of the attempts in one process, from the durations of earlier attempts."""
 
     def __init__(self, deadline: Deadline) -> None:
         self._deadline = deadline
-        self._seconds: deque[float] = deque(maxlen=SEEN)
+        self._seconds: deque[float] = deque(maxlen=SAMPLES)
 
-    def saw(self, receipt: Receipt) -> None:
-        """Counts a try that ended."""
+    def record(self, receipt: Receipt) -> None:
+        """Records the duration of an attempt, unless it failed."""
         if not receipt.error:
             self._seconds.append(receipt.seconds)
 
     @property
     def silence(self) -> float:
-        """Seconds after which no worker can be alive any more, if nothing was heard of a block.
+        """Seconds without any receipt after which all workers are considered dead.
 
-        With GPUs three workers share a block; this is taken to be enough for them, too.
+        With GPUs three workers process a block in turn; the limit is assumed to suffice for them.
         """
-        return TRIES * (self._deadline.make + self.limit) + MOST_SECONDS
+        return TRIES * (self._deadline.make + self.limit) + MAX_BLOCK_SECONDS
 
     @property
     def limit(self) -> float:
-        """Seconds that a try may take now."""
+        """Seconds that an attempt may take now."""
         seconds = [*self._seconds]
-        if len(seconds) < ENOUGH:
+        if len(seconds) < MIN_SAMPLES:
             return self._deadline.first
         return max(self._deadline.least, self._deadline.multiple * statistics.median(seconds))
 
 
 class Clock:
-    """Seconds that this process was awake: one that is stopped for an hour has not waited.
+    """Seconds that this process was running: the time for which it was stopped does not count.
 
-    `now` is to be asked every second or so, by any thread.
+    Some thread must call `now` about every second.
     """
 
     def __init__(self) -> None:
         self._last, self._now, self._lock = time.monotonic(), 0.0, threading.Lock()
 
     def now(self) -> float:
-        """Seconds since it was made; between two looks, two at most."""
+        """Returns the seconds since creation; at most two are counted between two calls."""
         with self._lock:
             last, self._last = self._last, time.monotonic()
             self._now += min(self._last - last, 2 * TICK)

@@ -1,6 +1,6 @@
-"""Where a run happens: this machine, or a Ray cluster: its cores, GPUs and memory.
+"""Cores, GPUs and memory of this machine or of a Ray cluster.
 
-Knows how to join Ray and what it says of its machines; does not know what is run there.
+Knows how to connect to Ray and how to query its machines. Does not know what runs on them.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from unet_ray.units import format_bytes
 
 EngineName = Literal["local", "ray"]
 Answer = TypeVar("Answer")
-# Below one, so that Ray always finds room for its own reading and writing beside the actors.
+# Below 1, so that Ray's own tasks always find a free fraction of a CPU beside the actors.
 CPUS_PER_ACTOR = 0.9
-# Actors that read for each GPU, and as many that write; what they ask for keeps them off machines
-# without any CPU, such as a head that is to run nothing.
+# Readers per GPU, and equally many writers. The tiny CPU request keeps them off machines without
+# any CPU, such as a head that must not run work.
 HELPERS, CPUS_PER_HELPER = 2, 0.01
-# Where there are GPUs, for each: without them only tile numbers and receipts cross it while
-# segmenting.
+# Per GPU. Without GPUs, segmentation passes only tile numbers and receipts through it.
 OBJECT_STORE_BYTES = 1 << 30
+# From these values on, Ray means that the cluster has no upper bound.
 UNBOUNDED = {"CPU": 1 << 20, "GPU": 1 << 20, "memory": 1 << 60}
-ASK_SECONDS = 30  # between two looks whether there is an answer
-# What Ray says on every start and users can do nothing about.
+POLL_SECONDS = 30  # between two checks for an answer
+# Messages that Ray logs at every start and that users can ignore.
 _RAY_LOGS = {
     "ray.data": logging.WARNING,
     "ray.train": logging.WARNING,
-    # Traces of what is raised anyway.
+    # Traces of exceptions that are raised anyway.
     "ray.data.exceptions": logging.CRITICAL,
     "ray.data._internal.execution.operators.actor_pool_map_operator": logging.CRITICAL,
     "ray._private.authentication.authentication_token_setup": logging.ERROR,
@@ -42,7 +42,7 @@ _RAY_LOGS = {
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -55,9 +55,9 @@ def chosen_engine(asked: Literal["auto", "local", "ray"], job: bool = False) -> 
 
 
 def side_by_side(device: str, engine: EngineName, workers: int | None, memory: int = 0) -> int:
-    """How many tiles a run predicts at a time: one on each core or GPU, unless told otherwise.
+    """Returns the number of tiles that a run predicts at a time; by default one per core or GPU.
 
-    On Ray no more than the cluster has memory for, at so many bytes each.
+    On Ray the memory of the cluster also limits the number, at `memory` bytes per worker.
     """
     if engine == "ray":
         return pool_size(device, workers, memory)
@@ -65,17 +65,17 @@ def side_by_side(device: str, engine: EngineName, workers: int | None, memory: i
 
 
 def local_device() -> Literal["cpu", "cuda", "mps"]:
-    """The device of this machine: a GPU of NVIDIA or Apple where torch can use one."""
+    """Returns the device of this machine: an NVIDIA or Apple GPU if torch can use one."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def find_device(engine: EngineName, workers: int | None = None) -> Literal["cpu", "cuda", "mps"]:
-    """The device of this machine, or of the cluster as it is or may grow: ``cuda`` or ``cpu``.
+    """Returns the device of this machine, or of the cluster, including machines it may start.
 
     Raises:
-        InputError: if the cluster can never hold so many workers.
+        InputError: if the cluster can never run `workers` workers.
     """
     if engine == "local":
         return local_device()
@@ -86,108 +86,115 @@ def find_device(engine: EngineName, workers: int | None = None) -> Literal["cpu"
 
 
 def ask(question: Callable[[], Answer], device: str, engine: EngineName) -> Answer:
-    """Asks something where the workers of a run are to be: here, or on a machine of the cluster.
+    """Calls a function where the workers will run: in this process, or on a cluster machine.
 
-    Waits until there is such a machine; the head of a cluster need not be one.
+    Waits until such a machine is available; the head of a cluster need not be one.
 
     Raises:
-        RunError: if there is none for as long as a worker may take to be made.
+        RunError: if none is available within the time limit for making a worker.
     """
     if engine == "local":
         return question()
     import ray
-    from ray._private import worker  # there is no public way to ask
+    from ray._private import worker  # Ray has no public function for this
 
     connect()
     if device == "cpu" and worker._global_node and worker._global_node.is_head():
-        return question()  # a Ray of our own, on this machine
-    gpus = int(device == "cuda")  # as those that predict ask for one
+        return question()  # `connect` has started Ray on this machine
+    gpus = int(device == "cuda")  # the request of a GPU actor
     task = ray.remote(num_cpus=0 if gpus else CPUS_PER_ACTOR, num_gpus=gpus)
-    asked = task(lambda: question()).remote()  # Ray takes functions, not all that can be called
+    pending = task(lambda: question()).remote()  # Ray accepts functions, not every callable
     resource = "GPU" if device == "cuda" else "CPU"
-    for waited in range(0, int(Deadline.make), ASK_SECONDS):
-        if ray.wait([asked], timeout=ASK_SECONDS)[0]:
-            there: Answer = ray.get(asked)
-            return there
+    for waited in range(0, int(Deadline.make), POLL_SECONDS):
+        if ray.wait([pending], timeout=POLL_SECONDS)[0]:
+            answer: Answer = ray.get(pending)
+            return answer
         if not waited:
             print(f"unet-ray: waiting for a machine with a free {resource} ...", file=sys.stderr)
-    ray.cancel(asked)
+    ray.cancel(pending)
     raise RunError(
-        f"no machine of this Ray cluster had a free {resource} within {Deadline.make:.0f} s; see "
-        "what else runs there, and whether machines can be started; the same command goes on."
+        f"no machine of this Ray cluster had a free {resource} within {Deadline.make:.0f} s. Check "
+        "what else runs on the cluster and whether it can start machines, then run the same "
+        "command again to resume."
     )
 
 
 def pool_size(device: str, workers: int | None, memory: int = 0) -> int:
-    """How many workers to start on the cluster: those asked for, or all that fit.
+    """Returns the number of workers to start on the cluster.
 
     Args:
-        device: of each.
-        workers: asked for.
-        memory: bytes that each needs; 0 if that is not known yet.
+        device: of each worker.
+        workers: requested number; by default as many as the cluster can run.
+        memory: bytes that each worker needs; 0 if unknown.
 
     Raises:
-        InputError: if it can never hold so many: Ray would wait for ever, or machines run out of
-            memory.
+        InputError: if the cluster can never run the requested number: Ray would wait forever, or
+            machines would run out of memory.
     """
     connect(workers)
-    most, has = most_workers(device, memory)
-    asked = workers or 1
-    if asked > most:
-        remedy = f"the most is {most}" if most else "give a smaller --memory and another --out"
+    limit, resources = max_workers(device, memory)
+    requested = workers or 1
+    if requested > limit:
+        remedy = f"the maximum is {limit}" if limit else "pass a smaller --memory and another --out"
         raise InputError(
-            f"workers={asked} is more than this Ray cluster can hold: it has {has}; {remedy}."
+            f"workers={requested} is more than this Ray cluster can run: it has {resources}; "
+            f"{remedy}."
         )
-    return workers or most
+    return workers or limit
 
 
-def most_workers(device: str, memory: int) -> tuple[int, str]:
-    """How many workers the cluster holds, and what of it says so."""
+def max_workers(device: str, memory: int) -> tuple[int, str]:
+    """Returns how many workers the cluster can run, and the resources that limit them."""
     resource = "GPU" if device == "cuda" else "CPU"
-    most = max(1, size_of(resource))
-    there = size_of("memory")
-    if not memory or not there or _may_grow() or there // memory >= most:
-        return most, f"{most} {resource}s"
-    each = f"each worker needs {format_bytes(memory)}"
-    return there // memory, f"{format_bytes(there)} of memory, and {each}"
+    units = max(1, size_of(resource))
+    total_memory = size_of("memory")
+    if not memory or not total_memory or _may_grow() or total_memory // memory >= units:
+        return units, f"{units} {resource}s"
+    need = f"each worker needs {format_bytes(memory)}"
+    return total_memory // memory, f"{format_bytes(total_memory)} of memory, and {need}"
 
 
 def _may_grow() -> bool:
-    """Whether machines may come whose memory nobody knows yet."""
+    """Returns whether the cluster may start more machines, whose memory is unknown."""
     import ray
 
-    has = ray.cluster_resources()
-    return any(_may_have(resource) > has.get(resource, 0) for resource in ("CPU", "GPU"))
+    current = ray.cluster_resources()
+    return any(_may_have(resource) > current.get(resource, 0) for resource in ("CPU", "GPU"))
 
 
-def gpus_there() -> int:
-    """How many GPUs the cluster has at this moment."""
+def gpus_present() -> int:
+    """Returns the number of GPUs that the cluster has now."""
     import ray
 
     return int(ray.cluster_resources().get("GPU", 0))
 
 
 def size_of(resource: str) -> int:
-    """How much of ``CPU``, ``GPU`` or ``memory`` the cluster has, or can start machines for."""
+    """Returns the ``CPU``, ``GPU`` or ``memory`` of the cluster, with the machines it may start.
+
+    If it may grow without limit, only its present machines count.
+    """
     import ray
 
     may_have = _may_have(resource)
-    has = int(ray.cluster_resources().get(resource, 0))
-    # A cluster without an upper bound says so with a huge number: then what is there counts.
-    return max(has, int(may_have)) if may_have < UNBOUNDED[resource] else max(has, 1)
+    current = int(ray.cluster_resources().get(resource, 0))
+    return max(current, int(may_have)) if may_have < UNBOUNDED[resource] else max(current, 1)
 
 
 def _may_have(resource: str) -> float:
-    """How much the machines of the cluster have together when it has grown; 0 if it tells none."""
-    from ray._private.state import state  # as Ray Train does: there is no public way to ask
+    """Returns how much the fully grown cluster has of a resource; 0 if Ray reports none."""
+    from ray._private.state import state  # as Ray Train does: Ray has no public function for this
 
     return float((state.get_max_resources_from_cluster_config() or {}).get(resource, 0))
 
 
 def connect(workers: int | None = None) -> None:
-    """Joins the cluster that ``RAY_ADDRESS`` names, else starts a Ray of our own on this machine.
+    """Connects to the cluster at ``RAY_ADDRESS``, or else starts Ray on this machine.
 
-    A plain ``ray.init()`` would attach to whatever cluster the machine has on record.
+    A plain ``ray.init()`` would connect to any cluster that runs on this machine.
+
+    Raises:
+        InputError: if the cluster at ``RAY_ADDRESS`` does not accept the connection.
     """
     import ray
 
@@ -200,11 +207,12 @@ def connect(workers: int | None = None) -> None:
             ray.init(log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"RAY_ADDRESS={address}: cannot join that Ray ({_line(error)}); a "
-                f"dashboard's http address is for `ray job submit` only; unset it to run here."
+                f"RAY_ADDRESS={address}: cannot connect to this Ray cluster "
+                f"({_first_line(error)}). Unset it to run on this machine; the http address of a "
+                "dashboard is for `ray job submit` only."
             ) from error
         return
-    # Ray's own core prints an error about every actor pool of Ray Data, whatever its arguments.
+    # Otherwise Ray prints an error about every actor pool of Ray Data, whatever its arguments.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray.init(
         address="local",
@@ -214,24 +222,24 @@ def connect(workers: int | None = None) -> None:
         logging_level=logging.WARNING,
         object_store_memory=OBJECT_STORE_BYTES * max(1, torch.cuda.device_count()),
     )
-    threading.Thread(target=_tell_end_of_ray, name="raylet", daemon=True).start()
+    threading.Thread(target=_report_end_of_ray, name="raylet", daemon=True).start()
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _tell_end_of_ray() -> None:
-    """Says why this process ends: Ray ends it without a word soon after its raylet is killed."""
+def _report_end_of_ray() -> None:
+    """Prints why this process ends: Ray ends it without a message when its raylet has died."""
     import ray
-    from ray._private import worker  # there is no public way to ask
+    from ray._private import worker  # Ray has no public function for this
 
     (raylet,) = worker._global_node.all_processes["raylet"]
     raylet.process.wait()
     if ray.is_initialized():
         print(
             f"unet-ray: Ray on this machine has ended (raylet, process {raylet.process.pid}): it "
-            "was killed, or memory ran out; what was committed stays, the same command goes on.",
+            "was killed, or memory ran out. Run the same command again to resume.",
             file=sys.stderr,
             flush=True,
         )

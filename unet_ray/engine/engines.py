@@ -1,7 +1,7 @@
-"""Who runs the tiles: a loop with threads in this process, or actors of Ray Data.
+"""Chooses between the two engines: threads in this process, or actors of Ray Data.
 
-Knows which of the two, and how many tiles at a time. Both take the same steps of the same worker
-and yield one receipt per tile, in any order, so they cannot differ in what they compute.
+Knows both engines and the number of tiles in flight. Does not know what a tile contains. Both
+engines run the same steps of the same worker, so their results cannot differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from unet_ray.engine.attempts import attempt
 from unet_ray.engine.cluster import EngineName
 from unet_ray.engine.pool import run_on_ray
 from unet_ray.engine.stages import Stage
-from unet_ray.engine.threads import Receipts, tried, worker_of
+from unet_ray.engine.threads import Receipts, run_on_threads, worker_of
 from unet_ray.machine import give_back_freed_memory
 
 
@@ -27,20 +27,21 @@ def run(
     workers: int | None = None,
     alone: bool = False,
 ) -> Receipts:
-    """Runs `tiles` of a stage and yields a receipt for each as it is done.
+    """Runs the tiles of a stage and yields a receipt for each as soon as it is available.
 
-    Who stops before the end closes it, or what is under way goes on unheard. A tile that was given
-    up may be told of twice, the second time as done.
+    A caller that stops early must close the generator, or tiles in flight continue unnoticed. A
+    tile that was given up may finish later and then yields a second receipt, without an error.
 
     Args:
-        stage: what to do.
-        tiles: which tiles.
-        engine: who does it.
-        workers: how many side by side; by default one per core, or one per GPU.
-        alone: one tile at a time, by one fresh worker.
+        stage: the work.
+        tiles: their numbers.
+        engine: ``local`` or ``ray``.
+        workers: tiles in parallel; by default one per core or per GPU.
+        alone: process one tile at a time, by one new worker.
 
     Raises:
-        RunError: if tile after tile hangs and none ends, or so many that they fill the memory.
+        RunError: if too many tiles hang: none finishes in between, or together they would fill
+            the memory.
     """
     if engine == "ray":
         return run_on_ray(stage, iter(tiles), 1 if alone else workers, alone)
@@ -50,7 +51,7 @@ def run(
             torch.cuda.empty_cache()
     threads = 1 if alone else _threads(stage, workers)
     try_one = partial(attempt, worker_of(stage))
-    return tried(try_one, stage.device, stage.deadline, iter(tiles), threads)
+    return run_on_threads(try_one, stage.device, stage.deadline, iter(tiles), threads)
 
 
 def _threads(stage: Stage, workers: int | None) -> int:

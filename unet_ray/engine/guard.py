@@ -1,6 +1,6 @@
-"""Marks and deadlines around the tiles of one Ray worker.
+"""Marks and deadlines for the tiles of one Ray worker.
 
-Knows tiles that end or outlast their process. Does not know what a tile is about.
+Knows tiles that kill or hang their process. Does not know what a tile contains.
 """
 
 from __future__ import annotations
@@ -12,129 +12,130 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from unet_ray.engine.attempts import TICK, TRIES, Clock, Patience, failure
-from unet_ray.engine.stages import Carried, Deadline, Receipt, Step
+from unet_ray.engine.attempts import TICK, TRIES, Clock, Timeouts, failure
+from unet_ray.engine.stages import Deadline, Receipt, Step, TileState
 from unet_ray.errors import RunError
 from unet_ray.machine import machine_name, memory_available
 from unet_ray.storage.marks import Mark, Marks
 from unet_ray.storage.places import Place
 
-NOTE_SECONDS = 5.0  # for the last marks of a process
+NOTE_SECONDS = 5.0  # to write the last marks of a process
 
 
-class Guarded:
-    """Steps of tiles in a Ray worker: each is marked, and one that takes too long ends the process.
+class Guard:
+    """Runs steps of tiles in a Ray worker: marks each tile, and ends the process if one hangs.
 
-    Ray tries a tile that ends its actor without end; the marks say when to stop. It also hands out
-    again what is done, if it did not hear the end of the block; such a tile is marked, and keeps
-    its shards. A thread cannot be ended, so a step that hangs takes its process along, and
-    Ray starts another.
+    Ray retries a tile that kills its actor without limit; the marks say when to stop. Ray also
+    hands out finished tiles again if it missed the end of their block; their marks keep their
+    shards from being written twice. A thread cannot be ended, so a step that hangs ends its
+    process, and Ray starts another.
 
     Args:
         folder: of the marks.
-        steps: that are taken here.
-        deadline: of a tile.
+        steps: that this worker runs.
+        deadline: time limits of a tile.
     """
 
     def __init__(self, folder: Place, steps: Sequence[Step], deadline: Deadline) -> None:
-        self._folder, self._last = folder, steps[-1]
-        self._patience = Patience(deadline)
-        self._clock, self._begun = Clock(), dict[int, tuple[float, Marks]]()
+        self._folder, self._last_step = folder, steps[-1]
+        self._timeouts = Timeouts(deadline)
+        self._clock, self._running = Clock(), dict[int, tuple[float, Marks]]()
         threading.Thread(target=self._watch, name="deadline", daemon=True).start()
 
     def marks_of(self, first: int) -> Marks:
-        """The marks of the tiles that are handed out together, by the first of them."""
-        name = f"{first}" if self._last == "write" else f"{self._last}-{first}"
+        """Returns the marks of a block, named after its first tile."""
+        name = f"{first}" if self._last_step == "write" else f"{self._last_step}-{first}"
         return Marks(self._folder / name)
 
-    def carry(self, tile: int, marks: Marks, go: Callable[[], Carried]) -> Carried:
-        """Goes on with a tile, unless it is done, or has ended too many processes.
+    def run(self, tile: int, marks: Marks, take_steps: Callable[[], TileState]) -> TileState:
+        """Runs the steps of a tile, unless it is done or has ended too many processes.
 
         Args:
             tile: its number.
             marks: of its block.
-            go: takes the steps.
+            take_steps: runs the steps.
         """
-        self._begun[tile] = start = self._clock.now(), marks
+        self._running[tile] = start = self._clock.now(), marks
         try:
-            if known := _known(tile, marks.before(tile)):
-                return Carried(known)
+            if receipt := _final_receipt(tile, marks.before(tile)):
+                return TileState(receipt)
             marks.add(Mark(tile, "begun"))
-            carried = go()
-            if carried.receipt.verdict == "broken":
-                os.kill(os.getpid(), signal.SIGKILL)  # a fresh process may do better
-            self._patience.saw(carried.receipt)
-            with suppress(OSError):  # then it may be done again
-                marks.add(self._mark_of(carried.receipt))
-            return carried
-        except OSError as error:  # of the marks before it
-            return Carried(failure(tile, self._clock.now() - start[0], error))
+            state = take_steps()
+            if state.receipt.verdict == "broken":
+                os.kill(os.getpid(), signal.SIGKILL)  # a new process may be able to use the GPU
+            self._timeouts.record(state.receipt)
+            with suppress(OSError):  # without the mark, the tile may be recomputed
+                marks.add(self._mark_of(state.receipt))
+            return state
+        except OSError as error:  # raised by the marks before the steps
+            return TileState(failure(tile, self._clock.now() - start[0], error))
         finally:
-            self._begun.pop(tile, None)
+            self._running.pop(tile, None)
 
     def _mark_of(self, receipt: Receipt) -> Mark:
-        if receipt.error or self._last != "write":
+        if receipt.error or self._last_step != "write":
             return Mark(receipt.tile, "ended")
         return Mark(receipt.tile, "done", receipt.seconds, receipt.memory)
 
     def _watch(self) -> None:
         while True:
-            time.sleep(min(TICK, self._patience.limit / 4))
-            now, limit = self._clock.now(), self._patience.limit
-            late = [n for n, (begun, _) in self._begun.copy().items() if now - begun > limit]
-            if late:
-                self._end(late)
+            time.sleep(min(TICK, self._timeouts.limit / 4))
+            now, limit = self._clock.now(), self._timeouts.limit
+            running = self._running.copy()
+            overdue = [tile for tile, (start, _) in running.items() if now - start > limit]
+            if overdue:
+                self._end(overdue)
 
-    def _end(self, late: list[int]) -> None:
-        """Ends the process; marks why, if the disk of the marks answers."""
+    def _end(self, overdue: list[int]) -> None:
+        """Ends the process; marks the reason first, if the disk of the marks responds in time."""
         try:
-            noting = threading.Thread(target=self._note, args=(late,), daemon=True)
-            noting.start()
-            noting.join(NOTE_SECONDS)
+            marking = threading.Thread(target=self._mark_overdue, args=(overdue,), daemon=True)
+            marking.start()
+            marking.join(NOTE_SECONDS)
         finally:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def _note(self, late: list[int]) -> None:
+    def _mark_overdue(self, overdue: list[int]) -> None:
         with suppress(OSError):
-            for tile in late:
-                if begun := self._begun.get(tile):
-                    _, marks = begun
+            for tile in overdue:
+                if running := self._running.get(tile):
+                    _, marks = running
                     marks.add(Mark(tile, "late"))
 
 
 @contextmanager
-def made_in_time(folder: Place, name: str) -> Iterator[None]:
-    """Held while a worker is made; refuses to begin if that has ended its process too often.
+def limit_restarts(folder: Place, name: str) -> Iterator[None]:
+    """Encloses the creation of a worker, which may end its process only a few times.
 
-    Ray makes a worker again without end.
+    Ray itself restarts a worker without limit.
 
     Args:
         folder: of marks.
-        name: of the worker, the same when it is made again.
+        name: of the worker, the same after a restart.
 
     Raises:
-        RunError: if it has.
+        RunError: if creating the worker has ended its process too often.
     """
-    marks, begun = Marks(folder / f"made-{name}"), 0
+    marks, starts = Marks(folder / f"made-{name}"), 0
     with suppress(OSError):  # the first tile fails with the same error
-        begun = [mark.event for mark in marks.before(0)].count("begun")
+        starts = [mark.event for mark in marks.before(0)].count("begun")
         marks.add(Mark(0, "begun"))
-    if begun >= TRIES:
+    if starts >= TRIES:
         raise RunError(
-            f"a worker on {machine_name()} ended {begun} times while it was made: killed, as "
-            "by a lack of memory, or by its libraries, such as those of a GPU; give fewer "
-            "--workers, or use machines that can run it; the same command goes on."
+            f"a worker on {machine_name()} died {starts} times while starting, for example of a "
+            "lack of memory or in a library of its GPU. Use fewer --workers or machines that can "
+            "run it, then run the same command again to resume."
         )
     yield
     with suppress(OSError):
-        marks.add(Mark(0, "ended"))  # so that those before count no more
+        marks.add(Mark(0, "ended"))  # resets the count
 
 
 def is_suspect(tile: int, marks: Marks) -> bool:
-    """Whether a tile may have ended its process, alone or with those beside it."""
+    """Returns whether a process ended during this tile, which may or may not be the cause."""
     try:
         before = marks.before(tile)
-    except OSError:  # the try reads them again and reports it
+    except OSError:  # the attempt reads the marks again and reports the error
         return False
     return bool(before) and not _is_done(before)
 
@@ -143,24 +144,25 @@ def _is_done(before: list[Mark]) -> bool:
     return bool(before) and before[-1].event == "done"
 
 
-def _known(tile: int, before: list[Mark]) -> Receipt | None:
-    """The receipt of a tile that the marks say all of; None for one that is to be tried."""
+def _final_receipt(tile: int, before: list[Mark]) -> Receipt | None:
+    """Returns the receipt of a tile that is done or must be given up; None to try the tile."""
     if _is_done(before):
         return Receipt(tile, before[-1].seconds, memory=before[-1].memory)
     events = [mark.event for mark in before]
-    begun, late = events.count("begun"), events.count("late")
+    begun, overdue = events.count("begun"), events.count("late")
     if begun < TRIES:
         return None
-    return Receipt(tile, 0.0, _deadly(begun, late), "", "never", 0 if late else memory_available())
+    error, room = _deadly(begun, overdue), 0 if overdue else memory_available()
+    return Receipt(tile, 0.0, error, "", "never", room)
 
 
-def _deadly(tries: int, late: int) -> str:
-    if late:
+def _deadly(attempts: int, overdue: int) -> str:
+    if overdue:
         return (
-            f"was begun {tries} times and did not end in time, {late} times; see whether its part "
-            "of the input can be read, and whether the output's disk answers."
+            f"was started {attempts} times and exceeded its time limit {overdue} times. Check that "
+            "its part of the input can be read and that the disk of the output responds."
         )
     return (
-        f"was begun {tries} times and never ended: its workers were killed, as by a lack of "
-        "memory, their GPUs failed, or their machines were lost."
+        f"was started {attempts} times and never finished: its workers were killed, for example "
+        "for lack of memory, their GPUs failed, or their machines were lost."
     )

@@ -1,8 +1,8 @@
-"""Tiles on pools of Ray Data actors, in waves of blocks.
+"""Runs tiles on pools of Ray Data actors, in waves of blocks.
 
-Knows Ray Data, tile numbers and receipts, which are all that crosses the object store; with GPUs
-readers and writers are actors of their own, and what they read and write crosses too. Does not know
-what a tile is about.
+Knows Ray Data, tile numbers and receipts. Does not know what a tile contains. Without GPUs, only
+tile numbers and receipts pass through the object store. With GPUs, separate actors read and write,
+and voxels and results pass through it too.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.engine.actors import GpuActor, Reader, TileActor, Writer
-from unet_ray.engine.attempts import MOST_SECONDS, SEEN, Patience
+from unet_ray.engine.attempts import MAX_BLOCK_SECONDS, SAMPLES, Timeouts
 from unet_ray.engine.cluster import (
     CPUS_PER_ACTOR,
     CPUS_PER_HELPER,
     HELPERS,
     connect,
-    gpus_there,
-    most_workers,
+    gpus_present,
+    max_workers,
 )
 from unet_ray.engine.parcels import RECEIPT
 from unet_ray.engine.stages import Receipt, Stage
@@ -40,16 +40,17 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 # Tile numbers go to Ray in waves of blocks, so that the driver's memory does not grow with the
-# volume. Between two blocks a worker idles for some 50 ms, and one driver feeds some tens of blocks
-# a second, so a block is at least so much work; what a tile takes is measured in a first wave. Each
-# wave begins with new actors, so it is to last long enough, however many they are. Where tiles take
-# longer than those before, as tissue after empty background, a block ends early, and what is left
-# of it goes with the next wave.
+# volume. WAVE and FIRST_WAVE are numbers of blocks. A worker idles for about 50 ms between two
+# blocks, and one driver feeds some tens of blocks per second, so a block must be at least
+# BLOCK_SECONDS of work. The first wave measures how long a tile takes. Each wave starts new actors,
+# so it must last about WAVE_SECONDS, for any number of actors. If tiles take longer than the
+# previous ones, as tissue does after empty background, a block ends early, and its remaining tiles
+# join the next wave.
 WAVE, FIRST_WAVE = 4096, 512
 BLOCK_SECONDS, WAVE_SECONDS, LARGEST_BLOCK = 2.0, 600.0, 512
-# So many a worker at least, where there are tiles enough: else some would wait for the last one.
-BLOCKS_EACH = 4
-# With GPUs, whose tiles take less, and whose blocks hold few since their voxels cross with them.
+# Minimum for each worker, given enough tiles: with fewer, some workers would wait for the last one.
+BLOCKS_PER_WORKER = 4
+# GPUs need less time per tile, and voxels pass between their actors, so their blocks are small.
 GPU_WAVE = 4 * WAVE
 _ERROR = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt): ")
 
@@ -58,49 +59,58 @@ def run_on_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: b
     """Tries tiles on actors and yields a receipt for each, soon after its block has ended.
 
     Args:
-        stage: what to do.
-        tiles: which tiles; taken wave by wave.
-        workers: how many actors; by default as many as the cluster holds.
-        alone: one tile a block.
+        stage: the work.
+        tiles: their numbers; consumed wave by wave.
+        workers: number of actors; by default as many as the cluster can run.
+        alone: put each tile into a block of its own.
 
     Raises:
-        RunError: if a worker cannot be made, nothing is heard for too long, or Ray loses tiles.
+        RunError: if a worker cannot be made, no receipt arrives for too long, or Ray loses tiles.
     """
-    import ray.data  # noqa: F401  # first: it says how loud it is, which `connect` says after it
+    import ray.data  # noqa: F401  # first: it sets its log level, which `connect` overrides
 
     connect(workers)
-    most, _ = most_workers(stage.device, stage.memory)  # a machine may be lost between two rounds
-    size = max(1, min(workers or most, most))
-    few = 1
-    count = min(WAVE, max(FIRST_WAVE, BLOCKS_EACH * size))
+    limit, _ = max_workers(stage.device, stage.memory)  # machines may be lost between two rounds
+    size = max(1, min(workers or limit, limit))
+    block_size = 1
+    wave_size = min(WAVE, max(FIRST_WAVE, BLOCKS_PER_WORKER * size))
     seconds: list[float] = []
-    patience = Patience(stage.deadline)
-    left = np.empty(0, np.int64)
+    timeouts = Timeouts(stage.deadline)
+    pending = np.empty(0, np.int64)
     while True:
-        more = np.fromiter(itertools.islice(tiles, max(0, count - left.size)), np.int64)
-        wave, left = np.concatenate([left[:count], more]), left[count:]
+        new = np.fromiter(itertools.islice(tiles, max(0, wave_size - pending.size)), np.int64)
+        wave, pending = np.concatenate([pending[:wave_size], new]), pending[wave_size:]
         if not wave.size:
             return
-        told = array("q")
-        for receipt in _run_wave(stage, _blocks(wave, few, size), size, alone, patience.silence):
-            told.append(receipt.tile)
-            patience.saw(receipt)
-            seconds = seconds if receipt.error else [*seconds[-SEEN:], receipt.seconds]
+        reported = array("q")
+        for receipt in _run_wave(
+            stage, _blocks(wave, block_size, size), size, alone, timeouts.silence
+        ):
+            reported.append(receipt.tile)
+            timeouts.record(receipt)
+            seconds = seconds if receipt.error else [*seconds[-SAMPLES:], receipt.seconds]
             yield receipt
-        if not told:
-            raise RunError(f"{stage.name}: Ray has lost {wave.size} tiles; give the command again.")
-        left = np.concatenate([np.setdiff1d(wave, np.frombuffer(told, np.int64)), left])
+        if not reported:
+            raise RunError(
+                f"{stage.name}: Ray has lost {wave.size} tiles. Run the same command again to "
+                "resume."
+            )
+        pending = np.concatenate([np.setdiff1d(wave, np.frombuffer(reported, np.int64)), pending])
         if stage.marks:
-            _forget(stage.marks)
+            _remove_marks(stage.marks)
         if seconds and not alone:
-            few = _tiles_a_block(stage, size, seconds)
-            count = few * (GPU_WAVE if stage.device == "cuda" else WAVE)
+            block_size = _tiles_per_block(stage, size, seconds)
+            wave_size = block_size * (GPU_WAVE if stage.device == "cuda" else WAVE)
 
 
 def _run_wave(
     stage: Stage, wave: Sequence[Sequence[int]], size: int, alone: bool, silence: float
 ) -> Receipts:
-    """Receipts of the tiles that blocks had time for; fails after `silence` seconds without any."""
+    """Yields receipts of the tiles of a wave that its blocks had time for.
+
+    Raises:
+        RunError: if no receipt arrives for `silence` seconds, or a worker cannot be made.
+    """
     import ray
     from ray.data.exceptions import ExecutionTimeoutError
 
@@ -108,14 +118,14 @@ def _run_wave(
     blocks = ray.data.from_items(
         [{"tiles": ",".join(map(str, block))} for block in wave], override_num_blocks=len(wave)
     )
-    # A worker ends itself when a tile takes too long, but not if it is frozen, or if a disk never
-    # lets it go; and where none can even begin, none counts.
+    # A worker ends itself when a tile takes too long, but not while it is frozen or blocked by a
+    # disk. A worker that never starts cannot end itself either.
     blocks.context.execution_no_progress_timeout_s = silence if stage.marks else -1
     size = min(size, len(wave))
     if stage.device == "cpu":
-        done = _by(blocks, TileActor, stage, size, num_cpus=CPUS_PER_ACTOR)
+        done = _map_blocks(blocks, TileActor, stage, size, num_cpus=CPUS_PER_ACTOR)
     elif alone:
-        done = _by(blocks, TileActor, stage, size, num_cpus=0, num_gpus=1)
+        done = _map_blocks(blocks, TileActor, stage, size, num_cpus=0, num_gpus=1)
     else:
         done = _on_gpus(blocks, stage, size)
     try:
@@ -124,36 +134,42 @@ def _run_wave(
                 yield Receipt(*row)
     except ExecutionTimeoutError as error:
         raise RunError(
-            f"no tile has ended for {silence:.0f} s: see whether workers can start, and whether "
-            "input and output answer; what is done stays, the same command goes on."
+            f"no tile has finished for {silence:.0f} s. Check that workers can start and that "
+            "input and output respond, then run the same command again to resume."
         ) from error
-    except ray.exceptions.RayError as error:  # of a worker that could not be made, mostly
+    except ray.exceptions.RayError as error:  # usually from a worker that could not be made
         raise RunError(_cause(error)) from error
 
 
 def _on_gpus(blocks: Dataset, stage: Stage, size: int) -> Dataset:
-    """Each tile by a reader, by a GPU, and by a writer."""
-    # As good as no part of a CPU, and none for a GPU's actor, so that all have room at any time,
-    # however many CPUs are taken or lost: else readers could take what writers need, and none end.
-    # For the GPUs that are there: else all would crowd where the first machine is.
-    helpers = HELPERS * max(1, min(size, gpus_there()))
-    read = _by(blocks, Reader, stage, helpers, num_cpus=CPUS_PER_HELPER)
-    predicted = _by(read, GpuActor, stage, size, stage.in_flight, num_cpus=0, num_gpus=1)
-    return _by(predicted, Writer, stage, helpers, num_cpus=CPUS_PER_HELPER)
+    """Passes each tile through a reader, a GPU actor and a writer."""
+    # Readers and writers request almost no CPU, and GPU actors none. So Ray can always start all of
+    # them: otherwise readers could occupy the CPUs that writers need, and no tile would finish.
+    # Readers and writers are as many as the GPUs present now require: otherwise all of them would
+    # start on the first machine.
+    helpers = HELPERS * max(1, min(size, gpus_present()))
+    read = _map_blocks(blocks, Reader, stage, helpers, num_cpus=CPUS_PER_HELPER)
+    predicted = _map_blocks(read, GpuActor, stage, size, stage.in_flight, num_cpus=0, num_gpus=1)
+    return _map_blocks(predicted, Writer, stage, helpers, num_cpus=CPUS_PER_HELPER)
 
 
-def _by(
-    blocks: Dataset, actor: type[TileActor], stage: Stage, size: int, calls: int = 1, **each: float
+def _map_blocks(
+    blocks: Dataset,
+    actor: type[TileActor],
+    stage: Stage,
+    size: int,
+    calls: int = 1,
+    **resources: float,
 ) -> Dataset:
-    """Blocks that a pool of so many actors has worked on.
+    """Processes blocks on a pool of actors.
 
     Args:
-        blocks: what comes in.
-        actor: of what kind.
-        stage: what to do.
-        size: how many.
-        calls: blocks that each may have under way.
-        each: what each needs.
+        blocks: the input.
+        actor: class of the actors.
+        stage: the work.
+        size: number of actors.
+        calls: concurrent calls of each actor.
+        resources: that each actor requests from Ray.
     """
     from ray.data import ActorPoolStrategy
 
@@ -166,40 +182,40 @@ def _by(
             size=size, max_concurrent_calls_per_actor=calls, enable_true_multi_threading=calls > 1
         ),
         runtime_env={"env_vars": kept_memory_environment()},
-        **each,
+        **resources,
     )
 
 
-def _forget(marks: Place) -> None:
-    """Removes the marks of blocks that are all done, of which nobody will ask again."""
-    with suppress(OSError):  # they stay true
+def _remove_marks(marks: Place) -> None:
+    """Removes the marks of a finished wave, which are no longer needed."""
+    with suppress(OSError):  # leftover marks remain valid
         remove_below(marks)
 
 
 def _cause(error: Exception) -> str:
-    """What Ray tells of an error of ours, without its traces, which come before."""
+    """Extracts the original error from Ray's message, which begins with traces."""
     lines = str(error).strip().splitlines()
-    named = (n for n, line in enumerate(lines) if _ERROR.match(line))
-    told = " ".join(line.strip() for line in lines[max(named, default=-1) :])
-    return re.sub(r"^unet_ray\.errors\.\w+: ", "", told)
+    starts = (n for n, line in enumerate(lines) if _ERROR.match(line))
+    cause = " ".join(line.strip() for line in lines[max(starts, default=-1) :])
+    return re.sub(r"^unet_ray\.errors\.\w+: ", "", cause)
 
 
-def _tiles_a_block(stage: Stage, size: int, seconds: Sequence[float]) -> int:
-    """How many tiles are work enough for a block."""
+def _tiles_per_block(stage: Stage, size: int, seconds: Sequence[float]) -> int:
+    """Returns how many tiles give a block enough work."""
     if stage.device == "cuda":
-        # Each waits for those that are under way with it.
+        # A tile also waits for the others in flight on its GPU.
         return min(stage.together, _tiles_for(BLOCK_SECONDS * stage.in_flight, seconds))
-    goal = min(MOST_SECONDS, max(BLOCK_SECONDS, WAVE_SECONDS * size / WAVE))
+    goal = min(MAX_BLOCK_SECONDS, max(BLOCK_SECONDS, WAVE_SECONDS * size / WAVE))
     return _tiles_for(goal, seconds)
 
 
 def _blocks(wave: NDArray[np.int64], size: int, workers: int) -> list[list[int]]:
-    """A wave in blocks of at most so many tiles, and some a worker."""
-    size = max(1, min(size, math.ceil(wave.size / (BLOCKS_EACH * workers))))
+    """Splits a wave into blocks of at most `size` tiles, and into enough blocks for all workers."""
+    size = max(1, min(size, math.ceil(wave.size / (BLOCKS_PER_WORKER * workers))))
     return [wave[first : first + size].tolist() for first in range(0, wave.size, size)]
 
 
 def _tiles_for(goal: float, seconds: Sequence[float]) -> int:
-    """How many tiles take so many seconds, as far as a block goes."""
-    usual = statistics.median(seconds)
-    return min(LARGEST_BLOCK, math.ceil(goal / max(usual, goal / LARGEST_BLOCK)))
+    """Returns how many tiles take `goal` seconds, at most the largest block."""
+    median = statistics.median(seconds)
+    return min(LARGEST_BLOCK, math.ceil(goal / max(median, goal / LARGEST_BLOCK)))

@@ -1,7 +1,7 @@
-"""A stage run to its end: every tile is tried, tried again, tried alone, or given up.
+"""Runs a stage to its end: each tile is tried, retried, tried alone, or given up.
 
-Knows receipts, and where the ledger, marks and event log of a stage lie. Does not know what a tile
-is about.
+Knows receipts, and the paths of ledger, marks and event log of a stage. Does not know what a tile
+contains.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.engine import cluster, engines
-from unet_ray.engine.attempts import TRIES, Patience
+from unet_ray.engine.attempts import TRIES, Timeouts
 from unet_ray.engine.cluster import EngineName
 from unet_ray.engine.stages import Receipt, Stage
 from unet_ray.errors import LostError, QuarantinedError, RunError
@@ -28,8 +28,8 @@ from unet_ray.storage.marks import remove_older, tiles_done
 from unet_ray.storage.places import Place, remove_partial
 from unet_ray.tiling.tiles import TilePlan
 
-PIECE = 1 << 16  # tiles whose numbers are in memory at once
-KEPT_ERRORS = 100  # failures whose sentences are in memory; the event log has all
+BITS_PER_STEP = 1 << 16  # tiles whose numbers are in memory at once
+STORED_ERRORS = 100  # failures whose messages are in memory; the event log has all of them
 
 
 Tries = Generator[tuple[Receipt, bool], None, None]
@@ -37,18 +37,18 @@ Tries = Generator[tuple[Receipt, bool], None, None]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a stage stands after a tile.
+    """Progress of a stage after a tile.
 
     Attributes:
-        done, total: tiles committed, and tiles asked for, in this region.
+        done, total: committed tiles and requested tiles of this region.
         quarantined: tiles that this call has given up.
-        finished: tiles done by this call.
-        voxels: voxels written by this call so far.
-        seconds: since the first tile was started.
-        failures: tries that failed in this call.
-        memory: the most bytes that a process held after a tile; 0 if unknown.
-        memory_stated: bytes that one was planned to hold at most.
-        workers: tiles that are under way side by side.
+        finished: tiles that this call has committed.
+        voxels: voxels that this call has written.
+        seconds: elapsed since the first tile started.
+        failures: failed attempts of this call.
+        memory: largest memory use of a process after a tile, in bytes; 0 if unknown.
+        memory_stated: planned upper bound of that memory use, in bytes.
+        workers: tiles processed in parallel.
     """
 
     done: int
@@ -70,28 +70,28 @@ def tries(
     workers: int | None = None,
     most: int = TRIES,
 ) -> Tries:
-    """Tries the tiles of a stage; those that fail again after all others, or alone.
+    """Tries the tiles of a stage, and retries those that fail after all others.
 
     Args:
         stage: the work.
         tiles: their numbers.
         engine: runs the tiles.
-        workers: tiles side by side.
-        most: tries of a tile before it is given up.
+        workers: tiles in parallel; by default one per core or per GPU.
+        most: attempts per tile before it is given up.
 
     Yields:
-        A receipt of every try, and whether the tile will be tried again.
+        The receipt of each attempt, and whether the tile will be tried again.
     """
-    patience = Patience(stage.deadline)
+    timeouts = Timeouts(stage.deadline)
     failed: dict[int, Receipt] = {}
 
     def one_round(tiles: Iterable[int], last: bool, alone: bool = False) -> Tries:
-        # Workers that are made anew have measured nothing yet.
-        deadline = replace(stage.deadline, first=patience.limit)
+        # New workers have not measured any attempt yet.
+        deadline = replace(stage.deadline, first=timeouts.limit)
         running = engines.run(replace(stage, deadline=deadline), tiles, engine, workers, alone)
         with closing(running) as receipts:
             for receipt in receipts:
-                patience.saw(receipt)
+                timeouts.record(receipt)
                 failed.pop(receipt.tile, None)
                 given_up = {"again": last, "alone": alone or most == 1}.get(receipt.verdict, True)
                 again = bool(receipt.error) and not given_up
@@ -102,42 +102,42 @@ def tries(
     yield from one_round(tiles, last=most == 1)
     for number in range(2, most + 1):
         for verdict in ("again", "alone"):
-            waiting = [tile for tile, receipt in failed.items() if receipt.verdict == verdict]
-            if waiting:
+            retries = [tile for tile, receipt in failed.items() if receipt.verdict == verdict]
+            if retries:
                 alone = verdict == "alone"
-                yield from one_round(waiting, last=alone or number == most, alone=alone)
+                yield from one_round(retries, last=alone or number == most, alone=alone)
 
 
 def numbers_of(bits: NDArray[np.bool_]) -> Iterator[int]:
-    """Where `bits` are true, in ascending order, without a list of all."""
-    for start in range(0, bits.size, PIECE):
-        yield from (start + np.flatnonzero(bits[start : start + PIECE])).tolist()
+    """Yields the indices of true `bits` in ascending order, without a list of all of them."""
+    for start in range(0, bits.size, BITS_PER_STEP):
+        yield from (start + np.flatnonzero(bits[start : start + BITS_PER_STEP])).tolist()
 
 
 def stopped(out: Place, stage: str, tiles: int, error: str) -> RunError:
-    """The error of a stage that a full disk ended, with what is done and the remedy."""
+    """Returns the error of a stage that a full disk ended, with the number of committed tiles."""
     done = int(committed(out / ledger_of(stage), tiles).sum())
     return RunError(
-        f"{out}: {error}; {done} of {tiles} tiles are done and stay: make room, and give the same "
-        "command again."
+        f"{out}: {error}; {done} of {tiles} tiles are done and stay. Free disk space, then run the "
+        "same command again to resume."
     )
 
 
 class Rounds:
-    """One stage of one output, run to its end by one call of `run`.
+    """Runs one stage of one output to its end, by one call of `run`.
 
-    Marks and ledger are of this stage alone; the event log is shared by all stages of an output.
+    Each stage has its own marks and ledger. All stages of an output share the event log.
 
     Args:
-        stage: the work; its marks are set here.
-        plan: of its tiles.
+        stage: the work; its `marks` are replaced.
+        plan: its tiles.
         out: the output, which has a private folder.
-        lease: held for the output.
+        lease: of the output, taken by the caller.
         engine: runs the tiles.
-        workers: tiles side by side.
+        workers: tiles in parallel; by default one per core or per GPU.
         watch: called after each tile that is done or given up.
-        memory_stated: bytes that a process was planned to hold at most.
-        remedy: what to do about a tile that failed for lack of memory.
+        memory_stated: planned upper bound of the memory use of a process, in bytes.
+        remedy: returns advice for a tile that failed for lack of memory, from its receipt.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class Rounds:
         remedy: Callable[[Receipt], str] = lambda receipt: "",
     ) -> None:
         self._marks = out / marks_of(stage.name)
-        self._stage = replace(stage, marks=self._marks / str(lease.epoch))  # of this run alone
+        self._stage = replace(stage, marks=self._marks / str(lease.epoch))  # only of this run
         self._plan, self._out, self._lease, self._watch = plan, out, lease, watch
         self._engine, self._workers, self._remedy = engine, workers, remedy
         self._log = EventLog(out / EVENTS, lease.fence.check)
@@ -161,37 +161,40 @@ class Rounds:
         self._progress = Progress(0, 0, 0, 0, 0, 0.0, memory_stated=memory_stated)
         self._start = time.monotonic()
 
-    def run(self, wanted: NDArray[np.bool_], skipped: NDArray[np.bool_], **facts: Any) -> int:
-        """Does the tiles that are wanted and not committed; returns how many.
+    def run(self, requested: NDArray[np.bool_], skipped: NDArray[np.bool_], **facts: Any) -> int:
+        """Processes all requested tiles that are not committed.
 
         Args:
-            wanted: bits of the tiles to do, (tiles,).
-            skipped: bits of those that a mask leaves out, (tiles,).
-            facts: what the event log says of this run.
+            requested: bits of the requested tiles, (tiles,).
+            skipped: bits of the tiles that a mask excludes, (tiles,).
+            facts: of this run, for the event log.
+
+        Returns:
+            The number of tiles committed by this call.
 
         Raises:
             QuarantinedError: if tiles failed too often; all others are done.
-            RunError: if the disk takes nothing more.
-            LostError: if another run has taken over.
+            RunError: if the disk accepts no more data, a GPU fails, or too many tiles hang.
+            LostError: if another run has taken over the output.
         """
         folder = self._out / ledger_of(self._stage.name)
         remove_partial(folder)
         with Ledger(folder, len(self._plan), self._lease.epoch) as ledger:
             self._ledger = ledger
             try:
-                return self._run(wanted, skipped, facts)
+                return self._run(requested, skipped, facts)
             finally:
-                with suppress(LostError):  # then it is the log of another run
+                with suppress(LostError):  # the log now belongs to another run
                     self._log.flush()
 
     def _run(
-        self, wanted: NDArray[np.bool_], skipped: NDArray[np.bool_], facts: dict[str, Any]
+        self, requested: NDArray[np.bool_], skipped: NDArray[np.bool_], facts: dict[str, Any]
     ) -> int:
         self._lease.check(now=True)
-        self._commit_unheard()
-        self._ledger.skip(skipped, wanted)
-        missing = wanted & ~self._ledger.committed
-        total, left = int(wanted.sum()), int(missing.sum())
+        self._commit_marked()
+        self._ledger.skip(skipped, requested)
+        missing = requested & ~self._ledger.committed
+        total, left = int(requested.sum()), int(missing.sum())
         workers = cluster.side_by_side(
             self._stage.device, self._engine, self._workers, self._stage.memory
         )
@@ -199,16 +202,17 @@ class Rounds:
             self._progress, total=total, done=total - left, workers=max(1, min(workers, left))
         )
         self._add("start", engine=self._engine, workers=self._workers, missing=left, **facts)
-        self._log.flush()  # `verify` reads input and model there
+        self._log.flush()  # `verify` reads the paths of input and model from it
         self._make_marks()
-        with closing(tries(self._stage, numbers_of(missing), self._engine, self._workers)) as tried:
-            for receipt, again in tried:
+        attempts = tries(self._stage, numbers_of(missing), self._engine, self._workers)
+        with closing(attempts):
+            for receipt, again in attempts:
                 self._lease.check()
                 if receipt.error:
                     self._failed(receipt, again)
                 else:
                     self._commit(receipt)
-        self._lease.check(now=True)  # else it would speak of the work of another
+        self._lease.check(now=True)  # otherwise the event would belong to another run
         self._add("end", tiles=self._progress.finished, seconds=round(self._seconds, 3))
         if self._given_up:
             raise QuarantinedError(self._quarantined())
@@ -217,16 +221,16 @@ class Rounds:
     def _add(self, event: str, **facts: Any) -> None:
         self._log.add(event, stage=self._stage.name, **facts)
 
-    def _commit_unheard(self) -> None:
-        """Commits what workers of earlier runs had done, though no driver noted it any more."""
-        with suppress(OSError):  # then it is done again
+    def _commit_marked(self) -> None:
+        """Commits tiles that workers of earlier runs finished after their driver had ended."""
+        with suppress(OSError):  # unreadable marks: the tiles are recomputed
             for tile in tiles_done(self._marks, since=self._ledger.born):
                 if tile not in self._ledger:
                     self._ledger.commit(tile)
         self._ledger.flush()
 
     def _make_marks(self) -> None:
-        with suppress(OSError):  # workers of a run that is over may still be adding to theirs
+        with suppress(OSError):  # workers of an ended run may still add marks
             remove_older(self._marks, self._lease.epoch)
         (self._marks / str(self._lease.epoch)).mkdir(parents=True, exist_ok=True)
 
@@ -235,7 +239,7 @@ class Rounds:
         return time.monotonic() - self._start
 
     def _commit(self, receipt: Receipt) -> None:
-        self._given_up.pop(receipt.tile, None)  # it ended after all
+        self._given_up.pop(receipt.tile, None)  # it finished after its time limit
         self._ledger.commit(receipt.tile)
         self._add("tile", tile=receipt.tile, seconds=round(receipt.seconds, 4))
         now = self._progress
@@ -247,9 +251,9 @@ class Rounds:
         )
 
     def _failed(self, receipt: Receipt, again: bool) -> None:
-        """Notes a failed try; gives the tile up unless it will be tried again."""
+        """Logs a failed attempt, and gives the tile up unless it will be tried again."""
         if receipt.verdict == "stop":
-            self._lease.check(now=True)  # a worker may have found out first
+            self._lease.check(now=True)  # a worker may detect a lost lease first
         tile, box = receipt.tile, str(self._plan[receipt.tile].write)
         error = receipt.error + (self._remedy(receipt) if receipt.room else "")
         self._progress = replace(self._progress, failures=self._progress.failures + 1)
@@ -259,14 +263,14 @@ class Rounds:
             raise stopped(self._out, self._stage.name, len(self._plan), error)
         if receipt.verdict == "broken":
             raise RunError(
-                f"{self._out}: tile {tile} ({box}): {error}; the GPU cannot be used any more in "
-                "this process: give the same command again, it goes on."
+                f"{self._out}: tile {tile} ({box}): {error}; this process can no longer use the "
+                "GPU. Run the same command again to resume."
             )
         if again:
             return
         self._ledger.quarantine(tile)
         self._add("quarantined", tile=tile, box=box, error=error)
-        self._given_up[tile] = error if len(self._given_up) < KEPT_ERRORS else ""
+        self._given_up[tile] = error if len(self._given_up) < STORED_ERRORS else ""
         self._show()
 
     def _show(self, **changed: int) -> None:
@@ -278,7 +282,7 @@ class Rounds:
     def _quarantined(self) -> str:
         tile, error = next(iter(self._given_up.items()))
         return (
-            f"{self._out}: quarantined {len(self._given_up)} of {self._progress.total} tiles, all "
-            f"others are done; the first is tile {tile} ({self._plan[tile].write}): {error} "
-            "The same command tries only these again."
+            f"{self._out}: quarantined {len(self._given_up)} of {self._progress.total} tiles; all "
+            f"others are done. The first is tile {tile} ({self._plan[tile].write}): {error} "
+            "Run the same command again to retry only these tiles."
         )

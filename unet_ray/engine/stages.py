@@ -1,6 +1,6 @@
-"""A stage of work on tiles, and what a try of a tile leaves behind.
+"""Data types of a stage: its worker, its tiles between two steps, and their receipts.
 
-Knows names, verdicts and receipts. Does not know who runs a stage, or what a tile is about.
+Knows names, verdicts and receipts. Does not know who runs a stage, or what a tile contains.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ STEPS: tuple[Step, ...] = ("read", "predict", "write")
 
 @dataclass(frozen=True)
 class Receipt:
-    """What is known of a tile that was tried.
+    """The outcome of one attempt at a tile.
 
     Attributes:
         tile: its number.
         seconds: time spent reading, predicting and writing together.
-        error: one sentence if it failed; nothing was committed then.
+        error: one sentence if the attempt failed; nothing was committed then.
         trace: Python's traceback.
-        verdict: of a failure: ``again`` may do better, ``alone`` (on a machine's memory) may do
-            better with nothing beside it, ``never`` cannot, ``stop``: nor can any other tile,
-            ``broken``: nor can any other in this process, whose GPU has failed.
+        verdict: what to do after a failure. ``again``: retry. ``alone``: retry while no other tile
+            uses the machine's memory. ``never``: give up this tile. ``stop``: end the run, since
+            other tiles would fail too. ``broken``: end this process, since its GPU has failed.
         memory: anonymous bytes of the process when the tile was done; 0 if unknown.
-        room: of a failure for lack of memory, bytes that the process could have had; 0 if unknown.
+        room: bytes available to the process when memory ran out; 0 if unknown, or if the failure
+            had another cause.
     """
 
     tile: int
@@ -43,13 +44,13 @@ class Receipt:
 
 
 @dataclass(frozen=True)
-class Carried:
+class TileState:
     """A tile between two steps.
 
     Attributes:
         receipt: of the steps so far.
-        data: what the last step gave: voxels, the result, None at last; None after a failure. To
-            cross to another process, an array, or arrays by their names.
+        data: output of the last step: the voxels, the result, or None after a failure or the last
+            step. Between processes, it must be an array, or a mapping of names to arrays.
     """
 
     receipt: Receipt
@@ -57,33 +58,33 @@ class Carried:
 
 
 class Helper(Protocol):
-    """What reads and writes tiles; made once in each process that does."""
+    """Reads and writes tiles. Each process that does so makes one."""
 
     def read(self, tile: int) -> Any:
-        """What the tile needs from the input."""
+        """Returns the input voxels of the tile."""
 
     def write(self, tile: int, result: Any) -> None:
-        """Puts the result on disk; returns when it is there."""
+        """Writes the result, and returns when it is on disk."""
 
 
 class Worker(Helper, Protocol):
-    """The three steps of one tile; made once in each process that predicts tiles."""
+    """Runs all three steps of a tile. Each process that predicts makes one."""
 
     def predict(self, tile: int, voxels: Any) -> Any:
-        """The tile's result, from what was read."""
+        """Returns the result of the tile from its input voxels."""
 
 
 class Whole:
-    """A worker whose work on a tile is one function of its number."""
+    """A worker that processes a tile by a single function of its number."""
 
     def __init__(self, function: Callable[[int], None]) -> None:
         self._function = function
 
     def read(self, tile: int) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def predict(self, tile: int, voxels: None) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def write(self, tile: int, result: None) -> None:
         """Calls the function."""
@@ -92,12 +93,12 @@ class Whole:
 
 @dataclass(frozen=True)
 class Deadline:
-    """How long a try may take, so that nothing waits for ever.
+    """Time limits, so that a run never waits forever.
 
     Attributes:
-        first: seconds, until a few tiles are done.
-        multiple: of the median of the tiles that were done.
-        least: seconds; file servers that fail over take minutes.
+        first: seconds for an attempt until a few tiles are done.
+        multiple: later limit for an attempt, as a multiple of the median of finished attempts.
+        least: lower bound in seconds of that limit; failover of a file server takes minutes.
         make: seconds to make a worker.
     """
 
@@ -112,17 +113,18 @@ class Stage:
     """A piece of work on all tiles of a plan.
 
     Attributes:
-        name: for messages and the ledger.
-        make_worker: makes the worker where it is to run; small to pickle.
-        device: ``cpu`` (one thread per pass, workers side by side), ``cuda`` or ``mps``.
-        marks: folder, seen by every worker of Ray, of what became of the tiles of each block; None
-            for no marks, and no deadline on Ray.
-        deadline: of a try.
-        in_flight: tiles that a worker on a GPU has under way: others come and go while it predicts
-            one.
-        together: tiles that may go from one step to the next together, where steps are processes.
-        memory: bytes that a worker needs, with its helpers; 0 if unknown.
-        make_helper: makes what only reads or writes, where another predicts; by default a worker.
+        name: used in messages and for the ledger.
+        make_worker: makes the worker, in the process that uses it; must be small when pickled.
+        device: ``cpu`` (one thread per pass, several workers in parallel), ``cuda`` or ``mps``.
+        marks: folder that all Ray workers can access, for the progress of the tiles of each block.
+            None for neither marks nor deadlines on Ray.
+        deadline: time limits.
+        in_flight: tiles that a GPU worker processes at a time; it predicts one while others are
+            read or written.
+        together: at most this many tiles pass together from the process of one step to the next.
+        memory: bytes that a worker and its helpers need; 0 if unknown.
+        make_helper: makes the object that reads or writes in processes that do not predict; by
+            default a worker.
     """
 
     name: str
@@ -136,7 +138,7 @@ class Stage:
     make_helper: Callable[[], Helper] | None = None
 
     def make_for(self, steps: Sequence[Step]) -> Helper:
-        """Makes what takes these steps: a worker if one of them is to predict."""
+        """Makes a worker if `steps` include ``predict``, else a helper."""
         helper = self.make_helper if "predict" not in steps else None
         return (helper or self.make_worker)()
 

@@ -1,6 +1,6 @@
-"""Tiles on threads of this process, as many at a time as are wanted.
+"""Runs tiles on threads of this process, at most a given number at a time.
 
-Knows a way to try one tile, and how long a try may take; does not know what a tile is about.
+Knows a function that tries one tile, and time limits. Does not know what a tile contains.
 """
 
 from __future__ import annotations
@@ -15,24 +15,28 @@ from typing import Any
 
 import torch
 
-from unet_ray.engine.attempts import TICK, Clock, Patience, failure
+from unet_ray.engine.attempts import TICK, Clock, Timeouts, failure
 from unet_ray.engine.stages import STEPS, Deadline, Helper, Receipt, Stage, Step, TryOne
 from unet_ray.errors import RunError
 
 Receipts = Generator[Receipt, None, None]
-# How long one waits for tiles that are under way when no more are wanted.
+# Wait at most this long for tiles in flight when the caller stops early.
 GRACE_SECONDS = 5.0
-THREAD = "tile"  # the name of each thread that a tile may keep busy
+THREAD = "tile"  # the name of every thread that a tile may keep busy
 
 
 def worker_of(stage: Stage, steps: Sequence[Step] = STEPS) -> Helper:
-    """A worker of a stage for some steps, made in time: it opens model, input and output."""
+    """Makes a worker of a stage for some steps; it opens model, input and output.
+
+    Raises:
+        RunError: if this takes longer than the deadline of the stage allows.
+    """
     made: SimpleQueue[Helper | Exception] = SimpleQueue()
 
     def make() -> None:
         try:
             made.put(stage.make_for(steps))
-        except Exception as error:  # raised below, where it is awaited
+        except Exception as error:  # raised below, in the calling thread
             made.put(error)
 
     threading.Thread(target=make, name=THREAD, daemon=True).start()
@@ -40,44 +44,46 @@ def worker_of(stage: Stage, steps: Sequence[Step] = STEPS) -> Helper:
         worker = made.get(timeout=min(stage.deadline.make, threading.TIMEOUT_MAX))
     except Empty:
         raise RunError(
-            f"{stage.name}: no worker could be made within {stage.deadline.make:.0f} s; see "
-            "whether input, model and output answer; the same command goes on."
+            f"{stage.name}: no worker started within {stage.deadline.make:.0f} s. Check that "
+            "input, model and output respond, then run the same command again to resume."
         ) from None
     if isinstance(worker, Exception):
         raise worker
     return worker
 
 
-def tried(
+def run_on_threads(
     try_one: TryOne, device: str, deadline: Deadline, tiles: Iterator[int], threads: int
 ) -> Receipts:
-    """Tries tiles side by side and yields a receipt for each as it ends.
+    """Tries tiles in parallel and yields a receipt for each attempt that finishes or times out.
 
     Args:
-        try_one: tries a tile; while it predicts it holds what it is given with the tile.
+        try_one: tries a tile; enters the context manager passed to it while predicting.
         device: ``cpu``, or a GPU, where one pass runs at a time.
-        deadline: of a try.
-        tiles: which tiles; taken as they are needed.
-        threads: how many at a time.
+        deadline: time limits of an attempt.
+        tiles: their numbers; consumed as threads become free.
+        threads: tiles in flight.
 
     Raises:
-        RunError: if tile after tile hangs and none ends, or so many that they fill the memory.
+        RunError: if too many tiles hang: none finishes in between, or together they would fill
+            the memory.
     """
-    # On a GPU one pass runs at a time, while others read or write theirs.
-    alone = nullcontext() if device == "cpu" else threading.Lock()
-    return _SideBySide(lambda tile: try_one(tile, alone), deadline, tiles, threads).receipts()
+    # On a GPU only reading and writing run in parallel with a pass.
+    predict_lock = nullcontext() if device == "cpu" else threading.Lock()
+    run = _ParallelRun(lambda tile: try_one(tile, predict_lock), deadline, tiles, threads)
+    return run.receipts()
 
 
 def has_left_threads() -> bool:
-    """Whether tiles may still be under way in this process, of which nobody wants to hear."""
+    """Returns whether threads of tiles that were given up still run in this process."""
     threads = [thread for thread in threading.enumerate() if thread.name == THREAD]
     for thread in threads:
-        thread.join(0.1)  # those that are told to end do so at once
+        thread.join(0.1)  # idle threads end at once
     return any(thread.is_alive() for thread in threads)
 
 
-class _Hand:
-    """A thread that tries one tile after another, as they are handed to it."""
+class _TileThread:
+    """A thread that tries the tiles it receives, one after another."""
 
     def __init__(self, try_one: Callable[[int], Receipt], ended: SimpleQueue[Any]) -> None:
         self._try, self._ended = try_one, ended
@@ -85,7 +91,7 @@ class _Hand:
         threading.Thread(target=self._work, name=THREAD, daemon=True).start()
 
     def take(self, tile: int | None) -> None:
-        """Hands it a tile, or lets it go with None."""
+        """Queues a tile, or ends the thread after the current one with None."""
         self._tiles.put(tile)
 
     def _work(self) -> None:
@@ -93,17 +99,17 @@ class _Hand:
         while (tile := self._tiles.get()) is not None:
             try:
                 receipt = self._try(tile)
-            except Exception as error:  # nobody would ever hear of this tile
+            except Exception as error:  # otherwise the tile would disappear with the thread
                 receipt = failure(tile, 0.0, error)
             self._ended.put((self, receipt))
 
 
-class _SideBySide:
-    """Tries tiles on threads of this process, as many at a time as there are threads.
+class _ParallelRun:
+    """Tries tiles on a fixed number of threads of this process.
 
-    A try that takes too long is given up with its thread, since a thread cannot be ended, and
-    another takes the next tile; should it end after all, that is told in a second receipt. When
-    that happens again and again and no try ends in between, nothing works any more.
+    A thread cannot be ended. An attempt that exceeds its time limit is given up with its thread,
+    and a new thread takes the next tile. If the attempt succeeds later, it yields a second
+    receipt. The run fails if too many attempts in a row are given up, or too many still hang.
     """
 
     def __init__(
@@ -114,74 +120,75 @@ class _SideBySide:
         threads: int,
     ) -> None:
         self._try, self._tiles, self._threads = try_one, tiles, threads
-        self._patience, self._clock = Patience(deadline), Clock()
-        self._ended: SimpleQueue[tuple[_Hand, Receipt]] = SimpleQueue()
-        self._idle: list[_Hand] = []
-        self._busy: dict[_Hand, tuple[int, float]] = {}
-        self._lost: set[_Hand] = set()
-        self._in_a_row = 0  # tries given up since one ended
+        self._timeouts, self._clock = Timeouts(deadline), Clock()
+        self._ended: SimpleQueue[tuple[_TileThread, Receipt]] = SimpleQueue()
+        self._idle: list[_TileThread] = []
+        self._busy: dict[_TileThread, tuple[int, float]] = {}
+        self._overdue: set[_TileThread] = set()
+        self._given_up_in_a_row = 0
 
     def receipts(self) -> Receipts:
-        """A receipt for each tile, as it ends."""
+        """Yields a receipt for each attempt that finishes or times out."""
         try:
-            while self._hand_out():
-                told = self._await(min(TICK, self._patience.limit / 4))
-                yield from [*told, *self._give_up_late()]
+            while self._start_tiles():
+                ended = self._wait(min(TICK, self._timeouts.limit / 4))
+                yield from [*ended, *self._give_up_overdue()]
                 self._refuse_to_hang()
         except GeneratorExit:
-            end = time.monotonic() + GRACE_SECONDS  # what is under way may just end
+            end = time.monotonic() + GRACE_SECONDS
             while self._busy and (left := end - time.monotonic()) > 0:
-                self._await(left)
+                self._wait(left)
             raise
         finally:
-            for hand in [*self._idle, *self._busy, *self._lost]:
-                hand.take(None)
+            for thread in [*self._idle, *self._busy, *self._overdue]:
+                thread.take(None)
 
-    def _hand_out(self) -> bool:
-        """Gives every idle thread a tile; whether any is busy then."""
+    def _start_tiles(self) -> bool:
+        """Starts a tile on every free thread. Returns whether any thread is busy."""
         for tile in itertools.islice(self._tiles, self._threads - len(self._busy)):
-            hand = self._idle.pop() if self._idle else _Hand(self._try, self._ended)
-            self._busy[hand] = tile, self._clock.now()
-            hand.take(tile)
+            thread = self._idle.pop() if self._idle else _TileThread(self._try, self._ended)
+            self._busy[thread] = tile, self._clock.now()
+            thread.take(tile)
         return bool(self._busy)
 
-    def _await(self, seconds: float) -> list[Receipt]:
-        """What has ended since; waits so long for the first."""
-        told = []
+    def _wait(self, seconds: float) -> list[Receipt]:
+        """Returns new receipts; waits at most `seconds` for the first."""
+        receipts = []
         with suppress(Empty):
             while True:
-                hand, receipt = self._ended.get(timeout=seconds)
-                seconds, self._in_a_row = 0.0, 0
-                self._patience.saw(receipt)
-                if self._busy.pop(hand, None):
-                    self._idle.append(hand)
-                    told.append(receipt)
+                thread, receipt = self._ended.get(timeout=seconds)
+                seconds, self._given_up_in_a_row = 0.0, 0
+                self._timeouts.record(receipt)
+                if self._busy.pop(thread, None):
+                    self._idle.append(thread)
+                    receipts.append(receipt)
                 else:
-                    self._lost.remove(hand)
-                    hand.take(None)
-                    told += [] if receipt.error else [receipt]
-        return told
+                    self._overdue.remove(thread)
+                    thread.take(None)
+                    receipts += [] if receipt.error else [receipt]
+        return receipts
 
-    def _give_up_late(self) -> list[Receipt]:
-        now, limit = self._clock.now(), self._patience.limit
-        late = {hand: told for hand, told in self._busy.items() if now - told[1] > limit}
-        for hand in late:
-            del self._busy[hand]
-            self._lost.add(hand)
-            self._in_a_row += 1
+    def _give_up_overdue(self) -> list[Receipt]:
+        now, limit = self._clock.now(), self._timeouts.limit
+        overdue = {thread: busy for thread, busy in self._busy.items() if now - busy[1] > limit}
+        for thread in overdue:
+            del self._busy[thread]
+            self._overdue.add(thread)
+            self._given_up_in_a_row += 1
         return [
-            Receipt(tile, now - begun, f"did not end within {limit:.0f} s.")
-            for tile, begun in late.values()
+            Receipt(tile, now - start, f"did not end within {limit:.0f} s.")
+            for tile, start in overdue.values()
         ]
 
     def _refuse_to_hang(self) -> None:
-        if self._in_a_row >= 2 * max(2, self._threads):
-            reason = "and none ended in between"
-        elif len(self._lost) > 8 * self._threads:
+        if self._given_up_in_a_row >= 2 * max(2, self._threads):
+            reason = "and none finished in between"
+        elif len(self._overdue) > 8 * self._threads:
             reason = "and each keeps its memory"
         else:
             return
         raise RunError(
-            f"{len(self._lost)} tiles hang, {reason} (each may take {self._patience.limit:.0f} s): "
-            "see whether input and output answer; what is done stays, the same command goes on."
+            f"{len(self._overdue)} tiles hang, {reason} (limit for one: "
+            f"{self._timeouts.limit:.0f} s). Check that input and output respond, then run the "
+            "same command again to resume."
         )
