@@ -1,4 +1,4 @@
-"""The operating system behind one room: what it says of memory, and what it does without Linux."""
+"""The operating system behind one module: its memory figures, and use without Linux."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from unet_ray import machine
 
 ROOT = Path(__file__).parents[1]
 
-# Not run on Windows or macOS: this hides from Linux what they lack.
+# Not run on Windows or macOS: this hides the parts of Linux that they lack.
 ELSEWHERE = """
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ import importlib, pkgutil
 import unet_ray
 from unet_ray import machine
 machine.PROC = Path("/nowhere")
-names = [each.name for each in pkgutil.walk_packages(unet_ray.__path__, "unet_ray.")]
+names = [module.name for module in pkgutil.walk_packages(unet_ray.__path__, "unet_ray.")]
 for name in names:
     if name != "unet_ray.__main__":
         importlib.import_module(name)
@@ -30,13 +30,13 @@ print(len(names))
 """
 
 
-def test_every_room_imports_without_the_modules_of_linux():
+def test_every_module_imports_without_the_modules_of_linux():
     command = [sys.executable, "-c", ELSEWHERE]
-    told = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    assert int(told.stdout) > 90
+    ran = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert int(ran.stdout) > 90
 
 
-def test_a_lock_is_held_by_one_open_file_until_it_is_let_go(tmp_path):
+def test_only_one_open_file_has_a_lock_until_it_is_released(tmp_path):
     with open(tmp_path / "lock", "wb") as one, open(tmp_path / "lock", "wb") as two:
         assert machine.try_lock(one.fileno()) and not machine.try_lock(two.fileno())
         machine.unlock(one.fileno())
@@ -61,7 +61,7 @@ GROUPS = [
 
 @pytest.mark.parametrize(("line", "kind", "names", "stat"), GROUPS, ids=["v2", "v1"])
 @pytest.mark.parametrize("tight", ["", "pod", "pod/box", None])
-def test_room_is_what_the_tightest_container_leaves_without_cached_files(
+def test_free_memory_is_that_of_the_tightest_container_without_cached_files(
     tmp_path, monkeypatch, line, kind, names, stat, tight
 ):
     (tmp_path / "cgroup").write_text(f"12:pids:/other\n{line}\n")
@@ -70,22 +70,22 @@ def test_room_is_what_the_tightest_container_leaves_without_cached_files(
     for group in ("", "pod", "pod/box"):
         folder = tmp_path / kind / group
         folder.mkdir(parents=True, exist_ok=True)
-        told = {"limit": "9000" if group == tight else str(2**62), "used": "8000"}
-        for name, what in names.items():
-            (folder / name).write_text(told[what] + "\n")
+        values = {"limit": "9000" if group == tight else str(2**62), "used": "8000"}
+        for name, kind_of_value in names.items():
+            (folder / name).write_text(values[kind_of_value] + "\n")
         (folder / "memory.stat").write_text(stat)
-    left = min(machine._left_in_containers())
-    assert left == 1120 if tight is not None else left > 2**61
+    free = min(machine._free_in_cgroups())
+    assert free == 1120 if tight is not None else free > 2**61
 
 
-def test_a_container_whose_name_is_not_seen_from_within_counts_by_its_root(tmp_path, monkeypatch):
+def test_a_container_whose_name_is_hidden_from_within_counts_by_its_root(tmp_path, monkeypatch):
     (tmp_path / "cgroup").write_text("0::/machine/of/another\n")
     monkeypatch.setattr(machine, "PROC_CGROUP", tmp_path / "cgroup")
     monkeypatch.setattr(machine, "CGROUPS", tmp_path)
-    assert not [*machine._left_in_containers()]
+    assert not [*machine._free_in_cgroups()]
     (tmp_path / "memory.max").write_text("5000")
     (tmp_path / "memory.current").write_text("1000")
     (tmp_path / "memory.stat").write_text("inactive_file 500\n")
-    assert [*machine._left_in_containers()] == [4500]
+    assert [*machine._free_in_cgroups()] == [4500]
     (tmp_path / "memory.max").write_text("max")
-    assert not [*machine._left_in_containers()]
+    assert not [*machine._free_in_cgroups()]

@@ -1,4 +1,4 @@
-"""What an actor does with a block of tiles; all steps by one of them, or with GPUs by three."""
+"""Actors on a block of tiles: one runs all steps, or, with GPUs, three run one step each."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from unet_ray.engine import actors, parcels, pool
 from unet_ray.engine.actors import GpuActor, Reader, TileActor, Writer
 from unet_ray.engine.attempts import TRIES
 from unet_ray.engine.engines import run
-from unet_ray.engine.stages import STEPS, Carried, Receipt, Stage
+from unet_ray.engine.stages import STEPS, Receipt, Stage, TileState
 from unet_ray.segmentation.preparation import prepare
 from unet_ray.storage.layout import StoreLayout
 from unet_ray.storage.marks import Mark, Marks
@@ -35,7 +35,7 @@ def folder(tmp_path):
 
 
 def done_by_actors(stage, tiles):
-    """What becomes of a block, by the actors that a run on such a device has."""
+    """The receipts of a block, from the actors that a run on this device uses."""
     table = pa.table({"tiles": [tiles]})
     for kind in [Reader, GpuActor, Writer] if stage.device == "cuda" else [TileActor]:
         actor = kind(stage)
@@ -50,19 +50,20 @@ def receipts_of(table):
 
 @DEVICES
 def test_marks_that_cannot_be_made_are_failures(folder, device):
-    lost = dataclasses.replace(stage(folder, device), marks=folder / "none" / "such")
-    told = done_by_actors(lost, "1,2")
-    assert [(r.tile, r.verdict) for r in told] == [(1, "again"), (2, "again")]
-    assert all("No such file" in r.error for r in told)
+    unmarked = dataclasses.replace(stage(folder, device), marks=folder / "none" / "such")
+    receipts = done_by_actors(unmarked, "1,2")
+    assert [(r.tile, r.verdict) for r in receipts] == [(1, "again"), (2, "again")]
+    assert all("No such file" in r.error for r in receipts)
     assert not written(folder)
 
 
 @DEVICES
-def test_a_tile_that_fails_goes_no_further_and_the_others_do(folder, device):
+def test_a_failed_tile_skips_the_next_steps_and_the_others_do_not(folder, device):
     bad = {("read", 2): OSError("a"), ("predict", 3): OSError("b"), ("write", 4): OSError("c")}
-    told = done_by_actors(dataclasses.replace(marked(folder, bad=bad), device=device), "1,2,3,4,5")
-    assert [r.error for r in told] == ["", "OSError: a", "OSError: b", "OSError: c", ""]
-    assert [bool(r.trace) for r in told] == [False, True, True, True, False]
+    failing = dataclasses.replace(marked(folder, bad=bad), device=device)
+    receipts = done_by_actors(failing, "1,2,3,4,5")
+    assert [r.error for r in receipts] == ["", "OSError: a", "OSError: b", "OSError: c", ""]
+    assert [bool(r.trace) for r in receipts] == [False, True, True, True, False]
     assert written(folder) == {1: 1, 5: 1}
     again = done_by_actors(dataclasses.replace(marked(folder), device=device), "1,2,3,4,5")
     assert not any(r.error for r in again)
@@ -70,8 +71,8 @@ def test_a_tile_that_fails_goes_no_further_and_the_others_do(folder, device):
 
 
 @DEVICES
-def test_a_worker_that_is_handed_a_block_again_does_only_what_is_missing(folder, device):
-    """Its first workers did tiles 1, 2 and 4, failed with 3, and one ended within 5."""
+def test_a_worker_that_receives_a_block_again_does_only_the_missing_tiles(folder, device):
+    """The first workers finish tiles 1, 2 and 4 and fail at tile 3; one dies in tile 5."""
     first = {("read", 3): OSError("no"), ("write", 5): SystemExit()}
     broken = dataclasses.replace(marked(folder, bad=first), device=device)
     with pytest.raises(SystemExit):
@@ -79,23 +80,23 @@ def test_a_worker_that_is_handed_a_block_again_does_only_what_is_missing(folder,
     with open(folder / "marks" / {"cpu": "1", "cuda": "4"}[device], "ab") as file:
         file.write(b'[4, "do')
     whole = dataclasses.replace(marked(folder), device=device)
-    told = done_by_actors(whole, "1,2,3,4,5")
-    assert [r.tile for r in told] == [1, 2, 3, 4, 5] and not any(r.error for r in told)
+    receipts = done_by_actors(whole, "1,2,3,4,5")
+    assert [r.tile for r in receipts] == [1, 2, 3, 4, 5] and not any(r.error for r in receipts)
     assert written(folder) == dict.fromkeys(range(1, 6), 1)
-    assert done_by_actors(whole, "1,2,3,4,5") == told
+    assert done_by_actors(whole, "1,2,3,4,5") == receipts
     assert written(folder).total() == 5
 
 
 BLOCKS = {
     Reader: pa.table({"tiles": ["7"]}),
-    GpuActor: parcels.packed([Carried(Receipt(7, 0.5, memory=9), np.full(3, 7))]),
-    Writer: parcels.packed([Carried(Receipt(7, 0.5, memory=9), np.array([21]))]),
+    GpuActor: parcels.packed([TileState(Receipt(7, 0.5, memory=9), np.full(3, 7))]),
+    Writer: parcels.packed([TileState(Receipt(7, 0.5, memory=9), np.array([21]))]),
 }
 
 
 @pytest.mark.parametrize("kind", [Reader, GpuActor, Writer])
 def test_a_step_that_ends_its_process_each_time_is_given_up(folder, kind):
-    """And one that only ever went on to the next step is not, however often it did."""
+    """A tile whose step succeeds each time is not given up, however often it is repeated."""
     for _ in range(TRIES + 1):
         (receipt,) = receipts_of(kind(marked(folder))(BLOCKS[kind]))
         assert (receipt.tile, receipt.error) == (7, "")
@@ -107,15 +108,15 @@ def test_a_step_that_ends_its_process_each_time_is_given_up(folder, kind):
         with pytest.raises(SystemExit):
             kind(marked(folder, bad={(kind.steps[0], 7): SystemExit()}))(BLOCKS[kind])
     (receipt,) = receipts_of(kind(marked(folder))(BLOCKS[kind]))
-    assert receipt.verdict == "never" and "was begun 3 times and never ended" in receipt.error
+    assert receipt.verdict == "never" and "was started 3 times and never finished" in receipt.error
 
 
 @pytest.mark.parametrize("kind", [Reader, GpuActor])
 @pytest.mark.parametrize(
     ("error", "verdict"), [(SystemExit(), "never"), (MemoryError(), "alone"), (OSError(), "again")]
 )
-def test_packing_is_a_part_of_the_step(folder, monkeypatch, kind, error, verdict):
-    """Its copies take memory, so that is where a process may be killed."""
+def test_packing_is_part_of_the_step(folder, monkeypatch, kind, error, verdict):
+    """Packing copies arrays, so a process may be killed for lack of memory there."""
 
     def fails(tiles):
         if not tiles[0].receipt.error:
@@ -127,50 +128,50 @@ def test_packing_is_a_part_of_the_step(folder, monkeypatch, kind, error, verdict
     for _ in range(TRIES * isinstance(error, SystemExit)):
         with pytest.raises(SystemExit):
             kind(marked(folder))(BLOCKS[kind])
-    (found,) = receipts_of(kind(marked(folder))(BLOCKS[kind]))
-    assert found.verdict == verdict and found.error
+    (receipt,) = receipts_of(kind(marked(folder))(BLOCKS[kind]))
+    assert receipt.verdict == verdict and receipt.error
 
 
-def test_a_tile_that_ends_its_reader_takes_no_other_of_its_block_along(folder):
+def test_a_tile_that_kills_its_reader_fails_no_other_tile_of_its_block(folder):
     block = pa.table({"tiles": ["1,2,3"]})
     for _ in range(TRIES):
         with pytest.raises(SystemExit):
             Reader(marked(folder, bad={("read", 2): SystemExit()}))(block)
-    found = receipts_of(Reader(marked(folder, bad={("read", 2): SystemExit()}))(block))
-    assert [r.verdict for r in found] == ["again", "never", "again"]
-    assert [bool(r.error) for r in found] == [False, True, False]
+    receipts = receipts_of(Reader(marked(folder, bad={("read", 2): SystemExit()}))(block))
+    assert [r.verdict for r in receipts] == ["again", "never", "again"]
+    assert [bool(r.error) for r in receipts] == [False, True, False]
 
 
-def test_an_error_that_is_no_text_is_told(folder):
+def test_an_error_message_that_cannot_be_encoded_is_reported(folder):
     bad = {("read", 1): OSError("no file \udcff")}
-    (told,) = done_by_actors(stage(folder, bad=bad), "1")
-    assert told.error == "OSError: no file ?"
+    (receipt,) = done_by_actors(stage(folder, bad=bad), "1")
+    assert receipt.error == "OSError: no file ?"
 
 
-def test_a_worker_that_was_made_may_end_as_often_as_it_likes(folder):
+def test_only_a_worker_that_dies_while_starting_counts_as_failed(folder):
     for _ in range(2 * TRIES):
         TileActor(marked(folder))
-    [told] = (folder / "marks").iterdir()
-    kinds = [json.loads(line)[1] for line in told.read_text().splitlines()]
-    assert kinds == ["begun", "ended"] * 2 * TRIES
+    [marks] = (folder / "marks").iterdir()
+    events = [json.loads(line)[1] for line in marks.read_text().splitlines()]
+    assert events == ["begun", "ended"] * 2 * TRIES
 
 
-def test_a_block_ends_early_where_its_tiles_take_longer_than_those_before(folder, monkeypatch):
-    monkeypatch.setattr(actors, "MOST_SECONDS", 0.25)
+def test_a_block_ends_early_when_its_tiles_take_longer_than_earlier_ones(folder, monkeypatch):
+    monkeypatch.setattr(actors, "MAX_BLOCK_SECONDS", 0.25)
     slow = Slow(lambda tile: 0.1 * (tile > 2))
-    told = done_by_actors(Stage("slow", lambda: slow, "cpu"), ",".join(map(str, range(20))))
-    assert 3 < len(told) < 9 and [r.tile for r in told] == slow.ended
-    monkeypatch.setattr(actors, "MOST_SECONDS", 0.0)
-    (told,) = done_by_actors(Stage("slow", lambda: slow, "cpu"), "7,8")
-    assert told.tile == 7
+    receipts = done_by_actors(Stage("slow", lambda: slow, "cpu"), ",".join(map(str, range(20))))
+    assert 3 < len(receipts) < 9 and [r.tile for r in receipts] == slow.ended
+    monkeypatch.setattr(actors, "MAX_BLOCK_SECONDS", 0.0)
+    (receipt,) = done_by_actors(Stage("slow", lambda: slow, "cpu"), "7,8")
+    assert receipt.tile == 7
 
 
-# An actor that has a GPU
+# GPU actors
 
 
 def predicted(actor, tiles):
-    """Has an actor predict tiles on as many threads, as Ray does."""
-    blocks = [parcels.packed([Carried(Receipt(tile, 0.0))]) for tile in tiles]
+    """Calls an actor on one thread per tile, as Ray does."""
+    blocks = [parcels.packed([TileState(Receipt(tile, 0.0))]) for tile in tiles]
     threads = [threading.Thread(target=actor, args=(block,)) for block in blocks]
     for thread in threads:
         thread.start()
@@ -179,7 +180,7 @@ def predicted(actor, tiles):
 
 
 class Busy(Watching):
-    """A worker that notes, for each tile, how many are begun while it is predicted."""
+    """A worker that counts the tiles in flight while it predicts each tile."""
 
     def __init__(self, marks):
         super().__init__()
@@ -187,42 +188,42 @@ class Busy(Watching):
 
     def predict(self, tile, voxels):
         super().predict(tile, voxels)
-        told = "".join(path.read_text() for path in self.marks.glob("predict-*"))
-        events = [json.loads(line)[1] for line in told.splitlines()]
+        marks = "".join(path.read_text() for path in self.marks.glob("predict-*"))
+        events = [json.loads(line)[1] for line in marks.splitlines()]
         self.begun[tile] = events.count("begun") - events.count("ended")
 
 
-def test_a_gpu_predicts_one_tile_and_the_next_ones_wait_for_it(folder):
-    there = marked(folder)
-    worker = Busy(there.marks)
+def test_a_gpu_predicts_one_tile_while_the_next_ones_wait(folder):
+    marked_stage = marked(folder)
+    worker = Busy(marked_stage.marks)
     actor = GpuActor(
-        dataclasses.replace(there, make_worker=lambda: worker, device="cuda", in_flight=3)
+        dataclasses.replace(marked_stage, make_worker=lambda: worker, device="cuda", in_flight=3)
     )
     predicted(actor, range(12))
     assert worker.most["predict"] == 1 and len(worker.begun) == 12
     assert 2 <= max(worker.begun.values()) <= 3
 
 
-def test_a_tile_that_may_have_ended_its_gpu_is_tried_with_nothing_beside_it(folder):
-    there = marked(folder)
+def test_a_tile_that_may_have_killed_its_gpu_actor_is_tried_without_others(folder):
+    marked_stage = marked(folder)
     suspects = [2, 5, 6]
     for tile in suspects:
-        Marks(there.marks / f"predict-{tile}").add(Mark(tile, "begun"))
-    worker = Busy(there.marks)
+        Marks(marked_stage.marks / f"predict-{tile}").add(Mark(tile, "begun"))
+    worker = Busy(marked_stage.marks)
     actor = GpuActor(
-        dataclasses.replace(there, make_worker=lambda: worker, device="cuda", in_flight=4)
+        dataclasses.replace(marked_stage, make_worker=lambda: worker, device="cuda", in_flight=4)
     )
     predicted(actor, range(10))
     others = [begun for tile, begun in worker.begun.items() if tile not in suspects]
-    # Those whose first try was never marked as ended count as begun.
+    # Suspects count as in flight: their first attempts were never marked as ended.
     assert len(others) == 7 and {worker.begun[tile] for tile in suspects} == {4}, worker.begun
 
 
-# On Ray, in processes of their own with a Ray that is told of a GPU where there is none.
+# On Ray, in a separate process whose Ray is configured with a GPU that does not exist
 
 
 def in_ray_with_a_gpu(name, *arguments):
-    """Has a function below called in such a process, and gives the list that it prints."""
+    """Calls a function of this module in such a process, and returns the list that it prints."""
     program = f"""
 import sys, ray
 from tests.engine import test_actors
@@ -244,13 +245,13 @@ test_actors.{name}(*sys.argv[1:])
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    # Ray may tell something, too.
-    (told,) = [line for line in ran.stdout.splitlines() if line.startswith("[")]
-    return json.loads(told)
+    # Ray may print other lines.
+    (line,) = [line for line in ran.stdout.splitlines() if line.startswith("[")]
+    return json.loads(line)
 
 
 class Dying(Marker):
-    """A worker whose process ends in each step, with a tile of its own, so many times."""
+    """A worker that kills its process `deaths` times in each step, at a different tile."""
 
     tiles = {"read": 10, "predict": 12, "write": 14}  # noqa: RUF012
 
@@ -265,8 +266,8 @@ class Dying(Marker):
 
 
 def kill_each_step(folder, deaths):
-    """24 tiles in three waves, of which three fail, and three end those who take their steps."""
-    pool.FIRST_WAVE, pool.GPU_WAVE, pool.BLOCKS_EACH = 8, 4, 1
+    """Runs 24 tiles in three waves: three tiles fail, and three kill their actors."""
+    pool.FIRST_WAVE, pool.GPU_WAVE, pool.BLOCKS_PER_WORKER = 8, 4, 1
     bad = {("read", 0): OSError("a"), ("predict", 1): OSError("b"), ("write", 20): OSError("c")}
     dying = dataclasses.replace(
         marked(Path(folder)),
@@ -280,7 +281,7 @@ def kill_each_step(folder, deaths):
 
 
 def segment_on_gpus(volume, model, out):
-    """Segments by actors of three kinds, as if the CPU were a GPU."""
+    """Segments with readers, GPU actors and writers, as if the CPU were a GPU."""
     task = prepare(volume, model, Path(out), TILED)
     create_store(
         task.out, StoreLayout(task.plan, task.class_values, task.outputs, None), task.provenance
@@ -294,21 +295,21 @@ def segment_on_gpus(volume, model, out):
 @pytest.mark.ray
 def test_readers_and_writers_for_gpus_give_the_bytes_of_the_local_engine(task, tmp_path):
     volume, model, store = task
-    told = in_ray_with_a_gpu("segment_on_gpus", volume, model, tmp_path / "out.zarr")
-    assert told == [""] * 24
+    errors = in_ray_with_a_gpu("segment_on_gpus", volume, model, tmp_path / "out.zarr")
+    assert errors == [""] * 24
     assert bytes_of(tmp_path / "out.zarr") == bytes_of(store)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("deaths", [1, 99])
-def test_whoever_of_them_is_killed_every_tile_is_told_of_and_written_once(folder, deaths):
-    told = in_ray_with_a_gpu("kill_each_step", folder, deaths)
-    assert sorted(receipt["tile"] for receipt in told) == [*range(24)]
-    failed = {receipt["tile"]: receipt["error"] for receipt in told if receipt["error"]}
+def test_every_tile_is_reported_and_written_once_whichever_actor_is_killed(folder, deaths):
+    receipts = in_ray_with_a_gpu("kill_each_step", folder, deaths)
+    assert sorted(receipt["tile"] for receipt in receipts) == [*range(24)]
+    failed = {receipt["tile"]: receipt["error"] for receipt in receipts if receipt["error"]}
     given_up = {10, 12, 14} if deaths > TRIES else set()
     assert failed.keys() == {0, 1, 20} | given_up
-    assert all("was begun 3 times and never ended" in failed[tile] for tile in given_up)
+    assert all("was started 3 times and never finished" in failed[tile] for tile in given_up)
     assert [failed[tile] for tile in (0, 1, 20)] == ["OSError: a", "OSError: b", "OSError: c"]
     assert written(folder) == dict.fromkeys({*range(24)} - failed.keys(), 1)
     for step in STEPS:
@@ -317,7 +318,7 @@ def test_whoever_of_them_is_killed_every_tile_is_told_of_and_written_once(folder
 
 
 class Large(Marker):
-    """A worker whose voxels and results are large beside the object store."""
+    """A worker whose voxels and results are large compared to the object store."""
 
     def read(self, tile):
         return np.full(8 << 20, tile, np.uint8)
@@ -330,7 +331,7 @@ class Large(Marker):
 
 
 def run_beside_others(folder):
-    """Runs where nearly all CPUs are taken."""
+    """Runs while other tasks use nearly all CPUs."""
     import ray
     from ray.util import placement_group
 
@@ -345,6 +346,6 @@ def run_beside_others(folder):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_they_need_no_cpu_that_others_have_and_no_more_than_the_object_store(folder):
+def test_gpu_runs_need_no_free_cpu_and_no_more_than_the_object_store(folder):
     assert in_ray_with_a_gpu("run_beside_others", folder) == [""] * 60
     assert written(folder) == dict.fromkeys(range(60), 1)

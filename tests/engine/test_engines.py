@@ -1,4 +1,4 @@
-"""Both engines: every tile once, failures told by receipts, the same bytes, no fear of a kill."""
+"""Both engines: each tile once, failures in receipts, the same bytes, and no loss by a kill."""
 
 import dataclasses
 import itertools
@@ -33,7 +33,7 @@ from tests.helper import (
 )
 from unet_ray.engine import attempts, cluster, pool
 from unet_ray.engine import threads as loop
-from unet_ray.engine.attempts import TRIES, Clock, Patience, is_out_of_memory
+from unet_ray.engine.attempts import TRIES, Clock, Timeouts, is_out_of_memory
 from unet_ray.engine.engines import run
 from unet_ray.engine.stages import Deadline, Receipt, Stage
 from unet_ray.errors import InputError, QuarantinedError, RunError, VoxelError
@@ -53,7 +53,7 @@ def folder(tmp_path):
 @pytest.mark.usefixtures("ready")
 @pytest.mark.parametrize("name", ENGINES)
 class TestBoth:
-    def test_every_tile_gives_one_receipt_and_a_failure_is_told_by_it(self, folder, name):
+    def test_every_tile_gives_one_receipt_which_reports_a_failure(self, folder, name):
         bad = {
             ("read", 2): VoxelError("a.tif: voxel 7 is NaN."),
             ("predict", 4): ValueError("no such size"),
@@ -73,7 +73,7 @@ class TestBoth:
         assert written(folder) == Counter([3, 1, 15, 9, 5])
         assert all(r.seconds >= 0 for r in receipts)
 
-    def test_no_tiles_are_no_work(self, folder, name):
+    def test_no_tiles_give_no_receipts(self, folder, name):
         assert list(run(stage(folder), [], name, 2)) == []
 
 
@@ -85,25 +85,25 @@ def test_closing_early_stops(folder, name):
     receipts = run(stage(folder), range(400), name, 2)
     assert next(receipts).error == ""
     receipts.close()
-    time.sleep(0.5)  # what was under way may still end
+    time.sleep(0.5)  # tiles in flight may still end
     done = written(folder).total()
     assert 0 < done < 300
     time.sleep(1)
     assert written(folder).total() == done
 
 
-# The local engine alone
+# Only the local engine
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
-def test_as_many_tiles_at_once_as_workers_and_never_more(workers):
+def test_the_number_of_workers_is_the_number_of_tiles_at_once(workers):
     worker = Watching(together=workers)
     receipts = list(run(Stage("watch", lambda: worker, "cpu"), range(20), "local", workers))
     assert [r.error for r in receipts] == [""] * 20
     assert worker.most["tile"] == workers
 
 
-def test_one_tile_per_core_unless_told_otherwise(monkeypatch):
+def test_one_tile_per_core_by_default(monkeypatch):
     monkeypatch.setattr(cluster, "usable_cores", lambda: 3)
     worker = Watching(together=3)
     receipts = list(run(Stage("watch", lambda: worker, "cpu"), range(12), "local"))
@@ -117,13 +117,13 @@ def test_a_gpu_predicts_one_tile_while_it_reads_or_writes_others():
     assert (worker.most["predict"], worker.most["tile"]) == (1, 3)
 
 
-def test_tiles_are_taken_as_they_are_needed():
+def test_tiles_are_consumed_as_threads_become_free():
     worker = Watching()
     receipts = run(Stage("watch", lambda: worker, "cpu"), itertools.count(), "local", 2)
     assert {next(receipts).tile for _ in range(4)} <= set(range(6))
     receipts.close()
     count = len(worker.started)
-    assert count <= 6 and worker.now["tile"] == 0  # ended, not left behind
+    assert count <= 6 and worker.now["tile"] == 0  # none is still in flight
     time.sleep(0.1)
     assert len(worker.started) == count
 
@@ -163,7 +163,7 @@ def test_two_tiles_that_hang_at_once_are_given_up_and_the_others_are_done(folder
 def test_a_run_in_which_all_tiles_hang_ends(folder):
     hanging = dataclasses.replace(stage(folder, hanging=range(8)), deadline=SOON)
     with pytest.raises(
-        RunError, match=r"4 tiles hang, and none ended in between \(each may take 2 s\)"
+        RunError, match=r"4 tiles hang, and none finished in between \(limit for one: 2 s\)"
     ):
         list(run(hanging, range(8), "local", 2))
 
@@ -173,22 +173,22 @@ def slowly(seconds, first):
     return worker, Stage("slow", lambda: worker, "cpu", deadline=Deadline(first, 5, 0.3))
 
 
-def test_tiles_that_end_after_their_deadline_are_told_of_and_the_deadline_grows():
-    worker, late = slowly(lambda tile: 1.0, first=0.7)
-    receipts = list(run(late, range(12), "local", 2))
+def test_tiles_that_end_after_their_deadline_are_reported_and_the_deadline_grows():
+    worker, overdue = slowly(lambda tile: 1.0, first=0.7)
+    receipts = list(run(overdue, range(12), "local", 2))
     assert 0 < len([r for r in receipts if r.error]) < 8
     assert sorted(r.tile for r in receipts if not r.error) == sorted(worker.ended)
-    assert len(worker.ended) >= 10  # those of the last moment may be unheard
+    assert len(worker.ended) >= 10  # the last ones may end unreported
 
 
-def test_a_caller_that_takes_its_time_makes_no_tile_late():
+def test_a_slow_caller_causes_no_timeout():
     _, quick = slowly(lambda tile: 0.05, first=0.5)
     for receipt in run(quick, range(8), "local", 4):
         time.sleep(0.6)
         assert receipt.error == ""
 
 
-def test_nobody_waits_for_a_tile_that_hangs_when_the_caller_stops(monkeypatch):
+def test_a_caller_that_stops_does_not_wait_for_a_tile_that_hangs(monkeypatch):
     monkeypatch.setattr(loop, "GRACE_SECONDS", 0.5)
     _, hanging = slowly(lambda tile: 60 * (tile > 0), first=3600)
     start = time.monotonic()
@@ -201,25 +201,25 @@ def test_nobody_waits_for_a_tile_that_hangs_when_the_caller_stops(monkeypatch):
 def test_a_worker_that_cannot_be_made_in_time_ends_the_run(engine_name):
     hanging = Stage("slow", partial(time.sleep, 60), "cpu", deadline=Deadline(make=0.3))
     start = time.monotonic()
-    with pytest.raises(RunError, match=r"^slow: no worker could be made within 0 s; see whether"):
+    with pytest.raises(RunError, match=r"^slow: no worker started within 0 s\. Check that"):
         list(run(hanging, range(2), engine_name, 1))
     assert time.monotonic() - start < 45
 
 
 @pytest.mark.parametrize(
-    ("last", "told"),
+    ("last", "cause"),
     [
         (["unet_ray.errors.RunError: a.zarr: is gone; do."], "a.zarr: is gone; do."),
         (["torch.AcceleratorError: CUDA error", "Compile with X"],
          "torch.AcceleratorError: CUDA error Compile with X"),
     ],
 )  # fmt: skip
-def test_of_what_ray_tells_the_error_itself_is_kept(last, told):
+def test_the_original_error_is_extracted_from_the_message_of_ray(last, cause):
     trace = ["The actor died", '  File "a.py", line 1', "    raise ValueError: no"]
-    assert pool._cause(Exception("\n".join([*trace, *last]))) == told
+    assert pool._cause(Exception("\n".join([*trace, *last]))) == cause
 
 
-def test_a_worker_that_cannot_be_made_says_why():
+def test_a_worker_that_cannot_be_made_raises_its_error():
     def fails():
         raise InputError("no such model")
 
@@ -232,7 +232,7 @@ class UnspeakableError(Exception):
         raise MemoryError
 
 
-def test_an_error_that_cannot_be_told_is_a_failure_too(folder):
+def test_an_error_without_a_printable_message_is_a_failure_too(folder):
     bad = {("read", 0): UnspeakableError()}
     receipts = list(run(stage(folder, bad=bad), range(3), "local", 1))
     assert [(r.tile, r.verdict) for r in receipts] == [(0, "alone"), (1, "again"), (2, "again")]
@@ -242,35 +242,35 @@ def test_an_error_that_cannot_be_told_is_a_failure_too(folder):
 GUARDED = """
 import sys, threading, time
 from pathlib import Path
-from unet_ray.engine import guard as guards
+from unet_ray.engine import guard as guard_module
 from unet_ray.engine.stages import STEPS, Deadline
-guards.NOTE_SECONDS = 0.5
-steps = {"hangs": lambda *of: time.sleep(60), "fails": lambda *of: 1 / 0}
-add = guards.Marks.add
+guard_module.NOTE_SECONDS = 0.5
+steps = {"hangs": lambda *arguments: time.sleep(60), "fails": lambda *arguments: 1 / 0}
+add = guard_module.Marks.add
 if sys.argv[2] == "before":
-    guards.Marks.before = steps[sys.argv[3]]
-guards.Marks.add = lambda self, mark: (
+    guard_module.Marks.before = steps[sys.argv[3]]
+guard_module.Marks.add = lambda self, mark: (
     steps[sys.argv[3]](mark) if mark.event == sys.argv[2] else add(self, mark)
 )
-guard = guards.Guarded(Path(sys.argv[1]), STEPS, Deadline(1, 1, 1))
-guard.carry(7, guard.marks_of(7), lambda: time.sleep(60))
+guard = guard_module.Guard(Path(sys.argv[1]), STEPS, Deadline(1, 1, 1))
+guard.run(7, guard.marks_of(7), lambda: time.sleep(60))
 """
 
 
 @pytest.mark.parametrize(
     ("step", "how"), [("begun", "hangs"), ("late", "hangs"), ("late", "fails"), ("before", "hangs")]
 )
-def test_a_guard_ends_its_process_whatever_becomes_of_the_marks(folder, step, how):
-    told = subprocess.run(
+def test_a_guard_ends_its_process_even_if_marks_fail(folder, step, how):
+    ended = subprocess.run(
         [sys.executable, "-c", GUARDED, str(folder), step, how],
         capture_output=True,
         timeout=40,
         check=False,
     )
-    assert told.returncode == -signal.SIGKILL
+    assert ended.returncode == -signal.SIGKILL
 
 
-def test_a_worker_whose_gpu_has_failed_is_told_from_others(folder):
+def test_a_failed_gpu_has_its_own_verdict(folder):
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
     [receipt] = run(stage(folder, bad={("predict", 3): error}), [3], "local", 1)
     assert receipt.verdict == "broken"
@@ -280,11 +280,11 @@ def test_a_worker_whose_gpu_has_failed_is_told_from_others(folder):
     ("seconds", "limit"), [([], 100), ([9, 9], 100), ([1, 1, 1], 30), ([1, 8, 9], 80)]
 )
 def test_the_deadline_is_a_multiple_of_the_median(seconds, limit):
-    patience = Patience(Deadline(first=100, multiple=10, least=30))
+    timeouts = Timeouts(Deadline(first=100, multiple=10, least=30))
     for number in seconds:
-        patience.saw(Receipt(0, number))
-        patience.saw(Receipt(0, 1e6, "a failure"))
-    assert patience.limit == limit
+        timeouts.record(Receipt(0, number))
+        timeouts.record(Receipt(0, 1e6, "a failure"))
+    assert timeouts.limit == limit
 
 
 def test_time_in_which_the_process_was_stopped_does_not_count(monkeypatch):
@@ -296,7 +296,7 @@ def test_time_in_which_the_process_was_stopped_does_not_count(monkeypatch):
 
 OUT_OF_MEMORY = [
     MemoryError(),
-    np.exceptions.AxisError("x"),  # not one
+    np.exceptions.AxisError("x"),  # unrelated to memory
     torch.OutOfMemoryError("CUDA out of memory."),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
     OSError(12, "Cannot allocate memory"),
@@ -305,21 +305,21 @@ OUT_OF_MEMORY = [
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
-def test_a_lack_of_memory_is_told_from_other_failures(folder, error):
+def test_a_lack_of_memory_has_its_own_verdict(folder, error):
     [receipt] = run(stage(folder, bad={("predict", 3): error}), [3], "local", 1)
-    none = isinstance(error, np.exceptions.AxisError)
+    other = isinstance(error, np.exceptions.AxisError)
     assert (receipt.verdict, receipt.room > 1 << 24) == (
-        ("again", False) if none else ("alone", True)
+        ("again", False) if other else ("alone", True)
     )
 
 
-def test_what_torch_says_when_memory_runs_out_is_known():
+def test_the_out_of_memory_error_of_torch_is_recognised():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
 
 
-def test_alone_is_one_tile_at_a_time(monkeypatch):
+def test_alone_means_one_tile_at_a_time(monkeypatch):
     monkeypatch.setattr(cluster, "usable_cores", lambda: 3)
     for device in ("cpu", "cuda"):
         worker = Watching()
@@ -329,27 +329,29 @@ def test_alone_is_one_tile_at_a_time(monkeypatch):
         assert worker.most["tile"] == 1
 
 
-# What a cluster holds
+# The resources of a cluster
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_no_more_workers_than_the_cluster_has_memory_for():
-    there = cluster.size_of("memory")
-    assert there > 1 << 30
-    assert [cluster.pool_size("cpu", None, there // n) for n in (1, 2, 9)] == [1, 2, 2]
-    assert cluster.pool_size("cpu", None) == 2 and cluster.pool_size("cpu", 1, there // 2) == 1
-    with pytest.raises(InputError, match=r"workers=2 is more .* each worker needs .* most is 1\."):
-        cluster.pool_size("cpu", 2, there)
-    with pytest.raises(InputError, match=r"workers=1 is more .* give a smaller --memory"):
-        cluster.pool_size("cpu", None, 2 * there)
+def test_the_memory_of_the_cluster_limits_the_workers():
+    memory = cluster.size_of("memory")
+    assert memory > 1 << 30
+    assert [cluster.pool_size("cpu", None, memory // n) for n in (1, 2, 9)] == [1, 2, 2]
+    assert cluster.pool_size("cpu", None) == 2 and cluster.pool_size("cpu", 1, memory // 2) == 1
+    with pytest.raises(
+        InputError, match=r"workers=2 is more .* each worker needs .* maximum is 1\."
+    ):
+        cluster.pool_size("cpu", 2, memory)
+    with pytest.raises(InputError, match=r"workers=1 is more .* pass a smaller --memory"):
+        cluster.pool_size("cpu", None, 2 * memory)
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("memory", [0.0, 2.0**30, 2.0**62])
 @pytest.mark.parametrize(("more", "device", "workers"), [("CPU", "cpu", 64), ("GPU", "cuda", 64)])
-def test_machines_that_are_still_to_come_may_have_any_memory(
+def test_machines_that_have_not_started_may_have_any_memory(
     monkeypatch, memory, more, device, workers
 ):
     monkeypatch.setattr(
@@ -360,39 +362,39 @@ def test_machines_that_are_still_to_come_may_have_any_memory(
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_a_cluster_that_does_not_tell_its_memory_may_have_enough(monkeypatch):
+def test_a_cluster_that_does_not_report_its_memory_may_have_enough(monkeypatch):
     monkeypatch.setattr(cluster, "size_of", {"CPU": 3, "GPU": 0, "memory": 0}.get)
     assert cluster.pool_size("cpu", None, 1 << 50) == 3
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_a_question_is_answered_where_the_workers_are_to_be(monkeypatch):
+def test_a_function_is_called_where_the_workers_will_run(monkeypatch):
     from ray._private import worker
 
-    here = partial(os.getpid)  # as what a run asks
-    assert cluster.ask(here, "cpu", "local") == os.getpid()
-    assert cluster.ask(here, "cpu", "ray") == os.getpid()  # a Ray of this process
-    monkeypatch.setattr(worker._global_node, "head", False)  # that of somebody else
-    assert cluster.ask(here, "cpu", "ray") != os.getpid()
+    process = partial(os.getpid)  # a partial, as runs pass it
+    assert cluster.ask(process, "cpu", "local") == os.getpid()
+    assert cluster.ask(process, "cpu", "ray") == os.getpid()  # Ray of this process
+    monkeypatch.setattr(worker._global_node, "head", False)  # Ray of another process
+    assert cluster.ask(process, "cpu", "ray") != os.getpid()
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_a_question_that_no_machine_answers_is_told_and_not_asked_for_ever(monkeypatch, capsys):
-    monkeypatch.setattr(cluster, "ASK_SECONDS", 1)
+def test_a_function_that_no_machine_can_call_is_reported_and_given_up(monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "POLL_SECONDS", 1)
     monkeypatch.setattr(Deadline, "make", 2.0)
     with pytest.raises(RunError, match="no machine of this Ray cluster had a free GPU within 2 s"):
         cluster.ask(os.getpid, "cuda", "ray")
     assert capsys.readouterr().err.count("waiting for a machine with a free GPU") == 1
 
 
-# Ray against the local engine
+# Ray compared with the local engine
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """A volume, a model, and the store that the local engine makes of them."""
+    """A volume, a model, settings, and the store that the local engine writes for them."""
     folder = tmp_path_factory.mktemp("task")
     volume = write_stack(folder / "volume.tif", noise((3, 61, 75)))
     model = random_model(folder / "model.safetensors")
@@ -408,7 +410,7 @@ def test_the_number_of_local_workers_changes_no_byte(task, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_ray_gives_the_bytes_of_the_local_engine(task, tmp_path):
+def test_ray_writes_the_same_bytes_as_the_local_engine(task, tmp_path):
     volume, model, settings, local = task
     on_ray = dataclasses.replace(settings, engine="ray", workers=1)
     seen = []
@@ -419,7 +421,7 @@ def test_ray_gives_the_bytes_of_the_local_engine(task, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_two_workers_of_ray_go_on_with_what_the_local_engine_began(task, tmp_path):
+def test_two_workers_of_ray_resume_a_run_of_the_local_engine(task, tmp_path):
     volume, model, settings, local = task
     first = prepare(volume, model, tmp_path / "both", settings).plan[3].write
     segment(volume, model, tmp_path / "both", dataclasses.replace(settings, region=first))
@@ -431,7 +433,7 @@ def test_two_workers_of_ray_go_on_with_what_the_local_engine_began(task, tmp_pat
 
 
 @pytest.mark.ray
-def test_a_process_of_its_own_goes_on_with_ray(task, tmp_path):
+def test_a_new_process_resumes_with_ray(task, tmp_path):
     volume, model, settings, local = task
     first = prepare(volume, model, tmp_path / "both", settings).plan[3].write
     segment(volume, model, tmp_path / "both", dataclasses.replace(settings, region=first))
@@ -444,7 +446,7 @@ def test_a_process_of_its_own_goes_on_with_ray(task, tmp_path):
         timeout=120,
     )
     assert ran.returncode == 0, ran.stderr
-    assert "INFO" not in ran.stderr  # what Ray says of itself
+    assert "INFO" not in ran.stderr  # messages of Ray
     assert bytes_of(tmp_path / "both") == bytes_of(local)
 
 
@@ -466,13 +468,13 @@ def test_a_tile_that_kills_every_worker_is_given_up_and_the_others_are_done(fold
     receipts = list(run(marked(folder, deadly=5, deaths=99), range(8), "ray", 2))
     assert (folder / "killed").stat().st_size == TRIES
     assert [(r.tile, r.verdict) for r in receipts if r.error] == [(5, "never")]
-    assert "was begun 3 times and never ended" in next(r.error for r in receipts if r.error)
+    assert "was started 3 times and never finished" in next(r.error for r in receipts if r.error)
     assert set(written(folder)) == set(range(8)) - {5}
     assert not [*(folder / "marks").iterdir()]
 
 
-class Untold(Marker):
-    """A worker that is killed once: after the driver has heard of a tile, before Ray knows it."""
+class KilledAtTheEnd(Marker):
+    """A worker that is killed once: after the driver has a tile's receipt, before Ray knows it."""
 
     def __init__(self, folder):
         from ray.data._internal.execution.operators import actor_pool_map_operator as operator
@@ -480,26 +482,26 @@ class Untold(Marker):
         super().__init__(folder)
         run_task = operator._map_task
 
-        def killed_at_its_end(*args, **kwargs):
+        def killed_at_the_end(*args, **kwargs):
             yield from run_task(*args, **kwargs)
-            while not Path(folder, "told").exists():
+            while not Path(folder, "reported").exists():
                 time.sleep(0.01)
             if not Path(folder, "killed").exists():
                 Path(folder, "killed").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        operator._map_task = killed_at_its_end
+        operator._map_task = killed_at_the_end
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_a_tile_of_which_the_driver_has_heard_is_never_done_again(folder):
-    untold = dataclasses.replace(marked(folder), make_worker=partial(Untold, str(folder)))
+def test_a_tile_is_never_done_again_after_the_driver_has_its_receipt(folder):
+    killed = dataclasses.replace(marked(folder), make_worker=partial(KilledAtTheEnd, str(folder)))
     tiles = []
-    for receipt in run(untold, range(6), "ray", 1):
+    for receipt in run(killed, range(6), "ray", 1):
         assert not receipt.error
         tiles.append(receipt.tile)
-        (folder / "told").touch()
+        (folder / "reported").touch()
     assert (folder / "killed").exists()
     assert sorted(tiles) == [*range(6)]
     assert written(folder) == dict.fromkeys(range(6), 1)
@@ -513,11 +515,11 @@ def test_a_tile_that_hangs_ends_its_worker_and_the_others_are_done(folder):
     receipts = list(run(hanging, range(8), "ray", 2))
     assert (folder / "hung").stat().st_size == TRIES
     assert [(r.tile, r.verdict) for r in receipts if r.error] == [(5, "never")]
-    assert "did not end in time, 3 times" in next(r.error for r in receipts if r.error)
+    assert "exceeded its time limit 3 times" in next(r.error for r in receipts if r.error)
     assert set(written(folder)) == set(range(8)) - {5}
 
 
-def dies_as_it_is_made(folder):
+def dies_while_starting(folder):
     with open(Path(folder, "made"), "ab") as mark:
         mark.write(b".")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -526,15 +528,15 @@ def dies_as_it_is_made(folder):
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_a_worker_that_ends_whenever_it_is_made_ends_the_run(folder):
-    deadly = dataclasses.replace(marked(folder), make_worker=partial(dies_as_it_is_made, folder))
-    with pytest.raises(RunError, match="ended 3 times while it was made"):
+def test_a_worker_that_always_dies_while_starting_ends_the_run(folder):
+    deadly = dataclasses.replace(marked(folder), make_worker=partial(dies_while_starting, folder))
+    with pytest.raises(RunError, match="died 3 times while starting"):
         list(run(deadly, range(4), "ray", 1))
     assert (folder / "made").stat().st_size == TRIES
 
 
 class Frozen(Marker):
-    """A worker that is stopped, with all its threads, at one tile."""
+    """A worker whose process is stopped, with all its threads, at one tile."""
 
     def read(self, tile):
         if tile == 3:
@@ -546,15 +548,15 @@ class Frozen(Marker):
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_a_worker_that_is_frozen_ends_the_run_after_a_while(folder, monkeypatch):
-    monkeypatch.setattr(attempts, "MOST_SECONDS", 5.0)
+def test_a_frozen_worker_ends_the_run_after_a_time_limit(folder, monkeypatch):
+    monkeypatch.setattr(attempts, "MAX_BLOCK_SECONDS", 5.0)
     soon = Deadline(first=3, multiple=5, least=3, make=5)
     frozen = dataclasses.replace(
         marked(folder), make_worker=partial(Frozen, str(folder)), deadline=soon
     )
-    start, told = time.monotonic(), []
-    with pytest.raises(RunError, match=r"no tile has ended for \d+ s: see whether workers"):
-        told.extend(receipt.tile for receipt in run(frozen, range(8), "ray", 1))
+    start = time.monotonic()
+    with pytest.raises(RunError, match=r"no tile has finished for \d+ s\. Check that workers"):
+        list(run(frozen, range(8), "ray", 1))
     assert time.monotonic() - start < 60
     os.kill(int((folder / "frozen").read_text()), signal.SIGKILL)
     again = dataclasses.replace(marked(folder), deadline=soon)
@@ -564,25 +566,25 @@ def test_a_worker_that_is_frozen_ends_the_run_after_a_while(folder, monkeypatch)
 @pytest.mark.parametrize(
     ("seconds", "tiles"), [([3.0], 1), ([0.4], 1), ([0.1, 0.1, 9], 4), ([0.15], 3), ([0.0], 512)]
 )
-def test_a_block_is_enough_work_for_a_driver_to_keep_up(seconds, tiles):
+def test_a_block_is_enough_work_for_the_driver_to_keep_up(seconds, tiles):
     assert pool._tiles_for(0.4, seconds) == tiles
 
 
 @pytest.mark.parametrize(
-    ("device", "ahead", "together", "seconds", "workers", "tiles", "blocks"),
+    ("device", "in_flight", "together", "seconds", "workers", "tiles", "blocks"),
     [
         ("cpu", 1, 1, 0.5, 1, 4, 4096),
         ("cpu", 1, 1, 0.5, 200, 59, 1682),
         ("cuda", 1, 1, 0.5, 2, 1, 16384),
-        ("cuda", 1, 3, 0.5, 2, 3, 16384),  # no more of them cross together
-        ("cuda", 1, 9, 0.5, 2, 4, 16384),  # nor more than are work enough
-        ("cuda", 4, 20, 1.0, 2, 8, 12436),  # of which some wait for others
+        ("cuda", 1, 3, 0.5, 2, 3, 16384),  # `together` limits the block
+        ("cuda", 1, 9, 0.5, 2, 4, 16384),  # the work limits the block
+        ("cuda", 4, 20, 1.0, 2, 8, 12436),  # tiles in flight wait for each other
     ],
 )
-def test_a_wave_has_blocks_enough_and_blocks_have_work_enough(
-    monkeypatch, device, ahead, together, seconds, workers, tiles, blocks
+def test_waves_have_enough_blocks_and_blocks_have_enough_work(
+    monkeypatch, device, in_flight, together, seconds, workers, tiles, blocks
 ):
-    """What blocks hold after the first wave, where all tiles take so long."""
+    """Sizes after the first wave, if every tile takes `seconds`."""
     waves = []
 
     def wave(stage, blocks, size, alone, silence):
@@ -590,25 +592,25 @@ def test_a_wave_has_blocks_enough_and_blocks_have_work_enough(
         return (Receipt(tile, seconds) for block in blocks for tile in block)
 
     monkeypatch.setattr(pool, "connect", lambda workers: None)
-    monkeypatch.setattr(pool, "most_workers", lambda *of: (workers, ""))
+    monkeypatch.setattr(pool, "max_workers", lambda *arguments: (workers, ""))
     monkeypatch.setattr(pool, "_run_wave", wave)
-    stage = Stage("mark", Marker, device, in_flight=ahead, together=together)
-    told = Counter(r.tile for r in run(stage, range(100_000), "ray", workers))
-    assert told == dict.fromkeys(range(100_000), 1)
+    stage = Stage("mark", Marker, device, in_flight=in_flight, together=together)
+    reported = Counter(r.tile for r in run(stage, range(100_000), "ray", workers))
+    assert reported == dict.fromkeys(range(100_000), 1)
     assert len(waves[1][0]) == tiles and len(waves[1]) == blocks
-    assert len(waves[0]) == max(pool.BLOCKS_EACH * workers, pool.FIRST_WAVE)
+    assert len(waves[0]) == max(pool.BLOCKS_PER_WORKER * workers, pool.FIRST_WAVE)
     assert {*map(len, waves[0])} == {1}
 
 
-@pytest.mark.parametrize(("there", "helpers"), [(0, 2), (1, 2), (3, 6), (99, 16)])
-def test_those_that_read_and_write_are_for_the_gpus_that_are_there(monkeypatch, there, helpers):
+@pytest.mark.parametrize(("gpus", "helpers"), [(0, 2), (1, 2), (3, 6), (99, 16)])
+def test_readers_and_writers_follow_the_number_of_present_gpus(monkeypatch, gpus, helpers):
     pools = []
 
-    def by(blocks, actor, stage, size, calls=1, **each):
-        pools.append((actor.__name__, size, calls, each))
+    def map_blocks(blocks, actor, stage, size, calls=1, **resources):
+        pools.append((actor.__name__, size, calls, resources))
 
-    monkeypatch.setattr(pool, "_by", by)
-    monkeypatch.setattr(pool, "gpus_there", lambda: there)
+    monkeypatch.setattr(pool, "_map_blocks", map_blocks)
+    monkeypatch.setattr(pool, "gpus_present", lambda: gpus)
     pool._on_gpus(None, Stage("mark", Marker, "cuda", in_flight=4), 8)
     assert pools == [
         ("Reader", helpers, 1, {"num_cpus": 0.01}),
@@ -618,20 +620,20 @@ def test_those_that_read_and_write_are_for_the_gpus_that_are_there(monkeypatch, 
 
 
 @given(st.integers(0, 99), *[st.integers(1, 9)] * 2)
-def test_blocks_hold_every_tile_of_a_wave_once(count, size, workers):
+def test_blocks_contain_every_tile_of_a_wave_once(count, size, workers):
     wave = pool._blocks(np.arange(count), size, workers)
     assert [tile for block in wave for tile in block] == list(range(count))
-    # Every worker has some, if there are so many tiles; no fewer blocks than needed to.
+    # Every worker has a block, if there are enough tiles.
     assert len(wave) >= min(count, workers)
     assert all(len(block) <= size for block in wave)
     assert len({*map(len, wave[:-1])}) <= 1 and (not wave or len(wave[-1]) <= len(wave[0]))
 
 
 @given(st.integers(0, 60), st.integers(1, 4), st.integers(0, 2**32 - 1))
-def test_tiles_that_a_block_had_no_time_for_go_with_a_later_wave(count, workers, seed):
-    """Whatever each block gets done, at least its first tile, every tile is told of once."""
+def test_tiles_that_a_block_had_no_time_for_join_a_later_wave(count, workers, seed):
+    """Each tile is reported once, however many tiles each block finishes, at least its first."""
     rng, waves = np.random.default_rng(seed), []
-    few = max(2, pool.BLOCKS_EACH * workers)
+    first_wave = max(2, pool.BLOCKS_PER_WORKER * workers)
 
     def wave(stage, blocks, size, alone, silence):
         waves.append(blocks)
@@ -641,22 +643,23 @@ def test_tiles_that_a_block_had_no_time_for_go_with_a_later_wave(count, workers,
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(pool, "connect", lambda workers: None)
-        patched.setattr(pool, "most_workers", lambda *of: (workers, ""))
+        patched.setattr(pool, "max_workers", lambda *arguments: (workers, ""))
         patched.setattr(pool, "_run_wave", wave)
         patched.setattr(pool, "WAVE", 20)
         patched.setattr(pool, "FIRST_WAVE", 2)
-        told = [r.tile for r in run(Stage("mark", Marker, "cpu"), range(count), "ray", workers)]
-    assert sorted(told) == list(range(count))
+        reported = [r.tile for r in run(Stage("mark", Marker, "cpu"), range(count), "ray", workers)]
+    assert sorted(reported) == list(range(count))
     assert all(block for blocks in waves for block in blocks)
-    # A wave is bounded, and the first one smaller, as long as each worker has some blocks.
-    held = [sum(map(len, blocks)) for blocks in waves]
-    assert max(held, default=0) <= 20 * pool.LARGEST_BLOCK and max(held[:1], default=0) <= few
+    # Each wave is bounded, and the first one is smaller if every worker still gets its blocks.
+    sizes = [sum(map(len, blocks)) for blocks in waves]
+    assert max(sizes, default=0) <= 20 * pool.LARGEST_BLOCK
+    assert max(sizes[:1], default=0) <= first_wave
 
 
-def test_a_wave_of_which_no_tile_is_told_is_an_error(monkeypatch):
+def test_a_wave_without_any_receipt_is_an_error(monkeypatch):
     monkeypatch.setattr(pool, "connect", lambda workers: None)
-    monkeypatch.setattr(pool, "most_workers", lambda *of: (1, ""))
-    monkeypatch.setattr(pool, "_run_wave", lambda *of: iter(()))
+    monkeypatch.setattr(pool, "max_workers", lambda *arguments: (1, ""))
+    monkeypatch.setattr(pool, "_run_wave", lambda *arguments: iter(()))
     with pytest.raises(RunError, match="Ray has lost 3 tiles"):
         list(run(Stage("mark", Marker, "cpu"), range(3), "ray"))
 
@@ -676,7 +679,7 @@ def test_waves_do_every_tile_once(folder, monkeypatch):
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
-def test_a_bad_tile_fails_a_run_on_ray_with_its_sentence(task, tmp_path):
+def test_a_bad_tile_fails_a_run_on_ray_with_its_own_message(task, tmp_path):
     _, model, settings, _ = task
     image = noise((3, 61, 75), "float32")
     image[2, 60, 74] = np.nan
@@ -689,7 +692,7 @@ def test_a_bad_tile_fails_a_run_on_ray_with_its_sentence(task, tmp_path):
 
 
 def test_an_apple_gpu_is_the_device_where_torch_offers_one(task, monkeypatch):
-    # Not run on one: this shows which device, precision and number of workers are chosen.
+    # Without an Apple GPU, this tests only the choice of device, precision and workers.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert cluster.find_device("local") == "mps"

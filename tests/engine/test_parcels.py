@@ -1,4 +1,4 @@
-"""What crosses from one actor to the next arrives as it was."""
+"""Tiles pass unchanged from one actor to the next."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from unet_ray.engine.parcels import packed, receipts, unpacked
-from unet_ray.engine.stages import Carried, Receipt
+from unet_ray.engine.stages import Receipt, TileState
 
 DTYPES = st.sampled_from(["u1", "<u2", ">u2", "<i4", "<f4", "<f8", "?"])
 ARRAYS = arrays.arrays(DTYPES, arrays.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
@@ -24,27 +24,27 @@ def same(one, other):
 
 
 @given(st.lists(DATA, min_size=1, max_size=4))
-def test_arrays_arrive_as_they_were(data):
-    tiles = [Carried(Receipt(n, n / 3, memory=n), one) for n, one in enumerate(data)]
+def test_arrays_arrive_unchanged(data):
+    tiles = [TileState(Receipt(n, n / 3, memory=n), item) for n, item in enumerate(data)]
     table = packed(tiles)
-    there = [*unpacked(table), *(unpacked(table.slice(n, 1))[0] for n in range(len(data)))]
-    for sent, came in zip(tiles * 2, there, strict=True):
-        assert came.receipt == sent.receipt and same(came.data, sent.data)
+    arrived = [*unpacked(table), *(unpacked(table.slice(n, 1))[0] for n in range(len(data)))]
+    for sent, received in zip(tiles * 2, arrived, strict=True):
+        assert received.receipt == sent.receipt and same(received.data, sent.data)
 
 
-def test_turned_and_sparse_arrays_do_too():
+def test_non_contiguous_arrays_arrive_unchanged():
     array = np.arange(120, dtype="u2").reshape(4, 5, 6)
-    for one in (array.T, array[:, ::2], array[..., ::-1]):
-        (came,) = unpacked(packed([Carried(FAILED, one)]))
-        assert np.array_equal(came.data, one)
+    for view in (array.T, array[:, ::2], array[..., ::-1]):
+        (received,) = unpacked(packed([TileState(FAILED, view)]))
+        assert np.array_equal(received.data, view)
 
 
 def test_arrays_are_not_copied_when_they_arrive():
-    (came,) = unpacked(packed([Carried(FAILED, np.zeros(9))]))
-    assert came.receipt == FAILED
+    (received,) = unpacked(packed([TileState(FAILED, np.zeros(9))]))
+    assert received.receipt == FAILED
     with pytest.raises(ValueError, match="read-only"):
-        came.data[0] = 1
+        received.data[0] = 1
 
 
-def test_receipts_alone_take_no_data_along():
-    assert receipts([Carried(FAILED, np.zeros(9))]).to_pylist() == [vars(FAILED)]
+def test_a_table_of_receipts_contains_no_data():
+    assert receipts([TileState(FAILED, np.zeros(9))]).to_pylist() == [vars(FAILED)]

@@ -1,4 +1,4 @@
-"""A second, tiny stage through the same runner: killed and resumed, apart from any other stage."""
+"""A second, tiny stage in the same runner is killed and resumed independently of other stages."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ TILES = len(PLAN)
 
 
 class Counting(Marker):
-    """A worker that adds a file for each tile, slowly."""
+    """A worker that slowly adds a file for each tile."""
 
     def write(self, tile, result):
         time.sleep(0.1)
@@ -38,7 +38,7 @@ class Counting(Marker):
 
 
 def count(out, folder, engine):
-    """Runs the stage on the output, to its end."""
+    """Runs the stage on the output to its end."""
     with Lease(Path(out) / ".unet_ray") as lease:
         rounds = Rounds(
             Stage("count", partial(Counting, str(folder)), "cpu"), PLAN, Path(out), lease, engine, 2
@@ -57,7 +57,7 @@ def until(condition, seconds=120):
 def test_a_second_stage_is_killed_and_resumed_by_its_own_records(tmp_path, engine):
     out, folder = tmp_path / "out", tmp_path / "tiles"
     folder.mkdir()
-    # All is done in the other stage, by its ledger and by its marks.
+    # Ledger and marks of the other stage list all tiles as done.
     (out / marks_of("segment") / "1").mkdir(parents=True)
     with Ledger(out / LEDGER, TILES) as ledger:
         for tile in range(TILES):
@@ -72,14 +72,15 @@ def test_a_second_stage_is_killed_and_resumed_by_its_own_records(tmp_path, engin
         for pid in session(running.pid):
             os.kill(pid, signal.SIGKILL)
     until(lambda: not session(running.pid))
-    before, noted = written(folder), committed(out / ledger_of("count"), TILES)
-    assert 0 < noted.sum() < TILES
+    before, recorded = written(folder), committed(out / ledger_of("count"), TILES)
+    assert 0 < recorded.sum() < TILES
     subprocess.run(arguments, env=environment, check=True)
     after = written(folder)
     assert set(after) == set(range(TILES))
-    assert {tile: after[tile] for tile in numbers_of(noted)} == dict.fromkeys(numbers_of(noted), 1)
-    # What was under way, or not yet in the ledger, is at most what was written before.
-    assert sum(after.values()) <= TILES + sum(before.values()) - noted.sum()
+    once = dict.fromkeys(numbers_of(recorded), 1)
+    assert {tile: after[tile] for tile in numbers_of(recorded)} == once
+    # Only tiles that the ledger did not record before the kill are written twice.
+    assert sum(after.values()) <= TILES + sum(before.values()) - recorded.sum()
     assert committed(out / ledger_of("count"), TILES).all()
 
 
@@ -89,10 +90,11 @@ def folder(tmp_path):
     return tmp_path / "tiles"
 
 
-def test_a_tile_is_tried_three_times_unless_fewer_are_asked_for(folder):
+def test_a_tile_is_tried_three_times_unless_fewer_are_requested(folder):
     bad = {("read", 1): OSError(5, "Input/output error")}
-    found = [(r.tile, bool(r.error), again) for r, again in tries(stage(folder, bad=bad), range(3))]
-    assert Counter(found) == Counter(
+    attempts = tries(stage(folder, bad=bad), range(3))
+    outcomes = [(r.tile, bool(r.error), again) for r, again in attempts]
+    assert Counter(outcomes) == Counter(
         {(0, False, False): 1, (2, False, False): 1, (1, True, True): 2, (1, True, False): 1}
     )
     once = [again for receipt, again in tries(stage(folder, bad=bad), [1], most=1)]
@@ -101,18 +103,18 @@ def test_a_tile_is_tried_three_times_unless_fewer_are_asked_for(folder):
 
 def test_a_tile_that_lacks_memory_is_tried_alone_and_then_given_up(folder):
     bad = {("read", 1): MemoryError("out of memory")}
-    found = [again for receipt, again in tries(stage(folder, bad=bad), range(3)) if receipt.error]
-    assert found == [True, False]
+    attempts = tries(stage(folder, bad=bad), range(3))
+    assert [again for receipt, again in attempts if receipt.error] == [True, False]
 
 
-def test_a_stage_names_its_quarantined_tiles_and_does_all_others(tmp_path, folder):
-    made = stage(folder, bad={("predict", 5): ValueError("no such voxel")})
+def test_a_stage_names_its_quarantined_tiles_and_finishes_all_others(tmp_path, folder):
+    failing = stage(folder, bad={("predict", 5): ValueError("no such voxel")})
     seen = []
     with Lease(tmp_path / "out" / ".unet_ray") as lease:
-        rounds = Rounds(made, PLAN, tmp_path / "out", lease, watch=seen.append)
+        rounds = Rounds(failing, PLAN, tmp_path / "out", lease, watch=seen.append)
         with pytest.raises(QuarantinedError, match=r"1 of 64 .* tile 5 .*no such voxel"):
             rounds.run(np.ones(TILES, bool), np.zeros(TILES, bool))
     assert set(written(folder)) == {*range(TILES)} - {5}
     assert (seen[-1].done, seen[-1].quarantined, seen[-1].total) == (TILES - 1, 1, TILES)
-    done = committed(tmp_path / "out" / ledger_of(made.name), TILES)
+    done = committed(tmp_path / "out" / ledger_of(failing.name), TILES)
     assert done.sum() == TILES - 1 and not done[5]
