@@ -1,9 +1,9 @@
-"""Whether two commits make the same models, stores and scores, byte for byte.
+"""Checks whether two commits make the same models, stores and scores, byte for byte.
 
     python -m tests.compare_commits BEFORE [AFTER]     AFTER is the working tree by default
 
-Each runs from a clone of its own, by the command line alone: train by steps in float32, segment on
-the local engine and on Ray, a rerun, verify and evaluate.
+Each commit runs from its own clone, only through the command line: train in float32, segment on the
+local engine and on Ray, each twice, then verify and evaluate.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SEGMENT = "--tile 1,64,64 --precision float32 --workers 2 --tta"
 
 
 def checked_out(commit: str | None, folder: Path) -> Path:
-    """A clone at a commit; without one the working tree itself."""
+    """Returns a clone at a commit, or the working tree without a commit."""
     if commit is None:
         return ROOT
     subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
@@ -34,7 +34,7 @@ def checked_out(commit: str | None, folder: Path) -> Path:
 
 
 def write_inputs(folder: Path) -> None:
-    """A stack with membranes, its labels, and a larger volume to segment."""
+    """Writes a stack with membranes, its labels, and a larger volume to segment."""
     from unet_ray import make_phantom
 
     phantom = make_phantom((4, 200, 200), seed=1)
@@ -45,8 +45,8 @@ def write_inputs(folder: Path) -> None:
     tifffile.imwrite(folder / "volume.tif", volume, photometric="minisblack")
 
 
-def made_by(tree: Path, inputs: Path, out: Path) -> dict[str, str]:
-    """What a tree makes: hashes of files, and what it printed, by name."""
+def results_of(tree: Path, inputs: Path, out: Path) -> dict[str, str]:
+    """Runs the commands of a tree; returns hashes of files and printed output, by name."""
     out.mkdir()
 
     def run(text: str) -> str:
@@ -64,12 +64,12 @@ def made_by(tree: Path, inputs: Path, out: Path) -> dict[str, str]:
     for engine in ("local", "ray"):
         run(f"segment {volume} --model run --out {engine}.zarr {SEGMENT} --engine {engine}")
         run(f"segment {volume} --model run --out {engine}.zarr {SEGMENT} --engine {engine}")
-    # A part first, then the rest: the same bytes as all at once.
+    # A region first, then the rest.
     part = f"segment {volume} --model run --out part.zarr {SEGMENT}"
     run(f"{part} --region 0:1,0:150,0:300")
     run(part)
     run(f"segment {inputs}/image.tif --model run --out truth.zarr {SEGMENT}")
-    found = {
+    results = {
         "plan": json.dumps({name: plan[name] for name in sorted(plan) if "second" not in name
                             and "estimate" not in name and "free" not in name}),
         "verify": run("verify local.zarr --tiles 2").split(" recomputed")[0],
@@ -81,18 +81,18 @@ def made_by(tree: Path, inputs: Path, out: Path) -> dict[str, str]:
         for path in sorted(store.rglob("*")):
             if path.is_file() and ".unet_ray" not in path.parts:
                 name = str(path.relative_to(out))
-                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+                results[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return results
 
 
 def main() -> int:
-    """Compares the two; 1 if anything differs."""
+    """Compares the two trees; returns 1 if any result differs."""
     before, after = [*sys.argv[1:], None][:2]
     with tempfile.TemporaryDirectory(prefix="unet-ray-") as scratch:
         folder = Path(scratch)
         write_inputs(folder)
         trees = [checked_out(name, folder / f"tree{n}") for n, name in enumerate((before, after))]
-        one, two = (made_by(tree, folder, folder / f"made{n}") for n, tree in enumerate(trees))
+        one, two = (results_of(tree, folder, folder / f"made{n}") for n, tree in enumerate(trees))
     differing = [name for name in sorted({*one, *two}) if one.get(name) != two.get(name)]
     for name in differing:
         print(f"differs: {name}\n  {one.get(name)}\n  {two.get(name)}")

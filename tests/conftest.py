@@ -1,4 +1,4 @@
-"""What every test shares: a quiet and private Ray, hypothesis settings, the shared data."""
+"""Shared by all tests: a quiet and private Ray, hypothesis settings, the real images."""
 
 import os
 from pathlib import Path
@@ -8,17 +8,17 @@ from hypothesis import settings
 
 from tests.s3 import bucket  # noqa: F401, a fixture
 
-# Ray reads these when it is imported, and its workers inherit them: no test file comes before.
+# Ray reads these at import, and its workers inherit them, so they are set before any test file.
 os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_DATA_DISABLE_PROGRESS_BARS="1",
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
     RAY_AUTH_MODE="disabled",  # or ray.init() writes a token into the user's home
-    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",  # reports are seen this often, not every 2 s
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",  # check for reports this often, not every 2 s
 )
-os.environ.pop("RAY_ADDRESS", None)  # tests never run on somebody's cluster
+os.environ.pop("RAY_ADDRESS", None)  # tests never run on a real cluster
 
-# A busy machine is no failure; on CI the same examples run every time.
+# No deadline, since machines may be busy. On CI the same examples run every time.
 settings.register_profile(
     "unet-ray", deadline=None, print_blob=True, derandomize="CI" in os.environ
 )
@@ -27,7 +27,7 @@ settings.load_profile("unet-ray")
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """The folder of real images beside the project, which not every machine has."""
+    """The folder of real images beside the project. Tests that need it are skipped without it."""
     beside = Path(__file__).parents[2] / "shared" / "data"
     folder = Path(os.environ.get("UNET_RAY_SHARED_DATA", beside))
     if not folder.is_dir():
@@ -37,7 +37,7 @@ def shared_data():
 
 @pytest.fixture(scope="session")
 def local_ray():
-    """A Ray of two CPUs for this session alone; tests that use it carry ``@pytest.mark.ray``."""
+    """A Ray with two CPUs, only for this session. Tests that use it need ``@pytest.mark.ray``."""
     import ray
 
     ray.init(
@@ -53,7 +53,7 @@ def local_ray():
 
 @pytest.fixture(scope="session")
 def task(tmp_path_factory):
-    """A volume, a model, and the store of an undisturbed run of 24 tiles: not to be changed."""
+    """A volume, a model, and the store of an uninterrupted run of 24 tiles. Read-only."""
     from tests.helper import TILED, noise, random_model, write_stack
     from tests.segmentation.test_segmentation import segment
 
@@ -65,6 +65,6 @@ def task(tmp_path_factory):
 
 @pytest.fixture
 def ready(request):
-    """A Ray for the tests that need one."""
+    """Starts Ray for the tests marked with ``ray``."""
     if request.node.get_closest_marker("ray"):
         request.getfixturevalue("local_ray")

@@ -1,4 +1,4 @@
-"""What tests share: inputs that they make, results that they compare, processes that they watch.
+"""Shared by tests: makes inputs, compares results, watches processes, and fakes workers.
 
 Knows files, stores and workers of tiles. Does not know what any test promises.
 """
@@ -42,7 +42,7 @@ TILED = dataclasses.replace(FLOAT32, tile=(1, 32, 20))
 
 
 def noise(shape: Sequence[int], dtype: str = "uint8", seed: int = 0) -> NDArray[Any]:
-    """Grey values with some structure, so that every class occurs."""
+    """Returns grey values with some structure, so that every class occurs."""
     rng = np.random.default_rng(seed)
     waves = np.add.outer(*(np.sin(np.arange(n) / 5) for n in shape[-2:]))
     image = 100 + 20 * waves + rng.normal(0, 25, shape)
@@ -57,7 +57,7 @@ def write_stack(path: Path, array: NDArray[Any], **options: Any) -> Path:
 
 
 def petabyte(folder: Path) -> Path:
-    """A Zarr array of 1 PB of which no chunk is stored."""
+    """Creates a Zarr array of 1 PB without any stored chunk; returns its path."""
     path = folder / "peta.zarr"
     zarr.create_array(path, shape=(10**5,) * 3, chunks=(64, 1024, 1024), dtype="uint8")
     return path
@@ -71,7 +71,7 @@ def random_model(
     base: int = 2,
     seed: int = 0,
 ) -> Path:
-    """Writes an untrained network, with norm layers as if trained; returns its path."""
+    """Writes an untrained network whose norm layers look trained; returns its path."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = UNet(in_channels, len(values), base, depth, "batch", 0.0)
@@ -87,7 +87,7 @@ def random_model(
 
 
 def recipe(name: str = "default", **chosen: Any) -> Recipe:
-    """A recipe for a network so small that a step takes milliseconds."""
+    """Returns a recipe for a network so small that a step takes milliseconds."""
     tiny = {"base_channels": 2, "depth": 1, "patch": (44, 48), "steps": 40, "elastic": 2.0}
     return Recipe.of(name, **{**tiny, "learning_rate": 0.02, **chosen})
 
@@ -95,7 +95,7 @@ def recipe(name: str = "default", **chosen: Any) -> Recipe:
 def random_stack(
     seed: int, shape: tuple[int, int, int] = (3, 20, 24), values: int = 40
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """A truth of a few cells and a proposal that is wrong here and there at every threshold."""
+    """Returns a proposal and its truth of a few cells; it has errors at every threshold."""
     rng = np.random.default_rng(seed)
     smooth = ndimage.gaussian_filter(rng.standard_normal(shape), (0, 1.5, 1.5))
     truth = smooth > -0.05
@@ -107,7 +107,7 @@ def random_stack(
 def random_labels(
     seed: int, shape: tuple[int, int, int] = (4, 9, 12), most: int = 5
 ) -> list[NDArray[np.int64]]:
-    """Two label maps of blocks with holes."""
+    """Returns two label maps of blocks with holes."""
     rng = np.random.default_rng(seed)
     blocks = shape[0], shape[1] // 3, shape[2] // 3
     return [
@@ -121,11 +121,11 @@ def random_labels(
 
 
 class StoppedError(Exception):
-    """Stands for a kill in the middle of a run."""
+    """Simulates a kill in the middle of a run."""
 
 
 def stop_after(tiles: int) -> Callable[[Progress], None]:
-    """A watch that stops a run when it has finished `tiles` tiles."""
+    """Returns a callback that stops a run after `tiles` finished tiles."""
 
     def watch(progress: Progress) -> None:
         if progress.finished == tiles:
@@ -135,39 +135,39 @@ def stop_after(tiles: int) -> Callable[[Progress], None]:
 
 
 def bytes_of(store: Path) -> dict[str, bytes]:
-    """The content of every file of a store, except what may differ between runs."""
+    """Returns the content of every file of a store, except its private folder."""
     files = [p for p in store.rglob("*") if p.is_file() and ".unet_ray" not in p.parts]
     return {str(p.relative_to(store)): p.read_bytes() for p in files}
 
 
 def shards_of(store: Path) -> set[str]:
-    """The names of the shards of a store."""
+    """Returns the names of the shards of a store."""
     return {name for name in bytes_of(store) if "/c/" in name}
 
 
 def classes_of(store: Path) -> NDArray[np.uint8]:
-    """The class map of a store, (z, y, x)."""
+    """Returns the class map of a store, (z, y, x)."""
     return np.asarray(zarr.open_array(store / "labels/classes/0", mode="r")[:])
 
 
 def state_of(folder: Path) -> dict[Path, tuple[int, int, int]]:
-    """Everything under a folder, with inode, size and time: equal only if nothing was touched."""
+    """Returns inode, size and time of all files below a folder: equal only if none was touched."""
     stats = {p: p.lstat() for p in folder.rglob("*")}
     return {p: (s.st_ino, s.st_size, s.st_mtime_ns) for p, s in stats.items()}
 
 
 def files_in(folder: Path) -> dict[Path, tuple[int, bytes]]:
-    """Every file under a folder, with its time and content."""
+    """Returns time and content of every file below a folder."""
     return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
 
 
 def measures(out: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``."""
+    """Returns the lines of a run's ``metrics.jsonl``."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def model_content(model: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """A model file in a form that compares: its header, and the bytes of every tensor."""
+    """Returns header and tensors of a model file in a form that can be compared."""
     tensors, header = read_tensors(model)
     return dict(header), {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
@@ -176,18 +176,18 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def parsed(svg: str) -> ElementTree.Element:
-    """The root of a chart; fails unless it is well-formed XML."""
+    """Returns the root of a chart; fails unless it is well-formed XML."""
     return ElementTree.fromstring(svg)
 
 
 def paths(svg: str, name: str | None = None) -> list[str | None]:
-    """The lines of a chart, or those of one class."""
-    found = [n for n in parsed(svg).iter(f"{SVG}path") if name in (None, n.get("class"))]
-    return [node.get("d") for node in found]
+    """Returns the path data of the lines of a chart, or of those of one class."""
+    nodes = [n for n in parsed(svg).iter(f"{SVG}path") if name in (None, n.get("class"))]
+    return [node.get("d") for node in nodes]
 
 
 def points(path: str) -> NDArray[np.float64]:
-    """The corners (x, y) of a line of a chart."""
+    """Returns the corners (x, y) of a line of a chart."""
     return np.array(re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)", path), float)
 
 
@@ -195,20 +195,20 @@ def points(path: str) -> NDArray[np.float64]:
 
 
 def session(leader: int) -> list[int]:
-    """Ids of the living processes of a session, in ascending order."""
-    found = []
+    """Returns the ids of the living processes of a session, in ascending order."""
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            state, _, _, of, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # gone in the meantime
+            state, _, _, session_id, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:  # the process has ended
             continue
-        if int(of) == leader and state not in "ZX":
-            found.append(int(folder.name))
-    return sorted(found)
+        if int(session_id) == leader and state not in "ZX":
+            pids.append(int(folder.name))
+    return sorted(pids)
 
 
 def title(pid: int) -> str:
-    """The command line of a process; empty once it is gone."""
+    """Returns the command line of a process; empty once it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     except OSError:
@@ -216,39 +216,39 @@ def title(pid: int) -> str:
 
 
 def status_bytes(pid: int, name: str) -> int:
-    """A size in ``/proc/PID/status``, in bytes; 0 once the process is gone."""
+    """Returns a size in ``/proc/PID/status``, in bytes; 0 once the process has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0
-    found = re.search(rf"{name}:\s+(\d+) kB", status)
-    return int(found[1]) * 1024 if found else 0
+    match = re.search(rf"{name}:\s+(\d+) kB", status)
+    return int(match[1]) * 1024 if match else 0
 
 
 def anonymous(pid: int) -> int:
-    """Anonymous bytes that a process holds."""
+    """Returns the anonymous memory of a process, in bytes."""
     return status_bytes(pid, "RssAnon")
 
 
 def actors_of(kind: str) -> list[int]:
-    """Ids of the processes of all Ray actors of one class."""
-    found = []
+    """Returns the ids of the processes of all Ray actors of one class."""
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if f"({kind})" in (folder / "cmdline").read_text():
-                found.append(int(folder.name))
+                pids.append(int(folder.name))
         except OSError:
             continue
-    return found
+    return pids
 
 
 def workers_of(driver: int, engine: str) -> list[int]:
-    """Ids of the predicting processes: the command itself, or its Ray actors."""
+    """Returns the ids of the predicting processes: the command itself, or its Ray actors."""
     return [driver] if engine == "local" else actors_of("TileActor")
 
 
 def resident_peak(arguments: Sequence[object]) -> int:
-    """The most bytes of memory, mapped files included, that a command of ours held."""
+    """Runs a command of unet-ray; returns its peak memory in bytes, including mapped files."""
     command, peak = [sys.executable, "-m", "unet_ray", *map(str, arguments)], 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as running:
         while running.poll() is None:
@@ -265,11 +265,11 @@ class Marker:
     """A worker that adds an empty file to a folder for each tile that it writes.
 
     Args:
-        folder: where files are written.
-        bad: what reading, predicting or writing a tile raises, by (step, tile).
-        deadly: the tile whose prediction kills its process.
-        deaths: how many times it does.
-        hanging: the tiles whose prediction takes a minute.
+        folder: of the files.
+        bad: exceptions to raise, by (step, tile).
+        deadly: tile whose prediction kills its process.
+        deaths: number of times that it does.
+        hanging: tiles whose prediction takes a minute.
     """
 
     def __init__(
@@ -313,17 +313,17 @@ class Marker:
 
 
 def written(folder: Path) -> Counter[int]:
-    """How often each tile was written by a `Marker`."""
+    """Returns how often a `Marker` has written each tile."""
     return Counter(int(p.name.split()[0]) for p in folder.iterdir() if p.name[0].isdigit())
 
 
 def stage(folder: Path, device: str = "cpu", **chosen: Any) -> Stage:
-    """A stage of `Marker`."""
+    """Returns a stage of `Marker`."""
     return Stage("mark", partial(Marker, str(folder), **chosen), device)
 
 
 def marked(folder: Path, **chosen: Any) -> Stage:
-    """A stage of `Marker` with marks."""
+    """Returns a stage of `Marker` with marks."""
     marks = folder / "marks"
     marks.mkdir(exist_ok=True)
     return dataclasses.replace(stage(folder, **chosen), marks=marks)
@@ -333,7 +333,7 @@ class Watching:
     """A worker that counts how many of its steps run at the same time, in one process.
 
     Args:
-        together: how many tiles wait for each other before any goes on; fewer is an error.
+        together: this many tiles wait for each other before any continues; fewer is an error.
     """
 
     def __init__(self, together: int = 1) -> None:
@@ -366,7 +366,7 @@ class Watching:
 
 
 class Slow:
-    """A worker whose tiles take a given time, by `seconds` of their number."""
+    """A worker whose tiles take the time that `seconds` returns for their number."""
 
     def __init__(self, seconds: Callable[[int], float]) -> None:
         self.seconds, self.ended = seconds, list[int]()
@@ -375,20 +375,20 @@ class Slow:
         time.sleep(self.seconds(tile))
 
     def predict(self, tile: int, voxels: None) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def write(self, tile: int, result: None) -> None:
         self.ended.append(tile)
 
 
 class Idle:
-    """A worker with nothing to do."""
+    """A worker that does nothing."""
 
     def read(self, tile: int) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def predict(self, tile: int, voxels: None) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def write(self, tile: int, result: None) -> None:
-        """Nothing."""
+        """Does nothing."""

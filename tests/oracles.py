@@ -1,4 +1,4 @@
-"""Slow counterparts of the scores, each written from its definition and not from our code.
+"""Slow reference versions of the scores, written from their definitions, not from our code.
 
 Knows small arrays and Python loops. Does not know how the package computes anything.
 """
@@ -18,8 +18,8 @@ def ious(truth, prediction):
     """Intersection over union of each true and each predicted object, 0 excluded."""
     rows = [truth == t for t in np.unique(truth[truth != 0])]
     columns = [prediction == p for p in np.unique(prediction[prediction != 0])]
-    found = [[(a & b).sum() / (a | b).sum() for b in columns] for a in rows]
-    return np.array(found).reshape(len(rows), len(columns))
+    values = [[(a & b).sum() / (a | b).sum() for b in columns] for a in rows]
+    return np.array(values).reshape(len(rows), len(columns))
 
 
 LINE, MASK, INQUEUE = 0, "mask", "in queue"
@@ -29,7 +29,7 @@ ORDER = ((-1, 0), (0, -1), (1, 0), (0, 1))  # neighbours as steps along (x, y)
 
 
 def slow_thin(cells):
-    """Vincent and Soille's flood of a slice of two levels, each rule as the paper states it."""
+    """Floods a slice of two levels as Vincent and Soille (1991) do, rule by rule."""
     height, width = cells.shape
     numbers = ndimage.label(cells)[0]
     label = {(x, y): int(numbers[y, x]) or None for y in range(height) for x in range(width)}
@@ -47,19 +47,19 @@ def slow_thin(cells):
         x, y = p = waiting.popleft()
         for i, j in ORDER:
             q = x + i, y + j
-            there = label.get(q)
-            if there == MASK:
+            neighbour = label.get(q)
+            if neighbour == MASK:
                 label[q] = INQUEUE
                 waiting.append(q)
-            elif there == LINE and isinstance(there, int):
+            elif neighbour == LINE and isinstance(neighbour, int):
                 if label[p] == INQUEUE:
                     label[p], flag = LINE, True
-            elif isinstance(there, int):
+            elif isinstance(neighbour, int):
                 if label[p] == INQUEUE or (label[p] == LINE and flag):
-                    label[p] = there
-                elif label[p] != LINE and label[p] != there:
+                    label[p] = neighbour
+                elif label[p] != LINE and label[p] != neighbour:
                     label[p], flag = LINE, False
-    if MASK in label.values():  # no cell at all: all is one basin
+    if MASK in label.values():  # without any cell, the slice is one basin
         return np.ones(cells.shape, int)
     return np.array([[label[x, y] for x in range(width)] for y in range(height)])
 
@@ -71,22 +71,23 @@ EIGHT = tuple(step for step in itertools.product((-1, 0, 1), repeat=2) if step !
 
 
 def pieces(places, steps):
-    """Connected pieces of a set of places, each a set."""
-    places, found = set(places), []
+    """Returns the connected components of a set of positions, each as a set."""
+    places, components = set(places), []
     while places:
         piece, edge = set(), {min(places)}
         while edge:
             piece |= edge
             edge = {(a + i, b + j) for a, b in edge for i, j in steps} & places - piece
         places -= piece
-        found.append(piece)
-    return found
+        components.append(piece)
+    return components
 
 
 def is_simple(cell):
-    """Of the 8 neighbours: one piece of cell beside the middle, one of membrane around it.
+    """Returns whether a pixel is simple: flipping it neither splits nor merges components.
 
-    The topological numbers T4 and T8 of Bertrand and Malandain, both 1.
+    Its topological numbers T4 and T8 (Bertrand and Malandain) are both 1. So its 8 neighbours
+    contain one cell component beside the pixel, and one membrane component.
     """
     around = {step for step in EIGHT if cell[step]}
     beside = [piece for piece in pieces(around, FOUR) if piece & set(FOUR)]
@@ -94,14 +95,14 @@ def is_simple(cell):
 
 
 def slow_warp(truth, proposal, threshold):
-    """Sets in place of arrays; the list of mismatches is made anew in every round."""
+    """Uses sets instead of arrays, and recomputes the list of mismatches in every round."""
     height, width = truth.shape
     cells = {(y, x) for y, x in np.argwhere(truth).tolist()}
-    wanted = {(y, x) for y, x in np.argwhere(proposal > threshold).tolist()}
+    target = {(y, x) for y, x in np.argwhere(proposal > threshold).tolist()}
     places = [(y, x) for x in range(width) for y in range(height)]
     before = None
     while True:
-        mismatches = [p for p in places if (p in cells) != (p in wanted)]
+        mismatches = [p for p in places if (p in cells) != (p in target)]
         mismatches.sort(key=lambda p: -np.float32(abs(float(proposal[p]) - threshold)))
         if not mismatches or len(mismatches) == before:
             return cells, mismatches
@@ -112,7 +113,7 @@ def slow_warp(truth, proposal, threshold):
 
 
 def slow_classify(cells, mismatches, shape, radius):
-    """Counts of splits, mergers and the rest, from the labels around each mismatch."""
+    """Counts splits, mergers and other mismatches, from the labels around each mismatch."""
     height, width = shape
     label = {p: n for n, piece in enumerate(pieces(cells, FOUR), start=1) for p in piece}
     image = set(itertools.product(range(height), range(width)))
@@ -127,14 +128,14 @@ def slow_classify(cells, mismatches, shape, radius):
         elif len(labels) == 2 and (y, x) in cells:
             window = {p for p in cells if whole or max(abs(p[0] - y), abs(p[1] - x)) <= radius}
             left = pieces(window - {(y, x)}, FOUR)
-            # as many labels as pieces that are around, and the membrane's
+            # one label for each neighbouring piece, and one for the membrane
             if sum(bool(piece & around) for piece in left) + 1 > 2:
                 kind = "split"
         kinds[kind] += 1
     return tuple(kinds.values())
 
 
-# Cases by hand; c is cell, . is membrane
+# Hand-made cases; c is cell, . is membrane
 
 
 def image(*rows):

@@ -1,4 +1,4 @@
-"""A small object store that speaks S3, with conditional puts, and faults on demand."""
+"""A small S3 object store with conditional puts, and faults on demand."""
 
 import hashlib
 import re
@@ -15,14 +15,14 @@ import pytest
 
 
 class Bucket:
-    """What the store holds, and how it behaves.
+    """Content and behaviour of the store.
 
     Attributes:
         objects: data, tag and time of each key.
-        deaf: ignores the conditions of puts.
-        full: takes no put of keys that fit this pattern.
-        denied: refuses puts of keys that fit this pattern.
-        lost: puts whose answer is lost (the client sees an error, and tries again), yet to come.
+        deaf: ignore the conditions of puts.
+        full: report a full disk for puts of keys that match this pattern.
+        denied: deny puts of keys that match this pattern.
+        lost: number of next puts that succeed but return an error, so that the client retries.
         puts: how often each key was written.
     """
 
@@ -31,19 +31,19 @@ class Bucket:
         self.lock, self.puts = threading.Lock(), Counter()
 
     def put(self, key, data, match, none_match):
-        """The status of a put, and the tag."""
+        """Stores an object if its conditions are met; returns HTTP status and tag."""
         with self.lock:
-            held = self.objects.get(key)
+            stored = self.objects.get(key)
             if self.denied and re.search(self.denied, key):
                 return 403, ""
             if self.full and re.search(self.full, key):
                 return 507, ""
             if not self.deaf:
-                if none_match == "*" and held:
+                if none_match == "*" and stored:
                     return 412, ""
-                if match and not held:
+                if match and not stored:
                     return 404, ""
-                if match and match != held[1]:
+                if match and match != stored[1]:
                     return 412, ""
             self.puts[key] += 1
             tag = f'"{hashlib.md5(data).hexdigest()}-{self.puts[key]}"'
@@ -56,7 +56,7 @@ class Bucket:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement
+    disable_nagle_algorithm = True  # otherwise each answer waits 40 ms for an acknowledgement
 
     def log_message(self, *args):
         pass
@@ -92,11 +92,11 @@ class Handler(BaseHTTPRequestHandler):
         if "list-type" in self.query:
             self.list()
             return
-        held = self.server.bucket.objects.get(self.key)
-        if not held:
+        stored = self.server.bucket.objects.get(self.key)
+        if not stored:
             self.answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
             return
-        data, tag, when = held
+        data, tag, when = stored
         headers = {"ETag": tag, "Last_Modified": formatdate(when, usegmt=True)}
         if part := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
             start = int(part[1]) if part[1] else len(data) - int(part[2])
@@ -113,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
     def list(self):
         prefix, after = (self.query.get(name, [""])[0] for name in ("prefix", "continuation-token"))
         keys = sorted(key for key in [*self.server.bucket.objects] if key.startswith(prefix))
-        page = [key for key in keys if key > after][:7]  # short pages
+        page = [key for key in keys if key > after][:7]  # short, so that clients must follow pages
         more = bool(page) and page[-1] != keys[-1]
         parts = []
         for key in page:
@@ -152,7 +152,7 @@ def _iso(when):
 
 @contextmanager
 def serving():
-    """A bucket, and the environment of processes that use it."""
+    """Yields a bucket, and the environment variables of processes that use it."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads, server.bucket = True, Bucket()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -174,7 +174,7 @@ def serving():
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """An object store at s3://bucket, for this test alone."""
+    """An object store at s3://bucket, only for this test."""
     from unet_ray.storage import objects
 
     with serving() as (bucket, environment):

@@ -1,4 +1,4 @@
-"""What hypothesis draws: shapes, boxes, contexts and plans, small enough to check each voxel."""
+"""Hypothesis strategies for shapes, boxes, contexts and plans, small enough to check each voxel."""
 
 import numpy as np
 from hypothesis import strategies as st
@@ -9,17 +9,17 @@ from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.levels import Level
 from unet_ray.tiling.tiles import Context, TilePlan
 
-SLICE = Level((1, 3, 3), (1, 2, 2))  # nothing happens along z: a 2-D network on a volume
+SLICE = Level((1, 3, 3), (1, 2, 2))  # a 2-D network on a volume: no convolution along z
 CUBE = Level((3, 3, 3), (2, 2, 2))
 
 
 def flat_levels(depth):
-    """The paper's network."""
+    """Levels of the paper's network."""
     return (SLICE,) * (depth + 1)
 
 
 def cubic_levels(depth):
-    """The same in 3-D."""
+    """Levels of the same network in 3-D."""
     return (CUBE,) * (depth + 1)
 
 
@@ -28,7 +28,7 @@ def shapes(most=(20, 70, 70)):
 
 
 def boxes(axes=3, low=-60, high=60):
-    """Boxes anywhere, empty ones too."""
+    """Boxes at any position, including empty ones."""
     corner = st.integers(low, high)
     ranges = st.lists(st.tuples(corner, corner).map(sorted), min_size=axes, max_size=axes)
     return ranges.map(lambda drawn: Box(*map(tuple, zip(*drawn, strict=True))))
@@ -36,7 +36,7 @@ def boxes(axes=3, low=-60, high=60):
 
 @st.composite
 def levels(draw, deepest=4):
-    """U-Nets in 2-D, in 3-D, and anisotropic ones: the first levels flat, the deeper ones cubic."""
+    """Levels of 2-D, 3-D and anisotropic U-Nets; the latter are flat at first and cubic below."""
     depth = draw(st.integers(1, deepest))
     flat = draw(st.sampled_from([0, 1, depth, depth + 1]))
     return flat_levels(depth)[:flat] + cubic_levels(depth)[flat:]
@@ -48,7 +48,7 @@ def contexts(deepest=4):
 
 @st.composite
 def plans(draw, most=(20, 70, 70), context=None):
-    """Plans of few voxels; passes are parts of a core, and keep to the step as cores do."""
+    """Plans of few voxels. Passes divide a core, and are multiples of the step, as cores are."""
     chosen = context or draw(contexts())
     core, passes = [], []
     for step in chosen.step:
@@ -59,7 +59,7 @@ def plans(draw, most=(20, 70, 70), context=None):
 
 
 def labels(most=3, width=(1, 12)):
-    """Two label images (y, x) of one shape, of few numbers on few pixels."""
+    """Two small label images (y, x) of the same shape, with few labels."""
 
     def images(shape):
         image = arrays(np.int32, shape, elements=st.integers(0, most))
@@ -70,7 +70,7 @@ def labels(most=3, width=(1, 12)):
 
 @st.composite
 def pairs(draw, most=12):
-    """A truth and a proposal: blobs and noise, ties included; proposals like the truth and not."""
+    """A truth and a proposal of blobs and noise, with ties, and of varying similarity."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     shape = rng.integers(draw(st.sampled_from([1, 8])), most + 1, 2)
     smooth = ndimage.gaussian_filter(rng.standard_normal(shape), draw(st.sampled_from([0, 0.7, 1])))

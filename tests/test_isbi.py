@@ -1,4 +1,4 @@
-"""ISBI 2012 end to end: a network trained on real membranes, and tile sizes that do not matter."""
+"""ISBI 2012 end to end: trains on real membranes, and compares results of several tile sizes."""
 
 import numpy as np
 import pytest
@@ -40,12 +40,12 @@ def test_other_tile_sizes_give_the_same_map(model, data, tmp_path, precision):
         results.append(maps(segment(data / "test-volume.tif", model, out, settings)))
     (whole, classes), *others = results
     assert 0.1 < (classes == 0).mean() < 0.4, "membranes are about a fifth of the volume"
-    for tile, (map_, found) in zip(TILES[1:], others, strict=True):
-        apart = np.abs(map_.astype(int) - whole)
-        flipped = found != classes
+    for tile, (map_, other_classes) in zip(TILES[1:], others, strict=True):
+        difference = np.abs(map_.astype(int) - whole)
+        flipped = other_classes != classes
         print(
-            f"{precision} {tile}: at most {apart.max()} of 255, {(apart > 0).mean():.2e} of the "
-            f"voxels differ, {flipped.sum()} classes"
+            f"{precision} {tile}: at most {difference.max()} of 255, "
+            f"{(difference > 0).mean():.2e} of the voxels differ, {flipped.sum()} classes"
         )
-        assert apart.max() <= 1 and (apart > 0).mean() < 1e-3
+        assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
         assert np.all(np.abs(whole[0][flipped] - 127.5) <= 1), "classes flip at ties only"

@@ -1,4 +1,4 @@
-"""Training on workers of Ray Train, and both jobs submitted to a real head of their own."""
+"""Training on workers of Ray Train, and both jobs submitted to a real Ray head."""
 
 import os
 import shutil
@@ -40,21 +40,21 @@ def recipe(name="default", **chosen):
     return Recipe.of(name, **{**tiny, "precision": "float32", **chosen})
 
 
-def on_ray(files, out, made, workers, told, seconds=60):
-    return train([files[0]], [files[1]], out, made, "ray", workers, told.append, seconds)
+def on_ray(files, out, recipe, workers, reports, seconds=60):
+    return train([files[0]], [files[1]], out, recipe, "ray", workers, reports.append, seconds)
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_one_worker_of_ray_trains_what_the_local_engine_trains(files, tmp_path, monkeypatch):
-    told = []
-    model = on_ray(files, tmp_path / "ray", recipe(), 1, told)
+def test_one_worker_of_ray_trains_the_same_model_as_the_local_engine(files, tmp_path, monkeypatch):
+    reports = []
+    model = on_ray(files, tmp_path / "ray", recipe(), 1, reports)
     assert model == find_model(tmp_path / "ray")
-    assert [m.step for m in told] == [m["step"] for m in measures(tmp_path / "ray")] == [10, 12]
-    kept = sorted(path.name for path in (tmp_path / "ray" / "checkpoints").iterdir())
+    assert [m.step for m in reports] == [m["step"] for m in measures(tmp_path / "ray")] == [10, 12]
+    stored = sorted(path.name for path in (tmp_path / "ray" / "checkpoints").iterdir())
     steps = [f"step-{n:09d}.safetensors" for n in (0, 12)]
-    assert kept == [".lock", *steps]  # and nothing of Ray's own
-    monkeypatch.setattr(cluster, "usable_cores", lambda: 2)  # as many as that Ray has
+    assert stored == [".lock", *steps]  # and no files of Ray
+    monkeypatch.setattr(cluster, "usable_cores", lambda: 2)  # the number of CPUs of that Ray
     local = train([files[0]], [files[1]], tmp_path / "local", recipe())
     assert model_content(model) == model_content(local)
 
@@ -62,11 +62,11 @@ def test_one_worker_of_ray_trains_what_the_local_engine_trains(files, tmp_path, 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
-def test_two_workers_learn_what_one_learns_from_twice_the_batch(files, tmp_path):
+def test_two_workers_train_the_same_model_as_one_with_twice_the_batch(files, tmp_path):
     chosen = {"name": "paper", "dropout": 0.0, "steps": 10, "learning_rate": 1e-4}
     together = on_ray(files, tmp_path / "ray", recipe(**chosen), 2, [])
-    alone = train([files[0]], [files[1]], tmp_path / "local", recipe(**chosen, batch=2))
-    (one, _), (other, header) = read_model(alone), read_model(together)
+    single = train([files[0]], [files[1]], tmp_path / "local", recipe(**chosen, batch=2))
+    (one, _), (other, header) = read_model(single), read_model(together)
     assert header.training["steps"] == 10
     for name, weights in one.state_dict().items():
         np.testing.assert_allclose(other.state_dict()[name], weights, rtol=1e-3, atol=1e-5)
@@ -76,51 +76,52 @@ def test_two_workers_learn_what_one_learns_from_twice_the_batch(files, tmp_path)
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
-def test_as_many_workers_train_as_the_cluster_has(files, tmp_path):
-    told = []
-    model = on_ray(files, tmp_path / "run", recipe(batch=2), (1, 4), told)
-    assert {(m.workers, m.patches) for m in told} == {(2, 4)}
+def test_training_uses_all_workers_that_the_cluster_can_run(files, tmp_path):
+    reports = []
+    model = on_ray(files, tmp_path / "run", recipe(batch=2), (1, 4), reports)
+    assert {(m.workers, m.patches) for m in reports} == {(2, 4)}
     assert read_model(model)[1].training["steps"] == 12
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
-def test_a_failure_of_a_worker_is_told_in_its_own_words(files, tmp_path):
+def test_a_failure_of_a_worker_is_reported_with_its_own_message(files, tmp_path):
     with pytest.raises(RunError, match=r"the loss is (nan|inf); train again with a") as failed:
         on_ray(files, tmp_path / "run", recipe(learning_rate=1e30), 1, [])
-    assert str(failed.value).startswith("step ")  # not tried again: it would fail again
+    assert str(failed.value).startswith("step ")  # no retry, which would fail again
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
-def test_a_failure_of_the_first_worker_alone_ends_the_others(files, tmp_path):
-    made = recipe("paper", learning_rate=1e38)  # one step spoils the weights: they are not saved
+def test_a_failure_of_only_the_first_worker_ends_the_others(files, tmp_path):
+    # One step makes the weights infinite, and only the first worker saves them.
+    diverging = recipe("paper", learning_rate=1e38)
     with pytest.raises(RunError, match="is no longer finite"):
-        on_ray(files, tmp_path / "run", made, 2, [], seconds=0)
+        on_ray(files, tmp_path / "run", diverging, 2, [], seconds=0)
 
 
-# A head of our own
+# A separate Ray head
 
 
 def free_ports(count):
-    """Ports that nobody listens on."""
+    """Returns free ports."""
     sockets = [socket.socket() for _ in range(count)]
     try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        for opened in sockets:
+            opened.bind(("127.0.0.1", 0))
+        return [opened.getsockname()[1] for opened in sockets]
     finally:
-        for each in sockets:
-            each.close()
+        for opened in sockets:
+            opened.close()
 
 
 @pytest.fixture
 def head():
-    """A Ray head in a process of its own: gives the address for jobs and the environment."""
-    # Not the folder of the test: paths of sockets must be short.
+    """Starts a Ray head in its own process; yields the address for jobs and the environment."""
+    # Not in the folder of the test, because paths of sockets must be short.
     home = Path(tempfile.mkdtemp(prefix="ray-"))
     binaries = Path(sys.executable).parent
     environment = {
@@ -128,7 +129,7 @@ def head():
         "HOME": str(home),
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "disabled",
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # or it waits 30 s for what jobs left
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # otherwise it waits 30 s for jobs
     }
     names = ["port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port"]
     names += ["dashboard-agent-grpc-port", "metrics-export-port", "runtime-env-agent-port"]
@@ -168,7 +169,7 @@ def wait_for(address, process, log):
 
 
 def submit(head, *command):
-    """Submits a job from the project's folder and waits for its end."""
+    """Submits a job from the project's folder, and waits until it ends."""
     address, environment = head
     client = [Path(sys.executable).parent / "ray", "job", "submit", "--address", address]
     return subprocess.run(

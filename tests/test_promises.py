@@ -1,7 +1,7 @@
-"""The promise: what a voxel becomes depends on no tile, order or repeat, only on the image.
+"""The promise: the result of a voxel depends only on the image, not on tiles, order or repeats.
 
-An integer toy network shows it exactly, the real network in double precision, and the tiling of
-the paper, 572 -> 388 pixels at a stride of 388, shows what it costs to break the rule.
+An integer toy network shows it exactly, and the real network in double precision. The tiling of the
+paper, 572 -> 388 pixels at a stride of 388, shows the errors of tiles off the step.
 """
 
 from typing import get_args
@@ -33,13 +33,13 @@ def one_thread():
 
 
 def tiled(predict, plan, image, numbers=None):
-    """Runs a plan: read, predict pass by pass, write what the tile owns.
+    """Runs a plan: reads each tile, predicts it pass by pass, and writes its core.
 
     Args:
-        predict: ``(z, y, x) -> (..., z, y, x)``, what a valid-convolution network returns.
+        predict: a valid-convolution network, ``(z, y, x) -> (..., z, y, x)``.
         plan: the tiles.
         image: the volume, ``plan.shape``.
-        numbers: which tiles, in which order; all of them, in theirs, if None.
+        numbers: the tiles in the order of processing; by default all in ascending order.
     """
     result = None
     for number in range(len(plan)) if numbers is None else numbers:
@@ -50,13 +50,13 @@ def tiled(predict, plan, image, numbers=None):
             if result is None:
                 result = np.full((*scores.shape[:-3], *plan.shape), -1, scores.dtype)
             owned = part.intersect(tile.crop)
-            here = owned.shift(tile.write.start).relative_to(tile.crop.start)
-            result[(..., *here.slices)] = scores[(..., *owned.relative_to(part.start).slices)]
+            target = owned.shift(tile.write.start).relative_to(tile.crop.start)
+            result[(..., *target.slices)] = scores[(..., *owned.relative_to(part.start).slices)]
     return result
 
 
 def untiled(predict, context, image):
-    """The whole image in one call, mirrored by NumPy: knows nothing of tiles."""
+    """Predicts the whole image in one call, mirrored by NumPy, without tiles."""
     padding = [
         (before, round_up(n, step) - n + after)
         for n, before, after, step in zip(
@@ -75,7 +75,7 @@ def noise(shape, seed=0):
     return np.random.default_rng(seed).integers(0, PRIME, shape)
 
 
-# In integers, exactly.
+# The toy network, exactly in integers
 
 ANISOTROPIC = (SLICE, CUBE, CUBE)
 
@@ -95,7 +95,7 @@ def test_segmentation_does_not_depend_on_tile_size(data, depth, seed):
 
 @settings(max_examples=6)
 @given(st.data(), st.sampled_from([cubic_levels(1), ANISOTROPIC]), st.integers(0, 1000))
-def test_nor_in_three_dimensions(data, levels, seed):
+def test_segmentation_in_3d_does_not_depend_on_tile_size(data, levels, seed):
     context = ToyNet(levels).context
     plan = data.draw(plans(most=(9, 17, 17), context=context))
     check_seamless(levels, plan, seed)
@@ -103,7 +103,7 @@ def test_nor_in_three_dimensions(data, levels, seed):
 
 @settings(max_examples=20)
 @given(st.data(), shapes((2, 25, 25)))
-def test_the_content_of_the_image_does_not_matter(data, shape):
+def test_tile_size_does_not_matter_for_any_image(data, shape):
     net, image = ToyNet(flat_levels(2)), data.draw(images(shape))
     plan = data.draw(plans(context=net.context).map(lambda p: retiled(p, shape)))
     np.testing.assert_array_equal(tiled(net, plan, image), untiled(net, net.context, image))
@@ -132,7 +132,7 @@ def test_result_does_not_depend_on_tile_order_or_repeats(data):
 
 @settings(max_examples=15)
 @given(st.data())
-def test_a_region_gives_the_same_as_that_part_of_the_whole(data):
+def test_a_region_equals_the_same_part_of_the_whole_image(data):
     net = ToyNet(flat_levels(2))
     plan = data.draw(plans(most=(3, 40, 40), context=net.context))
     start = tuple(data.draw(st.integers(0, n - 1)) for n in plan.shape)
@@ -143,32 +143,32 @@ def test_a_region_gives_the_same_as_that_part_of_the_whole(data):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_off_the_step_the_toy_network_shows_it(depth):
-    # The negative control: were this net blind to the phase, the tests above would say nothing.
+def test_the_toy_network_detects_an_offset_that_is_off_the_step(depth):
+    # A negative control: if this network ignored the offset, the tests above would prove nothing.
     net, step = ToyNet(flat_levels(depth)), 2**depth
     image = noise((1, 12 * step - 4 + 7 * step, 12 * step - 4 + 7 * step))
     whole = net(image)
     for offset in (step // 2, step):
         part = net(image[:, offset : offset - 2 * step, offset : offset - 2 * step])
-        there = whole[:, offset:, offset:][:, : part.shape[1], : part.shape[2]]
-        differ = np.count_nonzero(part != there) / part.size
+        same_part = whole[:, offset:, offset:][:, : part.shape[1], : part.shape[2]]
+        differ = np.count_nonzero(part != same_part) / part.size
         assert differ == 0 if offset == step else differ > 0.5
 
 
-# The real network, in double precision.
+# The real network in double precision
 
 
 def unet(seed=0, dtype=torch.float64, **options):
     torch.manual_seed(seed)
     network = UNet(**{"base_channels": 2, "classes": 2, "depth": 2, **options})
     for name, parameter in network.named_parameters():
-        if name.endswith("bias"):  # zero at first, as they never are after training
+        if name.endswith("bias"):  # zero at first, but never after training
             torch.nn.init.normal_(parameter, 0, 0.1)
     return network.eval().to(dtype)
 
 
 def on_slices(network):
-    """A 2-D network as a function of (z, y, x), in the network's own number format."""
+    """Returns a 2-D network as a function of (z, y, x), in the dtype of the network."""
     dtype = next(network.parameters()).dtype
 
     def predict(voxels):
@@ -195,7 +195,7 @@ def test_the_real_network_does_not_depend_on_tile_size(data, size, norm):
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-def test_nor_does_the_papers_depth(dtype, rtol):
+def test_a_network_of_the_papers_depth_does_not_depend_on_tile_size(dtype, rtol):
     network, image = unet(base_channels=3, depth=4, dtype=dtype), grey((2, 100, 130))
     predict = on_slices(network)
     plan = TilePlan(image.shape, (2, 48, 64), network.context, (1, 48, 32))
@@ -203,11 +203,11 @@ def test_nor_does_the_papers_depth(dtype, rtol):
     np.testing.assert_allclose(tiled(predict, plan, image), whole, rtol=rtol, atol=rtol)
 
 
-# The paper's own tiling, for contrast.
+# The tiling of the paper, for contrast
 
 
 def overlap_tiles(predict, image, stride):
-    """Ronneberger et al. (2015), Fig. 2: tiles of 572 -> 388 pixels, set side by side."""
+    """Predicts tiles of 572 -> 388 pixels side by side (Ronneberger et al. 2015, Fig. 2)."""
     result = np.empty((2, *image.shape))
     for y in range(0, image.shape[1], stride):
         for x in range(0, image.shape[2], stride):
@@ -224,7 +224,7 @@ def paper():
     network, image = unet(base_channels=2, depth=4, seed=1), grey((1, 400, 772))
     predict = on_slices(network)
     scores = untiled(predict, network.context, image)
-    with torch.no_grad():  # both classes are half of the image
+    with torch.no_grad():  # makes each class half of the image
         network.head.bias[1] -= np.median(scores[1] - scores[0])
     return predict, image, untiled(predict, network.context, image)
 
@@ -233,7 +233,7 @@ def test_unaligned_step_leaves_seams(paper):
     predict, image, whole = paper
     assert 0.4 < whole.argmax(0).mean() < 0.6
     flips = overlap_tiles(predict, image, 388).argmax(0) != whole.argmax(0)
-    assert not flips[:, :388, :388].any()  # the first tile lies on the step
+    assert not flips[:, :388, :388].any()  # the first tile is on the step
     assert flips.mean() >= 0.01, f"{flips.sum()} of {flips.size} pixels change class"
 
 
@@ -249,11 +249,11 @@ def test_a_plan_refuses_the_papers_stride():
         TilePlan((1, 772, 772), (1, 388, 388), unet(depth=4).context, (1, 388, 388))
 
 
-# What is stored.
+# Stored bytes
 
 
 def stored(network, plan, volume, numbers=None, tta=False):
-    """Probabilities and classes, as a run stores them: uint8, from a volume (c, z, y, x)."""
+    """Returns probabilities and classes as a run stores them: uint8, from a volume (c, z, y, x)."""
     intensity = Intensity((volume.mean(),), (volume.std(),))
     predictor = Predictor(network, plan, intensity, "float32", "cpu", tta)
     arrays = {
@@ -287,17 +287,17 @@ def test_stored_bytes_do_not_depend_on_order_or_repeats(run):
     assert all((first[name] == again[name]).all() for name in first)
 
 
-def test_stored_bytes_of_other_tiles_differ_by_one_at_most(run):
+def test_stored_bytes_of_another_tile_size_differ_by_at_most_one(run):
     network, volume, plan = run
-    few = stored(network, plan, volume)
+    small = stored(network, plan, volume)
     core = (5, 72, 92)
-    one = stored(network, TilePlan(plan.shape, core, plan.context, core), volume)
-    difference = np.abs(few["probabilities"].astype(int) - one["probabilities"])
+    other = stored(network, TilePlan(plan.shape, core, plan.context, core), volume)
+    difference = np.abs(small["probabilities"].astype(int) - other["probabilities"])
     assert difference.max() <= 1 and np.count_nonzero(difference) < 1e-3 * difference.size
-    assert (few["classes"] == one["classes"]).all()
+    assert (small["classes"] == other["classes"]).all()
 
 
-def test_what_is_stored_is_the_networks_softmax(run):
+def test_the_stored_probabilities_are_the_softmax_of_the_network(run):
     network, volume, plan = run
     arrays = stored(network, plan, volume)
     normal = (volume[0] - volume.mean()) / volume.std()
@@ -311,17 +311,17 @@ def test_what_is_stored_is_the_networks_softmax(run):
     assert (arrays["classes"] == exact.argmax(0))[clear].all()
 
 
-# Averaged over the symmetries of the square.
+# Averages over the symmetries of the square
 
 
-def test_averaged_bytes_of_other_tiles_differ_by_one_at_most(run):
+def test_averaged_bytes_of_another_tile_size_differ_by_at_most_one(run):
     network, volume, plan = run
-    few = stored(network, plan, volume, tta=True)
+    small = stored(network, plan, volume, tta=True)
     for core in ((5, 72, 92), (1, 24, 48)):
-        one = stored(network, TilePlan(plan.shape, core, plan.context, core), volume, tta=True)
-        difference = np.abs(few["probabilities"].astype(int) - one["probabilities"])
+        other = stored(network, TilePlan(plan.shape, core, plan.context, core), volume, tta=True)
+        difference = np.abs(small["probabilities"].astype(int) - other["probabilities"])
         assert difference.max() <= 1 and np.count_nonzero(difference) < 1e-3 * difference.size
-        assert (few["classes"] == one["classes"]).all()
+        assert (small["classes"] == other["classes"]).all()
 
 
 def test_averaged_bytes_are_the_mean_of_eight_whole_images(run):
@@ -340,8 +340,8 @@ def test_averaged_bytes_are_the_mean_of_eight_whole_images(run):
     total = 0
     for turns in range(4):
         for mirrored in (False, True):
-            seen = np.rot90(padded, turns, (1, 2))
-            scores = predict(seen[..., ::-1].copy() if mirrored else seen.copy())
+            turned = np.rot90(padded, turns, (1, 2))
+            scores = predict(turned[..., ::-1].copy() if mirrored else turned.copy())
             shares = np.exp(scores) / np.exp(scores).sum(0)
             shares = shares[..., ::-1] if mirrored else shares
             total = total + np.rot90(shares, -turns, (2, 3))

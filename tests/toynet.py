@@ -1,7 +1,7 @@
 """A U-Net in integers: valid convolutions, max-pooling, up-convolutions and skips, all exact.
 
-One channel, numbers modulo a prime instead of ReLU: nothing is rounded and nothing dies out, so
-whatever a tile sees otherwise than the whole image does shows in its output.
+It has one channel, and numbers modulo a prime instead of ReLU. Nothing is rounded or suppressed, so
+any difference between the input of a tile and the whole image changes the output.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ PRIME = 251
 
 
 class ToyNet:
-    """A network of some `levels` (`unet_ray.tiling.tiles.Level`): a function of int64 (z, y, x)."""
+    """A network with the given `levels` (`unet_ray.tiling.tiles.Level`), for int64 (z, y, x)."""
 
     def __init__(self, levels, seed=0):
         rng = np.random.default_rng(seed)
@@ -23,7 +23,7 @@ class ToyNet:
         self._up = [rng.integers(1, PRIME, v.pool) for v in levels]
 
     def __call__(self, voxels):
-        """What the valid convolutions leave of `voxels`; ValueError if the sizes do not fit."""
+        """Returns the output of valid convolutions; raises ValueError if sizes do not fit."""
         return self._from(0, voxels)
 
     def _from(self, level, x):
@@ -53,7 +53,7 @@ def pooled(x, widths):
 
 
 def middle(x, shape):
-    excess = [have - want for have, want in zip(x.shape, shape, strict=True)]
+    excess = [size - target for size, target in zip(x.shape, shape, strict=True)]
     if any(n < 0 or n % 2 for n in excess):
-        raise ValueError(f"{shape} has no place in the middle of {x.shape}")
-    return x[tuple(slice(n // 2, n // 2 + want) for n, want in zip(excess, shape, strict=True))]
+        raise ValueError(f"{shape} does not fit into the middle of {x.shape}")
+    return x[tuple(slice(n // 2, n // 2 + size) for n, size in zip(excess, shape, strict=True))]
