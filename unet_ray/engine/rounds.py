@@ -29,7 +29,7 @@ from unet_ray.storage.places import Place, remove_partial
 from unet_ray.tiling.tiles import TilePlan
 
 BITS_PER_STEP = 1 << 16  # tiles whose numbers are in memory at once
-STORED_ERRORS = 100  # failures whose messages are in memory; the event log has all of them
+ERRORS_IN_MEMORY = 100  # given-up tiles whose messages are in memory; the event log has all
 
 
 Tries = Generator[tuple[Receipt, bool], None, None]
@@ -70,7 +70,7 @@ def tries(
     workers: int | None = None,
     most: int = TRIES,
 ) -> Tries:
-    """Tries the tiles of a stage, and retries those that fail after all others.
+    """Tries the tiles of a stage. Failed tiles are retried after all others, or alone.
 
     Args:
         stage: the work.
@@ -222,7 +222,7 @@ class Rounds:
         self._log.add(event, stage=self._stage.name, **facts)
 
     def _commit_marked(self) -> None:
-        """Commits tiles that workers of earlier runs finished after their driver had ended."""
+        """Commits tiles that workers of earlier runs finished, but no driver recorded."""
         with suppress(OSError):  # unreadable marks: the tiles are recomputed
             for tile in tiles_done(self._marks, since=self._ledger.born):
                 if tile not in self._ledger:
@@ -270,7 +270,7 @@ class Rounds:
             return
         self._ledger.quarantine(tile)
         self._add("quarantined", tile=tile, box=box, error=error)
-        self._given_up[tile] = error if len(self._given_up) < STORED_ERRORS else ""
+        self._given_up[tile] = error if len(self._given_up) < ERRORS_IN_MEMORY else ""
         self._show()
 
     def _show(self, **changed: int) -> None:
