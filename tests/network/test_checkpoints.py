@@ -187,7 +187,8 @@ def test_the_code_in_a_pickle_is_never_run(tmp_path, write):
 
 def test_a_missing_file_is_reported_as_missing(tmp_path):
     assert "no such model file" in refusal(tmp_path / "model.safetensors")
-    assert "no such model file" in refusal(tmp_path)  # a folder
+    with pytest.raises(InputError, match="no such model file"):
+        read_model(tmp_path)  # a folder without a model
 
 
 def test_a_file_truncated_anywhere_is_reported_as_truncated(path):

@@ -1,5 +1,6 @@
 """Held-out slices: their selection, their scores, and the effect of scores on a run."""
 
+import itertools
 import json
 
 import numpy as np
@@ -143,18 +144,26 @@ def test_validation_does_not_change_the_training(files, tmp_path, monkeypatch):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def scored(scores):
+    """A validation that takes its IoU from an iterator."""
+
+    def call(self, network):
+        predictions = [np.zeros((1, *each.targets.shape), np.uint8) for each in self._held_out]
+        return {"iou": next(scores)}, predictions
+
+    return call
+
+
 def test_patience_ends_a_run_that_does_not_improve(files, tmp_path, monkeypatch):
     scores = iter([0.3, 0.5, 0.4, 0.45, 0.9])
-    monkeypatch.setattr(
-        validation.Validator, "__call__", lambda self, network: {"iou": next(scores)}
-    )
+    monkeypatch.setattr(validation.Validator, "__call__", scored(scores))
     model = run(files, tmp_path / "run", val="4:6", best_by="iou", patience=2)
     assert [v["validation"]["iou"] for v in validations(tmp_path / "run")] == [0.3, 0.5, 0.4, 0.45]
     assert read_tensors(model)[1]["training"]["steps"] == 8
 
 
 def test_a_run_interrupted_when_patience_ended_does_not_train_on(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(validation.Validator, "__call__", lambda self, network: {"iou": 0.5})
+    monkeypatch.setattr(validation.Validator, "__call__", scored(itertools.repeat(0.5)))
     chosen = {"val": "4:6", "best_by": "iou", "patience": 2}
 
     def stop(measure):
@@ -205,7 +214,7 @@ def test_cells_are_scored_slice_by_slice(monkeypatch):
     validator = Validator([slices], 2, None, "float32", "cpu")
     stored = np.where(cells != 0, 255, 0).astype(np.uint8)[None]
     monkeypatch.setattr(validator, "_predict", lambda network, held_out: stored)
-    assert validator(UNet(1, 2, 2, 1)) == {"dice": 1.0, "iou": 1.0, "seg": 1.0, "ap50": 1.0}
+    assert validator(UNet(1, 2, 2, 1))[0] == {"dice": 1.0, "iou": 1.0, "seg": 1.0, "ap50": 1.0}
     assert ndimage.label(stored[0, 0])[1] == 2
 
 

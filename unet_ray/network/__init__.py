@@ -1,4 +1,4 @@
 """The U-Net: its layers, its arithmetic, its model file, and the prediction of one tile.
 
-Handles tensors and their cost in time and memory. Independent of volume files and of Ray.
+Knows tensors and their cost in time and memory. Does not know volume files or Ray.
 """

@@ -54,7 +54,10 @@ def about_store(path: Place, truth: PathOrUrl | None) -> Facts:
     log = read_log(path / EVENTS, result.plan)
     boxes = windows(result)
     images, no_image = image_windows(result, log, boxes)
-    painted = _rarer(result, boxes)
+    classes = [result.classes(box)[0] for box in boxes]
+    # The class that covers less of the windows is painted over the image.
+    share = np.mean([(each != 0).mean() for each in classes]) if classes else 0.0
+    painted = share <= 0.5
     plan, counts = result.plan, result.plan.counts
     maps, bar, grouped = charts.tile_maps(
         log.seconds.reshape(counts), result.done.reshape(counts), plan.shape, plan.core, LARGEST_MAP
@@ -71,8 +74,8 @@ def about_store(path: Place, truth: PathOrUrl | None) -> Facts:
         "log": log,
         "no_image": no_image,
         "slices": [
-            _slice(result, box, image, truth_volume, painted)
-            for box, image in zip(boxes, images, strict=True)
+            _slice(result, box, each, image, truth_volume, bool(painted))
+            for box, each, image in zip(boxes, classes, images, strict=True)
         ],
         "probability_bar": Markup(charts.colour_bar("Probability", (0.0, 1.0), "")),
         "truth": place_of(truth_volume.path) if truth_volume else None,
@@ -84,17 +87,16 @@ def about_store(path: Place, truth: PathOrUrl | None) -> Facts:
     }
 
 
-def _rarer(result: Result, boxes: Sequence[Box]) -> bool:
-    """Whether the classes above 0 are painted: those that cover less than half of the windows."""
-    shares = [(result.classes(box) != 0).mean() for box in boxes]
-    return bool(np.mean(shares) <= 0.5) if shares else True
-
-
 def _slice(
-    result: Result, box: Box, image: Picture | None, truth: Volume | None, painted: bool
+    result: Result,
+    box: Box,
+    classes: NDArray[Any],
+    image: Picture | None,
+    truth: Volume | None,
+    painted: bool,
 ) -> Facts:
     """The panels of one slice; voxels that are not computed are hatched."""
-    computed, classes = result.computed(box)[0], result.classes(box)[0]
+    computed = result.computed(box)[0]
     grey = np.zeros(classes.shape, np.uint8) if image is None else few_greys(image, OVERLAY_GREYS)
     border = None if truth is None else _objects_of(truth.read(box)[0, 0], result.class_values)
     panels = {"prediction": overlay(grey, (classes != 0) == painted, border)}

@@ -269,10 +269,7 @@ def _side_by_side(predicted: _Opened, true: _Opened) -> tuple[Stack, str]:
                 note = f"Slices are compared in order: {pair[0]} with {pair[1]}, ..."
                 return predicted.stack(), note
         return predicted.stack(), ""
-    try:
-        planes = slices_by_number(results, truths)
-    except InputError as error:
-        raise InputError(f"{predicted.path} and {true.path}: {error}") from None
+    planes = slices_by_number(predicted.volume, true.volume)
     if planes is None:
         return predicted.stack(), ""
     note = f"{len(truths)} of {len(results)} slices have a truth, paired by their numbers."

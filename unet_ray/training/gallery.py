@@ -70,7 +70,7 @@ def _step_of(name: str) -> int:
 
 
 def _tensor(array: NDArray[np.generic]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
+    return torch.from_numpy(array.copy())  # windows of one array may overlap
 
 
 def _windows(prefix: str, held_out: HeldOut, box: Box) -> dict[str, Tensor]:

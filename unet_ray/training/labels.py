@@ -398,13 +398,10 @@ def _open_pair(image: Any, label: Any) -> _Pair:
 
 def _labelled_planes(image: Volume, truth: Volume) -> Sequence[int]:
     """Returns the slices of the image that have labels; of two folders, paired by number."""
-    names, numbered = image.slice_files(), truth.slice_files()
-    if not numbered or len(names) <= len(numbered):
-        return range(image.shape[1])
-    try:
-        return slices_by_number(names, numbered) or range(image.shape[1])
-    except InputError as error:
-        raise InputError(f"{image.path} and {truth.path}: {error}") from None
+    folders = image.slice_files() and truth.slice_files()
+    if folders and image.shape[1] > truth.shape[1]:
+        return slices_by_number(image, truth) or range(image.shape[1])
+    return range(image.shape[1])
 
 
 def _format_shape(shape: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
 """Input volumes as arrays (c, z, y, x) read by windows; intensities, masks and phantoms.
 
-Handles the file formats of other tools. Independent of networks, segmentation runs and results.
+Knows the file formats of other tools. Does not know networks, segmentation runs or results.
 """

@@ -116,22 +116,23 @@ def _natural(name: str) -> tuple[list[int | str], str]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
-def slices_by_number(names: Sequence[str], numbered: Sequence[str]) -> list[int] | None:
+def slices_by_number(larger: Volume, other: Volume) -> list[int] | None:
     """Pairs the slices of two folders by the last number in the names of their files.
 
     A sequence of the Cell Tracking Challenge has many frames (t000.tif, ...) and truth for a few of
     them (man_seg021.tif, ...).
 
     Args:
-        names: files of the larger folder, in order.
-        numbered: files of the other folder.
+        larger: the folder with more slices.
+        other: the folder with fewer slices.
 
     Returns:
-        The index in `names` of each file of `numbered`; None if numbers are missing or not unique.
+        The slice of `larger` for each slice of `other`; None if numbers are missing or not unique.
 
     Raises:
-        InputError: if `names` lacks a number; names the file of `numbered`.
+        InputError: if `larger` lacks the number of a slice; names its file.
     """
+    names, numbered = larger.slice_files(), other.slice_files()
     index = {last_number(name): n for n, name in enumerate(names)}
     unique = len(index) == len(names) and len({*map(last_number, numbered)}) == len(numbered)
     if not unique or None in index:
@@ -139,8 +140,8 @@ def slices_by_number(names: Sequence[str], numbered: Sequence[str]) -> list[int]
     for name in numbered:
         if last_number(name) not in index:
             raise InputError(
-                f"no slice has the number of {name}; slices of folders of different length are "
-                "paired by the last number in their names."
+                f"{larger.path}: has no slice with the number of {name} in {other.path}; slices "
+                "of folders of different length are paired by the last number in their names."
             )
     return [index[last_number(name)] for name in numbered]
 
