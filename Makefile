@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+DOCS_VENV ?= $(VENV)-docs
 
 PINS := .ci/versions.txt
 STAMP := $(VENV)/.unet-ray
@@ -11,7 +12,7 @@ RUN := $(VENV)/bin/python -m
 export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench check clean
+.PHONY: help demo test test-slow bench check docs clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,14 @@ check: $(STAMP) ## lint, formatting and types
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(RUN) mypy
+
+# Its pins differ from those of the tests, so it has an environment of its own.
+docs: override VENV := $(DOCS_VENV)
+docs: ## build the site of the documentation in build/site
+	@$(VENV)/bin/python -c 'import mkdocs, material, mkdocs_jupyter' 2>/dev/null || { \
+		{ [ -x $(VENV)/bin/python ] || ( $(MAKE_VENV) ); } && \
+		$(VENV)/bin/python -m pip install --quiet -r .ci/docs-versions.txt; }
+	$(VENV)/bin/python -m mkdocs build --strict -f .github/mkdocs.yml
 
 clean: ## remove what the targets above made in this folder, except the environment
 	rm -rf demo build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -150,8 +150,8 @@ def test_the_visible_top_level_is_what_the_design_names():
     assert {name for name in top if not name.startswith(".")} == set(VISIBLE.split())
 
 
-def test_the_readme_tree_names_every_subpackage_in_order_and_every_top_module():
-    text = (ROOT / "README.md").read_text()
+def test_the_tree_for_contributors_names_every_subpackage_in_order_and_every_top_module():
+    text = (ROOT / ".github/CONTRIBUTING.md").read_text()
     tree = text[text.index("    unet_ray/\n") : text.index("    jobs/  ")]
     assert re.findall(r"^      (\w+)/ ", tree, re.M) == LAYERS[1:]
     modules = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}

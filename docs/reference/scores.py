@@ -1,4 +1,4 @@
-"""Makes the figure of scores.md and prints its table: python docs/scores.py."""
+"""Makes the figure of scores.md and prints its table: python docs/reference/scores.py."""
 
 from pathlib import Path
 
