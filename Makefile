@@ -46,7 +46,7 @@ docs: ## build the site of the documentation in build/site
 	@$(VENV)/bin/python -c 'import mkdocs, material, mkdocs_jupyter' 2>/dev/null || { \
 		{ [ -x $(VENV)/bin/python ] || ( $(MAKE_VENV) ); } && \
 		$(VENV)/bin/python -m pip install --quiet -r .ci/docs-versions.txt; }
-	$(VENV)/bin/python -m mkdocs build --strict -f .github/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict -f .github/mkdocs.yml
 
 clean: ## remove what the targets above made in this folder, except the environment
 	rm -rf demo build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

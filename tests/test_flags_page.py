@@ -18,8 +18,7 @@ ROW = re.compile(r"^\| `([^`]+)` \|[^|]*\| ([^|]+) \| (.+) \|$", re.MULTILINE)
 def verbs_on_the_page():
     """The rows of each table, (flag, default, sentence), by verb."""
     _, *parts = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)
-    rows = {part.split("\n", 1)[0]: ROW.findall(part.replace("\\|", "/")) for part in parts}
-    return {verb: [(flag.replace("/", "|"), *rest) for flag, *rest in rows[verb]] for verb in rows}
+    return {part.split("\n", 1)[0]: ROW.findall(part) for part in parts}
 
 
 def written(value):
@@ -53,7 +52,10 @@ def default_of(verb, parameter):
 
 
 def name_of(parameter):
-    return parameter.metavar if isinstance(parameter, click.Argument) else parameter.opts[0]
+    """The flag, or the name of an argument; a vertical bar would end the cell of a table."""
+    if isinstance(parameter, click.Argument):
+        return parameter.metavar.replace("|", " or ")
+    return parameter.opts[0]
 
 
 def test_the_page_has_every_verb():
