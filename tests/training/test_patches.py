@@ -235,7 +235,7 @@ BAD_LABELS = {
     "another shape": (GOOD[:, :39], ["image.tif", "labels.tif", "2 x 40 x 40", "2 x 39 x 40"]),
     "fewer slices": (GOOD[:1], ["image.tif", "labels.tif", "2 x 40 x 40", "1 x 40 x 40"]),
     "one class": (np.full_like(GOOD, 255), ["labels.tif", "255", "two"]),
-    "33 values": (np.arange(GOOD.size).reshape(GOOD.shape).astype(np.uint16) // 97, ["33", "32"]),
+    "36 values": (np.arange(GOOD.size).reshape(GOOD.shape).astype(np.uint16) // 90, ["36", "32"]),
     "floats": (GOOD / np.float32(255), ["labels.tif", "float32"]),
 }
 
