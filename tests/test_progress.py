@@ -1,10 +1,15 @@
 """The displayed pace: that of the last minute, not of an hour ago."""
 
 import math
+import os
+import subprocess
+import sys
+from contextlib import suppress
 
 import pytest
 
-from unet_ray.progress import Pace
+from unet_ray import progress
+from unet_ray.progress import Pace, ProgressBar
 from unet_ray.units import format_seconds
 
 
@@ -54,3 +59,79 @@ def test_tiles_that_end_at_nearly_the_same_time_are_one_round(workers, start):
 
 def test_the_stored_history_is_short():
     assert len(paced(*[0.5] * 1000)._seen) <= 123
+
+
+def test_a_log_has_a_line_at_the_start_and_at_the_end(capsys):
+    with ProgressBar("work") as bar:
+        for step in range(5):
+            bar.show(step / 4, f"{step} of 4")
+    assert capsys.readouterr().err == "work: 0 of 4\nwork: 4 of 4\n"
+    with ProgressBar("work", quiet=True) as bar:
+        bar.show(1, "4 of 4")
+        bar.say("a line")
+        bar.show_table([("a", "b")])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_table_repeats_no_name(capsys):
+    ProgressBar("work").show_table([("images", "a.tif"), ("images", "b.tif"), ("patch", "380")])
+    lines = [line.split() for line in capsys.readouterr().err.splitlines()]
+    assert lines == [["images", "a.tif"], ["b.tif"], ["patch", "380"]]
+
+
+TERMINAL = """
+import sys, time
+from unet_ray.progress import ProgressBar
+with ProgressBar("volume.tif") as bar:
+    bar.show(0.25, "1/4 tiles")
+    time.sleep(0.5)  # it is drawn ten times a second
+    bar.say("a line that stays")
+    if sys.argv[1] == "fails":
+        raise SystemExit(3)
+    bar.show(1.0, "4/4 tiles")
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("ends", 0), ("fails", 3)])
+def test_a_terminal_shows_a_bar_and_gets_its_cursor_back(how, code):
+    pty = pytest.importorskip("pty", reason="needs a Unix terminal")
+    leader, follower = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", TERMINAL, how], stderr=follower, text=True)
+    os.close(follower)
+    shown = b""
+    with suppress(OSError):  # Linux raises it at the end
+        while part := os.read(leader, 4096):
+            shown += part
+    os.close(leader)
+    assert process.wait(60) == code
+    text = shown.decode()
+    assert "volume.tif" in text and "1/4 tiles" in text and "a line that stays" in text
+    assert ("4/4 tiles" in text) == (how == "ends")
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is visible again
+
+
+class Notebook:
+    """Stands for IPython in a kernel."""
+
+    def __init__(self):
+        self.shown = []
+
+    def get_ipython(self):
+        return type("ZMQInteractiveShell", (), {})()
+
+    def display(self, bar, display_id):
+        self.shown.append(bar._repr_html_())
+        return type("Handle", (), {"update": lambda _, bar: self.shown.append(bar._repr_html_())})()
+
+
+def test_a_notebook_shows_one_live_bar(monkeypatch, capsys):
+    notebook = Notebook()
+    monkeypatch.setitem(sys.modules, "IPython", notebook)
+    monkeypatch.setitem(sys.modules, "IPython.display", notebook)
+    monkeypatch.setattr(progress, "NOTEBOOK_SECONDS", 0.0)
+    with ProgressBar("<volume>") as bar:
+        bar.show(0.5, "1/2 tiles")
+        bar.show(1.0, "2/2 tiles")
+    assert [text.count("<progress value='") for text in notebook.shown] == [1, 1]
+    assert "&lt;volume&gt;" in notebook.shown[0] and "2/2 tiles" in notebook.shown[1]
+    assert capsys.readouterr().err == ""
