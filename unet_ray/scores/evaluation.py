@@ -6,13 +6,16 @@ Independent of how a score is computed (metrics.py).
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
 
 from unet_ray.errors import InputError
 from unet_ray.scores.overlaps import Overlaps
@@ -41,6 +44,7 @@ Kind = Literal["isbi", "instances", "classes"]
 # The output of a store that each kind of score needs; probabilities p are stored as 255 p.
 STORED: dict[str, str] = {"isbi": "probabilities", "instances": "instances", "classes": "classes"}
 LARGEST_CLASS = 31
+LONGEST_LINE = 400  # characters; a table of many scores is wide
 REUSED_IDS = 0.5  # share of ids on two slices that do not overlap
 WHITES = (1, 255, 65535)
 
@@ -88,31 +92,38 @@ class Evaluation:
 
     def table(self) -> str:
         """The scores as text, one per line, then one line per slice if requested."""
-        lines = [f"{'':22}{'score':>10}  {'at':3}  best  meaning"]
+        table = _table("", "score", "at", "best", "meaning", right=(1, 3))
         for name, score in self.scores.items():
             threshold = "" if score.threshold is None else f"{score.threshold:.1f}"
             best, meaning = MEANINGS[name]
-            value = _number(score.value)
-            lines.append(f"{name:22}{value:>10}  {threshold:3}  {best:>4}  {meaning}")
-            if isinstance(score, ClassScore):
-                lines += [f"  {self._class(k):<20}{_number(v):>10}" for k, v in score.classes]
-        return "\n".join(lines + self._slice_lines())
+            table.add_row(name, _number(score.value), threshold, str(best), meaning)
+            for number, value in getattr(score, "classes", ()):
+                table.add_row(f"  {self._class(number)}", _number(value), "", "", "")
+        columns = {name: score.slices for name, score in self.scores.items() if score.slices}
+        if not columns:
+            return _text(table)
+        by_slice = _table("slice", *columns, right=range(1, len(columns) + 1))
+        for z, row in enumerate(zip(*columns.values(), strict=True)):
+            by_slice.add_row(str(z), *map(_number, row))
+        return f"{_text(table)}\n\n{_text(by_slice)}"
 
     def _class(self, number: int) -> str:
         label = f" (label {self.labels[number]})" if number < len(self.labels) else ""
         return f"class {number}{label}"
 
-    def _slice_lines(self) -> list[str]:
-        columns = {name: score.slices for name, score in self.scores.items() if score.slices}
-        if not columns:
-            return []
-        widths = [max(10, len(name) + 2) for name in columns]
-        head = "".join(f"{name:>{w}}" for name, w in zip(columns, widths, strict=True))
-        rows = zip(*columns.values(), strict=True)
-        return ["", f"slice {head}"] + [
-            f"{z:<6}" + "".join(f"{_number(v):>{w}}" for v, w in zip(row, widths, strict=True))
-            for z, row in enumerate(rows)
-        ]
+
+def _table(*columns: str, right: Iterable[int]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number in right else "left", no_wrap=True)
+    return table
+
+
+def _text(table: Table) -> str:
+    console = Console(file=io.StringIO(), width=LONGEST_LINE, color_system=None)
+    with console.capture() as captured:
+        console.print(table, markup=False)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def _or_none(value: float) -> float | None:
