@@ -3,7 +3,7 @@
 The blocks of a page are run in order, in one scratch folder that holds the files of `FILES`:
 
 - ```bash and ```python are run, and must succeed;
-- ```sh needs a cluster or an account and is not run; ```text and ```yaml are output and files;
+- ```sh and ```py are not run: they need a cluster, an account or a display; ```text is output;
 - `SHORTER` lists what is replaced before a block is run, so that a page takes seconds.
 """
 
@@ -31,7 +31,6 @@ IN_ENGLISH = [page for page in PAGES if not page.stem.endswith(".zh")]
 SHORTER = {
     "--steps 400": "--steps 2 --patch 204",
     "--steps 1000": "--steps 2 --patch 204",
-    "--minutes 10": "--steps 2 --patch 204",
     "steps=400": "steps=10",
 }
 
