@@ -82,7 +82,7 @@ FILES = {
     "how-to/napari-and-fiji.md": first_run,
 }
 REAL = {"tutorials/membranes.md", "tutorials/cells.md"}
-FAST = {"how-to/label-your-images.md"}
+FAST = {"how-to/label-your-images.md", "how-to/napari-and-fiji.md"}
 
 
 # Blocks
@@ -146,6 +146,7 @@ def test_the_commands_of_object_stores_run_on_a_bucket(tmp_path, bucket):
     assert any(key.endswith("volume-segmented.zarr/zarr.json") for key in bucket.objects)
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_commands_of_clusters_run_on_this_machine(tmp_path):
@@ -163,7 +164,6 @@ def cells_of(notebook, kind):
     return [cell for cell in every if cell["cell_type"] == kind]
 
 
-@pytest.mark.slow
 def test_the_cells_of_the_notebook_run(tmp_path):
     code = "\n".join("".join(cell["source"]) for cell in cells_of(NOTEBOOK, "code"))
     run(shortened(code), "python", tmp_path)
