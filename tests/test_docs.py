@@ -176,7 +176,7 @@ def test_the_notebook_holds_its_outputs_and_is_small():
     assert outputs and not any(output["output_type"] == "error" for output in outputs)
     text = NOTEBOOK.read_text()
     assert len(text) < 500_000
-    assert not re.search(r"/home/|/work/|/tmp/", text), "no path of the machine that ran it"
+    assert not re.search(r"/(home|root|Users)/", text), "no path of the machine that ran it"
 
 
 # Links
