@@ -94,11 +94,11 @@ def test_the_overview_shows_every_verb_with_all_its_flags_and_an_example(unet_ra
     assert (code, err) == (0, "")
     for verb in VERBS:
         assert f"Example: unet-ray {verb} " in out
-        *_, flags = re.split(rf"^  unet-ray {verb} ", out, flags=re.M)
-        shown = flags_in(flags.split("Example:")[0])
-        assert shown == {o for p in cli.app.commands[verb].params for o in p.opts if "-" in o} | {
-            "--help"
-        }
+        *_, text = re.split(rf"^  unet-ray {verb} ", out, flags=re.M)
+        shown = flags_in(text.split("Example:")[0])
+        assert shown == {
+            o for p in cli.app.commands[verb].params for o in p.opts if o.startswith("--")
+        } | {"--help"}
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -170,7 +170,10 @@ def test_train_gives_the_path_of_the_model(unet_ray, files):
     code, out, err = unet_ray(*train(files))
     assert (code, out) == (0, f"{files / 'run' / 'model.safetensors'}\n")
     report = files / "run" / "report.html"
-    first, last = err.splitlines()
+    *table, first, last = err.splitlines()
+    assert [line.split()[0] for line in table] == [
+        *("images", "labels", "classes", "held", "network", "patch", "workers", "steps")
+    ]
     assert re.fullmatch(r"train: step 3, loss \d\.\d+, [\d.]+ steps/s, 0 s left", first)
     assert last == f"report: {report}" and report.is_file()
     network, header = read_model(files / "run" / "model.safetensors")
@@ -189,7 +192,7 @@ def test_a_finished_training_says_so(unet_ray, files):
     before = state_of(files)
     code, out, err = unet_ray(*train(files))
     assert (code, out) == (0, f"{files / 'run' / 'model.safetensors'}\n")
-    assert err == "already trained; nothing to do.\n"
+    assert err == f"{files / 'run'}: training is finished; nothing to do.\n"
     assert state_of(files) == before
 
 
@@ -210,7 +213,7 @@ def trained(monkeypatch):
     """What training would be called with, instead of training."""
     calls = []
 
-    def train(images, labels, out, recipe, engine, workers, watch, takeover):
+    def train(images, labels, out, recipe, engine, workers, watch, **more):
         calls.append((images, labels, out, recipe, engine, workers))
         return Path(out) / "model.safetensors"
 
@@ -311,7 +314,7 @@ def test_segment_gives_the_path_of_the_store_and_says_what_it_does(unet_ray, fil
 
 def test_a_tile_that_is_fitted_is_told(unet_ray, files):
     err = unet_ray(*segment(files, "--tile", "99,15,999"))[2]
-    assert "tile 99,15,999 fitted to the network and the volume: 2,16,44" in err
+    assert "tile 99,15,999 does not fit the network and the volume; 2,16,44 is used." in err
 
 
 def test_a_finished_segmentation_says_so(unet_ray, files):
@@ -319,7 +322,7 @@ def test_a_finished_segmentation_says_so(unet_ray, files):
     before = bytes_of(files / "out.zarr")
     code, out, err = unet_ray(*segment(files))
     assert (code, out) == (0, f"{files / 'out.zarr'}\n")
-    assert "out.zarr: already finished; nothing to do." in err
+    assert "out.zarr: is finished; nothing to do." in err
     assert bytes_of(files / "out.zarr") == before
 
 
@@ -724,7 +727,7 @@ def test_a_range_of_workers_is_passed_on(unet_ray, files, trained):
 
 
 def test_three_dimensions_are_not_built_yet(unet_ray, files):
-    refused(unet_ray, files, train(files, "--dims", "3"), "dims=3 is not built yet", "--dims 2")
+    refused(unet_ray, files, train(files, "--dims", "3"), "dims=3 is not built", "--dims 2")
 
 
 def broken_file(files, kind):
@@ -998,12 +1001,12 @@ def test_ctrl_c_keeps_what_was_committed_and_a_rerun_finishes(unet_ray, files):
         started.send_signal(signal.SIGINT)
         out, err = started.communicate(timeout=RUN_SECONDS)
     assert (started.returncode, out) == (130, "")
-    assert err.splitlines()[-1].startswith("unet-ray: interrupted; ")
+    assert err.splitlines()[-1].startswith("unet-ray: Interrupted. ")
     assert "Traceback" not in err
     assert 30 <= committed(ledger, 256).sum() < 256
     code, out, err = unet_ray(*args)
     assert (code, out) == (0, f"{files / 'out.zarr'}\n")
-    assert "going on with out.zarr" in err and "256/256 tiles" in err
+    assert "resuming out.zarr" in err and "256/256 tiles" in err
     assert committed(ledger, 256).all()
 
 
@@ -1015,7 +1018,7 @@ def test_ctrl_c_ends_training(files):
         started.send_signal(signal.SIGINT)
         out, err = started.communicate(timeout=RUN_SECONDS)
     assert (started.returncode, out) == (130, "")
-    assert err.splitlines()[-1].startswith("unet-ray: interrupted; ")
+    assert err.splitlines()[-1].startswith("unet-ray: Interrupted. ")
     assert "Traceback" not in err
 
 

@@ -53,7 +53,7 @@ def test_one_worker_of_ray_trains_the_same_model_as_the_local_engine(files, tmp_
     assert [m.step for m in reports] == [m["step"] for m in measures(tmp_path / "ray")] == [10, 12]
     stored = sorted(path.name for path in (tmp_path / "ray" / "checkpoints").iterdir())
     steps = [f"step-{n:09d}.safetensors" for n in (0, 12)]
-    assert stored == [".lock", *steps]  # and no files of Ray
+    assert stored == [".lease.lock", "lease.json", *steps]  # and no files of Ray
     monkeypatch.setattr(cluster, "usable_cores", lambda: 2)  # the number of CPUs of that Ray
     local = train([files[0]], [files[1]], tmp_path / "local", recipe())
     assert model_content(model) == model_content(local)

@@ -401,16 +401,15 @@ def segment(
     quarantined = None
     for run in prepare_all(inputs, model, out, settings):
         request = wanted_tiles(run, settings)
-        if run.resumed and not pending_tiles(run, request).any():
-            overlap = request.tiles.any()
-            why = "is finished" if overlap else "region and mask have no tile in common"
-            say(f"{run.out.name}: {why}; nothing to do.")
-            click.echo(run.out)
-            continue
-        _announce(run, settings)
+        if not run.resumed or pending_tiles(run, request).any():
+            _announce(run, settings)
         try:
             with TilesBar(Path(run.volume.path).name, quiet) as watch:
-                execute(run, settings, watch)
+                tiles = execute(run, settings, watch)
+            if not tiles:
+                overlap = request.tiles.any()
+                why = "is finished" if overlap else "region and mask have no tile in common"
+                say(f"{run.out.name}: {why}; nothing to do.")
         except QuarantinedError as error:  # reported at once, since other inputs follow
             say(f"unet-ray: {error}")
             quarantined = error

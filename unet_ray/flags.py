@@ -67,7 +67,7 @@ class Verb(click.Command):
         except click.MissingParameter:
             given, _, _ = self.make_parser(ctx).parse_args(list(args))
             given |= ctx.default_map or {}
-            missing = [p for p in self.params if p.required and not given.get(p.name or "")]
+            missing = [p for p in self.params if p.required and not _is_set(given, p)]
             if len(missing) < 2:
                 raise
             names = ", ".join(_name(parameter, ctx) for parameter in missing)
@@ -108,6 +108,12 @@ def _spread(args: Sequence[str], many: set[str]) -> list[str]:
         else:
             spread.append(arg)
     return spread
+
+
+def _is_set(given: dict[str, Any], parameter: click.Parameter) -> bool:
+    """Whether a parameter has a value; click marks a missing one with an object of its own."""
+    value = given.get(parameter.name or "")
+    return isinstance(value, str | int | float | list | tuple) and value != ()
 
 
 def _name(parameter: click.Parameter, ctx: click.Context) -> str:

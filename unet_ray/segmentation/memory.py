@@ -75,7 +75,8 @@ class WorkerMemory:
         transient = passes * max(self.forward, self.copy) + (threads - passes) * self.copy
         live = self.weights + threads * self.tile + transient
         allocated = SCRATCH_BYTES + int(ALLOCATOR_FACTOR * live)
-        return self.process + self.index + max(self.load, allocated)
+        # Memory that is freed after loading is kept, but its pieces may not fit the first passes.
+        return self.process + self.index + max(self.load + transient, allocated)
 
     def helper(self, tiles: int) -> int:
         """Bytes of a process that only reads or writes, with `tiles` tiles per batch."""
