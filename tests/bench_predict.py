@@ -18,9 +18,9 @@ import numpy as np
 
 from tests.helper import noise, random_model
 
-ROUNDS = 5
+ROUNDS = 3
 EXTENT = 512
-CHANNELS = 32
+CHANNELS = 64
 
 
 def cpu():

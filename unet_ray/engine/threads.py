@@ -22,6 +22,7 @@ from unet_ray.errors import RunError
 Receipts = Generator[Receipt, None, None]
 # Wait at most this long for tiles in flight when the caller stops early.
 GRACE_SECONDS = 5.0
+JOIN_SECONDS = 5.0  # longest wait for an idle thread to end
 THREAD = "tile"  # the name of every thread that a tile may keep busy
 
 
@@ -88,7 +89,16 @@ class _TileThread:
     def __init__(self, try_one: Callable[[int], Receipt], ended: SimpleQueue[Any]) -> None:
         self._try, self._ended = try_one, ended
         self._tiles: SimpleQueue[int | None] = SimpleQueue()
-        threading.Thread(target=self._work, name=THREAD, daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Ends the idle thread and waits for it.
+
+        Python aborts the process if a thread of torch is still ending as the interpreter exits.
+        """
+        self._tiles.put(None)
+        self._thread.join(JOIN_SECONDS)
 
     def take(self, tile: int | None) -> None:
         """Queues a tile, or ends the thread after the current one with None."""
@@ -140,8 +150,10 @@ class _ParallelRun:
                 self._wait(left)
             raise
         finally:
-            for thread in [*self._idle, *self._busy, *self._overdue]:
+            for thread in [*self._busy, *self._overdue]:
                 thread.take(None)
+            for thread in self._idle:
+                thread.end()
 
     def _start_tiles(self) -> bool:
         """Starts a tile on every free thread. Returns whether any thread is busy."""
