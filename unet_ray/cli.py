@@ -526,7 +526,7 @@ def _refuse_image_name(out: str) -> None:
 
 
 def _refuse_json(file: Path, inputs: Sequence[str]) -> None:
-    """Refuses to write scores where no file can be, or in place of what is scored."""
+    """Refuses a path for scores that cannot be a file, or that is in a scored folder."""
     refuse_below_file(file)
     if file.is_dir():
         raise InputError(f"json={str(file)!r} is a folder; name a file in it, as in scores.json.")

@@ -13,7 +13,7 @@ SEEDS = [(20, 25), (22, 95), (60, 60), (100, 20), (105, 75), (70, 115)]
 
 
 def cells_of(seeds: list[tuple[int, int]], thickness: int) -> np.ndarray:
-    """Cells (True) around seeds, with membranes so many pixels thick between them."""
+    """Cells (True) around seeds, with membranes of the given thickness in pixels between them."""
     y, x = np.mgrid[:SIZE, :SIZE]
     away = np.sort([np.hypot(y - a, x - b) for a, b in seeds], axis=0)
     return away[1] - away[0] > thickness

@@ -76,7 +76,7 @@ def train(
         watch: called with each measure.
         checkpoint_seconds: time between two checkpoints; does not affect the result.
         takeover: take `out` over from another training run that is writing to it.
-        announce: called once before the first step, with a table of what is trained.
+        announce: called once before the first step, with a table of data, network and limits.
         any_classes: accept label values as classes even if they look like cell numbers.
 
     Returns:
