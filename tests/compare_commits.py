@@ -73,8 +73,8 @@ def results_of(tree: Path, inputs: Path, out: Path) -> dict[str, str]:
         "plan": json.dumps({name: plan[name] for name in sorted(plan) if "second" not in name
                             and "estimate" not in name and "free" not in name}),
         "verify": run("verify local.zarr --tiles 2").split(" recomputed")[0],
-        "evaluate": run(f"evaluate truth.zarr {inputs}/labels.tif --as classes"),
-        "isbi": run(f"evaluate truth.zarr {inputs}/labels.tif --as isbi"),
+        "evaluate": run(f"evaluate truth.zarr {inputs}/labels.tif --as classes --json -"),
+        "isbi": run(f"evaluate truth.zarr {inputs}/labels.tif --as isbi --json -"),
         model: hashlib.sha256((out / model).read_bytes()).hexdigest(),
     }  # fmt: skip
     for store in sorted(out.glob("*.zarr")):
