@@ -1,5 +1,6 @@
 """The Python API: the same results as the command line, for arrays and files."""
 
+import copy
 import inspect
 import os
 import sys
@@ -120,7 +121,7 @@ def test_labels_that_number_cells_need_a_word(tmp_path, pair):
     for kind in ("instances", "classes"):
         out = tmp_path / kind
         unet_ray.train(image, labels, out, labels_are=kind, **TINY, progress=False)
-    with pytest.raises(InputError, match="exchange --images and --labels"):
+    with pytest.raises(InputError, match="exchange images and labels"):
         unet_ray.train(labels, image, tmp_path / "run", **TINY, progress=False)
 
 
@@ -224,3 +225,94 @@ def test_every_name_is_listed_and_typed():
     with pytest.raises(AttributeError, match="nothing"):
         unet_ray.nothing  # noqa: B018
     assert "unet_ray.report" in sys.modules and callable(unet_ray.report)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"labels_are": "instance"}, "labels_are='instance' must be one of classes, instances"),
+        ({"precision": "float16"}, "precision='float16' must be one of auto, float32, bfloat16"),
+        ({"engine": "rey"}, "engine='rey' must be one of auto, local, ray"),
+        ({"recipe": "foo"}, "recipe='foo' must be one of default, paper"),
+        ({"steps": "3"}, "steps='3' must be a whole number"),
+    ],
+)
+def test_a_setting_that_does_not_exist_is_refused_in_train(tmp_path, pair, chosen, message):
+    with pytest.raises(InputError, match=message):
+        unet_ray.train(*pair, tmp_path / "run", **{**TINY, **chosen}, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"nan": "foo"}, "nan='foo' must be one of error, zero"),
+        ({"precision": "float16"}, "precision='float16' must be one of float32, bfloat16"),
+        ({"workers": "2"}, "workers='2' must be a whole number"),
+        ({"region": np.s_[:, 0:9, 0:9]}, "must be three slices"),
+        ({"region": np.s_[0:2]}, "must be three slices"),
+        ({"tile": (1, 2)}, "must be three whole numbers"),
+    ],
+)
+def test_a_setting_that_does_not_exist_is_refused_in_segment(chosen, message):
+    with pytest.raises(InputError, match=message):
+        settings_of(**{"engine": "local", **chosen})
+
+
+def test_what_is_no_volume_is_refused(tmp_path, pair):
+    image, labels = pair
+    model = unet_ray.load(random_model(tmp_path / "model.safetensors"))
+    prediction = model.predict(image, progress=False)
+    assert unet_ray.evaluate(prediction, labels, "classes", progress=False).shape == labels.shape
+    np.testing.assert_array_equal(
+        model.predict(image[0].tolist(), progress=False).classes.shape, image[0].shape
+    )
+    for wrong in (None, iter([image]), prediction):
+        with pytest.raises(InputError, match="is not a volume; pass a path or an array"):
+            model.predict(wrong, progress=False)
+    with pytest.raises(InputError, match="a masked array: fill it first"):
+        model.predict(np.ma.masked_array(image), progress=False)
+    with pytest.raises(InputError, match="segment reads a stored volume"):
+        unet_ray.segment(image, model, tmp_path / "out.zarr")
+    with pytest.raises(InputError, match="at least one volume each"):
+        unet_ray.train([], [], tmp_path / "run")
+    with pytest.raises(InputError, match="as='isbii' must be one of isbi, instances, classes"):
+        unet_ray.evaluate(image, labels, "isbii", progress=False)
+    with pytest.raises(InputError, match=r"not an image file; name it .*out\.zarr"):
+        unet_ray.segment(stored(tmp_path, image), model, tmp_path / "out.tif", progress=False)
+
+
+def test_an_array_is_cut_into_the_tiles_of_its_plain_tiff(tmp_path):
+    model = random_model(tmp_path / "model.safetensors", depth=4)
+    array = np.zeros((10, 1500, 2500), np.uint8)
+    plans = [unet_ray.plan(source, model).plan for source in (array, stored(tmp_path, array))]
+    assert plans[0] == plans[1]
+
+
+def test_byte_order_does_not_matter(tmp_path):
+    model = unet_ray.load(random_model(tmp_path / "model.safetensors"))
+    array = noise((2, 50, 60), "uint16")
+    one, other = (model.predict(a, progress=False) for a in (array, array.astype(">u2")))
+    np.testing.assert_array_equal(one.probabilities, other.probabilities)
+    first, second = (unet_ray.open_volume(a).identity() for a in (array, array + np.uint16(1)))
+    changed = array.copy()
+    changed[1, 3, 4] += 1
+    assert first != second and first != unet_ray.open_volume(changed).identity()
+
+
+def test_a_resumed_training_has_a_new_report(tmp_path, pair):
+    def stop(measure):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        unet_ray.train(*pair, tmp_path / "run", **{**TINY, "steps": 12}, watch=stop)
+    page = unet_ray.report(tmp_path / "run")
+    assert "no model yet" in page.read_text()
+    model = unet_ray.train(*pair, tmp_path / "run", **{**TINY, "steps": 12}, progress=False)
+    assert "no model yet" not in page.read_text()
+    assert unet_ray.report(model) == page
+
+
+def test_a_plan_can_be_copied(tmp_path):
+    plan = unet_ray.plan(noise((3, 70, 90)), random_model(tmp_path / "model.safetensors"))
+    assert copy.deepcopy(plan).tiles == plan.tiles

@@ -170,7 +170,8 @@ def test_train_gives_the_path_of_the_model(unet_ray, files):
     code, out, err = unet_ray(*train(files))
     assert (code, out) == (0, f"{files / 'run' / 'model.safetensors'}\n")
     report = files / "run" / "report.html"
-    *table, first, last = err.splitlines()
+    *table, first, kept, last = err.splitlines()
+    assert kept.split() == ["model", "step", "3"]
     assert [line.split()[0] for line in table] == [
         *("images", "labels", "classes", "held", "network", "patch", "workers", "steps")
     ]
@@ -306,7 +307,7 @@ def test_segment_gives_the_path_of_the_store_and_says_what_it_does(unet_ray, fil
     assert (code, out) == (0, f"{files / 'out.zarr'}\n")
     first, *progress = err.splitlines()
     assert first.startswith("writing out.zarr: 18 tiles of 1,16,16, float32 on cpu, engine local, ")
-    memory = r"\d+ MiB of \d+ MiB"
+    memory = r"\d+ MiB( of \d+ MiB)?"
     told = rf"image\.tif: 18/18 tiles, \d+\.\d{{3}} Mvoxel/s, 0 s left, {memory}"
     assert re.fullmatch(told, progress[-1]), progress
     assert classes_of(files / "out.zarr").shape == (2, 40, 44)
@@ -905,7 +906,7 @@ def test_two_inputs_of_one_name_are_refused(unet_ray, files):
 
 def test_other_settings_on_a_run_are_refused_by_name(unet_ray, files):
     unet_ray(*train(files))
-    refused(unet_ray, files, train(files, "--seed", "5"), "another seed (0, now 5)")
+    refused(unet_ray, files, train(files, "--seed", "5"), "trained with --seed 0, not 5")
     unet_ray(*segment(files, "--tile", "1,16,16"))
     refused(
         unet_ray, files, segment(files, "--tile", "2,16,16"), "another plan.core", "--overwrite"
@@ -1020,6 +1021,18 @@ def test_ctrl_c_ends_training(files):
     assert (started.returncode, out) == (130, "")
     assert err.splitlines()[-1].startswith("unet-ray: Interrupted. ")
     assert "Traceback" not in err
+    checkpoints = sorted((files / "run" / "checkpoints").glob("step-*.safetensors"))
+    reached = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert int(checkpoints[-1].stem.removeprefix("step-")) >= reached  # no step is lost
+
+
+def test_a_short_flag_ends_a_list_of_files(unet_ray, files):
+    assert unet_ray(*train(files, "-q"))[0] == 0
+    args = ["train", "--out", files / "other", *TINY]
+    pair = ["--labels", files / "labels.tif", "--images", files / "image.tif", "-q"]
+    code, _, err = unet_ray(*args, *pair)
+    assert code == 0 and err.startswith("report: ")
+    assert "--images PATH..." in unet_ray(*args, *pair[:-1], "-h")[1]
 
 
 def test_a_dashboard_is_not_a_ray_to_join(files):

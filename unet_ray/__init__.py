@@ -17,7 +17,6 @@ from unet_ray.versions import VERSION
 
 if TYPE_CHECKING:
     from unet_ray import metrics as metrics
-    from unet_ray import report as report
     from unet_ray.api import Model as Model
     from unet_ray.api import OutputStore as OutputStore
     from unet_ray.api import Plan as Plan
@@ -46,6 +45,8 @@ if TYPE_CHECKING:
     from unet_ray.training.recipes import Recipe as Recipe
     from unet_ray.volumes.opening import open_volume as open_volume
     from unet_ray.volumes.phantom import make_phantom as make_phantom
+
+    report = write_report
 
 
 __version__ = VERSION

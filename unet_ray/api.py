@@ -37,6 +37,7 @@ from unet_ray.segmentation.outlook import Outlook
 from unet_ray.segmentation.settings import Settings
 from unet_ray.segmentation.verification import Verification
 from unet_ray.storage.layout import ARRAYS
+from unet_ray.storage.objects import ObjectPath
 from unet_ray.storage.places import PathOrUrl, Place, open_array, place_of
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import TilePlan
@@ -96,7 +97,7 @@ def _with_keywords(kind: type, *left_out: str) -> Callable[[Callable[P, T]], Cal
 
 
 def settings_of(**flags: Any) -> Settings:
-    """Settings from the keywords of `segment`, each as a value or as the flag's text.
+    """Settings from the keywords of `segment`; some may be the flag's text.
 
     Raises:
         InputError: if a text cannot be read as a value.
@@ -114,23 +115,37 @@ def settings_of(**flags: Any) -> Settings:
     for name in ("outputs", "tile"):
         if isinstance(values.get(name), list):
             values[name] = tuple(values[name])
-    if isinstance(region := values.get("region"), list | tuple):
+    region, tile = values.get("region"), values.get("tile")
+    if region is not None and not isinstance(region, Box):
         values["region"] = _box(region)
+    if tile is not None and (
+        not isinstance(tile, tuple) or len(tile) != 3 or not all(isinstance(n, int) for n in tile)
+    ):
+        raise InputError(f"tile={tile!r} must be three whole numbers, as in (16, 512, 512).")
     if values.get("precision") == "auto":
         values["precision"] = None
     values["engine"] = chosen_engine(values.get("engine", "auto"))
-    if (workers := values.get("workers")) is not None and workers < 1:
-        raise InputError(f"workers={workers} must be at least 1.")
-    return Settings(**values)
+    settings = Settings(**values)
+    if settings.workers is not None and settings.workers < 1:
+        raise InputError(f"workers={settings.workers} must be at least 1.")
+    return settings
 
 
-def _box(region: Sequence[Any]) -> Box:
+def _box(region: Any) -> Box:
     """A box from three slices."""
-    if len(region) != 3 or not all(isinstance(s, slice) and s.step in (None, 1) for s in region):
+    if not isinstance(region, list | tuple) or len(region) != 3 or not all(map(_is_range, region)):
         raise InputError(
             f"region={region!r} must be three slices, as np.s_[0:16, 0:512, 128:640], or text."
         )
     return Box(tuple(s.start or 0 for s in region), tuple(s.stop for s in region))
+
+
+def _is_range(part: Any) -> bool:
+    """Whether this is a slice of at least one voxel, with an end."""
+    if not isinstance(part, slice) or part.step not in (None, 1):
+        return False
+    start = part.start or 0
+    return isinstance(start, int) and isinstance(part.stop, int) and 0 <= start < part.stop
 
 
 class Prediction:
@@ -229,6 +244,7 @@ class Model:
             nan=nan,
             engine="local",
         )
+        image = np.asarray(image) if isinstance(image, list | tuple) else image
         volume = open_volume(image)
         with TilesBar("predict", quiet=not progress) as watch:
             plan, maps = predict_volume(volume, self._network, str(self.path), settings, watch)
@@ -333,7 +349,9 @@ class Plan:
         return self.outlook.to_json()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["outlook"], name)
+        if name.startswith("__") or "outlook" not in self.__dict__:  # while it is copied
+            raise AttributeError(name)
+        return getattr(self.outlook, name)
 
     def __repr__(self) -> str:
         return describe(self.outlook, self._settings)
@@ -377,8 +395,8 @@ def segment(
         settings: all settings at once, in place of the keywords.
         watch: called after each tile, in place of the progress bar.
         progress: show a progress bar.
-        **flags: the flags of ``unet-ray segment``, each as a value or as the flag's text; see
-            `Settings`.
+        **flags: the flags of ``unet-ray segment``; see `Settings`. `outputs`, `region`, `tile` and
+            `memory` may also be the flag's text, such as ``memory="8GiB"``.
 
     Returns:
         The store; ``os.fspath`` gives its path.
@@ -389,6 +407,11 @@ def segment(
         RunError: if the disk is full, or another run took the store over.
     """
     keep_freed_memory()
+    if not isinstance(source, str | os.PathLike | ObjectPath):
+        raise InputError(
+            "segment reads a stored volume, so that it can resume and verify the result; save the "
+            "array first, or use Model.predict."
+        )
     settings = _one_of(settings, flags) or settings_of(**flags)
     label = os.path.basename(str(source))
     with TilesBar(label, quiet=not progress) as bar:
@@ -455,12 +478,15 @@ def train(
         RunError: if the training fails.
     """
     keep_freed_memory()
+    any_classes = flags.get("labels_are") == "classes"
     if isinstance(recipe, Recipe):
         settings = _one_of(recipe, flags) or recipe
+        any_classes = settings.labels_are == "classes"
     else:
         if isinstance(flags.get("patch"), str | int):
             flags["patch"] = parse_patch(flags["patch"])
         settings = Recipe.of(recipe, **flags)
+    finished = (Path(out) / "model.safetensors").exists()
     together = parse_workers(workers) if isinstance(workers, str) else workers
     with TrainingBar("train", quiet=not progress) as bar:
         path = training.train(
@@ -473,15 +499,15 @@ def train(
             watch or bar,
             takeover=takeover,
             announce=bar.show_table,
-            any_classes=flags.get("labels_are") == "classes",
+            any_classes=any_classes,
         )
-    if not (Path(out) / "report.html").exists():
+    if not finished or not (Path(out) / "report.html").exists():
         write_report(out)
     return Model(path)
 
 
 def evaluate(
-    prediction: Image,
+    prediction: Image | Prediction,
     truth: Image,
     as_: Kind,
     *,
@@ -491,7 +517,7 @@ def evaluate(
     """Scores a prediction against the truth.
 
     Args:
-        prediction: a volume, a folder of slices, a store of `segment`, or an array.
+        prediction: a volume, a folder of slices, a store of `segment`, an array, or a `Prediction`.
         truth: likewise.
         as_: ``isbi`` (membranes), ``instances`` (objects) or ``classes``; the flag ``--as``.
         per_slice: score each slice as an image of its own, too.
@@ -500,6 +526,8 @@ def evaluate(
     Raises:
         InputError: if the two do not fit each other.
     """
+    if isinstance(prediction, Prediction):
+        prediction = prediction.probabilities if as_ == "isbi" else prediction.classes
     with ProgressBar("evaluate", quiet=not progress) as bar:
         return evaluation.evaluate(
             prediction,
@@ -523,4 +551,7 @@ def _one_of(given: T | None, flags: dict[str, Any]) -> T | None:
 
 
 def _listed(sources: Image | Sequence[Image]) -> list[Any]:
-    return list(sources) if isinstance(sources, list | tuple) else [sources]
+    listed = list(sources) if isinstance(sources, list | tuple) else [sources]
+    if not listed:
+        raise InputError("images and labels must name at least one volume each.")
+    return listed

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from unet_ray.errors import (
 from unet_ray.flags import (
     DATA,
     ENGINE,
+    HELP,
     MACHINE,
     MODEL,
     NETWORK,
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from unet_ray.segmentation.settings import Settings
 
 
-@click.group(cls=Overview, context_settings={"max_content_width": 100})
+@click.group(cls=Overview, context_settings={**HELP, "max_content_width": 100})
 @click.version_option(VERSION, message="unet-ray %(version)s")
 def app() -> None:
     """The command line of unet-ray."""
@@ -75,7 +75,7 @@ def app() -> None:
     epilog="\b\nExample: unet-ray demo --out demo",
     short_help="Make a synthetic volume, train, segment a larger one on Ray, score and draw.",
 )
-@flag("--out", default="demo", show_default=True, help="Folder of the results.")
+@flag("--out", default="demo", metavar="DIR", show_default=True, help="Folder of the results.")
 def demo(out: str) -> None:
     """Shows the whole system on synthetic volumes. Takes about 6 minutes on two cores."""
     from unet_ray import demo as demonstration
@@ -305,7 +305,18 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
         metavar="OUT.zarr",
         help="Planned output; also reports the free space there.",
     ),
-    *WRITING,
+    flag(
+        "--overwrite",
+        group=OUTPUT,
+        is_flag=True,
+        help="Plan as if an existing store were deleted.",
+    ),
+    flag(
+        "--takeover",
+        group=OUTPUT,
+        is_flag=True,
+        help="Has no effect; accepted, so that the flags of segment can be reused.",
+    ),
     flag(
         "--price-per-hour",
         group=OUTPUT,
@@ -392,7 +403,6 @@ def segment(
 
     The same command resumes an interrupted run; a finished one does nothing.
     """
-    _refuse_image_name(out)
     settings = _settings(ctx, flags)
     from unet_ray.segmentation.execution import execute
     from unet_ray.segmentation.preparation import pending_tiles, wanted_tiles
@@ -514,15 +524,6 @@ def report(path: str, truth: str | None) -> None:
     from unet_ray.report.page import write_report
 
     click.echo(write_report(path, truth))
-
-
-def _refuse_image_name(out: str) -> None:
-    """Refuses an output that is named as an image, since a folder of Zarr chunks is written."""
-    if re.search(r"\.(tiff?|png|jpe?g|h5|hdf5|npy)$", out, re.I):
-        stem = out.rpartition(".")[0]
-        raise InputError(
-            f"{out}: the output is an OME-Zarr folder, not an image file; name it {stem}.zarr."
-        )
 
 
 def _refuse_json(file: Path, inputs: Sequence[str]) -> None:

@@ -52,6 +52,18 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def refuse_unknown(name: str, value: object, choices: Iterable[str]) -> None:
+    """Refuses a value that is not one of the choices.
+
+    Raises:
+        InputError: naming the choices and the nearest.
+    """
+    choices = list(choices)
+    if value not in choices:
+        hint = nearest(value, choices) if isinstance(value, str) else ""
+        raise InputError(f"{name}={value!r} must be one of {', '.join(choices)}{hint}.")
+
+
 def refuse_below_file(path: Path) -> None:
     """Refuses an output path if one of its parent folders is a file.
 

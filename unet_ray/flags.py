@@ -61,7 +61,8 @@ class Verb(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Turns ``--images a b`` into ``--images a --images b`` before click reads it."""
         many = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
-        args = _spread(args, many)
+        short = {"-h", *(name for p in self.params for name in p.opts if len(name) == 2)}
+        args = _spread(args, many, short)
         try:
             return super().parse_args(ctx, list(args))
         except click.MissingParameter:
@@ -96,11 +97,11 @@ class Verb(click.Command):
         return " ".join([*pieces, "[--help]"])
 
 
-def _spread(args: Sequence[str], many: set[str]) -> list[str]:
+def _spread(args: Sequence[str], many: set[str], short: set[str]) -> list[str]:
     spread: list[str] = []
     option = None
     for arg in args:
-        if arg.startswith("--"):
+        if arg.startswith("--") or arg in short:
             option = arg if arg in many else None
             spread.append(arg)
         elif option and spread[-1] != option:
@@ -294,6 +295,7 @@ TILING = (
     flag(
         "--memory",
         group=MACHINE,
+        metavar="SIZE",
         default="4GiB",
         show_default=True,
         help="Memory limit of one predicting worker.",

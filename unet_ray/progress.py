@@ -25,6 +25,8 @@ NOTEBOOK_SECONDS = 0.2
 PACE_SECONDS, PACE_TILES = 60.0, 20
 BAR_WIDTH = 24
 LOG_WIDTH = 100
+# In a notebook rich would add an output of its own for each table.
+PLAIN: dict[str, Any] = {"force_jupyter": False}
 
 
 class ProgressBar:
@@ -94,7 +96,11 @@ class ProgressBar:
             table.add_row("" if name == before else name, value)
             before = name
         width = None if sys.stderr.isatty() else LOG_WIDTH
-        Console(file=sys.stderr, width=width, markup=False, highlight=False).print(table)
+        console = Console(stderr=True, width=width, markup=False, highlight=False, **PLAIN)
+        with console.capture() as captured:
+            console.print(table)
+        lines = (line.rstrip() for line in captured.get().splitlines())
+        print("\n".join(lines), file=sys.stderr, flush=True)
 
     def _show_on_terminal(self, fraction: float, text: str) -> None:
         if not self._bar:
@@ -107,7 +113,7 @@ class ProgressBar:
                 BarColumn(BAR_WIDTH),
                 TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True)),
                 console=Console(stderr=True),
-                expand=False,
+                redirect_stdout=False,  # results go there
             )
             self._bar.add_task(self._label, total=1.0, text="")
             self._bar.start()
@@ -161,7 +167,8 @@ class TilesBar(ProgressBar):
         pace.saw(progress.seconds, progress.finished, progress.voxels)
         pending = progress.total - progress.done - progress.quarantined
         memory = format_bytes(progress.memory) if progress.memory else ""
-        if memory and progress.memory_stated:
+        # A process that holds other data, as a notebook does, is larger than a run.
+        if memory and progress.memory <= progress.memory_stated:
             memory += f" of {format_bytes(progress.memory_stated)}"
         parts = [
             f"{progress.done}/{progress.total} tiles",

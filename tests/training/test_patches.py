@@ -240,6 +240,26 @@ BAD_LABELS = {
 }
 
 
+def test_frames_are_paired_with_their_labels_by_number(tmp_path):
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 255, (5, 40, 40)).astype(np.uint8)
+    for number, frame in enumerate(frames):
+        write_slice(tmp_path / "01" / f"t{number:03}.tif", frame)
+    for number in (3, 1):
+        write_slice(tmp_path / "SEG" / f"man_seg{number:03}.tif", GOOD[0] // (number + 1))
+    data = load([str(tmp_path / "01")], [str(tmp_path / "SEG")])
+    np.testing.assert_array_equal(data.volumes[0].image[0], frames[[1, 3]])
+    assert data.unlabelled == 3 and data.volumes[0].targets.shape == (2, 40, 40)
+    write_slice(tmp_path / "SEG" / "man_seg009.tif", GOOD[0])
+    with pytest.raises(InputError, match=r"has no slice with the number of man_seg009\.tif"):
+        load([str(tmp_path / "01")], [str(tmp_path / "SEG")])
+
+
+def write_slice(path, plane):
+    path.parent.mkdir(exist_ok=True)
+    tifffile.imwrite(path, plane)
+
+
 @pytest.mark.parametrize("case", BAD_LABELS)
 def test_labels_that_do_not_fit_are_refused(write, case):
     labels, words = BAD_LABELS[case]

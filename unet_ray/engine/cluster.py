@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 import torch
 
 from unet_ray.engine.stages import Deadline
-from unet_ray.errors import InputError, RunError
+from unet_ray.errors import InputError, RunError, refuse_unknown
 from unet_ray.units import format_bytes
 
 EngineName = Literal["local", "ray"]
@@ -48,6 +48,7 @@ def usable_cores() -> int:
 
 def chosen_engine(asked: Literal["auto", "local", "ray"], job: bool = False) -> EngineName:
     """The engine of a run; ``auto`` is Ray in a job, with RAY_ADDRESS set or on several GPUs."""
+    refuse_unknown("engine", asked, ("auto", "local", "ray"))
     if asked != "auto":
         return asked
     on_ray = job or os.environ.get("RAY_ADDRESS") or torch.cuda.device_count() > 1

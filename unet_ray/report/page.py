@@ -41,6 +41,8 @@ def write_report(path: PathOrUrl, truth: PathOrUrl | None = None) -> Place:
         RunError: if a stored file is damaged.
     """
     place = place_of(path)
+    if isinstance(place, Path) and place.name == MODEL and place.is_file():
+        place = place.parent  # a model stands for its RUN folder
     page: Place
     if isinstance(place, Path) and _is_run(place):
         if truth is not None:

@@ -144,15 +144,16 @@ def _predictions(path: Path) -> Facts:
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         steps = [int(n) for n in _in_order(name[5:] for name in arrays if name.startswith("step."))]
         places = sorted({int(name.split(".")[1]) for name in arrays if name.startswith("place.")})
+        image = figure(to_grey(arrays["image"]), "image")
         progress = [_truth_panel(arrays, "", classes)] + [
             figure(_predicted(arrays[f"step.{step}"], classes), f"step {step}") for step in steps
         ]
         pairs = [_place(arrays, number, classes) for number in places]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise InputError(f"{path}: does not hold predictions as train writes them.") from error
     half = (len(pairs) + 1) // 2
     return {
-        "progress": [figure(to_grey(arrays["image"]), "image"), *progress],
+        "progress": [image, *progress],
         "worst": pairs[:half],
         "best": pairs[half:],
     }

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from unet_ray.errors import InputError
+from unet_ray.errors import InputError, refuse_unknown
 from unet_ray.scores.overlaps import Overlaps
 from unet_ray.scores.stacks import Stack
 from unet_ray.scores.totals import (
@@ -120,7 +120,9 @@ def _table(*columns: str, right: Iterable[int]) -> Table:
 
 
 def _text(table: Table) -> str:
-    console = Console(file=io.StringIO(), width=LONGEST_LINE, color_system=None)
+    console = Console(
+        file=io.StringIO(), width=LONGEST_LINE, color_system=None, force_jupyter=False
+    )
     with console.capture() as captured:
         console.print(table, markup=False)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
@@ -157,6 +159,7 @@ def evaluate(
             unfinished, or prediction and truth do not fit each other.
         RunError: if a store lacks a shard.
     """
+    refuse_unknown("as", kind, STORED)
     predicted, true = _Opened(prediction, kind), _Opened(truth, kind)
     first, note = _side_by_side(predicted, true)
     notes = [note, predicted.note, true.note]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from unet_ray.engine.cluster import side_by_side
 from unet_ray.engine.rounds import Progress, tries
 from unet_ray.engine.stages import Stage
-from unet_ray.errors import RunError
+from unet_ray.errors import RunError, VoxelError
 from unet_ray.machine import keep_freed_memory
 from unet_ray.network.prediction import Predictor
 from unet_ray.network.unet import UNet
@@ -90,7 +90,8 @@ def _run(
     now = Progress(0, len(plan), 0, 0, 0, 0.0, workers=max(1, min(workers, len(plan))))
     for receipt, again in tries(stage, range(len(plan)), "local", settings.workers):
         if receipt.error and not again:
-            raise RunError(f"tile {receipt.tile}: {receipt.error}")
+            kind = VoxelError if receipt.verdict == "never" else RunError
+            raise kind(f"tile {receipt.tile}: {receipt.error}")
         done = not receipt.error
         now = replace(
             now,

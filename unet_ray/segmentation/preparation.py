@@ -6,6 +6,7 @@ Knows everything that determines the stored bytes. Writes nothing; does not know
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -68,6 +69,7 @@ def prepare(
     Raises:
         InputError: if the input, the model, a setting or an existing store is invalid.
     """
+    _refuse_image_name(str(out))
     volume, network, header = open_inputs(source, model, settings)
     path = place_of(out)
     if isinstance(path, Path):
@@ -122,6 +124,15 @@ def prepare(
     if stored:
         refuse_difference(path, stored, run.provenance)
     return run
+
+
+def _refuse_image_name(out: str) -> None:
+    """Refuses an output that is named as an image, since a folder of Zarr chunks is written."""
+    if re.search(r"\.(tiff?|png|jpe?g|h5|hdf5|npy)$", out, re.I):
+        stem = out.rpartition(".")[0]
+        raise InputError(
+            f"{out}: the output is an OME-Zarr folder, not an image file; name it {stem}.zarr."
+        )
 
 
 def refuse_overlap(path: Place, source: Place) -> None:

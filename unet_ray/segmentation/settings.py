@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import numpy as np
+
 from unet_ray.engine import cluster
-from unet_ray.errors import InputError, nearest
+from unet_ray.errors import InputError, nearest, refuse_unknown
 from unet_ray.network.checkpoints import ModelHeader, find_model, read_model
 from unet_ray.network.prediction import Device, Precision, best_precision
 from unet_ray.network.unet import UNet
@@ -61,6 +63,16 @@ class Settings:
     overwrite: bool = False
     takeover: bool = False
 
+    def __post_init__(self) -> None:
+        refuse_unknown("nan", self.nan, ("error", "zero"))
+        refuse_unknown("engine", self.engine, ("local", "ray"))
+        if self.precision is not None:
+            refuse_unknown("precision", self.precision, ("float32", "bfloat16"))
+        for name in ("channel", "time", "level", "workers", "memory"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int | np.integer):
+                raise InputError(f"{name}={value!r} must be a whole number.")
+
 
 def open_inputs(
     source: PathOrUrl, model: str | os.PathLike[str], settings: Settings
@@ -91,7 +103,8 @@ def refuse_channels(volume: Volume, network: UNet, model: str) -> None:
         InputError: naming both numbers.
     """
     if volume.shape[0] != network.in_channels:
-        hint = "; choose one with --channel N" if network.in_channels == 1 else ""
+        choice = "select it before, as image[0]" if volume.kind == "array" else "use --channel N"
+        hint = f"; for one channel, {choice}" if network.in_channels == 1 else ""
         raise InputError(
             f"{volume.path}: has {volume.shape[0]} channels, but {model} was trained on "
             f"{network.in_channels}{hint}."

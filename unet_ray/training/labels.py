@@ -81,6 +81,7 @@ class TrainingData:
         class_values: label value of each class, ascending.
         voxel_size: (z, y, x) in micrometres of the first image, or None.
         identity: names, shapes and checksums of images and labels; serialisable as JSON.
+        unlabelled: slices of the images without labels.
         held_out: slices for validation; empty if no slices are held out.
     """
 
@@ -89,6 +90,7 @@ class TrainingData:
     voxel_size: tuple[float, float, float] | None
     identity: dict[str, Any]
     held_out: tuple[HeldOut, ...] = ()
+    unlabelled: int = 0
 
     @property
     def channels(self) -> int:
@@ -170,6 +172,7 @@ def load_training_data(
         pairs[0].image.voxel_size,
         identity,
         tuple(HeldOut(image, truth.targets, truth.cells, grey) for image, truth, grey in held_out),
+        sum(pair.image.shape[1] - len(pair.planes) for pair in pairs),
     )
 
 
@@ -261,8 +264,7 @@ def _refuse_exchanged(image: str, label: str, voxels: NDArray[Any], labels: NDAr
     """
     if _constant_share(voxels[0]) > EXCHANGED[0] and _constant_share(labels) < EXCHANGED[1]:
         raise InputError(
-            f"{label} looks like an image and {image} like its labels; exchange --images and "
-            "--labels."
+            f"{label} looks like an image and {image} like its labels; exchange images and labels."
         )
 
 
@@ -382,6 +384,8 @@ def _held_out(depths: Sequence[int], val: str | None, fraction: float) -> list[N
 
 def _open_pair(image: Any, label: Any) -> _Pair:
     volume, truth = open_volume(image), open_volume(label)
+    if volume.kind == truth.kind == "array":
+        volume.path, truth.path = "the array of images", "the array of labels"
     planes = _labelled_planes(volume, truth)
     if (len(planes), *volume.shape[2:]) != truth.shape[1:]:
         raise InputError(

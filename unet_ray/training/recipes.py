@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from unet_ray.errors import InputError
+from unet_ray.errors import InputError, refuse_unknown
 from unet_ray.network.prediction import Precision
 from unet_ray.network.unet import Norm, UNet
 
@@ -96,6 +96,7 @@ class Recipe:
             InputError: if a number is out of range, if the recipe does not use a chosen setting, or
                 if the patch does not fit the network.
         """
+        refuse_unknown("recipe", name, RECIPES)
         settings = {**RECIPES[name], **{k: v for k, v in chosen.items() if v is not None}}
         if settings.get("steps") is None and settings.get("minutes") is None:
             settings["minutes"] = 15.0
@@ -117,6 +118,14 @@ class Recipe:
         return extent, extent
 
     def _check(self) -> None:
+        refuse_unknown("labels_are", self.labels_are, ("classes", "instances"))
+        refuse_unknown("norm", self.norm, ("none", "weight", "batch"))
+        refuse_unknown("optimiser", self.optimiser, ("adamw", "sgd"))
+        refuse_unknown("precision", self.precision, ("auto", "float32", "bfloat16"))
+        for name in ("depth", "base_channels", "batch", "steps", "patience", "seed"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise InputError(f"{name}={value!r} must be a whole number.")
         rules = {
             "batch": (self.batch >= 1, "at least 1"),
             "steps": (self.steps is None or self.steps >= 1, "at least 1"),
@@ -143,7 +152,10 @@ class Recipe:
             network = self.network(1, 2)
         smallest = network.context.halo[-1] + network.context.step[-1]
         for extent in self.patch:
-            network.output_extent(extent)
+            try:
+                network.output_extent(extent)
+            except InputError as error:
+                raise InputError(str(error).replace("size=", "patch=", 1)) from None
             if extent < smallest:
                 raise InputError(
                     f"patch={extent} is too small for this network; it must be at least {smallest}."

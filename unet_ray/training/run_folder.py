@@ -196,10 +196,10 @@ class RunFolder:
         for part in current:
             for field, value in current[part].items():
                 if stored[part].get(field) != value:
+                    before, now = _short(stored[part].get(field)), _short(value)
                     raise InputError(
-                        f"{self.path}: was trained with another {field} "
-                        f"({_short(stored[part].get(field))}, now {_short(value)}); choose another "
-                        "--out."
+                        f"{self.path}: was trained with --{field.replace('_', '-')} {before}, not "
+                        f"{now}; choose another --out."
                     )
 
     def _header(self) -> dict[str, Any] | None:

@@ -6,13 +6,16 @@ drawn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from unet_ray.network.checkpoints import read_tensors
 from unet_ray.training.labels import IGNORED, TrainingData
 from unet_ray.training.recipes import Recipe
+from unet_ray.training.validation import checked_score
 from unet_ray.units import format_seconds
 
 Rows = list[tuple[str, str]]
@@ -41,15 +44,21 @@ def summary(
     if data.voxel_size:
         rows.append(("voxel size", f"{_by(data.voxel_size)} um (z, y, x)"))
     rows += [("labels", line) for line in _files(data.identity["labels"])]
+    if data.unlabelled:
+        text = f"{data.unlabelled} slices without labels are left out; paired by number"
+        rows.append(("pairs", text))
     rows.append(("classes", _classes(data)))
     rows.append(("held out", _held_out(data, recipe)))
+    if data.held_out:
+        score = checked_score(data.held_out, len(data.class_values), recipe.best_by)
+        rows.append(("best model", f"by {score} on the held-out slices; see --best-by"))
     network = recipe.network(data.channels, len(data.class_values))
     weights = sum(parameter.numel() for parameter in network.parameters())
     rows.append(
         (
             "network",
             f"2-D, depth {recipe.depth}, {recipe.base_channels} channels, norm {recipe.norm}, "
-            f"{weights / 1e6:.1f} million weights, {where}",
+            f"{_count(weights)} weights, {where}",
         )
     )
     batch = f", {workers * recipe.batch} patches per step" if workers * recipe.batch > 1 else ""
@@ -104,6 +113,22 @@ def _steps(recipe: Recipe, step_seconds: float | None) -> str:
     if recipe.steps and recipe.steps <= expected:
         return f"{recipe.steps}, about {format_seconds(recipe.steps * step_seconds)}"
     return f"about {expected} in {minutes}, {step_seconds:.2g} s each"
+
+
+def model_line(model: Path) -> str:
+    """Says which step a finished model is from, with its validation scores."""
+    training = read_tensors(model)[1]["training"]
+    scores = training.get("validation", {})
+    line = f"step {training['steps']}"
+    return f"{line}, the best of the run: {_listed(scores)}" if scores else line
+
+
+def _listed(scores: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.1f} million" if number >= 10**6 else f"{number:,}"
 
 
 def _by(sizes: Sequence[float]) -> str:

@@ -36,7 +36,7 @@ from unet_ray.training.run_folder import (
     read_measures,
 )
 from unet_ray.training.stream import streamed
-from unet_ray.training.summary import Rows, summary
+from unet_ray.training.summary import Rows, model_line, summary
 from unet_ray.training.trainer import Training, World, header_of, interrupts_between_steps
 from unet_ray.training.validation import checked_score
 
@@ -76,7 +76,8 @@ def train(
         watch: called with each measure.
         checkpoint_seconds: time between two checkpoints; does not affect the result.
         takeover: take `out` over from another training run that is writing to it.
-        announce: called once before the first step, with a table of data, network and limits.
+        announce: called before the first step with a table of data, network and limits, and at the
+            end with the step of the model.
         any_classes: accept label values as classes even if they look like cell numbers.
 
     Returns:
@@ -121,6 +122,7 @@ def train(
                 training.go(interrupted)
     if on_ray:
         on_ray.retry(run, watch)
+    announce([("model", model_line(model))])
     return model
 
 

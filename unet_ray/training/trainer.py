@@ -110,8 +110,9 @@ def interrupts_between_steps() -> Iterator[Callable[[], bool]]:
         pressed = True
         signal.signal(signal.SIGINT, before)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # Python delivers signals to the main thread only
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
+        yield lambda: False  # only the main thread gets signals, and this one may be ignored
         return
     before = signal.signal(signal.SIGINT, note)
     try:
@@ -241,10 +242,12 @@ class Training:
         """
         samples = self._draw(sample_slots(self.step, self._world.rank, self._recipe.batch))
         _, progress = self._world.agree(0.0, self._clock.progress(self.step))
-        while not self._between_steps(progress) and progress < 1:
+        while True:
             if interrupted():
                 self._save()
                 raise KeyboardInterrupt
+            if self._between_steps(progress) or progress >= 1:
+                break
             batch = list(islice(samples, self._recipe.batch))
             loss = self._learner.step(batch, self.step, progress)
             self.step += 1

@@ -70,8 +70,12 @@ def open_volume(
     if isinstance(source, Volume):
         return source
     choice = Choice(channel, time, level)
-    if hasattr(source, "__array__"):
+    if isinstance(source, np.ma.MaskedArray):
+        raise InputError("a masked array: fill it first, as in array.filled(0).")
+    if isinstance(source, list | tuple) or hasattr(source, "__array__"):
         if level:
             raise InputError(f"level={level}: an array has one level.")
         return Array(np.asarray(source), choice)
+    if not isinstance(source, str | os.PathLike | ObjectPath):
+        raise InputError(f"{type(source).__name__} is not a volume; pass a path or an array.")
     return _open(str(place_of(source)), choice)
