@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import tifffile
+from scipy import ndimage
 
 from tests.helper import session, title
 from unet_ray.errors import InputError, UnetRayError
@@ -238,6 +239,19 @@ BAD_LABELS = {
     "36 values": (np.arange(GOOD.size).reshape(GOOD.shape).astype(np.uint16) // 90, ["36", "32"]),
     "floats": (GOOD / np.float32(255), ["labels.tif", "float32"]),
 }
+
+
+def test_zero_may_mean_not_annotated_but_near_a_cell(write):
+    cells = np.zeros((1, 60, 60), np.uint8)
+    cells[0, 20:30, 20:30] = 7
+    image = np.random.default_rng(0).integers(0, 255, cells.shape).astype(np.uint8)
+    paths = write("image", image), write("labels", cells)
+    data = load([paths[0]], [paths[1]], labels_are="instances", ignore_label=0)
+    (volume,) = data.volumes
+    away = ndimage.distance_transform_edt(cells[0] == 0)
+    counted = volume.weights[0] > 0
+    np.testing.assert_array_equal(counted, away <= 5)
+    np.testing.assert_array_equal(volume.targets[0][counted], cells[0][counted] > 0)
 
 
 def test_frames_are_paired_with_their_labels_by_number(tmp_path):

@@ -33,6 +33,7 @@ from unet_ray.volumes.volume import Volume
 MOST_CLASSES = 32
 # Labels with fewer values may still number cells: nearly each value is one object on each slice.
 FEWEST_CELLS, SINGLE_OBJECTS = 5, 0.9
+RING = 5  # voxels around a cell that are background where 0 means not annotated
 # Shares of voxels that equal a neighbour, in an image and in labels that seem to be exchanged.
 EXCHANGED = (0.9, 0.6)
 IGNORED = 255  # target of a voxel without annotation, until its weight is 0
@@ -243,6 +244,8 @@ def _truths(
     annotated = [np.ones(a.shape, bool) if ignored is None else a != ignored for a in arrays]
     cells: list[NDArray[np.int64] | None] = [None] * len(arrays)
     if recipe.labels_are == "instances":
+        if ignored == 0:
+            annotated = [_with_ring(mask) for mask in annotated]
         values = np.array([0, 1])
         separated = [
             _separated(path, a, m) for path, a, m in zip(paths, arrays, annotated, strict=True)
@@ -293,6 +296,13 @@ def _refuse_cell_numbers(
                 "object on a slice, so they look like cell numbers; set --labels-are instances, or "
                 "--labels-are classes if they are classes."
             )
+
+
+def _with_ring(cells: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Adds the voxels of each slice near a cell; other voxels of such a frame are unknown."""
+    disk = np.hypot(*np.ogrid[-RING : RING + 1, -RING : RING + 1]) <= RING
+    grown = [ndimage.binary_dilation(plane, disk) for plane in cells]
+    return np.stack(grown)
 
 
 def _signed(path: str, labels: NDArray[Any]) -> NDArray[np.int64]:
