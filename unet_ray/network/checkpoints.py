@@ -141,9 +141,7 @@ def read_model(path: str | os.PathLike[str]) -> tuple[UNet, ModelHeader]:
         tensors = {n.removeprefix(WEIGHT): t for n, t in tensors.items() if n.startswith(WEIGHT)}
         fields = {name: fields[name] for name in fields if name in ModelHeader.__dataclass_fields__}
     if "architecture" not in fields:
-        raise InputError(
-            f"{path}: is not a model but another file of a RUN folder; pass the folder."
-        )
+        raise InputError(f"{path}: another file of a RUN folder, not a model; pass the folder.")
     try:
         header = ModelHeader(**fields)
         header.check()
