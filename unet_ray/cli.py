@@ -365,9 +365,9 @@ def plan(
     else:
         folder = f"at {out}" if out else "in this folder"
         free_space = "" if math.isinf(free) else f"; {format_bytes(free)} free {folder}"
-        lines = describe_trial(outlook, trial, price_per_hour, free_space)
+        estimates = describe_trial(outlook, trial, price_per_hour, free_space)
         refused = [f"  refused by segment: {refusal}"] if refusal else []
-        click.echo("\n".join([describe(outlook, settings), *lines, *refused]))
+        click.echo("\n".join([describe(outlook, settings), estimates, *refused]))
 
 
 @app.command(

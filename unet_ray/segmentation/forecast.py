@@ -6,8 +6,13 @@ estimated.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from unet_ray.errors import InputError
 from unet_ray.storage.places import place_of
@@ -19,37 +24,72 @@ if TYPE_CHECKING:
     from unet_ray.segmentation.settings import Settings
 
 
+Rows = list[tuple[str, str]]
+NAME_WIDTH, LONGEST_LINE = 8, 400  # characters
+
+
 def describe(outlook: Outlook, settings: Settings) -> str:
     """Text report of the tiles, the memory and the engine."""
-    memory, shared = outlook.memory, settings.engine == "local" and outlook.workers > 1
-    return "\n".join(
-        [
-            f"{outlook.volume.path}: {outlook.volume.dtype}, {outlook.volume.shape} (c, z, y, x)",
-            repr(outlook.plan),
-            f"  halo    {100 * outlook.halo_overhead:.0f} % more arithmetic than without halo and "
-            "padding",
-            f"  reads   {outlook.read_amplification:.2f} times the input (chunks of "
-            f"{commas(outlook.volume.chunk)})",
-            f"  memory  {format_bytes(outlook.worker_memory)} per worker (process "
-            f"{format_bytes(memory.process)}, index {format_bytes(memory.index)}, weights "
-            f"{format_bytes(memory.weights)}, tile {format_bytes(memory.tile)}, pass "
-            f"{format_bytes(memory.forward)}, allocator)"
-            + (f", {outlook.in_flight} tiles in flight" if outlook.in_flight > 1 else ""),
-            *_helper_lines(outlook),
-            f"  driver  {format_bytes(outlook.driver_memory)}"
-            + (", including all workers" if shared else ""),
-            f"  runs    {outlook.tiles} tiles in {outlook.precision} on {outlook.device}",
-        ]
+    volume, memory = outlook.volume, outlook.memory
+    in_flight = f", {outlook.in_flight} tiles in flight" if outlook.in_flight > 1 else ""
+    parts = ", ".join(
+        f"{name} {format_bytes(count)}"
+        for name, count in {
+            "process": memory.process,
+            "index": memory.index,
+            "weights": memory.weights,
+            "tile": memory.tile,
+            "pass": memory.forward,
+        }.items()
     )
+    shared = settings.engine == "local" and outlook.workers > 1
+    rows = [
+        (
+            "halo",
+            f"{100 * outlook.halo_overhead:.0f} % more arithmetic than without halo and padding",
+        ),
+        (
+            "reads",
+            f"{outlook.read_amplification:.2f} times the input (chunks of {commas(volume.chunk)})",
+        ),
+        (
+            "memory",
+            f"{format_bytes(outlook.worker_memory)} per worker ({parts}, allocator){in_flight}",
+        ),
+        *_helper_rows(outlook),
+        (
+            "driver",
+            format_bytes(outlook.driver_memory) + (", including all workers" if shared else ""),
+        ),
+        ("runs", f"{outlook.tiles} tiles in {outlook.precision} on {outlook.device}"),
+    ]
+    title = f"{volume.path}: {volume.dtype}, {volume.shape} (c, z, y, x)"
+    return "\n".join([title, repr(outlook.plan), table_of(rows)])
 
 
-def _helper_lines(outlook: Outlook) -> list[str]:
+def table_of(rows: Rows) -> str:
+    """Names and values as text in two columns."""
+    table = Table.grid()
+    table.add_column(width=2)
+    table.add_column(width=NAME_WIDTH)
+    table.add_column(no_wrap=True)
+    for name, value in rows:
+        table.add_row("", Text(name), Text(value))
+    console = Console(
+        file=io.StringIO(), width=LONGEST_LINE, color_system=None, force_jupyter=False
+    )
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def _helper_rows(outlook: Outlook) -> Rows:
     from unet_ray.engine.cluster import HELPERS
 
     if not outlook.helper_memory:
         return []
     memory = format_bytes(outlook.helper_memory)
-    return [f"  helpers {HELPERS} readers and {HELPERS} writers per GPU, {memory} each"]
+    return [("helpers", f"{HELPERS} readers and {HELPERS} writers per GPU, {memory} each")]
 
 
 def refusal_of(outlook: Outlook, settings: Settings, out: str | None, free: float) -> str | None:
@@ -86,10 +126,8 @@ def _price(outlook: Outlook, trial: Pilot | None, per_hour: float | None) -> flo
     return round(trial.seconds * outlook.tiles / 3600 * per_hour, 4)
 
 
-def describe_trial(
-    outlook: Outlook, trial: Pilot | None, per_hour: float | None, free: str
-) -> list[str]:
-    """Text report of disk, time and price, one string per line.
+def describe_trial(outlook: Outlook, trial: Pilot | None, per_hour: float | None, free: str) -> str:
+    """Text report of disk, time and price.
 
     Args:
         outlook: the plan.
@@ -98,24 +136,31 @@ def describe_trial(
         free: text appended to the disk line, such as the free space.
     """
     if not outlook.tiles:
-        return ["  nothing to do: region and mask have no tile in common"]
+        return "  nothing to do: region and mask have no tile in common"
     if trial is None:
-        return [
-            f"  disk    at most {format_bytes(outlook.disk_bytes)}{free}",
-            "  time    unknown: this machine lacks the device, or the memory, to run a tile",
-        ]
+        why = "unknown: this machine lacks the device, or the memory, to run a tile"
+        most = f"at most {format_bytes(outlook.disk_bytes)}{free}"
+        return table_of([("disk", most), ("time", why)])
     seconds = trial.run_seconds(outlook)
-    lines = [
-        f"  disk    about {format_bytes(trial.stored * outlook.tiles)}, at most "
-        f"{format_bytes(outlook.disk_bytes)}{free}",
-        f"  time    about {format_seconds(seconds)} with {outlook.workers} workers, plus "
-        f"startup: {trial.seconds:.2f} s per tile (read {trial.read:.2f}, predict "
-        f"{trial.predict:.2f},\n          write {trial.write:.2f}; {trial.tiles} tiles timed with "
-        f"{trial.passes} passes, {trial.threads} at a time;\n          {trial.constant} of "
-        f"{trial.inspected} inspected passes are constant)",
+    rows = [
+        (
+            "disk",
+            f"about {format_bytes(trial.stored * outlook.tiles)}, at most "
+            f"{format_bytes(outlook.disk_bytes)}{free}",
+        ),
+        (
+            "time",
+            f"about {format_seconds(seconds)} with {outlook.workers} workers, plus startup: "
+            f"{trial.seconds:.2f} s per tile (read {trial.read:.2f}, predict {trial.predict:.2f},\n"
+            f"write {trial.write:.2f}; {trial.tiles} tiles timed with {trial.passes} passes, "
+            f"{trial.threads} at a time;\n{trial.constant} of {trial.inspected} inspected passes "
+            "are constant)",
+        ),
     ]
     if trial.failures:
         count = f"{len(trial.failures)} of {trial.inspected + len(trial.failures)}"
-        lines.append(f"  failed  {count} inspected passes: {trial.failures[0]}")
+        rows.append(("failed", f"{count} inspected passes: {trial.failures[0]}"))
     price = _price(outlook, trial, per_hour)
-    return lines if price is None else [*lines, f"  price   about {price:.2f}"]
+    if price is not None:
+        rows.append(("price", f"about {price:.2f}"))
+    return table_of(rows)
