@@ -32,7 +32,8 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).parents[2]
 SECONDS = 240  # timeout of every wait
 CHECKPOINT_SECONDS = 0.2
-LOSS_BOUND = 1e-6  # relative, two workers against one with twice the batch; measured: 6e-8
+# Relative, of two workers to one with twice the batch; 6e-8 with AVX2, 1.5e-5 with AVX-512.
+LOSS_BOUND = 1e-4
 WORKER = "ray::RayTrainWorker"  # title of a worker process of Ray Train
 
 SCRIPT = """
