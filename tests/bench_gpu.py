@@ -95,14 +95,14 @@ def go(told):
     """Runs the tiles as `segment` does."""
     run, marks = told[0], told[-1].with_suffix(".marks")
     marks.mkdir()
-    asked = Settings(engine="ray")
+    settings = Settings(engine="ray")
     stage = Stage(
         "gpu",
         lambda: Pretended(*told),
         "cuda",
         marks,
-        in_flight=in_flight(run.memory, "cuda", asked),
-        together=together(run.memory, "cuda", asked),
+        in_flight=in_flight(run.memory, "cuda", settings),
+        together=together(run.memory, "cuda", settings),
         make_helper=lambda: Repeated(run),
     )
     failures = [r.error for r in engine.run(stage, range(TILES), "ray") if r.error]
@@ -142,9 +142,9 @@ def measured(times):
 
 def main():
     """Prints a line for each speed."""
-    asked = argparse.ArgumentParser(description=__doc__)
-    asked.add_argument("speeds", nargs="*", type=float, default=SPEEDS, help="Mvoxel/s")
-    asked = asked.parse_args()
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("speeds", nargs="*", type=float, default=SPEEDS, help="Mvoxel/s")
+    arguments = arguments.parse_args()
     ray.init(
         address="local",
         num_cpus=max(2, cluster.usable_cores()),
@@ -160,7 +160,7 @@ def main():
         results = folder / "results.npz"
         np.savez(results, **real.predict(0, real.read(0)))
         peaks = Peaks()
-        for speed in asked.speeds:
+        for speed in arguments.speeds:
             times = folder / f"{speed}.times"
             go((run, run.plan[0].write.size / 1e6 / speed, results, times))
             busy, cores = measured(times)

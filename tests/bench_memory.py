@@ -62,27 +62,29 @@ def peaks(arguments, engine):
 
 def main():
     """Prints a line for each size."""
-    asked = argparse.ArgumentParser(description=__doc__)
-    asked.add_argument("gigabytes", nargs="+", type=float)
-    asked.add_argument("--engine", choices=["local", "ray"], default="ray")
-    asked = asked.parse_args()
-    for gigabytes in asked.gigabytes:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("gigabytes", nargs="+", type=float)
+    arguments.add_argument("--engine", choices=["local", "ray"], default="ray")
+    arguments = arguments.parse_args()
+    for gigabytes in arguments.gigabytes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             model = random_model(folder / "model.safetensors", depth=1, base=2)
             volume = make_volume(folder / "volume.zarr", gigabytes)
-            given = [volume, "--model", model, "--engine", asked.engine, *SETTINGS]
+            given = [volume, "--model", model, "--engine", arguments.engine, *SETTINGS]
             told = subprocess.run(
                 command("plan", *given, "--json"), capture_output=True, check=True
             )
             plan = json.loads(told.stdout)
-            driver, worker, seconds = peaks([*given, "--out", folder / "out.zarr"], asked.engine)
+            driver, worker, seconds = peaks(
+                [*given, "--out", folder / "out.zarr"], arguments.engine
+            )
         facts = [f"driver {format_bytes(driver)} of {format_bytes(plan['driver_memory_bytes'])}"]
-        if asked.engine == "ray":  # else the workers are threads of the driver
+        if arguments.engine == "ray":  # else the workers are threads of the driver
             most = format_bytes(plan["worker_memory_bytes"])
             facts.append(f"worker {format_bytes(worker)} of {most}")
         print(
-            f"{gigabytes:g} GB, {asked.engine}: {plan['tiles']} tiles, {', '.join(facts)}, "
+            f"{gigabytes:g} GB, {arguments.engine}: {plan['tiles']} tiles, {', '.join(facts)}, "
             f"{seconds:.0f} s",
             flush=True,
         )

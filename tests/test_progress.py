@@ -2,6 +2,7 @@
 
 import math
 import os
+import struct
 import subprocess
 import sys
 from contextlib import suppress
@@ -135,3 +136,31 @@ def test_a_notebook_shows_one_live_bar(monkeypatch, capsys):
     assert [text.count("<progress value='") for text in notebook.shown] == [1, 1]
     assert "&lt;volume&gt;" in notebook.shown[0] and "2/2 tiles" in notebook.shown[1]
     assert capsys.readouterr().err == ""
+
+
+LONG = """
+import time
+from unet_ray.progress import ProgressBar
+with ProgressBar("volume.zarr") as bar:
+    for step in (1, 2):
+        bar.show(step / 3, f"{step}/3 tiles, 3 failures, 1.234 Mvoxel/s, 3 min 05 s left")
+        time.sleep(0.3)
+"""
+
+
+@pytest.mark.parametrize("columns", [120, 60, 40, 20])
+def test_a_bar_takes_one_row(columns):
+    fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", LONG], stderr=follower)
+    os.close(follower)
+    shown = b""
+    with suppress(OSError):  # Linux raises it at the end
+        while part := os.read(leader, 4096):
+            shown += part
+    os.close(leader)
+    assert process.wait(60) == 0
+    text = shown.decode()
+    assert "vol" in text
+    assert "\x1b[1A" not in text  # the cursor never moves up, as it would from a second row

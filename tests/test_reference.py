@@ -132,8 +132,8 @@ def test_the_page_of_exit_codes_is_right():
 
 def test_the_page_of_the_store_has_every_field_of_the_provenance(task):
     *_, store = task
-    told = dict(zarr.open_group(store, mode="r").attrs)["unet_ray"]
-    assert column(REFERENCE / "store.md", "## Provenance") == list(told)
+    provenance = dict(zarr.open_group(store, mode="r").attrs)["unet_ray"]
+    assert column(REFERENCE / "store.md", "## Provenance") == list(provenance)
 
 
 def test_the_page_of_the_store_has_every_name_in_the_private_folder(task):

@@ -246,7 +246,7 @@ class Model:
         )
         image = np.asarray(image) if isinstance(image, list | tuple) else image
         volume = open_volume(image)
-        with TilesBar("predict", quiet=not progress) as watch:
+        with TilesBar("predict", quiet=not progress, limit=False) as watch:
             plan, maps = predict_volume(volume, self._network, str(self.path), settings, watch)
         probabilities, classes = maps["probabilities"], maps["classes"]
         if getattr(image, "ndim", 0) == 2:
@@ -414,7 +414,7 @@ def segment(
         )
     settings = _one_of(settings, flags) or settings_of(**flags)
     label = os.path.basename(str(source))
-    with TilesBar(label, quiet=not progress) as bar:
+    with TilesBar(label, quiet=not progress, limit=False) as bar:
         segmenting.segment(source, model, out, settings, watch or bar)
     return OutputStore(out)
 

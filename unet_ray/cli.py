@@ -592,10 +592,10 @@ def _settings(ctx: click.Context, flags: dict[str, Any]) -> Settings:
     )
 
 
-def _engine(ctx: click.Context, asked: Any) -> Any:
+def _engine(ctx: click.Context, name: Any) -> Any:
     from unet_ray.engine.cluster import chosen_engine
 
-    return chosen_engine(asked, job=ctx.obj == "job")
+    return chosen_engine(name, job=ctx.obj == "job")
 
 
 def main(verb: str | None = None) -> int:

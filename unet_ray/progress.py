@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import html
 import math
+import os
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from unet_ray.units import format_bytes, format_seconds
+from unet_ray.units import format_bytes, format_seconds, text_of
 
 if TYPE_CHECKING:  # both would load torch
     from unet_ray.engine.rounds import Progress
@@ -25,8 +27,6 @@ NOTEBOOK_SECONDS = 0.2
 PACE_SECONDS, PACE_TILES = 60.0, 20
 BAR_WIDTH = 24
 LOG_WIDTH = 100
-# In a notebook rich would add an output of its own for each table.
-PLAIN: dict[str, Any] = {"force_jupyter": False}
 
 
 class ProgressBar:
@@ -85,7 +85,6 @@ class ProgressBar:
         """Prints names and values as a table of two columns; equal names are written once."""
         if self._quiet:
             return
-        from rich.console import Console
         from rich.table import Table
 
         table = Table(box=None, show_header=False, pad_edge=False)
@@ -95,12 +94,9 @@ class ProgressBar:
         for name, value in rows:
             table.add_row("" if name == before else name, value)
             before = name
-        width = None if sys.stderr.isatty() else LOG_WIDTH
-        console = Console(stderr=True, width=width, markup=False, highlight=False, **PLAIN)
-        with console.capture() as captured:
-            console.print(table)
-        lines = (line.rstrip() for line in captured.get().splitlines())
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        on_terminal = sys.stderr.isatty()
+        width = os.get_terminal_size(sys.stderr.fileno()).columns if on_terminal else LOG_WIDTH
+        print(text_of(table, width or LOG_WIDTH), file=sys.stderr, flush=True)
 
     def _show_on_terminal(self, fraction: float, text: str) -> None:
         if not self._bar:
@@ -128,9 +124,9 @@ class ProgressBar:
         if self._notebook:
             self._notebook.update(bar)
         else:
-            from IPython.display import display
-
-            self._notebook = display(bar, display_id=True)  # type: ignore[no-untyped-call, unused-ignore]
+            # Imported by name, since type checkers find it in a notebook's environment only.
+            display = import_module("IPython.display").display
+            self._notebook = display(bar, display_id=True)
 
 
 class _NotebookBar:
@@ -157,18 +153,27 @@ def _in_notebook() -> bool:
 
 
 class TilesBar(ProgressBar):
-    """Shows tiles, speed, time left, failures and memory; called after each tile."""
+    """Shows tiles, speed, time left, failures and memory; called after each tile.
+
+    Args:
+        label: name of the work.
+        quiet: show nothing.
+        limit: show the stated memory, too. A process that holds other data, such as a notebook,
+            is larger than a run.
+    """
+
+    def __init__(self, label: str, quiet: bool = False, limit: bool = True) -> None:
+        super().__init__(label, quiet)
+        self._limit = limit
+        self._pace: Pace | None = None
 
     def __call__(self, progress: Progress) -> None:
         """Shows the state of a run."""
-        if not hasattr(self, "_pace"):
-            self._pace = Pace(progress.workers)
-        pace = self._pace
+        pace = self._pace = self._pace or Pace(progress.workers)
         pace.saw(progress.seconds, progress.finished, progress.voxels)
         pending = progress.total - progress.done - progress.quarantined
         memory = format_bytes(progress.memory) if progress.memory else ""
-        # A process that holds other data, as a notebook does, is larger than a run.
-        if memory and progress.memory <= progress.memory_stated:
+        if memory and self._limit and progress.memory_stated:
             memory += f" of {format_bytes(progress.memory_stated)}"
         parts = [
             f"{progress.done}/{progress.total} tiles",

@@ -8,8 +8,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from unet_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{unit}i": 1 << 10 * n for n, unit in enumerate("kmgt", start=1)}
@@ -52,6 +56,17 @@ def format_seconds(seconds: float) -> str:
 def commas(numbers: Sequence[int]) -> str:
     """Formats whole numbers as command line flags take them: ``16,384,384``."""
     return ",".join(map(str, numbers))
+
+
+def text_of(table: Table, width: int = 400) -> str:
+    """Draws a table as plain text, at most `width` characters wide, without trailing spaces."""
+    from rich.console import Console
+
+    # In a notebook rich would add an output of its own.
+    console = Console(width=width, color_system=None, highlight=False, force_jupyter=False)
+    with console.capture() as captured:
+        console.print(table, markup=False)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def parse_workers(text: str | None) -> int | tuple[int, int] | None:

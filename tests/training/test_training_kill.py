@@ -32,8 +32,7 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).parents[2]
 SECONDS = 240  # timeout of every wait
 CHECKPOINT_SECONDS = 0.2
-# Relative, of two workers to one with twice the batch; 6e-8 with AVX2, 1.5e-5 with AVX-512.
-LOSS_BOUND = 1e-4
+LOSS_BOUND = 1e-6  # relative, two workers against one with twice the batch; measured: 6e-8
 WORKER = "ray::RayTrainWorker"  # title of a worker process of Ray Train
 
 SCRIPT = """
@@ -362,10 +361,7 @@ def test_two_workers_survive_a_kill_of_one(files, tmp_path, start, monkeypatch, 
     assert_same_run(out, whole)
     single = uninterrupted(files, tmp_path / "single", tiny(**chosen, batch=2), monkeypatch)
     (one, _), (other, _) = read_model(single / MODEL), read_model(out / MODEL)
-    largest = max(float(weights.abs().max()) for weights in one.state_dict().values())
     for name, weights in one.state_dict().items():
-        # Rounding; with AVX-512 the largest difference was 8e-5 of the largest weight.
-        found = other.state_dict()[name]
-        np.testing.assert_allclose(found, weights, rtol=0, atol=3e-4 * largest)
+        np.testing.assert_allclose(other.state_dict()[name], weights, rtol=1e-3, atol=1e-5)
     losses = [[m["loss"] for m in measures(folder)] for folder in (single, out)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=LOSS_BOUND)

@@ -46,11 +46,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def chosen_engine(asked: Literal["auto", "local", "ray"], job: bool = False) -> EngineName:
+def chosen_engine(name: Literal["auto", "local", "ray"], job: bool = False) -> EngineName:
     """The engine of a run; ``auto`` is Ray in a job, with RAY_ADDRESS set or on several GPUs."""
-    refuse_unknown("engine", asked, ("auto", "local", "ray"))
-    if asked != "auto":
-        return asked
+    refuse_unknown("engine", name, ("auto", "local", "ray"))
+    if name != "auto":
+        return name
     on_ray = job or os.environ.get("RAY_ADDRESS") or torch.cuda.device_count() > 1
     return "ray" if on_ray else "local"
 

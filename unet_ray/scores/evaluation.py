@@ -6,7 +6,6 @@ Independent of how a score is computed (metrics.py).
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from unet_ray.errors import InputError, refuse_unknown
@@ -36,6 +34,7 @@ from unet_ray.storage.ledger import committed, skipped
 from unet_ray.storage.places import PathOrUrl, Place, place_of
 from unet_ray.storage.provenance import Provenance
 from unet_ray.storage.stores import Store
+from unet_ray.units import text_of
 from unet_ray.volumes.folder import last_number, slices_by_number
 from unet_ray.volumes.opening import open_volume
 from unet_ray.volumes.volume import Volume
@@ -44,7 +43,6 @@ Kind = Literal["isbi", "instances", "classes"]
 # The output of a store that each kind of score needs; probabilities p are stored as 255 p.
 STORED: dict[str, str] = {"isbi": "probabilities", "instances": "instances", "classes": "classes"}
 LARGEST_CLASS = 31
-LONGEST_LINE = 400  # characters; a table of many scores is wide
 REUSED_IDS = 0.5  # share of ids on two slices that do not overlap
 WHITES = (1, 255, 65535)
 
@@ -101,11 +99,11 @@ class Evaluation:
                 table.add_row(f"  {self._class(number)}", _number(value), "", "", "")
         columns = {name: score.slices for name, score in self.scores.items() if score.slices}
         if not columns:
-            return _text(table)
+            return text_of(table)
         by_slice = _table("slice", *columns, right=range(1, len(columns) + 1))
         for z, row in enumerate(zip(*columns.values(), strict=True)):
             by_slice.add_row(str(z), *map(_number, row))
-        return f"{_text(table)}\n\n{_text(by_slice)}"
+        return f"{text_of(table)}\n\n{text_of(by_slice)}"
 
     def _class(self, number: int) -> str:
         label = f" (label {self.labels[number]})" if number < len(self.labels) else ""
@@ -117,15 +115,6 @@ def _table(*columns: str, right: Iterable[int]) -> Table:
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number in right else "left", no_wrap=True)
     return table
-
-
-def _text(table: Table) -> str:
-    console = Console(
-        file=io.StringIO(), width=LONGEST_LINE, color_system=None, force_jupyter=False
-    )
-    with console.capture() as captured:
-        console.print(table, markup=False)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def _or_none(value: float) -> float | None:

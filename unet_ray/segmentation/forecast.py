@@ -6,17 +6,15 @@ estimated.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from unet_ray.errors import InputError
 from unet_ray.storage.places import place_of
-from unet_ray.units import commas, format_bytes, format_seconds
+from unet_ray.units import commas, format_bytes, format_seconds, text_of
 
 if TYPE_CHECKING:
     from unet_ray.segmentation.outlook import Outlook
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
 
 
 Rows = list[tuple[str, str]]
-NAME_WIDTH, LONGEST_LINE = 8, 400  # characters
+NAME_WIDTH = 8  # characters
 
 
 def describe(outlook: Outlook, settings: Settings) -> str:
@@ -75,12 +73,7 @@ def table_of(rows: Rows) -> str:
     table.add_column(no_wrap=True)
     for name, value in rows:
         table.add_row("", Text(name), Text(value))
-    console = Console(
-        file=io.StringIO(), width=LONGEST_LINE, color_system=None, force_jupyter=False
-    )
-    with console.capture() as captured:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+    return text_of(table)
 
 
 def _helper_rows(outlook: Outlook) -> Rows:
