@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unet_ray.storage.marks import Mark, Marks, remove_older, tiles_done
+from unet_ray.storage.marks import Mark, Marks, marks_done, remove_older
 from unet_ray.storage.places import files_below, place_of
 
 EVENTS = st.builds(
@@ -16,6 +16,10 @@ EVENTS = st.builds(
     st.floats(0, 1e6),
     st.integers(0, 1 << 50),
 )
+
+
+def numbers_done(folder, since):
+    return [mark.tile for mark in marks_done(folder, since)]
 
 
 def new_folder(kind, tmp_path_factory):
@@ -67,13 +71,13 @@ def test_the_next_run_reads_the_tiles_done_since_the_store_was_created(kind, tmp
         place = folder / str(epoch)
         place.mkdir(parents=True, exist_ok=True)
         Marks(place / "0").add(Mark(tile, event))
-    assert sorted(tiles_done(folder, since=0)) == [1, 5, 7]
-    assert sorted(tiles_done(folder, since=4)) == [5, 7]
+    assert sorted(numbers_done(folder, since=0)) == [1, 5, 7]
+    assert sorted(numbers_done(folder, since=4)) == [5, 7]
     remove_older(folder, 1759)
-    assert sorted(tiles_done(folder, since=0)) == [7]
+    assert sorted(numbers_done(folder, since=0)) == [7]
     assert len([*files_below(folder)]) == 1
     remove_older(folder, 1760)
-    assert not [*files_below(folder)] and not [*tiles_done(folder / "none", since=0)]
+    assert not [*files_below(folder)] and not [*numbers_done(folder / "none", since=0)]
 
 
 def test_objects_that_are_not_marks_are_ignored():
@@ -81,7 +85,7 @@ def test_objects_that_are_not_marks_are_ignored():
     (folder / "3" / "7").put(b'[7, "done", 1.0, 0]\n')  # the format of an older version
     (folder / "3" / "0" / "a,b,c,d,e,f").put(b"")
     Marks(folder / "3" / "0").add(Mark(4, "done"))
-    assert [*tiles_done(folder, since=0)] == [4]
+    assert [*numbers_done(folder, since=0)] == [4]
     assert Marks(folder / "3" / "0").before(4) == [Mark(4, "done")]
     remove_older(folder, 4)
     assert not [*folder.below()]

@@ -81,7 +81,9 @@ def run_steps(
         return TileState(failure(before.tile, before.seconds + time.monotonic() - start, error))
     seconds = before.seconds + time.monotonic() - start
     memory = max(before.memory, memory_in_use())
-    return TileState(Receipt(before.tile, seconds, memory=memory), data)
+    if steps[-1] != "write":
+        return TileState(Receipt(before.tile, seconds, memory=memory), data)
+    return TileState(Receipt(before.tile, seconds, memory=memory, checksum=data or ""))
 
 
 def _run_step(

@@ -75,7 +75,7 @@ class Guard:
     def _mark_of(self, receipt: Receipt) -> Mark:
         if receipt.error or self._last_step != "write":
             return Mark(receipt.tile, "ended")
-        return Mark(receipt.tile, "done", receipt.seconds, receipt.memory)
+        return Mark(receipt.tile, "done", receipt.seconds, receipt.memory, receipt.checksum)
 
     def _watch(self) -> None:
         while True:
@@ -147,7 +147,8 @@ def _is_done(before: list[Mark]) -> bool:
 def _final_receipt(tile: int, before: list[Mark]) -> Receipt | None:
     """Returns the receipt of a tile that is done or must be given up; None to try the tile."""
     if _is_done(before):
-        return Receipt(tile, before[-1].seconds, memory=before[-1].memory)
+        last = before[-1]
+        return Receipt(tile, last.seconds, memory=last.memory, checksum=last.checksum)
     events = [mark.event for mark in before]
     begun, overdue = events.count("begun"), events.count("late")
     if begun < TRIES:

@@ -24,7 +24,7 @@ from unet_ray.storage.events import EventLog
 from unet_ray.storage.layout import EVENTS, ledger_of, marks_of
 from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import Ledger, committed
-from unet_ray.storage.marks import remove_older, tiles_done
+from unet_ray.storage.marks import marks_done, remove_older
 from unet_ray.storage.places import Place, remove_partial
 from unet_ray.tiling.tiles import TilePlan
 
@@ -224,9 +224,9 @@ class Rounds:
     def _commit_marked(self) -> None:
         """Commits tiles that workers of earlier runs finished, but no driver recorded."""
         with suppress(OSError):  # unreadable marks: the tiles are recomputed
-            for tile in tiles_done(self._marks, since=self._ledger.born):
-                if tile not in self._ledger:
-                    self._ledger.commit(tile)
+            for mark in marks_done(self._marks, since=self._ledger.born):
+                if 0 <= mark.tile < len(self._plan) and mark.tile not in self._ledger:
+                    self._ledger.commit(mark.tile, mark.checksum)
         self._ledger.flush()
 
     def _make_marks(self) -> None:
@@ -240,7 +240,7 @@ class Rounds:
 
     def _commit(self, receipt: Receipt) -> None:
         self._given_up.pop(receipt.tile, None)  # it finished after its time limit
-        self._ledger.commit(receipt.tile)
+        self._ledger.commit(receipt.tile, receipt.checksum)
         self._add("tile", tile=receipt.tile, seconds=round(receipt.seconds, 4))
         now = self._progress
         self._show(

@@ -32,6 +32,7 @@ class Receipt:
         memory: anonymous bytes of the process when the tile was done; 0 if unknown.
         room: bytes available to the process when memory ran out; 0 if unknown, or if the failure
             had another cause.
+        checksum: of what the attempt wrote, as hexadecimal digits; "" if unknown.
     """
 
     tile: int
@@ -41,6 +42,7 @@ class Receipt:
     verdict: Verdict = "again"
     room: int = 0
     memory: int = 0
+    checksum: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Helper(Protocol):
     def read(self, tile: int) -> Any:
         """Returns the input voxels of the tile."""
 
-    def write(self, tile: int, result: Any) -> None:
-        """Writes the result, and returns when it is on disk."""
+    def write(self, tile: int, result: Any) -> str | None:
+        """Writes the result; returns its checksum, if there is one, when it is on disk."""
 
 
 class Worker(Helper, Protocol):

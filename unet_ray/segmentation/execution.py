@@ -145,7 +145,8 @@ def _open_store(run: Segmentation, settings: Settings, lease: Lease) -> None:
     stored = None if settings.overwrite else stored_at(run.out, overwrite=False)
     if stored is None:
         with lease.fence.hold():
-            begin(run.out / LEDGER, lease.epoch)  # from now on no tile counts as committed
+            # From now on no tile counts as committed.
+            begin(run.out / LEDGER, lease.epoch, run.provenance.json)
         layout = StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)
         create_store(run.out, layout, run.provenance, lease.fence.hold)
     else:  # another run may have created it since this one was prepared

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from unet_ray.engine.rounds import Tries, tries
 from unet_ray.engine.stages import Stage
-from unet_ray.errors import DamageError, InputError, LostError, RunError
+from unet_ray.errors import DamageError, InputError, LostError, RunError, VoxelError
 from unet_ray.segmentation.preparation import prepare
 from unet_ray.segmentation.run import Segmentation
 from unet_ray.segmentation.settings import Settings
@@ -67,13 +67,11 @@ class Recomputed:
     """Recomputed tiles.
 
     Attributes:
-        agreed: numbers of the tiles that equal the stored ones and are not constant.
-        differing: damage of the other tiles, by tile number and output.
+        differing: damage of the tiles that differ from the stored ones, by number and output.
         tiles: numbers of all recomputed tiles.
         failed: an error message for each tile that could not be recomputed.
     """
 
-    agreed: list[int] = field(default_factory=list)
     differing: dict[int, dict[str, str]] = field(default_factory=dict)
     tiles: list[int] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -85,11 +83,8 @@ def recompute(
     """Recomputes tiles, compares them with the stored ones, and adds them to `recomputed`."""
 
     def compare(tile: int, result: Results) -> None:
-        damage = _differences(audit, tile, result)
-        if damage:
+        if damage := _differences(audit, tile, result):
             recomputed.differing[tile] = damage
-        elif any(np.ptp(voxels) for voxels in result.values()):
-            recomputed.agreed.append(tile)
 
     with closing(_recompute_each("verify", audit, run, tiles, compare)) as receipts:
         for receipt, will_retry in receipts:
@@ -138,8 +133,11 @@ def repair_shards(
     repaired, failed = [], []
 
     def write(tile: int, result: Results) -> None:
+        z, y, x = audit.plan[tile].crop.slices
         for name in damaged[tile]:
             refuse_link(audit.path, audit.shard(name, tile).parent)
+            if audit.is_foreign(name, tile, result[name][..., z, y, x]):
+                raise VoxelError("the recomputed voxels are not those that were committed")
         Store(audit.path, [*damaged[tile]], lease.fence.hold).write(audit.plan[tile], result)
 
     with closing(_recompute_each("repair", audit, run, sorted(damaged), write)) as receipts:

@@ -92,9 +92,9 @@ class TileHelper:
         """
         return read_tile(self._run.volume, self._run.plan[tile], self._run.nan)
 
-    def write(self, tile: int, result: dict[str, NDArray[np.uint8]]) -> None:
-        """Writes the shards of a tile; returns when they are on disk."""
-        self._store.write(self._run.plan[tile], result)
+    def write(self, tile: int, result: dict[str, NDArray[np.uint8]]) -> str:
+        """Writes the shards of a tile; returns their checksum when they are on disk."""
+        return self._store.write(self._run.plan[tile], result)
 
 
 class TileWorker(TileHelper):

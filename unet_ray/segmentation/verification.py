@@ -3,12 +3,12 @@
 Knows which tiles to check and to recompute, and when a repair is safe. Does not know the files of
 a store, or how a tile is computed.
 
-A shard of another tile, or of another model, has valid checksums; only recomputing detects it.
+The ledger has a checksum of each tile's voxels, so a shard of another tile or another run is
+detected without recomputing. Recomputing shows that input, model and machine still give the same.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
 import tempfile
 from collections.abc import Iterator
@@ -33,9 +33,6 @@ from unet_ray.storage.layout import LEDGER, PRIVATE
 from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import newest
 from unet_ray.storage.places import PathOrUrl, Place, place_of
-
-# Maximum number of tiles that are recomputed to confirm input and model before a repair.
-CONFIRMATIONS = 64
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,12 @@ class _Check:
             tiles=done,
             shards=done * len(self._audit.outputs),
             recomputed=tuple(sorted(self._recomputed.tiles)),
-            damage=(*self._sentences(), *failed, *self._audit.ledger_damage()),
+            damage=(
+                *self._audit.edited_fields(),
+                *self._sentences(),
+                *failed,
+                *self._audit.ledger_damage(),
+            ),
             notes=tuple(self._notes),
             repaired=tuple(sorted(self._repaired)),
             refusal=self._refusal,
@@ -176,45 +178,14 @@ class _Check:
             return
         audit.expect(run.volume.voxel_size)  # so far the voxel size was the store's own
         self._metadata_damage = audit.metadata_damage()
-        self._recompute(run, iter(sample))
+        recompute(audit, run, sample, self._recomputed)
+        self._damage |= self._recomputed.differing
         if not self._lease or not any(self._sentences()):
-            return
-        if not self._is_confirmed(run, sample):
-            self._refusal = (
-                f"{self._path}: undamaged tiles differ from the recomputed ones and none agrees, "
-                "so input, model or zarr.json may be wrong; nothing was repaired. Recreate the "
-                "store with --overwrite."
-            )
             return
         before = [*self._sentences()]
         self._repair(run, self._lease)
         after = {*self._sentences()}
         self._notes += [f"repaired: {damage}" for damage in before if damage not in after]
-
-    def _recompute(self, run: Segmentation, tiles: Iterator[int]) -> None:
-        recompute(self._audit, run, tiles, self._recomputed)
-        self._damage |= self._recomputed.differing
-
-    def _is_confirmed(self, run: Segmentation, sample: list[int]) -> bool:
-        """Whether `run` seems to be the run that made this store: a tile agrees, or none differs.
-
-        Recomputes further tiles until one agrees or differs. If one differs, it recomputes all
-        tiles, to find all that must be repaired. Constant tiles do not count as agreement, since
-        almost any model yields them.
-        """
-        checked = {*sample, *self._damage}
-        others = (tile for tile in numbers_of(self._done) if tile not in checked)
-        self._recompute(run, self._until_settled(others))
-        if self._recomputed.differing:
-            self._recompute(run, others)
-        return bool(self._recomputed.agreed) or not self._recomputed.differing
-
-    def _until_settled(self, tiles: Iterator[int]) -> Iterator[int]:
-        """Yields at most `CONFIRMATIONS` tiles, until one agreed or differed."""
-        for _ in range(CONFIRMATIONS):
-            if self._recomputed.agreed or self._recomputed.differing:
-                return
-            yield from itertools.islice(tiles, 1)
 
     def _repair(self, run: Segmentation, lease: Lease) -> None:
         """Replaces damaged files, and checks them again."""

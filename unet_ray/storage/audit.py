@@ -21,11 +21,17 @@ from numpy.typing import NDArray
 from unet_ray.errors import DamageError, RunError
 from unet_ray.storage.inspection import Found
 from unet_ray.storage.layout import ARRAYS, LEDGER, PRIVATE, StoreLayout
-from unet_ray.storage.ledger import committed, damaged, skipped
+from unet_ray.storage.ledger import (
+    checksums,
+    committed,
+    damaged,
+    recorded_provenance,
+    skipped,
+)
 from unet_ray.storage.objects import ObjectPath
 from unet_ray.storage.places import Place, files_below, stat_of
 from unet_ray.storage.provenance import Provenance
-from unet_ray.storage.shards import Shards
+from unet_ray.storage.shards import CHECKSUM_BYTES, Shards, checksum_of
 from unet_ray.storage.stores import Store, create_store
 
 
@@ -55,6 +61,7 @@ class Audit:
         self.plan, self.outputs = self.provenance.plan, self.provenance.outputs
         try:
             self.done = committed(self.path / LEDGER, len(self.plan))
+            self._checksums = checksums(self.path / LEDGER, len(self.plan))
         except Exception as error:  # a segment may contain anything
             raise DamageError(f"{self.path / LEDGER}: cannot be read ({error}).") from error
         self.expect(_stored_voxel_size(self.path))
@@ -89,10 +96,23 @@ class Audit:
         damage = {}
         for name in self.outputs:
             try:
-                self.decode(name, tile)
+                if self.is_foreign(name, tile, self.decode(name, tile)):
+                    damage[name] = (
+                        "contains other voxels than those that were committed: it is from another "
+                        "tile or another run"
+                    )
             except DamageError as error:
                 damage[name] = str(error)
         return damage
+
+    def is_foreign(self, name: str, tile: int, voxels: NDArray[np.uint8]) -> bool:
+        """Returns whether `voxels` are not those that were committed for a tile's output.
+
+        False if the ledger has no checksum of the tile.
+        """
+        start = CHECKSUM_BYTES * self.outputs.index(name)
+        committed_checksum = self._checksums[tile, start : start + CHECKSUM_BYTES].tobytes()
+        return any(committed_checksum) and committed_checksum.hex() != checksum_of(voxels)
 
     def decode(self, name: str, tile: int) -> NDArray[np.uint8]:
         """Returns the stored voxels that a tile owns, (..., z, y, x).
@@ -116,12 +136,22 @@ class Audit:
         return damage
 
     def ledger_damage(self) -> Iterator[str]:
-        """Yields a sentence for each damaged segment of the ledger."""
+        """Yields a sentence for each damaged file of the ledger."""
         for path in damaged(self.path / LEDGER, len(self.plan)):
             yield (
                 f"{path}: is damaged, so its tiles count as not done; the same `unet-ray segment` "
                 "command recomputes them."
             )
+
+    def edited_fields(self) -> Iterator[str]:
+        """Yields a sentence for each field that differs from the provenance in the ledger."""
+        try:
+            recorded = Provenance(recorded_provenance(self.path / LEDGER))
+        except DamageError as error:
+            yield str(error)
+            return
+        for sentence in self.provenance.edits(recorded) if recorded.json else ():
+            yield f"{self.path / 'zarr.json'}: {sentence}."
 
     def remarks(self) -> list[str]:
         """Returns notes about the store that are not damage, one sentence each."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from unet_ray.errors import InputError
+from unet_ray.errors import DamageError, InputError
 from unet_ray.storage.layout import ARRAYS, FORMAT, LEDGER, METADATA, PRIVATE, ROOT, SHARDS
-from unet_ray.storage.ledger import has_begun, has_notes
+from unet_ray.storage.ledger import has_begun, has_notes, recorded_provenance
 from unet_ray.storage.places import Place, files_below, stat_of, unusable
 from unet_ray.storage.provenance import Provenance
 
@@ -84,6 +84,7 @@ class Found:
                     f"{self.path}: its provenance is damaged ({damage}); choose another --out, or "
                     "recreate it with --overwrite."
                 )
+            self._refuse_edits(self.provenance)
             return self.provenance
         if self.what in ("foreign", "damaged"):
             raise InputError(_FOREIGN.format(self.path))
@@ -94,6 +95,20 @@ class Found:
                 "choose another --out, or recreate it with --overwrite."
             )
         return None
+
+    def _refuse_edits(self, provenance: Provenance) -> None:
+        """Refuses a provenance that differs from the record in the ledger."""
+        try:
+            recorded = Provenance(recorded_provenance(self.path / LEDGER))
+        except DamageError as error:
+            raise InputError(
+                f"{str(error).rstrip('.')}; choose another --out, or recreate it with --overwrite."
+            ) from error
+        for edit in provenance.edits(recorded) if recorded.json else ():
+            raise InputError(
+                f"{self.path / ROOT}: {edit}; restore it, choose another --out, or recreate the "
+                "store with --overwrite."
+            )
 
 
 def inspect(path: Place) -> Found:

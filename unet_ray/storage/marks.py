@@ -15,6 +15,7 @@ every mark is a separate object, since stores limit how often one object is rewr
 from __future__ import annotations
 
 import json
+import re
 import threading
 import uuid
 from collections.abc import Iterator
@@ -40,12 +41,14 @@ class Mark:
             shards are on disk. ``ended``: it failed, or another worker takes the next step.
         seconds: duration of the attempt; 0 unless the event is ``done``.
         memory: memory of the process, in bytes; 0 if unknown or unless the event is ``done``.
+        checksum: of what was written, as hexadecimal digits; "" unless the event is ``done``.
     """
 
     tile: int
     event: Event
     seconds: float = 0.0
     memory: int = 0
+    checksum: str = ""
 
 
 class Marks:
@@ -94,7 +97,7 @@ class Marks:
         with self._lock:
             if isinstance(self._path, ObjectPath):
                 _ = self._before  # numbers continue after the marks that exist
-                fields = f"{mark.tile},{mark.event},{mark.seconds!r},{mark.memory}"
+                fields = ",".join(map(str, astuple(mark)))
                 (self._path / f"{self._number:08d},{uuid.uuid4().hex},{fields}").put(b"")
                 self._number += 1
             else:
@@ -104,8 +107,8 @@ class Marks:
 
 def _parse_name(name: str) -> Iterator[Mark]:
     with suppress(ValueError):  # from an older version or another program
-        _, _, tile, event, seconds, memory = name.split(",")
-        yield Mark(int(tile), cast(Event, event), float(seconds), int(memory))
+        _, _, tile, event, seconds, memory, checksum = name.split(",")
+        yield Mark(int(tile), cast(Event, event), float(seconds), int(memory), checksum)
 
 
 def _read_file(path: Path) -> Iterator[Mark]:
@@ -115,8 +118,8 @@ def _read_file(path: Path) -> Iterator[Mark]:
                 yield Mark(*json.loads(line))
 
 
-def tiles_done(folder: Place, since: int) -> Iterator[int]:
-    """Yields the tiles that workers of any run have marked as done; tiles may repeat.
+def marks_done(folder: Place, since: int) -> Iterator[Mark]:
+    """Yields the mark of each tile that workers of any run have done; tiles may repeat.
 
     Args:
         folder: folder of the marks of all runs.
@@ -128,7 +131,12 @@ def tiles_done(folder: Place, since: int) -> Iterator[int]:
     for epoch, path in _by_epoch(folder):
         if epoch >= since:
             marks = _read_file(path) if isinstance(path, Path) else _parse_name(path.name)
-            yield from (mark.tile for mark in marks if mark.event == "done")
+            yield from (mark for mark in marks if mark.event == "done" and _is_valid(mark))
+
+
+def _is_valid(mark: Mark) -> bool:
+    """Returns whether the tile is a number and the checksum hexadecimal; a file has any content."""
+    return type(mark.tile) is int and bool(re.fullmatch("([0-9a-f]{2})*", str(mark.checksum)))
 
 
 def remove_older(folder: Place, epoch: int) -> None:

@@ -174,6 +174,14 @@ class Provenance:
             if field not in UNCOMPARED and own_fields.get(field) != other_fields.get(field):
                 yield field, own_fields.get(field), other_fields.get(field)
 
+    def edits(self, recorded: Provenance) -> Iterator[str]:
+        """Describes each field that differs from the provenance `recorded` in the ledger."""
+        own_fields, recorded_fields = dict(flat_fields(self.json)), dict(flat_fields(recorded.json))
+        for field in dict.fromkeys([*recorded_fields, *own_fields]):
+            own, original = own_fields.get(field), recorded_fields.get(field)
+            if own != original:
+                yield f"its {field} was changed from {original} to {own} after the run began"
+
     def other_kind(self, kind: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
         """Returns the first field of `kind` that differs, its stored and its new value.
 

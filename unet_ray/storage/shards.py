@@ -9,6 +9,7 @@ between the chunks or before the index.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from unet_ray.tiling.tiles import Tile
 ABSENT = 2**64 - 1  # offset and length of a missing chunk in the index of a shard
 INDEX_ENTRY, CHECKSUM = 16, 4  # bytes
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+CHECKSUM_BYTES = 8  # of the voxels of a tile in one output
 SLACK = 1024  # bytes added to twice the size of a chunk, as a bound of its compressed size
 
 
@@ -94,6 +96,15 @@ class Shards:
         ).any():
             raise DamageError("is truncated or damaged: its index does not match its chunks")
         return (data[start : start + length] for start, length in spans)
+
+
+def checksum_of(voxels: NDArray[np.uint8]) -> str:
+    """Returns a checksum of a tile's voxels in one output, as 16 hexadecimal digits.
+
+    It does not depend on the compression of the shard, which differs between versions of zstd.
+    """
+    data = np.ascontiguousarray(voxels).data
+    return hashlib.blake2b(data, digest_size=CHECKSUM_BYTES).hexdigest()
 
 
 def declared_size(frame: bytes) -> int | None:

@@ -44,6 +44,7 @@ from unet_ray.storage.places import (
     write_whole,
 )
 from unet_ray.storage.provenance import Provenance
+from unet_ray.storage.shards import checksum_of
 from unet_ray.tiling.tiles import Tile, TilePlan
 
 DELETED = "deleted-"  # prefix of the names of deleted parts of a store in .unet_ray
@@ -159,8 +160,8 @@ class Store:
                     _metadata_message(self.path / ARRAYS[name], "does not match the plan")
                 )
 
-    def write(self, tile: Tile, results: Mapping[str, NDArray[np.uint8]]) -> None:
-        """Writes the voxels that `tile` owns and returns when they are on disk.
+    def write(self, tile: Tile, results: Mapping[str, NDArray[np.uint8]]) -> str:
+        """Writes the voxels that `tile` owns; returns their checksum when they are on disk.
 
         A shard is encoded in memory and written atomically. So after a kill, every shard is
         complete, and temporary files are only in the private folder.
@@ -169,12 +170,18 @@ class Store:
             tile: the tile to write.
             results: for each output the predicted core, ``(..., z, y, x)`` uint8.
 
+        Returns:
+            `checksum_of` each output's voxels, joined in the order of the outputs.
+
         Raises:
             OSError: if a shard cannot be written.
         """
+        checksums, (z, y, x) = "", tile.crop.slices
         for name in self._arrays:
             shard = self.encoded(name, tile, results[name])
             write_whole(self.shard(name, tile), shard, self.path / PRIVATE, self._guard)
+            checksums += checksum_of(results[name][..., z, y, x])
+        return checksums
 
     def encoded(self, name: str, tile: Tile, result: NDArray[np.uint8]) -> bytes:
         """Returns the bytes of one shard, without reading an existing, possibly damaged one.
