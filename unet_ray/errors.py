@@ -32,6 +32,10 @@ class LostError(RunError):
     """Another run has taken over the output, so this run writes nothing more."""
 
 
+class ChangedError(RunError):
+    """The input or the model has changed since the run began, so this run stops."""
+
+
 class VoxelError(RunError):
     """The input of a tile cannot be segmented, and a retry would fail again."""
 

@@ -29,7 +29,7 @@ from unet_ray.engine.stages import (
     Verdict,
     Worker,
 )
-from unet_ray.errors import LostError, UnetRayError, VoxelError
+from unet_ray.errors import ChangedError, LostError, UnetRayError, VoxelError
 from unet_ray.machine import memory_available, memory_in_use
 
 # Attempts per tile and run, before the tile is given up.
@@ -116,6 +116,8 @@ def _verdict(error: Exception) -> Verdict:
     full = isinstance(error, OSError) and error.errno in DISK_ERRORS
     if full or isinstance(error, LostError):
         return "stop"
+    if isinstance(error, ChangedError):
+        return "changed"
     if is_out_of_memory(error):
         return "alone"
     if isinstance(error, RuntimeError) and "CUDA error" in str(error):

@@ -19,7 +19,7 @@ from unet_ray.engine import cluster, engines
 from unet_ray.engine.attempts import TRIES, Timeouts
 from unet_ray.engine.cluster import EngineName
 from unet_ray.engine.stages import Receipt, Stage
-from unet_ray.errors import LostError, QuarantinedError, RunError
+from unet_ray.errors import ChangedError, LostError, QuarantinedError, RunError
 from unet_ray.storage.events import EventLog
 from unet_ray.storage.layout import EVENTS, ledger_of, marks_of
 from unet_ray.storage.lease import Lease
@@ -161,12 +161,19 @@ class Rounds:
         self._progress = Progress(0, 0, 0, 0, 0, 0.0, memory_stated=memory_stated)
         self._start = time.monotonic()
 
-    def run(self, requested: NDArray[np.bool_], skipped: NDArray[np.bool_], **facts: Any) -> int:
-        """Processes all requested tiles that are not committed.
+    def run(
+        self,
+        requested: NDArray[np.bool_],
+        skipped: NDArray[np.bool_],
+        lost: NDArray[np.bool_] | None = None,
+        **facts: Any,
+    ) -> int:
+        """Processes all requested tiles that are not committed, or that are lost.
 
         Args:
             requested: bits of the requested tiles, (tiles,).
             skipped: bits of the tiles that a mask excludes, (tiles,).
+            lost: bits of the committed tiles whose results no longer exist, (tiles,).
             facts: of this run, for the event log.
 
         Returns:
@@ -174,6 +181,7 @@ class Rounds:
 
         Raises:
             QuarantinedError: if tiles failed too often; all others are done.
+            ChangedError: if an input of the stage has changed since it was prepared.
             RunError: if the disk accepts no more data, a GPU fails, or too many tiles hang.
             LostError: if another run has taken over the output.
         """
@@ -182,18 +190,24 @@ class Rounds:
         with Ledger(folder, len(self._plan), self._lease.epoch) as ledger:
             self._ledger = ledger
             try:
-                return self._run(requested, skipped, facts)
+                return self._run(requested, skipped, lost, facts)
             finally:
                 with suppress(LostError):  # the log now belongs to another run
                     self._log.flush()
 
     def _run(
-        self, requested: NDArray[np.bool_], skipped: NDArray[np.bool_], facts: dict[str, Any]
+        self,
+        requested: NDArray[np.bool_],
+        skipped: NDArray[np.bool_],
+        lost: NDArray[np.bool_] | None,
+        facts: dict[str, Any],
     ) -> int:
         self._lease.check(now=True)
         self._commit_marked()
         self._ledger.skip(skipped, requested)
         missing = requested & ~self._ledger.committed
+        if lost is not None:
+            missing |= requested & lost
         total, left = int(requested.sum()), int(missing.sum())
         workers = cluster.side_by_side(
             self._stage.device, self._engine, self._workers, self._stage.memory
@@ -212,6 +226,7 @@ class Rounds:
                     self._failed(receipt, again)
                 else:
                     self._commit(receipt)
+        self._stage.check()
         self._lease.check(now=True)  # otherwise the event would belong to another run
         self._add("end", tiles=self._progress.finished, seconds=round(self._seconds, 3))
         if self._given_up:
@@ -261,6 +276,9 @@ class Rounds:
         if receipt.verdict == "stop":
             self._ledger.flush()
             raise stopped(self._out, self._stage.name, len(self._plan), error)
+        if receipt.verdict == "changed":
+            self._ledger.flush()
+            raise ChangedError(f"{self._out}: tile {tile} ({box}): {error}")
         if receipt.verdict == "broken":
             raise RunError(
                 f"{self._out}: tile {tile} ({box}): {error}; this process can no longer use the "

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from unet_ray.storage.places import Place
 
-Verdict = Literal["again", "alone", "never", "stop", "broken"]
+Verdict = Literal["again", "alone", "never", "stop", "changed", "broken"]
 Step = Literal["read", "predict", "write"]
 STEPS: tuple[Step, ...] = ("read", "predict", "write")
 
@@ -28,7 +28,8 @@ class Receipt:
         trace: Python's traceback.
         verdict: what to do after a failure. ``again``: retry. ``alone``: retry while no other tile
             uses the machine's memory. ``never``: give up this tile. ``stop``: end the run, since
-            other tiles would fail too. ``broken``: end this process, since its GPU has failed.
+            other tiles would fail too. ``changed``: end the run, since its input has changed.
+            ``broken``: end this process, since its GPU has failed.
         memory: anonymous bytes of the process when the tile was done; 0 if unknown.
         room: bytes available to the process when memory ran out; 0 if unknown, or if the failure
             had another cause.
@@ -127,6 +128,7 @@ class Stage:
         memory: bytes that a worker and its helpers need; 0 if unknown.
         make_helper: makes the object that reads or writes in processes that do not predict; by
             default a worker.
+        check: called before the end of the stage is recorded; raises if results may be wrong.
     """
 
     name: str
@@ -138,6 +140,7 @@ class Stage:
     together: int = 1
     memory: int = 0
     make_helper: Callable[[], Helper] | None = None
+    check: Callable[[], None] = lambda: None
 
     def make_for(self, steps: Sequence[Step]) -> Helper:
         """Makes a worker if `steps` include ``predict``, else a helper."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from unet_ray.errors import InputError
@@ -97,25 +97,35 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         InputError: if the file is missing, truncated, damaged or of another format.
     """
+    return _parse(path, _read_bytes(path))
+
+
+def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
         raise InputError(f"{path}: no such model file; pass a RUN folder or a .safetensors file.")
     try:
-        if problem := _format_problem(path):
-            raise InputError(f"{path}: {problem}; unet-ray reads only its own .safetensors models.")
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("header", "{}"))
-            file_format = header.pop("format", None) if isinstance(header, dict) else None
-            if file_format != FORMAT:
-                raise InputError(
-                    f"{path}: a safetensors file that unet-ray did not write (format "
-                    f"{file_format!r}, not {FORMAT!r}); train a model with `unet-ray train`."
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+def _parse(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if problem := _format_problem(data):
+        raise InputError(f"{path}: {problem}; unet-ray reads only its own .safetensors models.")
+    try:
+        header_bytes = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + header_bytes]).get("__metadata__", {})
+        header = json.loads(metadata.get("header", "{}"))
+        file_format = header.pop("format", None) if isinstance(header, dict) else None
+        if file_format != FORMAT:
+            raise InputError(
+                f"{path}: a safetensors file that unet-ray did not write (format "
+                f"{file_format!r}, not {FORMAT!r}); train a model with `unet-ray train`."
+            )
+        tensors = load(data)
         if header.pop("sha256", None) != _digest(tensors):
             raise InputError(f"{path}: a damaged model file (its checksum does not match).")
         return tensors, header
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
     except (SafetensorError, json.JSONDecodeError, AttributeError) as error:
         raise InputError(f"{path}: a damaged or truncated model file ({error}).") from error
 
@@ -135,8 +145,19 @@ def read_model(path: str | os.PathLike[str]) -> tuple[UNet, ModelHeader]:
         InputError: if `read_tensors` refuses the file, header and weights do not match, or a weight
             is not finite.
     """
+    network, header, _ = read_hashed_model(path)
+    return network, header
+
+
+def read_hashed_model(path: str | os.PathLike[str]) -> tuple[UNet, ModelHeader, str]:
+    """Reads a model as `read_model` does; also returns the SHA-256 of the very bytes it parsed.
+
+    Raises:
+        InputError: see `read_model`.
+    """
     path = find_model(path)
-    tensors, fields = read_tensors(path)
+    data = _read_bytes(path)
+    tensors, fields = _parse(path, data)
     if "step" in fields:  # a checkpoint also contains the state of the optimiser
         tensors = {n.removeprefix(WEIGHT): t for n, t in tensors.items() if n.startswith(WEIGHT)}
         fields = {name: fields[name] for name in fields if name in ModelHeader.__dataclass_fields__}
@@ -154,7 +175,7 @@ def read_model(path: str | os.PathLike[str]) -> tuple[UNet, ModelHeader]:
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     if bad:
         raise InputError(f"{path}: weight {bad[0]!r} is not finite; train again.")
-    return network.eval(), header
+    return network.eval(), header, hashlib.sha256(data).hexdigest()
 
 
 def find_model(path: str | os.PathLike[str]) -> Path:
@@ -176,12 +197,6 @@ def find_model(path: str | os.PathLike[str]) -> Path:
     return model
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the names and bytes of all tensors."""
     digest = hashlib.sha256()
@@ -191,11 +206,9 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _format_problem(path: Path) -> str | None:
-    """Describes the file if its first bytes show that it is not a complete safetensors file."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(16)
+def _format_problem(data: bytes) -> str | None:
+    """Describes a file if its first bytes show that it is not a complete safetensors file."""
+    size, start = len(data), data[:16]
     if size < 10:
         return f"a file of {size} bytes"
     kinds = {

@@ -6,6 +6,7 @@ computed.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -53,10 +54,12 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
         QuarantinedError: if tiles were quarantined; all others are done.
         InputError: if another run is writing to the store.
         LostError: if another run has taken over the store.
+        ChangedError: if the input or the model has changed since `prepare`.
         RunError: if the disk is full or read-only, or a worker does not fit into memory.
     """
     request = wanted_tiles(run, settings)
     if run.resumed and not pending_tiles(run, request).any():
+        Store(run.out, run.outputs).require_plan(run.plan)
         return 0  # without a lease, so a finished store stays unchanged
     try:
         with Lease(run.out / PRIVATE, settings.takeover, after=newest(run.out / LEDGER)) as lease:
@@ -106,9 +109,17 @@ def _execute(
         partial(_memory_remedy, run),
     )
     mask = {"mask": run.mask.path} if run.mask else {}
+    lost = request.tiles & run.lost if run.resumed else None
+    if lost is not None and lost.any():
+        count = int(lost.sum())
+        print(
+            f"unet-ray: {run.out}: {count} committed tiles lack a shard and are computed again.",
+            file=sys.stderr,
+        )
     return rounds.run(
         request.tiles,
         request.skipped,
+        lost,
         input=run.volume.path,
         model=str(run.model.absolute()),
         **mask,
@@ -124,6 +135,7 @@ def _stage(run: Segmentation, settings: Settings) -> Stage:
         together=together(run.memory, run.device, settings),
         memory=needed_bytes(run.memory, run.device, settings),
         make_helper=run.make_helper,
+        check=run.refuse_changes,
     )
 
 

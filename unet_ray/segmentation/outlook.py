@@ -132,7 +132,7 @@ def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -
     Raises:
         InputError: if the input, the model or a setting is invalid.
     """
-    volume, network, _ = open_inputs(source, model, settings)
+    volume, network, *_ = open_inputs(source, model, settings)
     device = device_of(settings)
     precision = settings.precision or precision_of(device, settings)
     outputs = checked_outputs(settings.outputs)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from unet_ray.engine import cluster
 from unet_ray.errors import InputError, refuse_below_file
 from unet_ray.machine import memory_available
-from unet_ray.network.checkpoints import ModelHeader, find_model, sha256_of
+from unet_ray.network.checkpoints import ModelHeader, find_model
 from unet_ray.network.prediction import Device
 from unet_ray.segmentation.memory import (
     WorkerMemory,
@@ -70,7 +70,8 @@ def prepare(
         InputError: if the input, the model, a setting or an existing store is invalid.
     """
     _refuse_image_name(str(out))
-    volume, network, header = open_inputs(source, model, settings)
+    volume, network, header, model_sha256 = open_inputs(source, model, settings)
+    volume.pin()  # before anything is measured in it
     path = place_of(out)
     if isinstance(path, Path):
         refuse_below_file(path)
@@ -120,7 +121,7 @@ def prepare(
     )
     # On a cluster each new worker compares its machine with the provenance.
     kind = stored.kind if stored and settings.engine == "ray" else _worker_kind(device, settings)
-    run = replace(run, provenance=_provenance(run, header, settings, kind))
+    run = replace(run, provenance=_provenance(run, header, model_sha256, settings, kind))
     if stored:
         refuse_difference(path, stored, run.provenance)
     return run
@@ -188,13 +189,17 @@ def _worker_kind(device: Device, settings: Settings) -> dict[str, Any]:
 
 
 def _provenance(
-    run: Segmentation, header: ModelHeader, settings: Settings, kind: Mapping[str, Any]
+    run: Segmentation,
+    header: ModelHeader,
+    model_sha256: str,
+    settings: Settings,
+    kind: Mapping[str, Any],
 ) -> Provenance:
     """The provenance: exactly the facts that determine the stored bytes."""
     channels = run.volume.shape[0]
     return Provenance.of(
         model={
-            "sha256": sha256_of(run.model),
+            "sha256": model_sha256,
             "architecture": header.architecture,
             "training": header.training,
             "class_values": header.class_values,
@@ -262,7 +267,11 @@ def remaining_tiles(run: Segmentation, request: Request) -> NDArray[np.bool_]:
 
 
 def pending_tiles(run: Segmentation, request: Request) -> NDArray[np.bool_]:
-    """True for each tile that must still be computed, or recorded as skipped, (tiles,)."""
-    done = committed(run.out / LEDGER, len(run.plan))
+    """True for each tile that must still be computed, or recorded as skipped, (tiles,).
+
+    Raises:
+        RunError: see `Segmentation.lost`.
+    """
+    done = committed(run.out / LEDGER, len(run.plan)) & ~run.lost
     recorded = skipped(run.out / LEDGER, len(run.plan)) if request.skipped.any() else done
     return (request.tiles & ~done) | (request.skipped & ~done & ~recorded)

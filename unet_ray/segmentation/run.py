@@ -6,6 +6,7 @@ Knows how to read, predict and write one tile. Does not know which tiles are don
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,19 @@ from numpy.typing import NDArray
 
 from unet_ray.errors import InputError, RunError, VoxelError
 from unet_ray.machine import machine_name
-from unet_ray.network.checkpoints import read_model
+from unet_ray.network.checkpoints import read_hashed_model
 from unet_ray.network.prediction import Device, Precision, Predictor, instructions
 from unet_ray.segmentation.memory import WorkerMemory
+from unet_ray.storage.layout import LEDGER
 from unet_ray.storage.lease import Fence
+from unet_ray.storage.ledger import committed
 from unet_ray.storage.places import Place
 from unet_ray.storage.provenance import KIND, Provenance
 from unet_ray.storage.stores import Store
 from unet_ray.tiling.mirror import read_mirrored, reflect
 from unet_ray.tiling.tiles import Tile, TilePlan
 from unet_ray.versions import versions
+from unet_ray.volumes.fingerprint import changed
 from unet_ray.volumes.intensity import Intensity
 from unet_ray.volumes.volume import Volume
 
@@ -67,9 +71,27 @@ class Segmentation:
     mask: Volume | None = None
     fence: Fence | None = None
 
+    @cached_property
+    def lost(self) -> NDArray[np.bool_]:
+        """Which committed tiles of an existing store lack a shard, bool, shape (tiles,).
+
+        Raises:
+            RunError: if metadata of the store are missing or damaged; names the file.
+        """
+        present = Store(self.out, self.outputs).present(self.plan)
+        return committed(self.out / LEDGER, len(self.plan)) & ~present
+
     def make_worker(self) -> TileWorker:
         """Creates the worker of the segment stage, in the process that runs it."""
         return TileWorker(self)
+
+    def refuse_changes(self) -> None:
+        """Checks the whole input before the run ends.
+
+        Raises:
+            ChangedError: if it has changed since the run was prepared.
+        """
+        self.volume.refuse_changes()
 
     def make_helper(self) -> TileHelper:
         """Creates a worker that only reads or writes; another process predicts."""
@@ -102,7 +124,9 @@ class TileWorker(TileHelper):
 
     def __init__(self, run: Segmentation) -> None:
         super().__init__(run)
-        network, _ = read_model(run.model)
+        network, _, sha256 = read_hashed_model(run.model)
+        if sha256 != run.provenance.model_sha256:
+            raise changed(str(run.model))
         self._predictor = Predictor(
             network, run.plan, run.intensity, run.precision, run.device, run.tta
         )

@@ -14,7 +14,7 @@ import numpy as np
 
 from unet_ray.engine import cluster
 from unet_ray.errors import InputError, nearest, refuse_unknown
-from unet_ray.network.checkpoints import ModelHeader, find_model, read_model
+from unet_ray.network.checkpoints import ModelHeader, find_model, read_hashed_model
 from unet_ray.network.prediction import Device, Precision, best_precision
 from unet_ray.network.unet import UNet
 from unet_ray.storage.layout import ARRAYS
@@ -76,8 +76,11 @@ class Settings:
 
 def open_inputs(
     source: PathOrUrl, model: str | os.PathLike[str], settings: Settings
-) -> tuple[Volume, UNet, ModelHeader]:
+) -> tuple[Volume, UNet, ModelHeader, str]:
     """Opens input and model, and checks that they match each other and the region.
+
+    Returns:
+        The volume, the network, its header, and the SHA-256 of the model file.
 
     Raises:
         InputError: if the input or the model is invalid, their channels differ, or the region is
@@ -85,7 +88,7 @@ def open_inputs(
     """
     volume = open_volume(source, channel=settings.channel, time=settings.time, level=settings.level)
     file = find_model(model)
-    network, header = read_model(file)
+    network, header, sha256 = read_hashed_model(file)
     refuse_channels(volume, network, str(file))
     extent = Box.of(volume.shape[1:])
     region = settings.region
@@ -93,7 +96,7 @@ def open_inputs(
         raise InputError(
             f"region={region} must be a box of at least one voxel inside the volume, {extent}."
         )
-    return volume, network, header
+    return volume, network, header, sha256
 
 
 def refuse_channels(volume: Volume, network: UNet, model: str) -> None:

@@ -32,7 +32,7 @@ from unet_ray.storage.objects import ObjectPath
 from unet_ray.storage.places import Place, files_below, stat_of
 from unet_ray.storage.provenance import Provenance
 from unet_ray.storage.shards import CHECKSUM_BYTES, Shards, checksum_of
-from unet_ray.storage.stores import Store, create_store
+from unet_ray.storage.stores import Store, create_store, tile_of
 
 
 class Audit:
@@ -187,14 +187,8 @@ class Audit:
                     yield path, self._tile_of(name, path)
 
     def _tile_of(self, name: str, path: Place) -> int | None:
-        parts = str(path).split("/")[-3:]
-        if not all(part.isascii() and part.isdigit() and len(part) < 20 for part in parts):
-            return None
-        index, counts = tuple(map(int, parts)), self.plan.counts
-        if len(index) != len(counts) or any(a >= n for a, n in zip(index, counts, strict=True)):
-            return None
-        tile = (index[0] * counts[1] + index[1]) * counts[2] + index[2]
-        return tile if self.shard(name, tile) == path else None
+        tile = tile_of(str(path), self.plan)
+        return tile if tile is not None and self.shard(name, tile) == path else None
 
 
 def sound_provenance(inspected: Found) -> Provenance:

@@ -16,7 +16,8 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from unet_ray.storage.objects import (
 
 SCHEMES = ("s3", "gs", "az", "memory")  # memory: inside this process, for tests
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://([^/]*)/*(.*?)/*", re.DOTALL)
+LISTED = 1000  # the states of more objects than this come from a listing of their folder
+REQUESTS = 16  # at a time
 PAUSES = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6)  # seconds between conditional puts
 
 
@@ -162,8 +165,42 @@ def stat_of(path: Place) -> Stat:
         stat = path.stat()
         return Stat(stat.st_size, stat.st_mtime_ns)
     with as_os_errors(path):
-        meta = obstore_module().head(client_of(path.root), path.key)
+        return _stat_of_object(obstore_module().head(client_of(path.root), path.key))
+
+
+def _stat_of_object(meta: Any) -> Stat:
     return Stat(int(meta["size"]), int(meta["last_modified"].timestamp() * 1000) * 10**6)
+
+
+def stats_of(folder: Place, names: Sequence[str]) -> dict[str, Stat | None]:
+    """Returns size and time of files below a folder, by name; None for files that do not exist.
+
+    Args:
+        folder: the folder.
+        names: paths or URLs of the files.
+
+    Raises:
+        OSError: if a file cannot be accessed.
+    """
+    if isinstance(folder, Path):
+        return {name: _stat_or_none(name) for name in names}
+    if len(names) > LISTED:  # one request lists 1,000 objects
+        with as_os_errors(folder):
+            pages = obstore_module().list(client_of(folder.root), f"{folder.key}/")
+            listed = {
+                str(ObjectPath(folder.root, meta["path"])): _stat_of_object(meta)
+                for page in pages
+                for meta in page
+            }
+        return {name: listed.get(name) for name in names}
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        return dict(zip(names, pool.map(_stat_or_none, names), strict=True))
+
+
+def _stat_or_none(name: str) -> Stat | None:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return stat_of(place_of(name))
+    return None
 
 
 def remove_partial(folder: Place) -> None:

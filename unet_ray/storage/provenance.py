@@ -103,6 +103,11 @@ class Provenance:
         return tuple(outputs)
 
     @property
+    def model_sha256(self) -> str:
+        """Hash of the model file."""
+        return self.json["model"]["sha256"]  # type: ignore[no-any-return]
+
+    @property
     def class_values(self) -> list[int]:
         """Label value of each class in the training labels."""
         return list(dict(self.json["model"])["class_values"])

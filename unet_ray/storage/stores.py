@@ -50,6 +50,7 @@ from unet_ray.tiling.tiles import Tile, TilePlan
 DELETED = "deleted-"  # prefix of the names of deleted parts of a store in .unet_ray
 # Errors of a mount point, or of a file system that cannot move folders.
 UNMOVABLE = {errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EMFILE, errno.ENOTSUP, errno.EINVAL}
+LISTED_TILES = 1_000_000
 AT_ONCE = 1000  # objects removed per check of the guard
 
 
@@ -146,19 +147,39 @@ class Store:
     ) -> None:
         self.path, self._guard = place_of(path), guard
         self._arrays = {name: _open(self.path / ARRAYS[name]) for name in outputs}
+        self._folders = {ARRAYS[name].split("/")[0] for name in outputs}
         self._metadata = {name: (self.path / ARRAYS[name] / ROOT).read_bytes() for name in outputs}
 
     def require_plan(self, plan: TilePlan) -> None:
-        """Checks that the arrays have the shape of `plan`, and its cores as shards.
+        """Checks that all metadata exist, and that the arrays have the shape and cores of `plan`.
 
         Raises:
-            RunError: if an array does not; names its metadata file.
+            RunError: if not; names the metadata file.
         """
+        names = (name for name in METADATA if name.split("/")[0] in self._folders)
+        for name in names:
+            if not (self.path / name).is_file():
+                raise RunError(_metadata_message((self.path / name).parent, "is missing"))
         for name, array in self._arrays.items():
             if (array.shape[-3:], (array.shards or ())[-3:]) != (plan.shape, plan.core):
                 raise RunError(
                     _metadata_message(self.path / ARRAYS[name], "does not match the plan")
                 )
+
+    def present(self, plan: TilePlan) -> NDArray[np.bool_]:
+        """Returns which tiles have a shard in every output, bool, shape (tiles,).
+
+        The shards are listed, not read. All are assumed to exist in a store of more than
+        `LISTED_TILES` tiles, since a listing would take minutes.
+        """
+        tiles = np.ones(len(plan), bool)
+        for name in self._arrays if len(plan) <= LISTED_TILES else ():
+            listed = np.zeros(len(plan), bool)
+            folder = self.path / ARRAYS[name] / "c"
+            numbers = (tile_of(str(path), plan) for path in files_below(folder))
+            listed[[number for number in numbers if number is not None]] = True
+            tiles &= listed
+        return tiles
 
     def write(self, tile: Tile, results: Mapping[str, NDArray[np.uint8]]) -> str:
         """Writes the voxels that `tile` owns; returns their checksum when they are on disk.
@@ -230,6 +251,17 @@ class Store:
     def read(self, name: str) -> Any:
         """Returns the Zarr array of one output, which can be indexed like a NumPy array."""
         return self._arrays[name]
+
+
+def tile_of(shard: str, plan: TilePlan) -> int | None:
+    """Returns the tile that the end of a shard's path names, such as ``c/0/1/2``; None if none."""
+    parts = shard.split("/")[-3:]
+    if not all(part.isascii() and part.isdigit() and len(part) < 20 for part in parts):
+        return None
+    index, counts = tuple(map(int, parts)), plan.counts
+    if len(index) != len(counts) or any(a >= n for a, n in zip(index, counts, strict=True)):
+        return None
+    return (index[0] * counts[1] + index[1]) * counts[2] + index[2]
 
 
 def _open(place: Place) -> Any:

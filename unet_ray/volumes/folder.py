@@ -109,6 +109,9 @@ class Folder(Volume):
     def _files(self) -> list[str]:
         return list(self._source)
 
+    def _files_of(self, box: Box) -> list[str]:
+        return self._files()[box.slices[0]]
+
 
 def _natural(name: str) -> tuple[list[int | str], str]:
     """Sort key that compares runs of digits as numbers."""

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from unet_ray.errors import InputError, RunError
 from unet_ray.storage.objects import ObjectPath
-from unet_ray.storage.places import open_array, place_of
+from unet_ray.storage.places import Stat, open_array, place_of, stats_of
 from unet_ray.tiling.boxes import Box
 from unet_ray.volumes.tiff import MICROMETRES, Sizes, reason
 from unet_ray.volumes.volume import Volume, name_axes
 
 METADATA_FILES = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
 READ_BYTES = 32 << 20  # upper bound of one read, unless a single chunk is larger
+LISTED_CHUNKS, SAMPLED_CHUNKS = 100_000, 1000  # in the fingerprint of an array
 ZARR_CONCURRENCY = 10  # chunks in flight in one read, zarr's default of async.concurrency
 
 
@@ -90,10 +91,8 @@ class Zarr(Volume):
         return voxels
 
     def _read_part(self, box: Box) -> NDArray[Any]:
-        array, axes, time, channels = self._source
-        slices = {"t": slice(time, time + 1), "-": slice(0, 1), "c": channels}
-        slices |= dict(zip("zyx", box.slices, strict=True))
-        window = tuple(slices[axis] for axis in axes)
+        array, axes, _, _ = self._source
+        window = self._window(box)
         try:
             _refuse_truncated_chunks(array, self._folder, window)
             voxels = np.asarray(array[window])
@@ -103,6 +102,33 @@ class Zarr(Volume):
         order += [axes.index(axis) for axis in "czyx" if axis in axes]
         voxels = voxels.transpose(order).reshape(self.shape[0], *box.shape)
         return voxels.astype(self.dtype, copy=False)
+
+    def _window(self, box: Box) -> tuple[slice, ...]:
+        """The part of the array that contains a box and the selected channels and time point."""
+        _, axes, time, channels = self._source
+        slices = {"t": slice(time, time + 1), "-": slice(0, 1), "c": channels}
+        slices |= dict(zip("zyx", box.slices, strict=True))
+        return tuple(slices[axis] for axis in axes)
+
+    def _files_of(self, box: Box) -> Iterable[str]:
+        if isinstance(place_of(self._folder), ObjectPath):
+            return ()  # each would cost a request
+        array = self._source[0]
+        numbers = itertools.product(*_chunk_ranges(array, self._window(box)))
+        return (_chunk_file(array, self._folder, number) for number in numbers)
+
+    def _chunk_stats(self) -> dict[str, Stat | None]:
+        array = self._source[0]
+        ranges = _chunk_ranges(array, self._window(Box.of(self.shape[1:])))
+        extents = [len(numbers) for numbers in ranges]
+        total = math.prod(extents)
+        chunks: Iterable[tuple[int, ...]] = itertools.product(*ranges)
+        if total > LISTED_CHUNKS:
+            spaced = np.unique(np.linspace(0, total - 1, SAMPLED_CHUNKS).astype(np.int64))
+            offsets = np.stack(np.unravel_index(spaced, extents), 1)
+            chunks = map(tuple, (offsets + [numbers.start for numbers in ranges]).tolist())
+        names = [_chunk_file(array, self._folder, chunk) for chunk in chunks]
+        return stats_of(place_of(self._folder), names)
 
     def _files(self) -> list[str]:
         folders = dict.fromkeys((self.path, self._folder))
@@ -120,18 +146,26 @@ def _refuse_truncated_chunks(array: Any, folder: str, window: Sequence[slice]) -
     if isinstance(place_of(folder), ObjectPath):
         return
     last = type(array.compressors[-1]).__name__ if array.compressors and not array.shards else ""
-    extents = array.shards or array.chunks
-    ranges = [range(s.start // n, -(-s.stop // n)) for s, n in zip(window, extents, strict=True)]
-    for indices in itertools.product(*ranges):
-        name = array.metadata.encode_chunk_key(indices)
+    for chunk in itertools.product(*_chunk_ranges(array, window)):
+        name = _chunk_file(array, folder, chunk)
         try:
-            with open(os.path.join(folder, *name.split("/")), "rb") as file:
+            with open(name, "rb") as file:
                 head, size = file.read(16), os.fstat(file.fileno()).st_size
         except FileNotFoundError:
             continue  # a chunk that was never written has the fill value
         declared = int.from_bytes(head[12:], "little") if "Blosc" in last else size
         if not size or declared != size:
             raise ValueError(f"chunk {name} is truncated to {size} bytes")
+
+
+def _chunk_ranges(array: Any, window: Sequence[slice]) -> list[range]:
+    """Positions along each axis of the chunks, or of the shards, that a window touches."""
+    extents = array.shards or array.chunks
+    return [range(s.start // n, -(-s.stop // n)) for s, n in zip(window, extents, strict=True)]
+
+
+def _chunk_file(array: Any, folder: str, chunk: tuple[int, ...]) -> str:
+    return os.path.join(folder, *array.metadata.encode_chunk_key(chunk).split("/"))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -20,9 +19,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from unet_ray.errors import InputError, RunError
-from unet_ray.storage.places import place_of, stat_of
+from unet_ray.errors import ChangedError, InputError, RunError
+from unet_ray.storage.places import Stat
 from unet_ray.tiling.boxes import Box
+from unet_ray.volumes.fingerprint import Fingerprint, changed
 from unet_ray.volumes.tiff import Sizes
 
 _SAMPLES, _SAMPLE_BYTES = 16, 2**20
@@ -83,6 +83,7 @@ class Volume(ABC):
     channel_names: tuple[str, ...]
     chunk: tuple[int, int, int]
     index_bytes: int = 0
+    _pinned: Fingerprint | None = None
 
     def __init__(self, path: str, choice: Choice) -> None:
         self.path, self._choice = path, choice
@@ -94,7 +95,8 @@ class Volume(ABC):
         Only the storage units that the box touches are read. Thread-safe.
 
         Raises:
-            RunError: if the file is damaged or has changed since the volume was opened.
+            RunError: if the file is damaged, or smaller than when the volume was opened.
+            ChangedError: if a file has changed since `pin`.
             ValueError: if the box extends beyond the volume.
         """
         if box.intersect(Box.of(self.shape[1:])) != box:
@@ -104,6 +106,8 @@ class Volume(ABC):
         if not box.size:
             return np.empty((self.shape[0], *box.shape), self.dtype)
         voxels = self._read(box)
+        if self._pinned:
+            self._pinned.refuse_change(self._files_of(box))
         if voxels.shape != (self.shape[0], *box.shape):
             raise RunError(f"{self.path} has become smaller since it was opened.")
         return voxels
@@ -122,33 +126,50 @@ class Volume(ABC):
             RunError: if all attempts fail.
         """
         for _ in range(_TRIES - 1):
-            with suppress(RunError):
+            try:
                 return self.read(box)
-            time.sleep(_PAUSE)
+            except ChangedError:
+                raise
+            except RunError:
+                time.sleep(_PAUSE)
         return self.read(box)
+
+    def pin(self) -> None:
+        """Records the state of the files. From now on, `read` refuses files that have changed.
+
+        Copies of this volume in other processes do so, too.
+        """
+        self._pinned = self._fingerprint()
+
+    def refuse_changes(self) -> None:
+        """Compares all files with their state at `pin`, also those that no read has used.
+
+        Raises:
+            ChangedError: if they have changed; names the input.
+        """
+        try:
+            if self._pinned and self._fingerprint() != self._pinned:
+                raise changed(self.path)
+        except (OSError, RunError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise changed(self.path) from error
+            raise
 
     def identity(self) -> dict[str, Any]:
         """Returns a JSON object that identifies this input; it is the same on every call.
 
-        Sizes and modification times are those of the image files. For Zarr they are those of the
-        metadata files only, since an array may have millions of chunks. One hash covers the names,
-        sizes and times of these files. The other hash covers at most 16 evenly spaced storage
-        units, and at most 1 MiB of each.
+        One hash covers the names, sizes and modification times of the image files; of a Zarr array
+        those of the metadata and of all selected chunks, or of 1,000 evenly spaced chunks if there
+        are more than 100,000. The other hash covers at most 16 evenly spaced storage units, and at
+        most 1 MiB of each.
         """
-        files = sorted(self._files())
-        stats = [stat_of(place_of(name)) for name in files]
-        lines = [
-            f"{os.path.basename(name)} {stat.size} {stat.modified_ns}\n"
-            for name, stat in zip(files, stats, strict=True)
-        ]
+        fingerprint = self._pinned or self._fingerprint()
         return {
             "name": os.path.basename(self.path),
             "kind": self.kind,
             "shape": list(self.shape),
             "dtype": str(self.dtype),
-            "bytes": sum(stat.size for stat in stats),
-            "modified_ns": max(stat.modified_ns for stat in stats),
-            "files_sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),
+            **fingerprint.to_json(),
             "sampled_sha256": self._sampled_hash(),
         }
 
@@ -170,6 +191,8 @@ class Volume(ABC):
             box = Box(start, start).grow((0, 0, 0), extent).intersect(Box.of(self.shape[1:]))
             try:
                 voxels = self.read_with_retries(box)
+            except ChangedError:
+                raise
             except RunError:  # a tile that needs these voxels reports the error later
                 digest.update(b"cannot be read")
                 continue
@@ -209,12 +232,27 @@ class Volume(ABC):
         """Reads a box that is not empty and is inside the volume."""
 
     def _files(self) -> list[str]:
+        """Names of the files, without the chunks of Zarr arrays."""
         return [self.path]
+
+    def _files_of(self, box: Box) -> Iterable[str]:
+        """Names of the files, including chunks, that `_read` uses for a box."""
+        return self._files()
+
+    def _chunk_stats(self) -> Mapping[str, Stat | None]:
+        """Size and time of the chunks of a Zarr array; None for chunks that do not exist."""
+        return {}
+
+    def _fingerprint(self) -> Fingerprint:
+        return Fingerprint.of(self.path, self._files(), self._chunk_stats())
 
     @cached_property
     def _source(self) -> Any:
         """The source that `_read` uses, recreated after the volume was unpickled."""
-        return self._reopen()
+        source = self._reopen()
+        if self._pinned:
+            self._pinned.refuse_change(self._pinned.stats)
+        return source
 
     def _reopen(self) -> Any:
         return reopen(type(self), self.path, self._choice, self.shape, self.dtype)._source
