@@ -1,7 +1,11 @@
 """The ledger after kills: committed tiles are kept, incomplete segments are ignored."""
 
 import itertools
+import json
+import os
 import time
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from hypothesis import strategies as st
 
 from unet_ray.errors import LostError, RunError
 from unet_ray.storage import ledger as ledger_module
-from unet_ray.storage.ledger import STATES, Ledger, committed, quarantined
+from unet_ray.storage.ledger import STATES, Ledger, checksums, committed, quarantined
 
 TILES = 21
 
@@ -239,3 +243,116 @@ def test_a_segment_that_is_a_broken_link_is_named(folder, name):
     (folder / name).symlink_to("nowhere")
     with pytest.raises(RunError, match=rf"{name}: exists but cannot be read"):
         committed(folder, TILES)
+
+
+# Checksums and provenance
+
+
+def checksum(tile, outputs=2):
+    return f"{tile + 1:016x}" * outputs
+
+
+@settings(max_examples=60)
+@given(
+    runs=st.lists(st.lists(st.integers(0, TILES - 1), max_size=6), max_size=4), kills=st.booleans()
+)
+def test_checksums_survive_closing_merging_or_a_kill(tmp_path_factory, runs, kills):
+    folder, done = tmp_path_factory.mktemp("ledger") / "segment", set()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ledger_module, "SECONDS", 0)
+        patched.setattr(ledger_module, "SEGMENTS", 4)
+        for tiles in runs:
+            ledger = Ledger(folder, TILES)
+            for tile in tiles:
+                ledger.commit(tile, checksum(tile))
+                done.add(tile)
+            if not kills:
+                ledger.__exit__(None, None, None)
+    rows = checksums(folder, TILES)
+    recorded = {tile: row.tobytes().hex() for tile, row in enumerate(rows) if row.any()}
+    assert recorded == {tile: checksum(tile) for tile in done}
+
+
+def test_large_segments_are_not_merged_again(folder, unbuffered, monkeypatch):
+    monkeypatch.setattr(ledger_module, "MERGED_BYTES", 3000)
+    monkeypatch.setattr(ledger_module, "SEGMENTS", 10)
+    with Ledger(folder, 400) as ledger:
+        for tile in range(400):
+            ledger.commit(tile, checksum(tile))
+    large = {path: path.read_bytes() for path in folder.glob("*.committed")}
+    assert 3 <= len(large) <= 10
+    with Ledger(folder, 400) as ledger:
+        ledger.commit(7, checksum(7))
+    assert len({*large} - {*folder.iterdir()}) <= 2
+    assert [row.tobytes().hex() for row in checksums(folder, 400)] == [*map(checksum, range(400))]
+
+
+HEADER = {"format": 2, "tiles": TILES, "first": 0, "bits": 3, "packed": 9, "checksum": 0}
+FORGED = [
+    *({name: value} for name in HEADER for value in (-1, "DIGITS", 2**63, 1.5, "3", None, [])),
+    *({"first": TILES - 2}, {"bits": TILES + 1}, {"checksum": 257}, {"checksum": 8}, {"packed": 2}),
+]
+
+
+@pytest.mark.parametrize("change", FORGED, ids=lambda change: str(change)[:20])
+def test_a_segment_with_a_valid_checksum_and_invalid_content_is_damaged(folder, change):
+    folder.mkdir(parents=True)
+    packed = zlib.compress(np.packbits(np.ones(3, bool)).tobytes(), 1)
+    sound = HEADER | {"packed": len(packed)}
+    path = folder / "00000001-00000001.committed"
+
+    def write(header):
+        data = header + b"\n" + packed
+        path.write_bytes(data + zlib.crc32(data).to_bytes(4, "little"))
+
+    write(json.dumps(sound).encode())
+    assert numbers_of(committed(folder, TILES)) == [0, 1, 2]
+    text = json.dumps(sound | change).replace('"DIGITS"', "9" * 6000)
+    write(text.encode())
+    assert ledger_module.damaged(folder, TILES) == [path]
+    assert not committed(folder, TILES).any()
+    with Ledger(folder, TILES) as ledger:
+        assert not len(ledger)
+    assert not path.exists()
+
+
+def test_a_segment_that_inflates_without_end_is_damaged(folder):
+    folder.mkdir(parents=True)
+    packed = zlib.compress(bytes(10**8), 9)
+    data = json.dumps(HEADER | {"packed": len(packed)}).encode() + b"\n" + packed
+    path = folder / "00000001-00000001.committed"
+    path.write_bytes(data + zlib.crc32(data).to_bytes(4, "little"))
+    tracemalloc.start()
+    assert ledger_module.damaged(folder, TILES) == [path]
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("content", [b"[" * 10**6, b"\xff\xfe", b"{}", b"7\n", b""])
+def test_any_header_with_a_valid_checksum_is_damaged(folder, content):
+    folder.mkdir(parents=True)
+    path = folder / "00000001-00000001.quarantined"
+    path.write_bytes(content + zlib.crc32(content).to_bytes(4, "little"))
+    assert ledger_module.damaged(folder, TILES) == [path]
+
+
+def test_a_segment_of_absurd_size_is_not_read(folder):
+    folder.mkdir(parents=True)
+    path = folder / "00000001-00000001.committed"
+    path.touch()
+    os.truncate(path, 1 << 42)
+    assert ledger_module.damaged(folder, TILES) == [path]
+
+
+def test_a_segment_that_is_a_link_to_a_device_is_named(folder):
+    folder.mkdir(parents=True)
+    (folder / "00000001-00000001.committed").symlink_to("/dev/zero")
+    with pytest.raises(RunError, match=r"committed: exists but cannot be read"):
+        committed(folder, TILES)
+
+
+def test_the_ledger_records_the_provenance_of_the_newest_store(folder):
+    assert ledger_module.recorded_provenance(folder) == {}
+    for epoch in (1, 2):
+        ledger_module.begin(folder, epoch, {"epoch": epoch})
+        assert ledger_module.recorded_provenance(folder) == {"epoch": epoch}

@@ -299,9 +299,10 @@ def checksums(folder: Place, tiles: int) -> NDArray[np.uint8]:
 
     def collect(segment: Segment) -> None:
         nonlocal rows
-        missing = segment.checksums.shape[1] - rows.shape[1]
-        rows = np.pad(rows, ((0, 0), (0, max(0, missing))))
-        rows[segment.tiles, : segment.checksums.shape[1]] = segment.checksums
+        width = segment.checksums.shape[1]
+        if width > rows.shape[1]:
+            rows = np.pad(rows, ((0, 0), (0, width - rows.shape[1])))
+        rows[segment.tiles, :width] = segment.checksums
 
     _read(folder, tiles, collect)
     return rows
@@ -485,6 +486,8 @@ def _decode(data: bytes, tiles: int) -> Segment | None:
         if not valid:
             return None
         size, content = -(-bits // 8), memoryview(data)[end + 1 : -4]
+        if packed > len(content):
+            return None
         inflated = zlib.decompressobj().decompress(content[:packed], size + 1)  # bounded
         unpacked = np.unpackbits(np.frombuffer(inflated, np.uint8), count=bits).astype(bool)
         rows = np.frombuffer(content[packed:], np.uint8)
