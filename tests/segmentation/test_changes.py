@@ -86,6 +86,7 @@ def test_a_model_that_is_replaced_stops_the_run(tmp_path, model, engine, request
     assert not checksums(run.out / LEDGER, len(run.plan)).any()
     random_model(model)
     assert verify(segment(source, model, run.out, settings), tiles=0).tiles == 24
+    assert checksums(run.out / LEDGER, len(run.plan)).any(axis=1).all()
 
 
 def test_an_input_that_is_replaced_stops_the_run(tmp_path, model, source, file, kind):

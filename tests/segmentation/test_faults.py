@@ -31,7 +31,7 @@ from unet_ray.segmentation.verification import verify
 from unet_ray.storage import ledger as ledgers
 from unet_ray.storage.events import read_events
 from unet_ray.storage.layout import ARRAYS, EVENTS, LEDGER, marks_of
-from unet_ray.storage.ledger import committed, quarantined
+from unet_ray.storage.ledger import checksums, committed, quarantined
 from unet_ray.storage.marks import Mark, Marks
 from unet_ray.storage.stores import Store
 from unet_ray.tiling.boxes import Box
@@ -226,16 +226,20 @@ def test_tiles_that_only_the_marks_record_are_not_recomputed(task, tmp_path, fai
     """The state after a driver on Ray was killed in the middle of long blocks."""
     volume, model, whole = task
     out = segment(volume, model, tmp_path / "out.zarr", TILED)
+    recorded = checksums(out / LEDGER, TILES)
+    assert recorded.any(axis=1).all()
     for ledger_segment in (out / LEDGER).glob("*.committed"):
         ledger_segment.unlink()
     (out / marks_of("segment") / "1").mkdir(parents=True, exist_ok=True)
     for tile in range(20):
-        Marks(out / marks_of("segment") / "1" / "0").add(Mark(tile, "done"))
+        checksum = recorded[tile].tobytes().hex()
+        Marks(out / marks_of("segment") / "1" / "0").add(Mark(tile, "done", checksum=checksum))
     tried, seen = fail("read", {}, ValueError()), []
     segment(volume, model, out, TILED, seen.append)
     assert set(tried) == {20, 21, 22, 23} and [p.done for p in seen] == [21, 22, 23, 24]
     assert bytes_of(out) == bytes_of(whole)
     assert verify(out, tiles=0).sound
+    assert (checksums(out / LEDGER, TILES) == recorded).all()
     again = replace(TILED, overwrite=True)  # marks of the old store must not count
     (out / marks_of("segment") / "1").mkdir(parents=True, exist_ok=True)
     Marks(out / marks_of("segment") / "1" / "0").add(Mark(3, "done"))

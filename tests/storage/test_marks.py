@@ -15,6 +15,7 @@ EVENTS = st.builds(
     st.sampled_from(["begun", "late", "ended", "done"]),
     st.floats(0, 1e6),
     st.integers(0, 1 << 50),
+    st.binary(max_size=16).map(bytes.hex),
 )
 
 
@@ -78,6 +79,15 @@ def test_the_next_run_reads_the_tiles_done_since_the_store_was_created(kind, tmp
     assert len([*files_below(folder)]) == 1
     remove_older(folder, 1760)
     assert not [*files_below(folder)] and not [*numbers_done(folder / "none", since=0)]
+
+
+@pytest.mark.parametrize(
+    "line", ['["7", "done"]', '[7, "done", 1, 1, "zz"]', '[7, "done", 1, 1, 8]']
+)
+def test_marks_with_an_invalid_tile_or_checksum_are_ignored(tmp_path, line):
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "0").write_text(f'{line}\n[4, "done", 1.0, 0, "0a"]\n')
+    assert [*marks_done(tmp_path, since=0)] == [Mark(4, "done", 1.0, 0, "0a")]
 
 
 def test_objects_that_are_not_marks_are_ignored():
