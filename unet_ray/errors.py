@@ -6,7 +6,8 @@ Independent of every other module.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -77,3 +78,33 @@ def refuse_below_file(path: Path) -> None:
     for folder in path.parents:
         if folder.is_file():
             raise InputError(f"{path}: cannot be written, since {folder} is a file, not a folder.")
+
+
+def reason(error: BaseException) -> str:
+    """Returns the start of an error's message: one line, at most 300 characters, no full stop."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = repr(error) if isinstance(error, LookupError) else text  # str() is only the key
+    return (text.splitlines() or [type(error).__name__])[0][:300].rstrip(". ")
+
+
+@contextmanager
+def refusing(path: object, content: str) -> Iterator[None]:
+    """Turns any error inside into a refusal of a file, since parsers of arbitrary bytes may fail.
+
+    Errors of unet-ray pass unchanged.
+
+    Args:
+        path: name of the file.
+        content: the expected content, such as ``a PNG image``.
+
+    Raises:
+        InputError: if the file cannot be read or parsed; names the file and the cause.
+    """
+    try:
+        yield
+    except UnetRayError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {reason(error)}.") from error
+    except Exception as error:
+        raise InputError(f"{path} cannot be read as {content}: {reason(error)}.") from error

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unet_ray.errors import InputError, RunError
+from unet_ray.errors import InputError, RunError, reason
 from unet_ray.tiling.boxes import Box
 from unet_ray.volumes.image_files import open_file
-from unet_ray.volumes.tiff import reason
 from unet_ray.volumes.volume import Volume, reopen
 
 # Files that only folders of other formats contain.

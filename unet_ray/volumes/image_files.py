@@ -9,15 +9,17 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngImageFile
 
-from unet_ray.errors import InputError, RunError, nearest
+from unet_ray.errors import InputError, RunError, nearest, reason, refusing
+from unet_ray.storage.parsing import refuse_special
 from unet_ray.tiling.boxes import Box
-from unet_ray.volumes.tiff import TiffImage, open_tiff, reason
+from unet_ray.volumes.tiff import TiffImage, open_tiff
 from unet_ray.volumes.volume import Choice, Volume, name_axes
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -71,16 +73,15 @@ class Png(Volume):
     kind = "png"
 
     def _open(self) -> None:
-        try:
-            with PngImageFile(self.path) as image, open(self.path, "rb") as file:
-                (width, height), bands = image.size, len(image.getbands())
-                bit_depth, colour_type = file.read(26)[24:]
-                file.seek(max(0, os.path.getsize(self.path) - 4096))
-                has_end_mark = b"IEND" in file.read()
-        except Exception as error:  # a parser of arbitrary bytes may fail in any way
-            raise InputError(
-                f"{self.path} cannot be read as a PNG image: {reason(error)}."
-            ) from error
+        with (
+            refusing(self.path, "a PNG image"),
+            PngImageFile(self.path) as image,
+            open(self.path, "rb") as file,
+        ):
+            (width, height), bands = image.size, len(image.getbands())
+            bit_depth, colour_type = file.read(26)[24:]
+            file.seek(max(0, os.path.getsize(self.path) - 4096))
+            has_end_mark = b"IEND" in file.read()
         if not has_end_mark:
             raise InputError(
                 f"{self.path} is truncated: its PNG end mark is missing; copy or export it again."
@@ -156,13 +157,14 @@ def open_file(path: str, choice: Choice) -> Volume:
         InputError: if the file has another format or cannot be read.
     """
     try:
+        refuse_special(Path(path))
         with open(path, "rb") as file:
             head = file.read(8)
     except FileNotFoundError as error:
         folder, name = os.path.split(path)
         siblings = os.listdir(folder) if os.access(folder, os.R_OK) else []
         raise InputError(f"{path} does not exist{nearest(name, siblings)}.") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: also a name with a NUL character
         raise InputError(f"{path} cannot be read: {reason(error)}.") from error
     if head.startswith(TIFF_MAGIC):
         return Tiff(path, choice)

@@ -6,21 +6,22 @@ Handles the metadata of OME-Zarr 0.1 to 0.5. Independent of the stores that this
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unet_ray.errors import InputError, RunError
+from unet_ray.errors import InputError, RunError, reason
 from unet_ray.storage.objects import ObjectPath
+from unet_ray.storage.parsing import parse_json, read_file, refuse_special
 from unet_ray.storage.places import Stat, open_array, place_of, stats_of
 from unet_ray.tiling.boxes import Box
-from unet_ray.volumes.tiff import MICROMETRES, Sizes, reason
+from unet_ray.volumes.tiff import MICROMETRES, Sizes, positive_size
 from unet_ray.volumes.volume import Volume, name_axes
 
 METADATA_FILES = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
@@ -39,15 +40,24 @@ class Zarr(Volume):
             image = _zarr_image(self.path, self._choice.level)
         except InputError:
             raise
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{self.path} has invalid OME-Zarr metadata: {error!r}.") from error
-        self._folder = image.folder
+        except Exception as error:  # metadata may have any form
+            raise InputError(
+                f"{self.path} has invalid OME-Zarr metadata: {error!r:.300}."
+            ) from error
         try:
-            array = open_array(place_of(image.folder))
+            return self._open_image(image)
+        except InputError:
+            raise
         except Exception as error:  # zarr fails in many ways on damaged metadata
             raise InputError(
                 f"{image.folder} cannot be opened as Zarr: {reason(error)}."
             ) from error
+
+    def _open_image(self, image: _ZarrImage) -> tuple[Any, str, int, slice]:
+        self._folder = image.folder
+        if image.folder != self.path:  # zarr would read metadata of any size
+            _ = _json(image.folder, "zarr.json") or _zarr_v2(image.folder)
+        array = open_array(place_of(image.folder))
         axes = name_axes(image.folder, image.axes or "?" * array.ndim, array.shape)
         extents = dict(zip(axes, array.shape, strict=True))
         chunks = dict(zip(axes, array.chunks, strict=True))
@@ -149,6 +159,7 @@ def _refuse_truncated_chunks(array: Any, folder: str, window: Sequence[slice]) -
     for chunk in itertools.product(*_chunk_ranges(array, window)):
         name = _chunk_file(array, folder, chunk)
         try:
+            refuse_special(Path(name))
             with open(name, "rb") as file:
                 head, size = file.read(16), os.fstat(file.fileno()).st_size
         except FileNotFoundError:
@@ -214,7 +225,7 @@ def _json(folder: str, name: str) -> dict[str, Any]:
     """The JSON object of a metadata file; empty if the file does not exist."""
     path = os.path.join(folder, name)
     try:
-        content = json.loads(place_of(path).read_bytes())
+        content = parse_json(read_file(place_of(path)))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -237,7 +248,8 @@ def _multiscale(path: str, attributes: dict[str, Any], level: int) -> _ZarrImage
     for metadata in (levels[level], image):
         for transform in metadata.get("coordinateTransformations", ()):
             scales = scales * (transform["scale"] if transform["type"] == "scale" else 1)
-    size = {a: float(n) * unit for a, n, unit in zip(letters, scales, units, strict=True) if unit}
+    measured = zip(letters, scales, units, strict=True)
+    size = {axis: positive_size(float(scale), unit) for axis, scale, unit in measured}
     channels = (attributes.get("omero") or {}).get("channels", ())
     names = tuple(str(channel.get("label", "")) for channel in channels)
     folder = os.path.join(path, *levels[level]["path"].split("/"))

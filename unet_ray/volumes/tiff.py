@@ -7,6 +7,7 @@ not interpret the axes: it returns their letters as tifffile assigns them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 import math
@@ -22,7 +23,8 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from unet_ray.errors import InputError, RunError
+from unet_ray.errors import InputError, RunError, reason, refusing
+from unet_ray.volumes.inflate import inflater_of
 
 _UNIT_NAMES = {
     1e6: "m meter metre",
@@ -51,6 +53,8 @@ _COPIES = {32773: 9, **dict.fromkeys((33003, 33004, 33005, 34712), 7), 50001: 3}
 # tables of strips or tiles, descriptions with OME metadata, and a part of each directory. tifffile
 # and the XML parser need 2 to 11 (measured).
 _MARGIN = 14
+# Each byte with its bits in reverse order.
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _DIRECTORY_BYTES = 64  # the part of a directory that stays in memory
 _TABLES = 273, 279, 324, 325  # tags of the offsets and byte counts of strips and tiles
 _DESCRIPTIONS = 270, 50839  # tags of the description and of the metadata of ImageJ
@@ -110,28 +114,15 @@ def open_tiff(path: str, *, quiet: bool = False) -> TiffImage:
         InputError: if the file is truncated, damaged or not supported.
     """
     with _log_of_this_thread() as records:
-        try:
+        with refusing(path, "a TIFF file"):
             size = os.path.getsize(path)
             with open(path, "rb") as file:
                 directory_bytes = _Directories(path, file, size).check()
             with tifffile.TiffFile(path) as tif:
                 image = _load(path, tif, size, directory_bytes)
-        except InputError:
-            raise
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {reason(error)}.") from error
-        except Exception as error:  # a parser of arbitrary bytes may fail in any way
-            raise InputError(f"{path} cannot be read as a TIFF file: {reason(error)}.") from error
     for record in () if quiet else records:
         logging.getLogger(record.name).handle(record)
     return image
-
-
-def reason(error: Exception) -> str:
-    """Returns the first line of a library's error message, without its final full stop."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    text = repr(error) if isinstance(error, LookupError) else text  # str() is only the key
-    return (text.splitlines() or [type(error).__name__])[0].rstrip(". ")
 
 
 @contextlib.contextmanager
@@ -161,6 +152,7 @@ class _Directories:
 
     def __init__(self, path: str, file: BinaryIO, size: int) -> None:
         self.path, self.file, self.size = path, file, size
+        self.bytes_read = 0  # at most those of the file, unless its directories overlap
         header = self._bytes(0, 8)
         self.order: Literal["<", ">"] = "<" if header[:2] == b"II" else ">"
         big = header[2:4] in (b"\x2b\0", b"\0\x2b")
@@ -197,8 +189,7 @@ class _Directories:
         tags = np.frombuffer(self._bytes(first, length), self.entry)
         lengths = _TYPE_BYTES[tags["type"] & 255] * tags["count"].astype(float)
         ends = np.where(lengths > self.value_bytes, tags["value"] + lengths, 0)
-        if (ends > self.size).any():
-            raise InputError(_truncation(self.path, self.size, int(ends.max())))
+        _refuse_truncated(self.path, self.size, int(ends.max(initial=0)))
         tables, texts = (np.isin(tags["tag"], each) for each in (_TABLES, _DESCRIPTIONS))
         # In memory, each number of a table takes eight bytes, however few it has in the file.
         self.directory_bytes += _DIRECTORY_BYTES + 8 * int(tags["count"][tables].sum())
@@ -221,22 +212,29 @@ class _Directories:
         return int(np.frombuffer(self._bytes(offset, width), f"{self.order}u{width}")[0])
 
     def _bytes(self, offset: int, length: int) -> bytes:
-        if offset + length > self.size:
-            raise InputError(_truncation(self.path, self.size, offset + length))
+        _refuse_truncated(self.path, self.size, offset + length)
+        self.bytes_read += length
+        if self.bytes_read > 2 * self.size:  # else a small file could take hours
+            raise InputError(
+                f"{self.path} is damaged: its directories overlap; export it again."
+            )
         self.file.seek(offset)
         return self.file.read(length)
 
 
-def _truncation(path: str, size: int, needed: int) -> str:
-    """Error message for a file of `size` bytes that must have at least `needed` bytes."""
-    return (
-        f"{path} is truncated: it has {size} bytes and needs at least {needed}; copy or export it "
-        "again."
-    )
+def _refuse_truncated(path: str, size: int, needed: int) -> None:
+    """Refuses a file of `size` bytes that must have at least `needed` bytes."""
+    if needed > size:
+        raise InputError(
+            f"{path} is truncated: it has {size} bytes and needs at least {needed}; copy or export "
+            "it again."
+        )
 
 
 def _load(path: str, tif: Any, size: int, directory_bytes: int) -> TiffImage:
     """Describes the first series of an open file, after checking that it is complete."""
+    if "<!ENTITY" in (tif.ome_metadata or ""):  # entities can grow without bound
+        raise InputError(f"{path} has OME metadata with XML entities; export it again.")
     if not tif.series:
         raise InputError(f"{path} contains no image.")
     series = tif.series[0]
@@ -321,10 +319,15 @@ def _sizes(tif: Any) -> Sizes:
         return None, None, None
     tags = tif.pages.first.tags
     y, x = (tags.valueof(tag) or (0, 1) for tag in (_Y_RESOLUTION, _X_RESOLUTION))
-    spacing = abs(float(meta.get("spacing", 0)))
-    sizes = spacing, y[1] / y[0] if y[0] else 0, x[1] / x[0] if x[0] else 0
-    z, y, x = (size * unit if size else None for size in sizes)
+    sizes = meta.get("spacing", 0), y[1] / y[0] if y[0] else 0, x[1] / x[0] if x[0] else 0
+    z, y, x = (positive_size(abs(float(size)), unit) for size in sizes)
     return z, y, x
+
+
+def positive_size(size: float, unit: float | None) -> float | None:
+    """Size in micrometres; None if its unit is unknown, or if it is not finite and above zero."""
+    length = size * unit if unit else 0.0
+    return length if 0 < length < math.inf else None
 
 
 def _ome_metadata(tif: Any) -> tuple[Sizes, tuple[str, ...]]:
@@ -335,8 +338,7 @@ def _ome_metadata(tif: Any) -> tuple[Sizes, tuple[str, ...]]:
     sizes = []
     for axis in "ZYX":
         unit = MICROMETRES.get(pixels.get(f"PhysicalSize{axis}Unit", "um").lower())
-        size = float(pixels.get(f"PhysicalSize{axis}", 0))
-        sizes.append(size * unit if size > 0 and unit else None)
+        sizes.append(positive_size(float(pixels.get(f"PhysicalSize{axis}", 0)), unit))
     return (sizes[0], sizes[1], sizes[2]), tuple(names)
 
 
@@ -345,6 +347,7 @@ def _planes(path: str, tif: Any, series: Any, size: int) -> _Mapped | _Decoded:
     page, dtype = series.keyframe, series.dtype.newbyteorder(tif.byteorder)
     count = math.prod(series.get_shape(False)) // math.prod(page.shaped)
     if series.dataoffset:  # one block of bytes; the pages after the first may have no directory
+        _refuse_truncated(path, size, series.dataoffset + count * page.nbytes)
         starts = series.dataoffset + np.arange(count, dtype=np.int64) * page.nbytes
     else:
         pages = [page for page in series if page is not None]
@@ -354,9 +357,7 @@ def _planes(path: str, tif: Any, series: Any, size: int) -> _Mapped | _Decoded:
             _refuse_missing_segments(path, page, pages, size)
             return _decoded(path, page, pages)
         starts = np.array([page.dataoffsets[0] for page in pages], np.int64)
-    end = int(starts.max()) + page.nbytes
-    if end > size:
-        raise InputError(_truncation(path, size, end))
+    _refuse_truncated(path, size, int(starts.max()) + page.nbytes)
     return _Mapped(path, dtype, page.shaped, starts)
 
 
@@ -403,8 +404,7 @@ def _refuse_missing_segments(path: str, keyframe: Any, pages: Sequence[Any], siz
                 f"{expected} strips or tiles."
             )
         ends = np.add(page.dataoffsets, page.databytecounts, dtype=np.int64)
-        if ends.max() > size:
-            raise InputError(_truncation(path, size, int(ends.max())))
+        _refuse_truncated(path, size, int(ends.max()))
 
 
 def _grid(page: Any) -> tuple[int, int, int, int]:
@@ -424,17 +424,35 @@ def _decoded(path: str, keyframe: Any, pages: Sequence[Any]) -> _Decoded:
     locations = np.empty((2, len(pages), math.prod(_grid(keyframe))), np.int64)
     for location, page in zip(locations.swapaxes(0, 1), pages, strict=True):
         location[:] = page.dataoffsets, page.databytecounts
+    blank = np.broadcast_to(
+        keyframe.dtype.type(keyframe.nodata), (*_segment(keyframe), keyframe.shaped[-1])
+    )
     return _Decoded(
         path,
         keyframe.shaped,
         _grid(keyframe),
-        np.broadcast_to(
-            keyframe.dtype.type(keyframe.nodata), (*_segment(keyframe), keyframe.shaped[-1])
-        ),
-        functools.partial(keyframe.decode, jpegheader=keyframe.jpegheader),
+        blank,
+        _decoder(keyframe, blank.nbytes),
         [tables.setdefault(page.jpegtables, page.jpegtables) for page in pages],
         *locations,
     )
+
+
+def _decoder(page: Any, limit: int) -> Callable[..., Any]:
+    """Returns tifffile's decoder of a page, whose strips and tiles have `limit` bytes at most."""
+    inflate = inflater_of(page.compression)
+    if not inflate:
+        return functools.partial(page.decode, jpegheader=page.jpegheader)
+    plain = copy.copy(page)  # the page as it would be without compression
+    plain.compression, plain.fillorder = 1, 1
+    for cached in ("decode", "hash"):
+        vars(plain).pop(cached, None)
+    unpack, backwards = plain.decode, page.fillorder == 2  # the bits of each byte, in reverse
+
+    def decode(data: bytes, index: int, **_: Any) -> Any:
+        return unpack(inflate(data.translate(_REVERSED) if backwards else data, limit), index)
+
+    return decode
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,7 @@ from unet_ray.tiling.boxes import Box
 from unet_ray.volumes.fingerprint import Fingerprint, changed
 from unet_ray.volumes.tiff import Sizes
 
+LARGEST_VOLUME = 1 << 53  # voxels: numbers of voxels are exact in floats, too
 _SAMPLES, _SAMPLE_BYTES = 16, 2**20
 _TRIES, _PAUSE = 3, 0.2  # attempts to read a box; seconds between two attempts
 
@@ -203,8 +204,13 @@ class Volume(ABC):
         self, shape: Sequence[int], dtype: np.dtype[Any], chunk: Sequence[int], sizes: Sizes
     ) -> None:
         """Checks and sets the attributes that all kinds of file have."""
-        if 0 in shape:
+        if min(shape) < 1:
             raise InputError(f"{self.path} is empty: its shape (c, z, y, x) is {tuple(shape)}.")
+        if math.prod(shape) > LARGEST_VOLUME or min(chunk) < 1:
+            raise InputError(
+                f"{self.path} has shape (c, z, y, x) {tuple(shape)} in units of {tuple(chunk)} "
+                f"voxels: a volume has at most 2^53 voxels, and each extent is at least 1."
+            )
         if dtype.kind not in "iuf" or dtype.itemsize > 8:
             raise InputError(
                 f"{self.path} has {dtype} voxels: use integers or floats of at most 64 bits."
