@@ -9,6 +9,8 @@ import json
 import math
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from unet_ray.errors import (
     InputError,
     QuarantinedError,
     UnetRayError,
+    reason,
     refuse_below_file,
 )
 from unet_ray.flags import (
@@ -42,6 +45,7 @@ from unet_ray.flags import (
     options,
     read_config,
     say,
+    show,
 )
 from unet_ray.machine import keep_freed_memory
 from unet_ray.progress import ProgressBar, TilesBar, TrainingBar
@@ -287,7 +291,7 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
         from unet_ray.report.page import write_report
 
         say(f"report: {write_report(Path(out))}")
-    click.echo(model)
+    show(model)
 
 
 @app.command(
@@ -359,15 +363,14 @@ def plan(
     if as_json:
         free_or_none = None if math.isinf(free) else int(free)
         figures = {**outlook.to_json(), **trial_json(outlook, trial, price_per_hour)}
-        click.echo(
-            json.dumps({**figures, "disk_free_bytes": free_or_none, "refusal": refusal}, indent=2)
-        )
+        facts = {**figures, "disk_free_bytes": free_or_none, "refusal": refusal}
+        show(json.dumps(facts, indent=2, allow_nan=False))
     else:
         folder = f"at {out}" if out else "in this folder"
         free_space = "" if math.isinf(free) else f"; {format_bytes(free)} free {folder}"
         estimates = describe_trial(outlook, trial, price_per_hour, free_space)
         refused = [f"  refused by segment: {refusal}"] if refusal else []
-        click.echo("\n".join([describe(outlook, settings), estimates, *refused]))
+        show("\n".join([describe(outlook, settings), estimates, *refused]))
 
 
 @app.command(
@@ -423,7 +426,7 @@ def segment(
         except QuarantinedError as error:  # reported at once, since other inputs follow
             say(f"unet-ray: {error}")
             quarantined = error
-        click.echo(run.out)
+        show(run.out)
     if quarantined:
         ctx.exit(quarantined.exit_code)
 
@@ -472,10 +475,10 @@ def evaluate(
         )
     if evaluation.note:
         say(evaluation.note)
-    text = json.dumps(evaluation.to_json(), indent=2) + "\n"
-    click.echo(text if file == "-" else evaluation.table(), nl=file != "-")
+    text = json.dumps(evaluation.to_json(), indent=2, allow_nan=False)
+    show(text if file == "-" else evaluation.table())
     if file not in (None, "-"):
-        write_whole(Path(file), text.encode())
+        write_whole(Path(file), f"{text}\n".encode())
 
 
 @app.command(
@@ -503,7 +506,7 @@ def verify(ctx: click.Context, /, out: str, tiles: int, repair: bool) -> None:
 
     verification = check(out, tiles, repair)
     lines = [*verification.notes, *verification.damage, f"{out}: {verification.summary()}"]
-    click.echo("\n".join(lines))
+    show("\n".join(lines))
     if verification.refusal:
         say(f"unet-ray: {verification.refusal}")
     ctx.exit(1 if verification.damage else 2 if verification.refusal else 0)
@@ -523,7 +526,7 @@ def report(path: str, truth: str | None) -> None:
     """
     from unet_ray.report.page import write_report
 
-    click.echo(write_report(path, truth))
+    show(write_report(path, truth))
 
 
 def _refuse_json(file: Path, inputs: Sequence[str]) -> None:
@@ -598,6 +601,21 @@ def _engine(ctx: click.Context, name: Any) -> Any:
     return chosen_engine(name, job=ctx.obj == "job")
 
 
+def _unexpected(error: Exception) -> str:
+    """Stores the trace of an error that no one expected; returns the message that names the file.
+
+    The file is in the folder for temporary files, since the output may be the cause of the error.
+    """
+    message = f"an unexpected error ended the command ({type(error).__name__}: {reason(error)})"
+    try:
+        number, name = tempfile.mkstemp(prefix="unet-ray-error-", suffix=".txt")
+        with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(traceback.format_exception(error))
+    except OSError as full:
+        return f"{message}; its trace cannot be stored either ({reason(full)})."
+    return f"{message}; please report it with its trace, which is in {name}."
+
+
 def main(verb: str | None = None) -> int:
     """Runs the command line; returns the exit code.
 
@@ -628,3 +646,6 @@ def main(verb: str | None = None) -> int:
         sys.stderr.flush()
         # Threads may still compute; an unfinished tile never counts as finished.
         os._exit(130)
+    except Exception as error:  # a fault of unet-ray itself
+        say(f"unet-ray: {_unexpected(error)}")
+        return 1

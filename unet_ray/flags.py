@@ -14,13 +14,16 @@ from typing import Any
 import click
 import yaml
 
-from unet_ray.errors import InputError, nearest
+from unet_ray.errors import InputError, nearest, reason
+from unet_ray.storage.parsing import read_file
+from unet_ray.units import printable
 from unet_ray.versions import VERSION
 
 Function = Callable[..., Any]
 
 
 DATA, NETWORK, TRAINING, OUTPUT, MACHINE = "Data", "Network", "Training", "Output", "Machine"
+LARGEST_CONFIG = 1 << 16  # bytes of a file of flags
 HELP = {"help_option_names": ["-h", "--help"]}
 # Names that users of other tools try first.
 OTHER_VERBS = {
@@ -181,16 +184,24 @@ def options(*options: Function) -> Function:
     return decorate
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Reads YAML without aliases, which can turn a few lines into any amount of data."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Returns the next node of the document."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias such as *name is not a setting")
+        return super().compose_node(parent, index)
+
+
 def read_config(ctx: click.Context, option: click.Parameter, value: str | None) -> None:
     """Reads flags from a YAML file; the command line overrides them."""
     if value is None:
         return
     try:
-        settings = yaml.safe_load(Path(value).read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(
-            f"{value}: cannot be read as YAML ({str(error).splitlines()[0]})."
-        ) from error
+        settings = yaml.load(read_file(Path(value), LARGEST_CONFIG), _PlainLoader) or {}
+    except Exception as error:  # a parser of arbitrary bytes may fail in any way
+        raise InputError(f"{value}: cannot be read as YAML ({reason(error)}).") from error
     if not isinstance(settings, dict):
         raise InputError(f"{value}: must be a list of flags, as in `base-channels: 32`.")
     flags = {p.opts[0].removeprefix("--"): p for p in ctx.command.params if p is not option}
@@ -199,8 +210,11 @@ def read_config(ctx: click.Context, option: click.Parameter, value: str | None) 
         parameter = flags.get(str(key).replace("_", "-"))
         if parameter is None or parameter.name is None:
             raise InputError(f"{value}: {key!r} is not a flag of train{nearest(str(key), flags)}.")
+        items = setting if isinstance(setting, list) else [setting]
+        if any(isinstance(item, list | dict) for item in items):
+            raise InputError(f"{value}: {key!r} takes values, not lists of lists or of names.")
         # As text, so that a value is checked as it would be on the command line.
-        values = [str(item) for item in (setting if isinstance(setting, list) else [setting])]
+        values = [str(item) for item in items]
         many = getattr(parameter, "multiple", False)
         if not many and isinstance(setting, list):
             raise InputError(
@@ -323,5 +337,10 @@ def check_workers(workers: int | None) -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line to standard error."""
-    click.echo(text, err=True)
+    """Prints a line to standard error, with control characters as escapes."""
+    click.echo(printable(text), err=True)
+
+
+def show(text: object) -> None:
+    """Prints a result to standard output, with control characters as escapes."""
+    click.echo(printable(str(text)))

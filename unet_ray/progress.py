@@ -16,7 +16,7 @@ from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from unet_ray.units import format_bytes, format_seconds, text_of
+from unet_ray.units import format_bytes, format_seconds, printable, text_of
 
 if TYPE_CHECKING:  # both would load torch
     from unet_ray.engine.rounds import Progress
@@ -38,7 +38,7 @@ class ProgressBar:
     """
 
     def __init__(self, label: str, quiet: bool = False) -> None:
-        self._label, self._quiet = label, quiet
+        self._label, self._quiet = printable(label), quiet
         self._shown = -math.inf
         self._bar: Any = None
         self._notebook: Any = None
@@ -92,7 +92,7 @@ class ProgressBar:
         table.add_column(overflow="fold")
         before = ""
         for name, value in rows:
-            table.add_row("" if name == before else name, value)
+            table.add_row("" if name == before else name, printable(value))
             before = name
         on_terminal = sys.stderr.isatty()
         width = os.get_terminal_size(sys.stderr.fileno()).columns if on_terminal else LOG_WIDTH

@@ -1,4 +1,4 @@
-"""Numbers as text for people: memory sizes, durations, extents.
+"""Text for people: memory sizes, durations, extents, and lines on a terminal.
 
 Knows units. Does not know what the numbers measure.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,19 @@ def format_seconds(seconds: float) -> str:
 def commas(numbers: Sequence[int]) -> str:
     """Formats whole numbers as command line flags take them: ``16,384,384``."""
     return ",".join(map(str, numbers))
+
+
+def printable(text: str) -> str:
+    r"""Returns `text` with every control character and invalid byte as an escape, such as ``\x1b``.
+
+    Names of files may hold any character, and some change a terminal. Newlines and tabs stay.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def warn(line: str) -> None:
+    """Prints a line to standard error, after ``unet-ray:``."""
+    print(printable(f"unet-ray: {line}"), file=sys.stderr, flush=True)
 
 
 def text_of(table: Table, width: int = 400) -> str:

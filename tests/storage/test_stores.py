@@ -511,7 +511,7 @@ def test_an_unreadable_root_does_not_count_as_foreign(path, monkeypatch):
     def fails(*args, **kwargs):
         raise OSError(errno.EIO, "unreadable")
 
-    monkeypatch.setattr(Path, "read_text", fails)
+    monkeypatch.setattr(Path, "read_bytes", fails)
     with pytest.raises(OSError, match="unreadable"):
         refuse_others(path)
     with pytest.raises(InputError, match="unreadable"):

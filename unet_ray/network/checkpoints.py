@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from unet_ray.errors import InputError
+from unet_ray.errors import InputError, reason
 from unet_ray.network.unet import UNet
+from unet_ray.storage.parsing import parse_json
 from unet_ray.storage.places import Guard, write_whole
 
 FORMAT = "unet-ray model 1"
@@ -52,20 +53,28 @@ class ModelHeader:
     versions: dict[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Checks that this version supports the class values and the normalisation.
+        """Checks that this version supports every field, since a file may hold any JSON.
 
         Raises:
             ValueError: if it does not.
         """
         values = self.class_values
-        if not all(isinstance(v, int) for v in values) or sorted(set(values)) != values:
-            raise ValueError(f"class values {values} are not ascending integers")
+        if not all(type(v) is int and abs(v) < 2**63 for v in values):
+            raise ValueError(f"class values {values!r:.100} are not integers of 64 bits")
+        if sorted(set(values)) != values:
+            raise ValueError(f"class values {values!r:.100} are not ascending")
         if len(values) != self.architecture["classes"]:
             raise ValueError(
                 f"{len(values)} class values for {self.architecture['classes']} classes"
             )
         if self.normalisation.get("method") != "mean-std":
-            raise ValueError(f"normalisation {self.normalisation} is not mean-std")
+            raise ValueError(f"normalisation {self.normalisation!r:.100} is not mean-std")
+        sizes = self.voxel_size or (1.0, 1.0, 1.0)
+        if len(sizes) != 3 or not all(0 < size < math.inf for size in sizes):
+            raise ValueError(f"voxel size {sizes!r:.100} is not three lengths")
+        for name in ("training", "data", "versions"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} is not a JSON object")
 
     def network(self) -> UNet:
         """An untrained network of this architecture."""
@@ -88,7 +97,8 @@ def write_tensors(
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     fields = {"format": FORMAT, "sha256": _digest(plain), **header}
     # One key only: safetensors writes several in random order, but equal models need equal files.
-    write_whole(path, save(plain, {"header": json.dumps(fields, sort_keys=True)}), guard=guard)
+    text = json.dumps(fields, sort_keys=True, allow_nan=False)
+    write_whole(path, save(plain, {"header": text}), guard=guard)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -101,12 +111,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _read_bytes(path: Path) -> bytes:
-    if not path.is_file():
-        raise InputError(f"{path}: no such model file; pass a RUN folder or a .safetensors file.")
     try:
+        if not path.is_file():
+            raise InputError(
+                f"{path}: no such model file; pass a RUN folder or a .safetensors file."
+            )
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise InputError(f"{path}: cannot be read ({reason(error)}).") from error
 
 
 def _parse(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -114,8 +126,8 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(f"{path}: {problem}; unet-ray reads only its own .safetensors models.")
     try:
         header_bytes = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + header_bytes]).get("__metadata__", {})
-        header = json.loads(metadata.get("header", "{}"))
+        metadata = parse_json(data[8 : 8 + header_bytes]).get("__metadata__", {})
+        header = parse_json(metadata.get("header", "{}"))
         file_format = header.pop("format", None) if isinstance(header, dict) else None
         if file_format != FORMAT:
             raise InputError(
@@ -126,8 +138,10 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if header.pop("sha256", None) != _digest(tensors):
             raise InputError(f"{path}: a damaged model file (its checksum does not match).")
         return tensors, header
-    except (SafetensorError, json.JSONDecodeError, AttributeError) as error:
-        raise InputError(f"{path}: a damaged or truncated model file ({error}).") from error
+    except InputError:
+        raise
+    except Exception as error:  # a parser of arbitrary bytes may fail in any way
+        raise InputError(f"{path}: a damaged or truncated model file ({reason(error)}).") from error
 
 
 def write_model(path: Path, network: UNet, header: ModelHeader) -> None:
@@ -168,10 +182,12 @@ def read_hashed_model(path: str | os.PathLike[str]) -> tuple[UNet, ModelHeader, 
         header.check()
         with torch.device("meta"):  # allocates no memory, since the header may be wrong
             network = header.network()
+        for name, weight in network.state_dict().items():
+            if tensors[name].dtype != weight.dtype:
+                raise ValueError(f"weight {name!r} is {tensors[name].dtype}, not {weight.dtype}")
         network.load_state_dict(tensors, assign=True)
-    except (TypeError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        cause = str(error).splitlines()[0]
-        raise InputError(f"{path}: header and weights do not match ({cause}).") from error
+    except Exception as error:  # the header may hold any JSON
+        raise InputError(f"{path}: header and weights do not match ({reason(error)}).") from error
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     if bad:
         raise InputError(f"{path}: weight {bad[0]!r} is not finite; train again.")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from unet_ray.errors import InputError
+from unet_ray.errors import InputError, refusing
 from unet_ray.report.figures import Facts, by, digits_of
 from unet_ray.report.store_page import about_store
 from unet_ray.report.training_page import about_run
@@ -55,7 +55,8 @@ def write_report(path: PathOrUrl, truth: PathOrUrl | None = None) -> Place:
             place.with_name(f"{_stem(place.name)}.report.html"),
             about_store(place, truth),
         )
-    text = _rendered({"name": place.name, "version": VERSION, **facts})
+    with refusing(place, f"a {facts['kind']} of unet-ray"):  # its JSON may have any form
+        text = _rendered({"name": place.name, "version": VERSION, **facts})
     write_whole(page, text.encode("utf-8", "replace"))  # file names need not be valid UTF-8
     return page
 
@@ -75,7 +76,7 @@ def _rendered(facts: Facts) -> str:
         "by": by,
         "digits": digits_of,
         "seconds": lambda s: format_seconds(s) if s >= 10 else f"{digits_of(s)} s",
-        "json": lambda values: json.dumps(values, indent=2, ensure_ascii=False),
+        "json": lambda facts: json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False),
     }
     environment.globals["longest"] = LONGEST_JSON
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from unet_ray.errors import refusing
 from unet_ray.storage.objects import ObjectPath
+from unet_ray.storage.parsing import ContentError, parse_json, refuse_special
 from unet_ray.storage.places import Place
 
 LATEST = 4e9  # seconds since 1970: the year 2096
@@ -38,7 +40,8 @@ class EventLog:
 
     def add(self, event: str, **facts: Any) -> None:
         """Appends one event with the current time, in seconds since 1970, and its `facts`."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}) + "\n"
+        fields = {"time": round(time.time(), 3), "event": event, **facts}
+        line = json.dumps(fields, allow_nan=False) + "\n"
         if isinstance(self._path, ObjectPath):
             self._lines.append(line.encode())
             now = time.monotonic()
@@ -69,11 +72,15 @@ class EventLog:
 
 
 def read_events(path: Place) -> Iterator[dict[str, Any]]:
-    """Yields the events of a log in order; none if the log does not exist."""
+    """Yields the events of a log in order; none if the log does not exist.
+
+    Raises:
+        InputError: if the log is not a regular file.
+    """
     for line in _lines(path):
         try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
+            event = parse_json(line)
+        except ContentError:
             continue
         if isinstance(event, dict):
             yield event
@@ -84,6 +91,8 @@ def _lines(path: Place) -> Iterator[str]:
         for part in path.glob("*.jsonl"):
             yield from part.read_bytes().decode("utf-8", "replace").splitlines()
     elif path.exists():
+        with refusing(path, "a log"):
+            refuse_special(path)
         with open(path, encoding="utf-8", errors="replace") as file:
             yield from file
 

@@ -5,7 +5,6 @@ Knows what distinguishes a store from other files. Does not change files or read
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,14 @@ from typing import Any, Literal
 from unet_ray.errors import DamageError, InputError
 from unet_ray.storage.layout import ARRAYS, FORMAT, LEDGER, METADATA, PRIVATE, ROOT, SHARDS
 from unet_ray.storage.ledger import has_begun, has_notes, recorded_provenance
-from unet_ray.storage.places import Place, files_below, stat_of, unusable
+from unet_ray.storage.parsing import parse_json, read_file
+from unet_ray.storage.places import Place, files_below, unusable
 from unet_ray.storage.provenance import Provenance
 
 _PRIVATE_FILE = re.compile(rf"{re.escape(PRIVATE)}/.*", re.DOTALL)
 _STORE_FILE = re.compile(
     "|".join([*map(re.escape, (ROOT, *METADATA)), *SHARDS, _PRIVATE_FILE.pattern]), re.DOTALL
 )
-# Bytes; a provenance takes some thousand.
-LARGEST_ROOT = 1 << 26
 # Parts of a provenance that a run needs to resume.
 RESUME_PARTS = (
     *("plan", "outputs", "class_values", "channel", "time", "level", "precision"),
@@ -159,11 +157,9 @@ def _refusal(path: Place, foreign: Place) -> str:
 
 def _attributes(path: Place) -> Any:
     """Returns the attributes of a root; None if it is damaged or too large."""
-    if stat_of(path / ROOT).size > LARGEST_ROOT:
-        return None
     try:
-        return json.loads((path / ROOT).read_text())["attributes"]
-    except (ValueError, RecursionError, KeyError, TypeError):
+        return parse_json(read_file(path / ROOT))["attributes"]
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from unet_ray.storage.objects import ObjectPath, remove_objects
+from unet_ray.storage.parsing import parse_json
 from unet_ray.storage.places import Place, files_below, remove_tree
 
 Event = Literal["begun", "late", "ended", "done"]
@@ -102,7 +103,7 @@ class Marks:
                 self._number += 1
             else:
                 with open(self._path, "ab") as file:
-                    file.write(json.dumps(astuple(mark)).encode() + b"\n")
+                    file.write(json.dumps(astuple(mark), allow_nan=False).encode() + b"\n")
 
 
 def _parse_name(name: str) -> Iterator[Mark]:
@@ -115,7 +116,7 @@ def _read_file(path: Path) -> Iterator[Mark]:
     with suppress(FileNotFoundError):
         for line in path.read_bytes().splitlines():
             with suppress(ValueError, TypeError):  # truncated, for example by a full disk
-                yield Mark(*json.loads(line))
+                yield Mark(*parse_json(line))
 
 
 def marks_done(folder: Place, since: int) -> Iterator[Mark]:

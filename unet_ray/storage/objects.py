@@ -252,7 +252,8 @@ def as_os_errors(path: ObjectPath, writing: bool = False) -> Iterator[None]:
 
 def _tag(meta: Any) -> str:
     """Returns the fields that identify the content of an object; ``gs://`` needs the version."""
-    return json.dumps({name: meta[name] for name in ("e_tag", "version") if meta.get(name)})
+    tags = {name: meta[name] for name in ("e_tag", "version") if meta.get(name)}
+    return json.dumps(tags, allow_nan=False)
 
 
 def _line(error: Exception) -> str:

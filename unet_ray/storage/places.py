@@ -99,7 +99,8 @@ def write_whole(
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = scratch if isinstance(scratch, Path) else path.parent
-    partial = folder / f".{path.name}.{uuid.uuid4().hex}.partial"
+    # Without the name of the file, which may have the 255 bytes that file systems allow.
+    partial = folder / f".{uuid.uuid4().hex}.partial"
     try:
         with open(partial, "wb") as file:
             file.write(data)

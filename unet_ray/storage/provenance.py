@@ -17,6 +17,7 @@ from unet_ray.tiling.tiles import TilePlan
 # Properties of the machine and its software that determine the bytes.
 KIND = ("instructions", "versions")
 # Stored but not compared, since another version gives the same bytes.
+MOST_TILES = 1 << 30  # 16 PiB in tiles of 16 MiB; more would not fit in memory
 UNCOMPARED = ("versions.numpy", "versions.zarr")
 
 
@@ -24,7 +25,7 @@ UNCOMPARED = ("versions.numpy", "versions.zarr")
 class Provenance:
     """The provenance of a store, with a property for each part of its JSON.
 
-    If the JSON is damaged, properties may raise ValueError, KeyError, TypeError or AttributeError.
+    If the JSON is damaged, properties may raise any error; see `damage`.
 
     Attributes:
         json: the provenance as stored in the root of the store.
@@ -75,23 +76,28 @@ class Provenance:
             "threads_per_pass": 1,
             **{name: kind.get(name) for name in KIND},
         }
-        return cls(json.loads(json.dumps(parts)))  # tuples become lists, as in a stored provenance
+        # Tuples become lists, as in a stored provenance.
+        return cls(json.loads(json.dumps(parts, allow_nan=False)))
 
     def damage(self, *parts: str) -> str:
         """Describes the first damage among `parts`, names of properties; empty if there is none."""
         try:
             for part in parts:
                 getattr(self, part)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return f"{type(error).__name__}: {error}"
+        except Exception as error:  # the JSON may have any form
+            return f"{type(error).__name__}: {error!s:.300}"
         return ""
 
     @cached_property
     def plan(self) -> TilePlan:
         """The tiles."""
         plan = TilePlan.from_json(self.json["plan"])
-        if len(plan.shape) != 3 or not all(type(n) is int and n > 0 for n in plan.shape):
-            raise ValueError(f"a plan of shape {plan.shape}")
+        context = plan.context
+        for sizes in (plan.shape, plan.core, plan.passes, *asdict(context).values()):
+            if len(sizes) != 3 or not all(type(n) is int and 0 <= n < 2**53 for n in sizes):
+                raise ValueError(f"a plan with sizes {sizes!r:.100}")
+        if 0 in plan.shape or len(plan) > MOST_TILES:
+            raise ValueError(f"a plan of shape {plan.shape} and core {plan.core}")
         return plan
 
     @property
@@ -110,7 +116,10 @@ class Provenance:
     @property
     def class_values(self) -> list[int]:
         """Label value of each class in the training labels."""
-        return list(dict(self.json["model"])["class_values"])
+        values = list(self.json["model"]["class_values"])
+        if not 2 <= len(values) <= 255 or not all(type(v) is int for v in values):
+            raise ValueError(f"class values {values!r:.100}")
+        return values
 
     @property
     def source(self) -> Mapping[str, Any]:

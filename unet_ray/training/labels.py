@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from unet_ray.storage.places import Guard
 from unet_ray.tiling.boxes import Box
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.weights import class_weights, separate, weight_map
+from unet_ray.units import warn
 from unet_ray.volumes.folder import slices_by_number
 from unet_ray.volumes.intensity import Intensity, measure
 from unet_ray.volumes.opening import open_volume
@@ -343,7 +343,7 @@ def _weights_header(identity: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Returns everything that weight maps depend on, as it is read back from JSON."""
     names = "labels_are", "ignore_label", "val", "val_fraction", "w0", "sigma"
     fields = {"labels": identity["labels"], **{name: getattr(recipe, name) for name in names}}
-    as_read: dict[str, Any] = json.loads(json.dumps(fields))
+    as_read: dict[str, Any] = json.loads(json.dumps(fields, allow_nan=False))
     return as_read
 
 
@@ -367,7 +367,7 @@ def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         return read_tensors(path)
     except InputError as error:
-        print(f"unet-ray: {error} The weight maps are recomputed.", file=sys.stderr)
+        warn(f"{error} The weight maps are recomputed.")
         return {}, {}
 
 

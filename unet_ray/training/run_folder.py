@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -19,16 +18,20 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from unet_ray.errors import InputError, refuse_below_file
+from unet_ray.errors import InputError, refuse_below_file, refusing
 from unet_ray.network.checkpoints import read_tensors, write_tensors
+from unet_ray.storage.events import measured
 from unet_ray.storage.lease import Fence, Lease
+from unet_ray.storage.parsing import parse_json, refuse_special
 from unet_ray.storage.places import Guard, remove_partial, write_whole
 from unet_ray.storage.swap import LOCK
+from unet_ray.units import warn
 
 MODEL, BEST, METRICS = "model.safetensors", "best.safetensors", "metrics.jsonl"
 PATCHES, WEIGHTS = "patches.safetensors", "weights.safetensors"
 KEPT_CHECKPOINTS = 2
 REPORT_STEPS = 10
+LARGEST = 1e300  # bound of the numbers in a log or a checkpoint
 CHECKPOINTS = "checkpoints"  # this folder also contains the lease
 
 
@@ -57,11 +60,13 @@ class Measure:
     validation: Mapping[str, float] | None = None
 
     def line(self) -> str:
-        """Returns the measure as one line of JSON, without fields that are None."""
+        """Returns the measure as one line of JSON, without fields that are None or NaN."""
         fields = {
-            name: value for name, value in dataclasses.asdict(self).items() if value is not None
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if value is not None and value == value  # JSON has no NaN
         }
-        return json.dumps(fields) + "\n"
+        return json.dumps(fields, allow_nan=False) + "\n"
 
 
 OnMeasure = Callable[[Measure], None]
@@ -157,7 +162,7 @@ class RunFolder:
                 "newest); choose another --out, or remove them to start over."
             )
         for path in damaged:
-            print(f"unet-ray: {path}: damaged; the previous checkpoint is used.", file=sys.stderr)
+            warn(f"{path}: damaged; the previous checkpoint is used.")
             # A worker of the owner before may just have removed the file.
             with self.guard(), suppress(FileNotFoundError):
                 path.rename(path.with_suffix(".damaged"))
@@ -187,12 +192,13 @@ class RunFolder:
         Raises:
             InputError: if a field differs; names the field.
         """
-        if "recipe" not in header.get("training", {}):
+        try:
+            stored = {"recipe": dict(header["training"]["recipe"]), "data": dict(header["data"])}
+        except (LookupError, TypeError, ValueError) as error:
             raise InputError(
                 f"{self.path}: contains a model but no training run; choose another --out."
-            )
-        stored = {"recipe": header["training"]["recipe"], "data": header["data"]}
-        current = json.loads(json.dumps({"recipe": recipe, "data": data}))
+            ) from error
+        current = json.loads(json.dumps({"recipe": recipe, "data": data}, allow_nan=False))
         for part in current:
             for field, value in current[part].items():
                 if stored[part].get(field) != value:
@@ -215,11 +221,21 @@ def _read(path: Path) -> Checkpoint | None:
     A read error of the disk is raised: the checkpoint may be intact and must not be set aside.
     """
     try:
-        return Checkpoint(path, *read_tensors(path))
+        checkpoint = Checkpoint(path, *read_tensors(path))
+        return checkpoint if _is_complete(checkpoint.header) else None
     except InputError as error:
         if isinstance(error.__cause__, OSError):
             raise
         return None
+
+
+def _is_complete(header: Mapping[str, Any]) -> bool:
+    """Returns whether a header has the state of a training, as `RunFolder.save` writes it."""
+    losses = header.get("pending_losses")
+    if type(header.get("step")) is not int or not isinstance(losses, list):
+        return False
+    numbers = [header["step"], header.get("seconds"), header.get("learning_rate"), *losses]
+    return all(measured(number, -LARGEST, LARGEST) is not None for number in numbers)
 
 
 def _short(value: Any) -> str:
@@ -308,9 +324,15 @@ class Log:
 
 
 def read_measures(path: Path) -> list[Measure]:
-    """Reads a log without its last line if a kill has left that line incomplete."""
+    """Reads a log without its last line if a kill has left that line incomplete.
+
+    Raises:
+        InputError: if it is not a regular file.
+    """
     if not path.exists():
         return []
+    with refusing(path, "a log"):
+        refuse_special(path)
     *lines, _ = path.read_text(errors="replace").split("\n")
     return [measure for measure in map(_measure, lines) if measure]
 
@@ -318,7 +340,12 @@ def read_measures(path: Path) -> list[Measure]:
 def _measure(line: str) -> Measure | None:
     """Parses a line of the log; returns None if it is damaged or not a measure."""
     try:
-        measure = Measure(**json.loads(line))
-        return measure if math.isfinite(measure.step + measure.loss + measure.progress) else None
+        measure = Measure(**parse_json(line))
+        scores = dict(measure.validation or {})
     except (ValueError, TypeError):
         return None
+    fields = dataclasses.asdict(measure)
+    del fields["validation"]
+    numbers = [*fields.values(), *scores.values()]
+    finite = all(measured(number, -LARGEST, LARGEST) is not None for number in numbers)
+    return measure if finite and type(measure.step) is int else None

@@ -129,7 +129,7 @@ def train(
 def _store_patches(run: RunFolder, recipe: Recipe, data: TrainingData) -> None:
     """Stores the first patches of the run, as the network sees them, for the report."""
     source = {"recipe": dataclasses.asdict(recipe), "data": data.identity}
-    header = {"classes": len(data.class_values), **json.loads(json.dumps(source))}
+    header = {"classes": len(data.class_values), **json.loads(json.dumps(source, allow_nan=False))}
     path = run.path / PATCHES
     if path.exists() and header_of(path) == header:
         return

@@ -69,6 +69,7 @@ class Intensity:
         return result
 
 
+@np.errstate(over="ignore", invalid="ignore")  # refused below
 def measure(volume: Volume) -> Intensity:
     """Measures `volume`: exactly up to 2 GiB, above that from a deterministic sample of pieces.
 
@@ -92,6 +93,11 @@ def measure(volume: Volume) -> Intensity:
         if piece not in summaries:
             summaries[piece] = _summary_with_retries(volume, piece, unread)
     total = functools.reduce(_combined, (summaries[piece] for piece in pieces))
+    if not np.isfinite(total).all():
+        raise InputError(
+            f"{volume.path} has values so large that their variance exceeds the range of floats; "
+            "scale them down."
+        )
     if unread and not total[0].any():
         raise InputError(next(iter(unread.values())))
     return _intensity(total, tuple(map(str, unread)))

@@ -24,6 +24,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from unet_ray.errors import InputError, RunError, reason, refusing
+from unet_ray.units import printable
 from unet_ray.volumes.inflate import inflater_of
 
 _UNIT_NAMES = {
@@ -113,14 +114,14 @@ def open_tiff(path: str, *, quiet: bool = False) -> TiffImage:
     Raises:
         InputError: if the file is truncated, damaged or not supported.
     """
-    with _log_of_this_thread() as records:
-        with refusing(path, "a TIFF file"):
-            size = os.path.getsize(path)
-            with open(path, "rb") as file:
-                directory_bytes = _Directories(path, file, size).check()
-            with tifffile.TiffFile(path) as tif:
-                image = _load(path, tif, size, directory_bytes)
+    with _log_of_this_thread() as records, refusing(path, "a TIFF file"):
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            directory_bytes = _Directories(path, file, size).check()
+        with tifffile.TiffFile(path) as tif:
+            image = _load(path, tif, size, directory_bytes)
     for record in () if quiet else records:
+        record.msg, record.args = printable(record.getMessage()), None
         logging.getLogger(record.name).handle(record)
     return image
 
@@ -215,9 +216,7 @@ class _Directories:
         _refuse_truncated(self.path, self.size, offset + length)
         self.bytes_read += length
         if self.bytes_read > 2 * self.size:  # else a small file could take hours
-            raise InputError(
-                f"{self.path} is damaged: its directories overlap; export it again."
-            )
+            raise InputError(f"{self.path} is damaged: its directories overlap; export it again.")
         self.file.seek(offset)
         return self.file.read(length)
 
