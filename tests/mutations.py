@@ -1,0 +1,247 @@
+"""Damages files at random, as disks, broken programs and attackers do.
+
+Knows the syntax of JSON, TIFF, PNG and safetensors, so that damage reaches what a checksum or a
+length would hide. Does not know how anything is read.
+"""
+
+import copy
+import functools
+import json
+import os
+import re
+import struct
+import zlib
+
+NUMBERS = (
+    0,
+    1,
+    2,
+    255,
+    256,
+    65535,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**53,
+    2**62,
+    2**63 - 1,
+    2**64 - 1,
+)
+VALUES = (
+    *(None, True, -1, 0, 1, 0.5, -0.0, 2**31, 2**53, 2**63, 2**64, 10**4000, 1e308),
+    *(float("inf"), float("nan"), "", "NaN", "\x1b[31m", "\ud800", "\0", "../..", "a" * 300),
+    *([], {}, [[]], [0], [0, 0, 0], [1, 2, 3], ["a"], {"a": 1}, [{}], [None] * 1000),
+)
+TEXTS = (b"INF", b"NaN", b"-1", b"0", b"1e999", b"9" * 6000, b"\x1b[2J", b"\xff\xfe", b"")
+BOMB_BYTES = 700 << 20
+
+
+def mutate(chance, file):
+    """Damages a file; returns the kind of damage, such as ``truncated``."""
+    special = chance.random()
+    if special < 0.05:
+        return _replace(chance, file)
+    stored = file.read_bytes()
+    damaged, kind = _damaged(chance, stored)
+    file.write_bytes(damaged)
+    return kind
+
+
+def _replace(chance, file):
+    """Replaces a file by something that is not one."""
+    file.unlink()
+    kind = chance.choice(["missing", "device", "pipe", "folder", "loop"])
+    if kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    elif kind == "loop":
+        file.symlink_to(file.name)
+    return kind
+
+
+def _damaged(chance, data):
+    structures = {b"{": _json, b"[": _json, b"II*\0": _tiff, b"\x89PNG": _png}
+    for magic, structure in structures.items():
+        if data.startswith(magic) and chance.random() < 0.6:
+            return structure(chance, data)
+    if data[8:9] == b"{" and chance.random() < 0.7:
+        return _safetensors(chance, data)
+    return _bytes(chance, data)
+
+
+# Bytes of any format
+
+
+def _bytes(chance, data):
+    kind = chance.choice(
+        ["flipped", "truncated", "cut", "repeated", "filled", "number", "text", "text", "noise"]
+    )
+    first, last = sorted(chance.randrange(len(data) + 1) for _ in range(2))
+    changed = bytearray(data)
+    if kind == "flipped":
+        for _ in range(chance.choice([1, 1, 2, 8]) if data else 0):
+            changed[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    elif kind == "truncated":
+        del changed[chance.choice([0, first, last, max(0, len(data) - 1)]) :]
+    elif kind == "cut":
+        del changed[first : min(last, first + 64)]
+    elif kind == "repeated":
+        changed[first:first] = data[first:last]
+    elif kind == "filled":
+        last = min(last, first + 64)
+        changed[first:last] = bytes([chance.choice([0, 255])]) * (last - first)
+    elif kind == "noise":
+        last = min(last, first + 64)
+        changed[first:last] = chance.randbytes(last - first)
+    elif kind == "number":
+        width, order = chance.choice("HIQ"), chance.choice("<>")
+        number = struct.pack(order + width, _number(chance, width))
+        changed[first : first + len(number)] = number
+    else:
+        words = list(re.finditer(rb"[0-9.]+|[A-Za-z]{3,}", data))
+        first, last = chance.choice(words).span() if words else (0, 0)
+        changed[first:last] = chance.choice(TEXTS)
+    return bytes(changed), kind
+
+
+def _number(chance, width):
+    return chance.choice(NUMBERS) % 256 ** struct.calcsize(f"<{width}")
+
+
+# JSON
+
+
+def _json(chance, data):
+    if chance.random() < 0.1:
+        return b'{"a":' * 100_000, "nested"
+    try:
+        tree = json.loads(data)
+    except ValueError:  # such as a log of several lines
+        lines = data.split(b"\n")
+        number = chance.randrange(len(lines))
+        lines[number] = _json(chance, lines[number])[0] if lines[number] else b"[]"
+        return b"\n".join(lines), "json"
+    return _dumped(damaged_tree(chance, tree)), "json"
+
+
+def damaged_tree(chance, tree):
+    """Returns a copy of a JSON value with one part damaged."""
+    tree = copy.deepcopy(tree)
+    places = [*_places(tree)]
+    if not places:
+        return chance.choice(VALUES)
+    parent, key = chance.choice(places)
+    if isinstance(parent[key], str) and parent[key].startswith("{"):  # JSON in JSON
+        parent[key] = _dumped(damaged_tree(chance, json.loads(parent[key]))).decode()
+    elif chance.random() < 0.2:
+        del parent[key]
+    else:
+        parent[key] = chance.choice(VALUES)
+    return tree
+
+
+def _places(tree):
+    keys = tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()
+    for key in keys:
+        yield tree, key
+        yield from _places(tree[key])
+
+
+def _dumped(tree):
+    return json.dumps(tree).encode()
+
+
+# TIFF: the entries of its directories
+
+
+def _tiff(chance, data):
+    entries = [*_entries(data)]
+    if not entries:
+        return _bytes(chance, data)
+    changed = bytearray(data)
+    if chance.random() < 0.02:
+        return _tiff_bomb(changed, entries), "bomb"
+    place = chance.choice(entries)
+    field, width = chance.choice([(0, "H"), (2, "H"), (4, "I"), (8, "I"), (8, "I")])
+    struct.pack_into(f"<{width}", changed, place + field, _number(chance, width))
+    return bytes(changed), "tag"
+
+
+def _entries(data):
+    """Yields the place of each entry of each directory of a little-endian TIFF file."""
+    (directory,) = struct.unpack_from("<I", data, 4)
+    seen = set()
+    while directory and directory not in seen and directory + 6 <= len(data):
+        seen.add(directory)
+        (count,) = struct.unpack_from("<H", data, directory)
+        end = directory + 2 + 12 * count
+        if end + 4 > len(data):
+            return
+        yield from range(directory + 2, end, 12)
+        (directory,) = struct.unpack_from("<I", data, end)
+
+
+def _tiff_bomb(changed, entries):
+    """Points the first strips or tiles to deflated zeros of many times their size."""
+    start, bomb = len(changed), _bomb()
+    values = {259: 8, 273: start, 324: start, 279: len(bomb), 325: len(bomb)}
+    for place in entries:
+        tag, _, count, value = struct.unpack_from("<HHII", changed, place)
+        if tag in values and count == 1:
+            struct.pack_into("<HI", changed, place + 2, 4, 1)
+            struct.pack_into("<I", changed, place + 8, values[tag])
+        elif tag in values and value + 4 <= start:
+            struct.pack_into("<H", changed, place + 2, 4)
+            struct.pack_into("<I", changed, value, values[tag])
+    return bytes(changed) + bomb
+
+
+@functools.cache
+def _bomb():
+    packer, zeros = zlib.compressobj(9), bytes(1 << 20)
+    return b"".join(packer.compress(zeros) for _ in range(BOMB_BYTES >> 20)) + packer.flush()
+
+
+# PNG: its chunks, with correct checksums
+
+
+def _png(chance, data):
+    chunks, place = [], 8
+    while place + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, place)
+        chunks.append([data[place + 4 : place + 8], data[place + 8 : place + 8 + length]])
+        place += 12 + length
+    if not chunks:
+        return _bytes(chance, data)
+    chunk = chance.choice([chunks[0], chance.choice(chunks)])
+    kind = "png"
+    if chance.random() < 0.1:
+        chunk[1] = _bomb()
+        kind = "bomb"
+    else:
+        chunk[1], _ = _bytes(chance, chunk[1])
+    packed = (
+        struct.pack(">I", len(content))
+        + name
+        + content
+        + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks
+    )
+    return data[:8] + b"".join(packed), kind
+
+
+# safetensors: its header
+
+
+def _safetensors(chance, data):
+    length = int.from_bytes(data[:8], "little")
+    if 8 + length > len(data):
+        return _bytes(chance, data)
+    if chance.random() < 0.1:
+        header = b'{"a":' * 100_000
+    else:
+        header = _dumped(damaged_tree(chance, json.loads(data[8 : 8 + length])))
+    return len(header).to_bytes(8, "little") + header + data[8 + length :], "header"
