@@ -33,6 +33,7 @@ from unet_ray.storage.layout import (
     metadata_files,
 )
 from unet_ray.storage.objects import ObjectPath, remove_objects
+from unet_ray.storage.parsing import parse_json, read_file
 from unet_ray.storage.places import (
     Guard,
     PathOrUrl,
@@ -41,6 +42,7 @@ from unet_ray.storage.places import (
     open_array,
     place_of,
     remove_tree,
+    stat_of,
     write_whole,
 )
 from unet_ray.storage.provenance import Provenance
@@ -232,15 +234,19 @@ class Store:
         return self.path / ARRAYS[name] / self.key(name, tile)
 
     def require(self, name: str, tile: Tile) -> None:
-        """Checks that the shard of a finished tile exists, since zarr reads missing ones as 0.
+        """Checks that a finished tile has a shard, since zarr reads missing and empty ones as 0.
 
         Raises:
-            RunError: if the shard is missing.
+            RunError: if the shard is missing or empty.
         """
         shard = self.shard(name, tile)
-        if not shard.is_file():
+        try:
+            damage = "" if stat_of(shard).size else "is empty"
+        except (FileNotFoundError, NotADirectoryError):
+            damage = "is missing"
+        if damage:
             raise RunError(
-                f"{shard}: is missing, though tile {tile.index} was finished; copy the store "
+                f"{shard}: {damage}, though tile {tile.index} was finished; copy the store "
                 "again, or repair it with `unet-ray verify --repair`."
             )
 
@@ -266,8 +272,11 @@ def tile_of(shard: str, plan: TilePlan) -> int | None:
 
 def _open(place: Place) -> Any:
     try:
+        parse_json(read_file(place / ROOT))  # zarr would read a file of any size
         return open_array(place)
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # zarr fails in many ways on damaged metadata
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise
         raise RunError(_metadata_message(place, "is missing or damaged")) from error
 
 
