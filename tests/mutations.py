@@ -202,7 +202,8 @@ def _tiff_bomb(changed, entries):
 @functools.cache
 def _bomb():
     packer, zeros = zlib.compressobj(9), bytes(1 << 20)
-    return b"".join(packer.compress(zeros) for _ in range(BOMB_BYTES >> 20)) + packer.flush()
+    first, again = (packer.compress(zeros) + packer.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
+    return first + again * (BOMB_BYTES >> 20)
 
 
 # PNG: its chunks, with correct checksums

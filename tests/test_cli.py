@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -598,6 +599,60 @@ def test_evaluate_loads_neither_torch_nor_ray(files):
     assert (code, out.splitlines()[-1]) == (0, "[]"), err
 
 
+# Names of any bytes, and errors that no one expected
+
+
+def test_names_cannot_change_the_terminal(unet_ray, files):
+    name = "\x1b[31mred\x9b\r\udcff.tif"
+    code, out, err = unet_ray("evaluate", files / name, files / "labels.tif", "--as", "classes")
+    assert (code, out) == (2, "") and "\\x1b[31mred\\x9b\\r\\udcff.tif does not exist" in err
+    os.rename(files / "labels.tif", os.fsencode(files / name))
+    labels = files / name
+    code, out, err = unet_ray("evaluate", labels, labels, "--as", "classes")
+    assert code == 0 and "accuracy" in out and (out + err).replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("length", [200, 240, 250, 255, 256, 5000])
+def test_names_of_any_length_are_written_or_refused(unet_ray, files, length):
+    file = files / ("s" * (length - 5) + ".json")
+    args = ["evaluate", files / "labels.tif", files / "labels.tif", "--as", "classes"]
+    code, _, err = unet_ray(*args, "--json", file)
+    if length <= 255:
+        assert code == 0 and json.loads(file.read_text())
+    else:
+        assert code in (1, 2) and re.fullmatch(r"unet-ray: [^\n]+File name too long\.\n", err)
+
+
+def test_an_unexpected_error_is_a_sentence_that_names_the_file_of_its_trace(
+    unet_ray, files, monkeypatch, tmp_path
+):
+    def fails(path, truth=None):
+        raise ArithmeticError("a fault\nof two lines")
+
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(report, "write_report", fails)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    code, out, err = unet_ray("report", files)
+    (trace,) = (tmp_path / "temporary").iterdir()
+    assert (code, out) == (1, "")
+    assert err == (
+        "unet-ray: an unexpected error ended the command (ArithmeticError: a fault); please "
+        f"report it with its trace, which is in {trace}.\n"
+    )
+    assert trace.read_text().startswith("Traceback") and "of two lines" in trace.read_text()
+    assert trace.stat().st_mode & 0o077 == 0
+
+
+def test_an_unexpected_error_without_a_folder_for_its_trace_is_a_sentence(
+    unet_ray, files, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(report, "write_report", lambda path, truth=None: 1 / 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    code, out, err = unet_ray("report", files)
+    assert (code, out) == (1, "")
+    assert re.fullmatch(r"unet-ray: .*ZeroDivisionError.*cannot be stored either \(No.*\)\.\n", err)
+
+
 # Mistakes: exit code 2, one line, nothing written
 
 
@@ -638,6 +693,29 @@ CONFIGS = {
     "recipe: papr": ["papr", "paper"],
     "config: other.yaml": ["'config'"],
 }
+
+
+HOSTILE_CONFIGS = {
+    "nested": "out: " + "[" * 5000,
+    "digits": f"steps: {'9' * 6000}",
+    "aliases": "a: &a [x, x]\nimages: [*a, *a]",
+    "long": "#" * 10**6,
+    "lists": "images: [[[a]]]",
+    "names": "out: {a: b}",
+    "number": "depth: 2001-99-99",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_CONFIGS)
+def test_a_hostile_config_file_is_refused(unet_ray, files, name):
+    (files / "flags.yaml").write_text(HOSTILE_CONFIGS[name])
+    refused(unet_ray, files, train(files, "--config", files / "flags.yaml"), "flags.yaml")
+
+
+def test_a_config_file_that_is_a_device_is_refused(unet_ray, files):
+    (files / "flags.yaml").symlink_to("/dev/zero")
+    args = train(files, "--config", files / "flags.yaml")
+    refused(unet_ray, files, args, "flags.yaml", "it is a device, pipe or socket")
 
 
 @pytest.mark.parametrize("text", CONFIGS)

@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -289,3 +289,70 @@ def test_a_file_whose_bytes_have_changed_is_refused(tmp_path):
     path.write_bytes(data[:-9] + bytes(9))
     with pytest.raises(InputError, match=r"a\.safetensors: a damaged .*checksum"):
         read_tensors(path)
+
+
+HOSTILE_HEADERS = {
+    "class_values": [
+        None,
+        5,
+        "ab",
+        [0, 7, "b"],
+        [0, 7, 10**4000],
+        [0, 255, 7],
+        [True, 7, 255],
+        [0.5],
+    ],
+    "voxel_size": [5, "abc", [1.0, 2.0], [float("inf"), 1.0, 1.0], [0.0, 1.0, 1.0]],
+    "training": [None, [], "a"],
+    "data": [None, 5],
+    "versions": [None, []],
+    "normalisation": [None, [], "mean-std"],
+    "architecture": [None, [], {"classes": 3}, {**ARCHITECTURE, "depth": "deep"}],
+}
+
+
+@pytest.mark.parametrize("field", HOSTILE_HEADERS)
+def test_headers_of_other_types_are_refused(path, network, field):
+    for value in HOSTILE_HEADERS[field]:
+        rewrite_header(path, network, {field: value})
+        assert "do not match" in refusal(path) or "not a model" in refusal(path)
+
+
+def rewrite_header(path, network, fields):
+    """Writes a model whose header has other fields, as a hand would."""
+    write_model(path, network, HEADER)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    inner = {**json.loads(header["__metadata__"]["header"]), **fields}
+    header["__metadata__"]["header"] = json.dumps(inner)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+@pytest.mark.parametrize("inner", ['{"a":' * 10**5, f"[{'9' * 6000}]", "[]", "5"])
+def test_any_json_in_the_header_is_refused(path, network, inner):
+    write_model(path, network, HEADER)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"]["header"] = inner
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    assert len(refusal(path)) < 400
+
+
+def test_weights_of_another_type_are_refused(path, network):
+    write_tensors(
+        path,
+        {name: tensor.double() for name, tensor in network.state_dict().items()},
+        asdict(HEADER),
+    )
+    assert "is torch.float64, not torch.float32" in refusal(path)
+
+
+def test_numbers_that_are_not_json_are_never_written(path, network):
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="JSON"):
+        write_model(path, network, replace(HEADER, voxel_size=[float("inf"), 1.0, 1.0]))
+    assert path.read_bytes() == before

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -505,6 +506,49 @@ def test_a_foreign_folder_is_refused(tmp_path, kind):
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=r"thesis: exists and is not an output of unet-ray; .*\.$"):
         inspect(folder).continued()
+
+
+@pytest.mark.parametrize("content", [b'{"a":' * 10**5, b"[" + b"9" * 6000, b"[]", b"{}", None])
+def test_damaged_metadata_of_an_array_are_named(path, content):
+    metadata = path / "0/zarr.json"
+    metadata.unlink()
+    if content is None:
+        metadata.symlink_to("/dev/zero")
+    else:
+        metadata.write_bytes(content)
+    with pytest.raises(RunError, match=r"0/zarr\.json: is missing or damaged"):
+        Store(path, BOTH)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("plan", "shape", [2**60, 1, 1]),
+        ("plan", "shape", [1.5, 1, 1]),
+        ("plan", "shape", [10**4000, 1, 1]),
+        ("plan", "core", [0, 64, 64]),
+        ("plan", "context", {"before": [0], "after": [0], "step": [0]}),
+        ("plan", "context", {"before": [0, 0, 0], "after": [0, 0, 0], "step": [0, 0, 0]}),
+        ("model", "class_values", ["a", "b"]),
+        ("model", "class_values", [0] * 10**6),
+        ("model", "class_values", None),
+    ],
+)
+def test_a_hostile_provenance_is_damage(part, key, value):
+    parts = {"plan": json.loads(json.dumps(asdict(PLAN))), "model": {"class_values": [0, 7]}}
+    assert Provenance(parts).damage("plan", "class_values") == ""
+    parts[part] = {**parts[part], key: value}
+    damage = Provenance(parts).damage("plan", "class_values")
+    assert damage and len(damage) < 400
+
+
+def test_an_empty_shard_is_not_background(path):
+    store, tile = Store(path, BOTH), PLAN[0]
+    store.write(tile, predicted()[0])
+    store.require("classes", tile)
+    store.shard("classes", tile).write_bytes(b"")
+    with pytest.raises(RunError, match="is empty, though tile 0 was finished"):
+        store.require("classes", tile)
 
 
 def test_an_unreadable_root_does_not_count_as_foreign(path, monkeypatch):

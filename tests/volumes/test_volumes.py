@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -385,6 +386,33 @@ def test_imagej_metadata(tmp_path, depth):
     assert volume.channel_names == ("",)
 
 
+@pytest.mark.parametrize("size", ["INF", "NaN", "-1", "0", "1e999"])
+def test_a_voxel_size_in_ome_metadata_is_finite_and_positive(tmp_path, size):
+    path = tmp_path / "i.ome.tif"
+    metadata = {"axes": "ZYX", **{f"PhysicalSize{axis}": 777.0 for axis in "XYZ"}}
+    tifffile.imwrite(path, noise((5, 13, 17)), metadata=metadata)
+    path.write_bytes(path.read_bytes().replace(b"777.0", size.encode().ljust(5)))
+    assert open_volume(path).voxel_size is None
+
+
+@pytest.mark.parametrize("spacing", [math.inf, math.nan, 0.0])
+def test_a_voxel_size_of_imagej_is_finite_and_positive(tmp_path, spacing):
+    path, metadata = tmp_path / "i.tif", {"axes": "ZYX", "unit": "um", "spacing": 7.0}
+    tifffile.imwrite(
+        path, noise((5, 13, 17)), imagej=True, resolution=(2.0, 2.0), metadata=metadata
+    )
+    assert open_volume(path).voxel_size == (7.0, 0.5, 0.5)
+    path.write_bytes(path.read_bytes().replace(b"spacing=7.0", f"spacing={spacing}".encode()))
+    assert open_volume(path).voxel_size is None
+
+
+@pytest.mark.parametrize("scale", [math.inf, math.nan, -2.0, 0.0])
+def test_a_voxel_size_of_ome_zarr_is_finite_and_positive(tmp_path, scale):
+    transform = {"coordinateTransformations": [{"type": "scale", "scale": [1, scale, 1, 1]}]}
+    write_ome_zarr(tmp_path / "i.zarr", [noise((2, 5, 8, 8))], "0.5", **transform)
+    assert open_volume(tmp_path / "i.zarr").voxel_size is None
+
+
 def test_a_voxel_size_without_a_unit_or_an_axis_is_unknown(tmp_path):
     path, options = tmp_path / "i.tif", {"imagej": True, "resolution": (0.25, 0.1)}
     for metadata in ({"spacing": 50.0}, {"unit": "um"}, {"unit": "pixel", "spacing": 1.0}):
@@ -572,6 +600,116 @@ def test_a_loop_of_directories_is_refused(tmp_path):
     path.write_bytes(stored)
     with pytest.raises(InputError, match=r"i\.tif is damaged: its directories form a loop"):
         open_volume(path)
+
+
+def test_overlapping_directories_are_refused(tmp_path):
+    """Each of 1000 directories names the same 1000 sub-directories: a million reads."""
+    count = 1000
+    entry, table = 2 + 12 + 4, 8 + count * (2 + 12 + 4)
+    data = bytearray(b"II*\0" + struct.pack("<I", 8))
+    for number in range(count):
+        following = 8 + (number + 1) * entry if number + 1 < count else 0
+        data += struct.pack("<HHHIII", 1, 330, 4, count, table, following)
+    data += struct.pack("<I", 8) * count
+    (tmp_path / "i.tif").write_bytes(data)
+    with pytest.raises(InputError, match=r"i\.tif is damaged: its directories overlap"):
+        open_volume(tmp_path / "i.tif")
+
+
+def test_entities_in_ome_metadata_are_refused(tmp_path):
+    path = tmp_path / "i.ome.tif"
+    tifffile.imwrite(path, noise((5, 13, 17)), metadata={"axes": "ZYX"}, ome=True)
+    with tifffile.TiffFile(path) as tif:
+        xml = tif.ome_metadata
+    entity = '<!DOCTYPE OME [<!ENTITY a "aaaaaaaaaa">]><OME'
+    tifffile.imwrite(path, noise((13, 17)), metadata=None, description=xml.replace("<OME", entity))
+    with pytest.raises(InputError, match=r"i\.ome\.tif has OME metadata with XML entities"):
+        open_volume(path)
+
+
+def without_imagecodecs(code, folder, **options):
+    """Runs Python as in an installation without the package imagecodecs."""
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.modules['imagecodecs'] = None\n{code}"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        **options,
+    )
+
+
+def test_a_deflate_bomb_does_not_fill_the_memory(tmp_path):
+    """One strip of 624 bytes is stored as 2.6 MB that inflate to 2.5 GiB."""
+    packer, zeros = zlib.compressobj(9), bytes(1 << 24)
+    first, again = (packer.compress(zeros) + packer.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
+    bomb = first + 159 * again
+    tifffile.imwrite(tmp_path / "i.tif", noise((24, 26)), compression="zlib")
+    with tifffile.TiffFile(tmp_path / "i.tif", mode="r+") as tif:
+        end = tif.filehandle.size
+        for tag, value in (("StripOffsets", end), ("StripByteCounts", len(bomb))):
+            tif.pages[0].tags[tag].overwrite(value)
+    with open(tmp_path / "i.tif", "ab") as file:
+        file.write(bomb)
+    done = without_imagecodecs(
+        """if True:
+        import resource
+        from unet_ray.tiling.boxes import Box
+        from unet_ray.volumes.opening import open_volume
+        volume = open_volume("i.tif")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        resource.setrlimit(resource.RLIMIT_DATA, (3 << 29, 3 << 29))
+        try:
+            volume.read(Box.of(volume.shape[1:]))
+        except RuntimeError as error:
+            print(error)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        print(volume.read_overhead((1, 24, 26)), grown << 10)
+        """,
+        tmp_path,
+    )
+    message, figures = done.stdout.splitlines()
+    assert message.endswith("have more than the 624 bytes of a strip or tile.")
+    stated, grown = map(int, figures.split())
+    assert grown < stated + 2**23
+
+
+@pytest.mark.parametrize("compression", ["zlib", "lzma", "packbits"])
+@pytest.mark.parametrize("damage", ["", "truncated", "longer"])
+def test_strips_are_decoded_without_imagecodecs(tmp_path, compression, damage):
+    voxels = noise((45, 26), "uint16")
+    data = voxels.repeat(2, axis=0) if damage == "longer" else voxels
+    tifffile.imwrite(tmp_path / "long.tif", data, compression=compression, rowsperstrip=100)
+    tifffile.imwrite(tmp_path / "i.tif", voxels, compression=compression, rowsperstrip=100)
+    with (
+        tifffile.TiffFile(tmp_path / "long.tif") as long,
+        tifffile.TiffFile(tmp_path / "i.tif", mode="r+") as tif,
+    ):
+        page = long.pages[0]
+        long.filehandle.seek(page.dataoffsets[0])
+        strip = long.filehandle.read(page.databytecounts[0])
+        strip = strip[: len(strip) // 2] if damage == "truncated" else strip
+        end = tif.filehandle.size
+        tif.pages[0].tags["StripOffsets"].overwrite(end)
+        tif.pages[0].tags["StripByteCounts"].overwrite(len(strip))
+        tif.filehandle.seek(end)
+        tif.filehandle.write(strip)
+    done = without_imagecodecs(
+        """if True:
+        from unet_ray.tiling.boxes import Box
+        from unet_ray.volumes.opening import open_volume
+        volume = open_volume("i.tif")
+        try:
+            print(volume.read(Box.of(volume.shape[1:])).tobytes().hex())
+        except RuntimeError as error:
+            print(error)
+        """,
+        tmp_path,
+    )
+    if damage:
+        assert "cannot be decoded at page 0, strip or tile 0" in done.stdout
+    else:
+        assert done.stdout.strip() == voxels.tobytes().hex()
 
 
 def test_a_multi_file_ome_tiff_is_refused(tmp_path):
@@ -985,6 +1123,62 @@ def test_invalid_ome_zarr_metadata_are_refused(tmp_path, attributes, error):
     zarr.create_group(tmp_path / "g.zarr", attributes={"ome": attributes})
     with pytest.raises(InputError, match=rf"g\.zarr has invalid OME-Zarr metadata: {error}"):
         open_volume(tmp_path / "g.zarr")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("shape", [2**63, 8, 8], "at most 2\\^53 voxels"),
+        ("chunks", [0, 8, 8], "a.zarr"),
+        ("shape", ["x" * 10**4], "cannot be opened as Zarr"),
+        ("shape", [10**4000, 8, 8], "a.zarr"),
+        ("dtype", "|V65536", "a.zarr"),
+    ],
+)
+def test_hostile_values_in_zarr_metadata_are_refused(tmp_path, field, value, message):
+    write_zarr(tmp_path / "a.zarr", noise((5, 8, 8)), zarr_format=2)
+    metadata = tmp_path / "a.zarr/.zarray"
+    metadata.write_text(json.dumps({**json.loads(metadata.read_text()), field: value}))
+    with pytest.raises(InputError, match=message) as error:
+        open_volume(tmp_path / "a.zarr")
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize("level", ["", "scale0/image"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("device", "it is a device, pipe or socket"),
+        ('{"a":' * 10**5, "nested too deep"),
+        (f'{{"a": {"9" * 6000}}}', "too many digits"),
+    ],
+)
+def test_hostile_metadata_files_of_zarr_are_refused(tmp_path, version, level, content, message):
+    write_ome_zarr(tmp_path / "i.zarr", [noise((2, 5, 8, 8))], version)
+    name = "zarr.json" if version == "0.5" else ".zattrs"
+    metadata = tmp_path / "i.zarr" / level / name
+    metadata.unlink()
+    if content == "device":
+        metadata.symlink_to("/dev/zero")
+    else:
+        metadata.write_text(content)
+    with pytest.raises(InputError, match=rf"{name} cannot be read as JSON: .*{message}"):
+        open_volume(tmp_path / "i.zarr")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_chunk_that_is_not_a_file_is_refused(tmp_path, kind):
+    write_zarr(tmp_path / "a.zarr", noise((5, 8, 8)))
+    volume = open_volume(tmp_path / "a.zarr")
+    chunk = next(path for path in (tmp_path / "a.zarr/c").rglob("*") if path.is_file())
+    chunk.unlink()
+    if kind == "pipe":
+        os.mkfifo(chunk)
+    else:
+        chunk.symlink_to("/dev/zero")
+    with pytest.raises(RunError, match="it is a device, pipe or socket, not a file"):
+        volume.read(Box.of(volume.shape[1:]))
 
 
 def test_damaged_zarr_is_refused(tmp_path):

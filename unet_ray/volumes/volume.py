@@ -208,8 +208,9 @@ class Volume(ABC):
             raise InputError(f"{self.path} is empty: its shape (c, z, y, x) is {tuple(shape)}.")
         if math.prod(shape) > LARGEST_VOLUME or min(chunk) < 1:
             raise InputError(
-                f"{self.path} has shape (c, z, y, x) {tuple(shape)} in units of {tuple(chunk)} "
-                f"voxels: a volume has at most 2^53 voxels, and each extent is at least 1."
+                f"{self.path} has shape (c, z, y, x) {tuple(shape)!r:.100} in units of "
+                f"{tuple(chunk)!r:.100} voxels: a volume has at most 2^53 voxels, and each extent "
+                "is at least 1."
             )
         if dtype.kind not in "iuf" or dtype.itemsize > 8:
             raise InputError(
