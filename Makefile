@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python -m
 export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench check docs clean
+.PHONY: help demo test test-slow fuzz bench check docs clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test: $(STAMP) ## run the tests, a few minutes
 
 test-slow: $(STAMP) ## run the tests that take minutes each
 	$(RUN) pytest -m slow
+
+fuzz: $(STAMP) ## read 2,000 damaged files, each under limits of time and memory, a few minutes
+	OMP_NUM_THREADS=1 $(RUN) tests.fuzz 2000
 
 bench: $(STAMP) ## measure speed, beside other libraries where they do the same
 	$(RUN) tests.bench_scores

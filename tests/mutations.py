@@ -244,5 +244,11 @@ def _safetensors(chance, data):
     if chance.random() < 0.1:
         header = b'{"a":' * 100_000
     else:
-        header = _dumped(damaged_tree(chance, json.loads(data[8 : 8 + length])))
+        tree = json.loads(data[8 : 8 + length])
+        metadata = tree.get("__metadata__", {})
+        if chance.random() < 0.6 and metadata.get("header", "").startswith("{"):
+            metadata["header"] = _json(chance, metadata["header"].encode())[0].decode()
+            header = _dumped(tree)
+        else:
+            header = _dumped(damaged_tree(chance, tree))
     return len(header).to_bytes(8, "little") + header + data[8 + length :], "header"
