@@ -546,8 +546,13 @@ def test_an_empty_shard_is_not_background(path):
     store, tile = Store(path, BOTH), PLAN[0]
     store.write(tile, predicted()[0])
     store.require("classes", tile)
-    store.shard("classes", tile).write_bytes(b"")
+    shard = store.shard("classes", tile)
+    shard.write_bytes(b"")
     with pytest.raises(RunError, match="is empty, though tile 0 was finished"):
+        store.require("classes", tile)
+    shard.unlink()
+    shard.mkdir()
+    with pytest.raises(RunError, match="is not a file, though tile 0 was finished"):
         store.require("classes", tile)
 
 

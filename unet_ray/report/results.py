@@ -35,9 +35,6 @@ SLICES, WINDOW, CHUNKS = 5, 640, 64
 LONGEST_TEXT = 4096
 FAILURES = 10_000  # at most this many tiles whose first failure is stored
 
-# Errors that reading a damaged shard raises.
-DAMAGE = (ValueError, RuntimeError, OSError)
-
 
 @dataclass(frozen=True)
 class Result:
@@ -77,7 +74,7 @@ class Result:
                 self.store.require(output, self.plan[index])
         try:
             voxels: NDArray[Any] = np.asarray(self.store.read(output)[(..., *box.slices)])
-        except DAMAGE as error:
+        except Exception as error:  # each codec raises its own errors
             raise RunError(
                 f"{self._damaged(output, box)}: {output} at {box} cannot be read ({error}); the "
                 "file is damaged or missing: repair it with `unet-ray verify --repair`."
@@ -89,7 +86,7 @@ class Result:
         for tile in (self.plan[index] for index in self.plan.within(box)):
             try:
                 self.store.read(output)[(..., *tile.write.intersect(box).slices)]
-            except DAMAGE:
+            except Exception:
                 return self.store.shard(output, tile)
         return self.path / ARRAYS[output]
 
@@ -121,6 +118,7 @@ def open_result(path: Place) -> Result:
 
     Raises:
         InputError: if `path` is not an output of segment, or its provenance is damaged.
+        RunError: if the metadata of an array are damaged or do not match the provenance.
     """
     inspected = inspect(path)
     if inspected.what in ("foreign", "damaged"):
@@ -135,7 +133,9 @@ def open_result(path: Place) -> Result:
     done = committed(path / LEDGER, len(plan))
     given_up = np.flatnonzero(quarantined(path / LEDGER, len(plan))).tolist()
     masked = int(skipped(path / LEDGER, len(plan)).sum())
-    return Result(path, provenance, plan, done, given_up, masked, Store(path, outputs))
+    store = Store(path, outputs)
+    store.require_plan(plan)
+    return Result(path, provenance, plan, done, given_up, masked, store)
 
 
 def open_truth(truth: PathOrUrl, result: Result) -> Volume:

@@ -33,7 +33,7 @@ from unet_ray.storage.layout import (
     metadata_files,
 )
 from unet_ray.storage.objects import ObjectPath, remove_objects
-from unet_ray.storage.parsing import parse_json, read_file
+from unet_ray.storage.parsing import ContentError, parse_json, read_file, refuse_special
 from unet_ray.storage.places import (
     Guard,
     PathOrUrl,
@@ -153,7 +153,7 @@ class Store:
         self._metadata = {name: (self.path / ARRAYS[name] / ROOT).read_bytes() for name in outputs}
 
     def require_plan(self, plan: TilePlan) -> None:
-        """Checks that all metadata exist, and that the arrays have the shape and cores of `plan`.
+        """Checks that the metadata exist, and that the arrays are bytes of the shape of `plan`.
 
         Raises:
             RunError: if not; names the metadata file.
@@ -163,7 +163,8 @@ class Store:
             if not (self.path / name).is_file():
                 raise RunError(_metadata_message((self.path / name).parent, "is missing"))
         for name, array in self._arrays.items():
-            if (array.shape[-3:], (array.shards or ())[-3:]) != (plan.shape, plan.core):
+            layout = array.dtype, array.shape[-3:], (array.shards or ())[-3:]
+            if layout != (np.uint8, plan.shape, plan.core):
                 raise RunError(
                     _metadata_message(self.path / ARRAYS[name], "does not match the plan")
                 )
@@ -237,11 +238,14 @@ class Store:
         """Checks that a finished tile has a shard, since zarr reads missing and empty ones as 0.
 
         Raises:
-            RunError: if the shard is missing or empty.
+            RunError: if the shard is missing, empty or not a file.
         """
         shard = self.shard(name, tile)
         try:
+            refuse_special(shard)
             damage = "" if stat_of(shard).size else "is empty"
+        except ContentError:
+            damage = "is not a file"
         except (FileNotFoundError, NotADirectoryError):
             damage = "is missing"
         if damage:
