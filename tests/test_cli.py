@@ -698,7 +698,7 @@ CONFIGS = {
 HOSTILE_CONFIGS = {
     "nested": "out: " + "[" * 5000,
     "digits": f"steps: {'9' * 6000}",
-    "aliases": "a: &a [x, x]\nimages: [*a, *a]",
+    "aliases": "images: &a [x, x]\nlabels: *a",
     "long": "#" * 10**6,
     "lists": "images: [[[a]]]",
     "names": "out: {a: b}",

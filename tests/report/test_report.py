@@ -305,6 +305,27 @@ def test_every_malformed_line_is_skipped(run):
     assert "not shown" not in Page(write_report(cleared(run))).text
 
 
+HOSTILE = [None, 5, "a", [], [5], {"a": 5}, {"recipe": 5}, [None] * 3, [{"shape": 5}]]
+
+
+@pytest.mark.parametrize("field", ["training", "data", "versions", "class_values", "voxel_size"])
+def test_any_header_of_a_model_gives_a_page_or_a_sentence(run, field):
+    tensors, header = read_tensors(run / "model.safetensors")
+    for value in HOSTILE:
+        write_tensors(run / "model.safetensors", tensors, {**header, field: value})
+        try:
+            Page(write_report(run))
+        except InputError as error:
+            assert re.fullmatch(rf"{run} cannot be read as a run of unet-ray: .+\.", str(error))
+
+
+def test_a_log_that_is_a_device_is_refused(run):
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"metrics\.jsonl cannot be read as a log: it is a device"):
+        write_report(run)
+
+
 def cleared(run):
     (run / "metrics.jsonl").write_text("")
     return run
@@ -817,6 +838,22 @@ def test_a_damaged_file_is_named(folder):
     ):
         write_report(folder / "out.zarr")
     assert not (folder / "out.report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "field", ["model", "input", "normalisation", "versions", "precision", "instructions"]
+)
+def test_any_provenance_of_a_store_gives_a_page_or_a_sentence(folder, field):
+    root = folder / "out.zarr/zarr.json"
+    intact = json.loads(root.read_text())
+    for value in HOSTILE:
+        changed = json.loads(json.dumps(intact))
+        changed["attributes"]["unet_ray"][field] = value
+        root.write_text(json.dumps(changed))
+        try:
+            Page(write_report(folder / "out.zarr"))
+        except InputError as error:
+            assert re.fullmatch(r".*out\.zarr[ :][^\n]+\.", str(error))
 
 
 def test_a_missing_shard_is_named_and_not_drawn_as_background(folder):

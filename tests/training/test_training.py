@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import threading
 from pathlib import Path
@@ -27,7 +28,14 @@ from unet_ray.training import trainer as training
 from unet_ray.training.labels import load_training_data
 from unet_ray.training.patches import Sampler
 from unet_ray.training.recipes import Recipe
-from unet_ray.training.run_folder import METRICS, PATCHES, WEIGHTS
+from unet_ray.training.run_folder import (
+    METRICS,
+    PATCHES,
+    WEIGHTS,
+    Measure,
+    RunFolder,
+    read_measures,
+)
 from unet_ray.training.train import train
 from unet_ray.training.validation import Validator
 from unet_ray.versions import VERSION
@@ -579,6 +587,44 @@ def test_a_checkpoint_with_damaged_bytes_is_renamed_and_skipped(files, tmp_path,
     stderr = capsys.readouterr().err
     assert stderr.count(newest.name) == 1 and "the previous checkpoint is used" in stderr
     assert newest.with_suffix(".damaged").exists()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"step": "4"},
+        {"step": 10**4000},
+        {"pending_losses": 5},
+        {"pending_losses": ["a"]},
+        {"seconds": None},
+        {"learning_rate": [1]},
+    ],
+)
+def test_a_checkpoint_without_the_state_of_a_training_is_damaged(tmp_path, fields):
+    run = RunFolder(tmp_path / "run")
+    state = {"step": 4, "seconds": 1.0, "learning_rate": 0.1, "pending_losses": [0.5]}
+    run.save(3, {"a": torch.zeros(1)}, {**state, "step": 3})
+    run.save(4, {"a": torch.zeros(1)}, {**state, **fields})
+    assert run.newest().header["step"] == 3
+
+
+@pytest.mark.parametrize("training", [None, 5, [], {"recipe": 5}, {"recipe": None}, {}])
+def test_a_header_without_a_recipe_is_not_a_training(tmp_path, training):
+    with pytest.raises(InputError, match="contains a model but no training run"):
+        RunFolder(tmp_path).refuse_header({"training": training, "data": {}}, {}, {})
+
+
+def test_lines_of_a_log_with_any_json_are_skipped(tmp_path):
+    line = Measure(10, 0.5, 0.1, 1.0, 0.2, 1, 1, {"iou": 0.5}).line()
+    fields = json.loads(line)
+    odd = [{**fields, name: value} for name in fields for value in ("a", [5], 10**4000, math.inf)]
+    lines = [*map(json.dumps, odd), "[" * 10**5, "9" * 6000, "[]", "{}", ""]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, line]))
+    assert [measure.line() for measure in read_measures(tmp_path / "metrics.jsonl")] == [line]
+
+
+def test_a_loss_that_is_not_a_number_is_left_out_of_the_log():
+    assert "loss" not in json.loads(Measure(10, math.nan, 0.1, 1.0, 0.2, 1, 1).line())
 
 
 def test_a_run_with_only_damaged_checkpoints_is_refused_and_not_changed(files, tmp_path):

@@ -321,3 +321,8 @@ def test_values_far_from_zero_keep_their_distances():
     far = Intensity((1e9 + 3.5,), (2.0,))
     expected = (values - 3.5) / 2
     assert np.allclose(far.normalise(values + np.int32(10**9)), expected, atol=1e-6)
+
+
+def test_values_whose_variance_is_not_a_float_are_refused():
+    with pytest.raises(InputError, match="so large that their variance exceeds the range of float"):
+        measure(open_volume(np.array([[1e300, -1e300], [0, 1]])))

@@ -33,6 +33,11 @@ from unet_ray.volumes.volume import Volume
 # Bounds of the reading: slices, the side of a window in voxels, and storage chunks.
 SLICES, WINDOW, CHUNKS = 5, 640, 64
 LONGEST_TEXT = 4096
+# Parts of a provenance that a report reads by name.
+DRAWN_PARTS = (
+    *("plan", "outputs", "class_values", "shape", "sampled_sha256"),
+    *("channel", "time", "level"),
+)
 FAILURES = 10_000  # at most this many tiles whose first failure is stored
 
 
@@ -127,7 +132,7 @@ def open_result(path: Place) -> Result:
         reason = "is neither a training run nor an output" if path.exists() else "does not exist"
         raise InputError(f"{path}: {reason}; name an output of train or segment.")
     provenance = inspected.provenance
-    if damage := provenance.damage("plan", "outputs", "class_values"):
+    if damage := provenance.damage(*DRAWN_PARTS):
         raise InputError(f"{path}: its provenance is damaged ({damage}).")
     plan, outputs = provenance.plan, provenance.outputs
     done = committed(path / LEDGER, len(plan))

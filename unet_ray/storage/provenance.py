@@ -139,17 +139,18 @@ class Provenance:
     @property
     def channel(self) -> int | None:
         """Channel of the input; None for all."""
-        return self.source["channel"]  # type: ignore[no-any-return]
+        channel = self.source["channel"]
+        return None if channel is None else _whole(channel)
 
     @property
     def time(self) -> int:
         """Time point of the input."""
-        return self.source["time"]  # type: ignore[no-any-return]
+        return _whole(self.source["time"])
 
     @property
     def level(self) -> int:
         """Resolution level of the input; 0 is the finest."""
-        return self.source["level"]  # type: ignore[no-any-return]
+        return _whole(self.source["level"])
 
     @property
     def precision(self) -> Any:
@@ -206,6 +207,17 @@ class Provenance:
             if field not in UNCOMPARED and stored.get(field, value) != value:
                 return field, stored[field], value
         return None
+
+
+def _whole(number: object) -> int:
+    """Returns a number of a channel, time point or level.
+
+    Raises:
+        ValueError: if it is not a whole number of 32 bits, 0 or more.
+    """
+    if type(number) is not int or not 0 <= number < 2**32:
+        raise ValueError(f"{number!r:.100} is not a whole number")
+    return number
 
 
 def flat_fields(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
