@@ -269,9 +269,9 @@ def try_number(name, number, seed, intact, folder, idle):
     Returns:
         A verdict, and its explanation with the damage.
     """
-    chance = random.Random(f"{seed} {name} {number}")
+    rng = random.Random(f"{seed} {name} {number}")
     form = FORMATS[name]
-    target = chance.choice(sorted(path for path in intact.iterdir() if path.name != "values"))
+    target = rng.choice(sorted(path for path in intact.iterdir() if path.name != "values"))
     copied = folder / target.name
     if target.is_dir():
         shutil.copytree(target, copied)
@@ -280,8 +280,8 @@ def try_number(name, number, seed, intact, folder, idle):
     files = sorted(p for p in copied.rglob("*") if p.is_file()) if copied.is_dir() else [copied]
     if name == "ledger":
         files = [path for path in files if form.checked in str(path)]
-    file = chance.choice(files)
-    kind = mutate(chance, file)
+    file = rng.choice(files)
+    kind = mutate(rng, file)
     verdict, text, value, peak = in_child(lambda: form.read(copied), folder)
     if peak > idle + MEMORY:
         verdict = "over memory"

@@ -36,21 +36,21 @@ TEXTS = (b"INF", b"NaN", b"-1", b"0", b"1e999", b"9" * 6000, b"\x1b[2J", b"\xff\
 BOMB_BYTES = 700 << 20
 
 
-def mutate(chance, file):
+def mutate(rng, file):
     """Damages a file; returns the kind of damage, such as ``truncated``."""
-    special = chance.random()
+    special = rng.random()
     if special < 0.05:
-        return _replace(chance, file)
+        return _replace(rng, file)
     stored = file.read_bytes()
-    damaged, kind = _damaged(chance, stored)
+    damaged, kind = _damaged(rng, stored)
     file.write_bytes(damaged)
     return kind
 
 
-def _replace(chance, file):
+def _replace(rng, file):
     """Replaces a file by something that is not one."""
     file.unlink()
-    kind = chance.choice(["missing", "device", "pipe", "folder", "loop"])
+    kind = rng.choice(["missing", "device", "pipe", "folder", "loop"])
     if kind == "device":
         file.symlink_to("/dev/zero")
     elif kind == "pipe":
@@ -62,84 +62,84 @@ def _replace(chance, file):
     return kind
 
 
-def _damaged(chance, data):
+def _damaged(rng, data):
     structures = {b"{": _json, b"[": _json, b"II*\0": _tiff, b"\x89PNG": _png}
     for magic, structure in structures.items():
-        if data.startswith(magic) and chance.random() < 0.6:
-            return structure(chance, data)
-    if data[8:9] == b"{" and chance.random() < 0.7:
-        return _safetensors(chance, data)
-    return _bytes(chance, data)
+        if data.startswith(magic) and rng.random() < 0.6:
+            return structure(rng, data)
+    if data[8:9] == b"{" and rng.random() < 0.7:
+        return _safetensors(rng, data)
+    return _bytes(rng, data)
 
 
 # Bytes of any format
 
 
-def _bytes(chance, data):
-    kind = chance.choice(
+def _bytes(rng, data):
+    kind = rng.choice(
         ["flipped", "truncated", "cut", "repeated", "filled", "number", "text", "text", "noise"]
     )
-    first, last = sorted(chance.randrange(len(data) + 1) for _ in range(2))
+    first, last = sorted(rng.randrange(len(data) + 1) for _ in range(2))
     changed = bytearray(data)
     if kind == "flipped":
-        for _ in range(chance.choice([1, 1, 2, 8]) if data else 0):
-            changed[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        for _ in range(rng.choice([1, 1, 2, 8]) if data else 0):
+            changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     elif kind == "truncated":
-        del changed[chance.choice([0, first, last, max(0, len(data) - 1)]) :]
+        del changed[rng.choice([0, first, last, max(0, len(data) - 1)]) :]
     elif kind == "cut":
         del changed[first : min(last, first + 64)]
     elif kind == "repeated":
         changed[first:first] = data[first:last]
     elif kind == "filled":
         last = min(last, first + 64)
-        changed[first:last] = bytes([chance.choice([0, 255])]) * (last - first)
+        changed[first:last] = bytes([rng.choice([0, 255])]) * (last - first)
     elif kind == "noise":
         last = min(last, first + 64)
-        changed[first:last] = chance.randbytes(last - first)
+        changed[first:last] = rng.randbytes(last - first)
     elif kind == "number":
-        width, order = chance.choice("HIQ"), chance.choice("<>")
-        number = struct.pack(order + width, _number(chance, width))
+        width, order = rng.choice("HIQ"), rng.choice("<>")
+        number = struct.pack(order + width, _number(rng, width))
         changed[first : first + len(number)] = number
     else:
         words = list(re.finditer(rb"[0-9.]+|[A-Za-z]{3,}", data))
-        first, last = chance.choice(words).span() if words else (0, 0)
-        changed[first:last] = chance.choice(TEXTS)
+        first, last = rng.choice(words).span() if words else (0, 0)
+        changed[first:last] = rng.choice(TEXTS)
     return bytes(changed), kind
 
 
-def _number(chance, width):
-    return chance.choice(NUMBERS) % 256 ** struct.calcsize(f"<{width}")
+def _number(rng, width):
+    return rng.choice(NUMBERS) % 256 ** struct.calcsize(f"<{width}")
 
 
 # JSON
 
 
-def _json(chance, data):
-    if chance.random() < 0.1:
+def _json(rng, data):
+    if rng.random() < 0.1:
         return b'{"a":' * 100_000, "nested"
     try:
         tree = json.loads(data)
     except ValueError:  # such as a log of several lines
         lines = data.split(b"\n")
-        number = chance.randrange(len(lines))
-        lines[number] = _json(chance, lines[number])[0] if lines[number] else b"[]"
+        number = rng.randrange(len(lines))
+        lines[number] = _json(rng, lines[number])[0] if lines[number] else b"[]"
         return b"\n".join(lines), "json"
-    return _dumped(damaged_tree(chance, tree)), "json"
+    return _dumped(damaged_tree(rng, tree)), "json"
 
 
-def damaged_tree(chance, tree):
+def damaged_tree(rng, tree):
     """Returns a copy of a JSON value with one part damaged."""
     tree = copy.deepcopy(tree)
     places = [*_places(tree)]
     if not places:
-        return chance.choice(VALUES)
-    parent, key = chance.choice(places)
+        return rng.choice(VALUES)
+    parent, key = rng.choice(places)
     if isinstance(parent[key], str) and parent[key].startswith("{"):  # JSON in JSON
-        parent[key] = _dumped(damaged_tree(chance, json.loads(parent[key]))).decode()
-    elif chance.random() < 0.2:
+        parent[key] = _dumped(damaged_tree(rng, json.loads(parent[key]))).decode()
+    elif rng.random() < 0.2:
         del parent[key]
     else:
-        parent[key] = chance.choice(VALUES)
+        parent[key] = rng.choice(VALUES)
     return tree
 
 
@@ -157,16 +157,16 @@ def _dumped(tree):
 # TIFF: the entries of its directories
 
 
-def _tiff(chance, data):
+def _tiff(rng, data):
     entries = [*_entries(data)]
     if not entries:
-        return _bytes(chance, data)
+        return _bytes(rng, data)
     changed = bytearray(data)
-    if chance.random() < 0.02:
+    if rng.random() < 0.02:
         return _tiff_bomb(changed, entries), "bomb"
-    place = chance.choice(entries)
-    field, width = chance.choice([(0, "H"), (2, "H"), (4, "I"), (8, "I"), (8, "I")])
-    struct.pack_into(f"<{width}", changed, place + field, _number(chance, width))
+    place = rng.choice(entries)
+    field, width = rng.choice([(0, "H"), (2, "H"), (4, "I"), (8, "I"), (8, "I")])
+    struct.pack_into(f"<{width}", changed, place + field, _number(rng, width))
     return bytes(changed), "tag"
 
 
@@ -209,21 +209,21 @@ def _bomb():
 # PNG: its chunks, with correct checksums
 
 
-def _png(chance, data):
+def _png(rng, data):
     chunks, place = [], 8
     while place + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, place)
         chunks.append([data[place + 4 : place + 8], data[place + 8 : place + 8 + length]])
         place += 12 + length
     if not chunks:
-        return _bytes(chance, data)
-    chunk = chance.choice([chunks[0], chance.choice(chunks)])
+        return _bytes(rng, data)
+    chunk = rng.choice([chunks[0], rng.choice(chunks)])
     kind = "png"
-    if chance.random() < 0.1:
+    if rng.random() < 0.1:
         chunk[1] = _bomb()
         kind = "bomb"
     else:
-        chunk[1], _ = _bytes(chance, chunk[1])
+        chunk[1], _ = _bytes(rng, chunk[1])
     packed = (
         struct.pack(">I", len(content))
         + name
@@ -237,18 +237,18 @@ def _png(chance, data):
 # safetensors: its header
 
 
-def _safetensors(chance, data):
+def _safetensors(rng, data):
     length = int.from_bytes(data[:8], "little")
     if 8 + length > len(data):
-        return _bytes(chance, data)
-    if chance.random() < 0.1:
+        return _bytes(rng, data)
+    if rng.random() < 0.1:
         header = b'{"a":' * 100_000
     else:
         tree = json.loads(data[8 : 8 + length])
         metadata = tree.get("__metadata__", {})
-        if chance.random() < 0.6 and metadata.get("header", "").startswith("{"):
-            metadata["header"] = _json(chance, metadata["header"].encode())[0].decode()
+        if rng.random() < 0.6 and metadata.get("header", "").startswith("{"):
+            metadata["header"] = _json(rng, metadata["header"].encode())[0].decode()
             header = _dumped(tree)
         else:
-            header = _dumped(damaged_tree(chance, tree))
+            header = _dumped(damaged_tree(rng, tree))
     return len(header).to_bytes(8, "little") + header + data[8 + length :], "header"

@@ -32,9 +32,9 @@ FAULTS = """if True:
     folder = pathlib.Path(tempfile.mkdtemp())
     beyond = fuzz.in_child(large, folder)[3] - fuzz.in_child(lambda: None, folder)[3]
     fuzz.SECONDS = 3
-    found = {name: fuzz.in_child(each, folder) for name, each in work.items()}
-    found["large"] = "", "", None, beyond - fuzz.MEMORY
-    print(json.dumps(found))
+    results = {name: fuzz.in_child(each, folder) for name, each in work.items()}
+    results["large"] = "", "", None, beyond - fuzz.MEMORY
+    print(json.dumps(results))
 """
 
 
@@ -56,8 +56,8 @@ def test_sixty_damaged_files_are_refused_or_read_as_they_were():
 
 
 def test_the_fuzzer_notices_every_kind_of_fault():
-    found = json.loads(run("-c", FAULTS))
-    assert {name: verdict for name, (verdict, *_) in found.items() if name != "large"} == {
+    results = json.loads(run("-c", FAULTS))
+    assert {name: verdict for name, (verdict, *_) in results.items() if name != "large"} == {
         "one sentence": "refusals",
         "two lines": "tracebacks",
         "error": "tracebacks",
@@ -66,4 +66,4 @@ def test_the_fuzzer_notices_every_kind_of_fault():
         "endless": "hangs",
         "value": "successes",
     }
-    assert found["value"][2] == [1, 2] and found["large"][3] > 0
+    assert results["value"][2] == [1, 2] and results["large"][3] > 0
