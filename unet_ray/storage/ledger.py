@@ -36,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.errors import DamageError, LostError, RunError
+from unet_ray.storage.parsing import parse_json
 from unet_ray.storage.places import Place, stat_of, write_whole
 
 State = Literal["committed", "quarantined", "skipped"]
@@ -242,11 +243,11 @@ def recorded_provenance(folder: Place) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     try:
-        record = json.loads(data or b"")
+        record = parse_json(data)
         text = record["provenance"].encode()
         if hashlib.sha256(text).hexdigest() == record["sha256"]:
-            return dict(json.loads(text))
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            return dict(parse_json(text))
+    except (ValueError, LookupError, TypeError, AttributeError):
         pass
     raise DamageError(f"{path}: is damaged, so the provenance of the store cannot be checked.")
 
@@ -473,7 +474,7 @@ def _decode(data: bytes, tiles: int) -> Segment | None:
         return None
     end = data.find(b"\n", 0, LARGEST_HEADER)
     try:
-        header = json.loads(data[:end])
+        header = parse_json(data[:end])
         first, bits, packed, width = (
             header[name] for name in ("first", "bits", "packed", "checksum")
         )
@@ -492,6 +493,6 @@ def _decode(data: bytes, tiles: int) -> Segment | None:
         unpacked = np.unpackbits(np.frombuffer(inflated, np.uint8), count=bits).astype(bool)
         rows = np.frombuffer(content[packed:], np.uint8)
         checksums = rows.reshape(np.count_nonzero(unpacked), width)
-    except (ValueError, RecursionError, LookupError, TypeError, zlib.error):
+    except (ValueError, LookupError, TypeError, zlib.error):
         return None
     return Segment(first, unpacked, checksums) if len(inflated) == size else None
