@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from unet_ray.errors import LostError, RunError
 from unet_ray.storage import ledger as ledger_module
-from unet_ray.storage.ledger import STATES, Ledger, checksums, committed, quarantined
+from unet_ray.storage.ledger import (
+    STATES,
+    Ledger,
+    checksums,
+    committed,
+    damaged,
+    quarantined,
+    skipped,
+)
 
 TILES = 21
 
@@ -109,6 +117,16 @@ def test_a_segment_truncated_or_damaged_at_any_byte_is_ignored(folder, unbuffere
     assert numbers_of(committed(folder, TILES)) == [0, 5, 7]
 
 
+def test_a_damaged_segment_is_removed_by_the_next_run(folder, unbuffered):
+    commit_and_kill(folder, 7, 5)
+    last = max(folder.iterdir())
+    last.write_bytes(last.read_bytes()[:-1])
+    assert damaged(folder, TILES) == [last]
+    commit(folder)
+    assert damaged(folder, TILES) == [] and not last.exists()
+    assert numbers_of(committed(folder, TILES)) == [7]
+
+
 def test_a_segment_of_another_plan_is_ignored(folder):
     commit(folder, 1, 8, 3)
     assert numbers_of(committed(folder, TILES + 1)) == []
@@ -191,6 +209,37 @@ def test_a_ledger_of_millions_of_tiles_is_small(folder):
             ledger.commit(tile)
     assert sum(path.stat().st_size for path in folder.iterdir()) < 100_000
     assert numbers_of(committed(folder, tiles)) == [0, 1, 5_000_000, tiles - 1]
+
+
+def bits_of(*numbers):
+    bits = np.zeros(TILES, bool)
+    bits[[*numbers]] = True
+    return bits
+
+
+@pytest.mark.parametrize("kills", [False, True])
+def test_skipped_tiles_of_an_earlier_mask_are_forgotten_where_requested(folder, kills):
+    requested, masks = bits_of(*range(10)), [bits_of(1, 2), bits_of(2, 3), bits_of()]
+    for mask, expected in zip(masks, [[1, 2, 15], [2, 3, 15], [15]], strict=True):
+        ledger = Ledger(folder, TILES)
+        ledger.skip(bits_of(15), bits_of(15))  # a tile of another region keeps its state
+        ledger.skip(mask, requested)
+        if not kills:
+            ledger.__exit__(None, None, None)
+        assert numbers_of(skipped(folder, TILES)) == expected
+
+
+def test_a_committed_tile_is_neither_skipped_nor_quarantined(folder):
+    with Ledger(folder, TILES) as ledger:
+        ledger.quarantine(4)
+        ledger.skip(bits_of(4, 5, 6), bits_of(4, 5, 6))
+        ledger.commit(4)
+        ledger.commit(5)
+    assert numbers_of(quarantined(folder, TILES)) == []
+    assert numbers_of(skipped(folder, TILES)) == [6]
+    with Ledger(folder, TILES) as ledger:
+        ledger.skip(bits_of(5, 7), bits_of(5, 6, 7))
+    assert numbers_of(skipped(folder, TILES)) == [7]
 
 
 # Recreated stores

@@ -345,6 +345,24 @@ def test_a_creation_killed_at_any_step_leaves_no_store_and_can_be_repeated(tmp_p
     assert number > 8  # every file, and every step before
 
 
+@pytest.mark.parametrize("new", ["a new store", "a recreated store"])
+def test_a_creation_changes_files_only_inside_its_guard(tmp_path, new):
+    path = tmp_path / "out.zarr"
+    if new == "a recreated store":
+        create_store(path, layout(), PROVENANCE)
+        write_all(path, predicted(), [0, 7])
+    states = [files(path)]
+
+    @contextmanager
+    def guard():
+        assert files(path) == states[-1]
+        yield
+        states.append(files(path))
+
+    create_store(path, layout(), PROVENANCE, guard)
+    assert files(path) == states[-1]
+
+
 def test_late_shards_of_another_run_are_removed_by_the_next_creation(tmp_path):
     path = tmp_path / "out.zarr"
     create_store(path, layout(), PROVENANCE)
