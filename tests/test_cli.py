@@ -341,6 +341,63 @@ def test_several_inputs_go_into_a_folder(unet_ray, files):
     assert classes_of(stores[1]).shape == (1, 20, 20)
 
 
+@pytest.mark.parametrize("verb", ["segment", "plan", "train"])
+def test_content_that_is_not_read_is_named_and_refused_with_strict(unet_ray, files, verb):
+    with tifffile.TiffWriter(files / "two.tif") as file:
+        file.write(noise((2, 40, 44)), photometric="minisblack")
+        file.write(noise((30, 30)), photometric="minisblack")
+    what = f"{files / 'two.tif'}: only the first of its 2 images is read"
+    remedy = "save another one as a file of its own."
+    command = {
+        "segment": segment(files),
+        "plan": ["plan", "", "--model", files / "model.safetensors", "--engine", "local"],
+        "train": ["train", "--labels", files / "labels.tif", "--out", files / "run", *TINY],
+    }[verb]
+    if verb == "train":
+        command += ["--images", files / "two.tif"]
+    else:
+        command[1] = files / "two.tif"
+    before = sorted(files.iterdir())
+    refused = f"unet-ray: {what}, which --strict refuses; {remedy}\n"
+    assert unet_ray(*command, "--strict") == (2, "", refused)
+    assert sorted(files.iterdir()) == before
+    code, _, err = unet_ray(*command)
+    assert (code, err.count(f"unet-ray: {what}; {remedy}\n")) == (0, 1), err
+
+
+def test_masks_labels_and_truths_that_are_read_in_part_are_named(unet_ray, files):
+    for name in ("mask", "truth"):
+        (files / name).mkdir()
+    for number in (1, 2, 4):
+        tifffile.imwrite(files / f"mask/{number}.tif", np.ones((40, 44), np.uint8))
+        tifffile.imwrite(files / f"truth/{number}.tif", np.eye(40, 44, dtype=np.uint8))
+    write_stack(files / "image.tif", noise((3, 40, 44)))
+    gap = "slice numbers are missing, 1 in all, the first after 2.tif"
+    code, _, err = unet_ray(*segment(files, "--mask", files / "mask"))
+    assert code == 0 and err.count(f"{files / 'mask'}: {gap};") == 1
+    strict = segment(files, "--mask", files / "mask", "--strict", out="strict.zarr")
+    code, _, err = unet_ray(*strict)
+    assert code == 2 and f"{gap}, which --strict refuses; " in err
+    code, _, err = unet_ray("evaluate", files / "out.zarr", files / "truth", "--as", "classes")
+    assert code == 0 and err.count(f"{files / 'truth'}: {gap};") == 1
+    train = ["train", "--images", files / "image.tif", "--labels", files / "truth"]
+    code, _, err = unet_ray(*train, "--out", files / "run", *TINY)
+    assert code == 0 and err.count(f"{files / 'truth'}: {gap};") == 1
+
+
+def test_labels_that_are_paired_by_number_may_have_gaps(unet_ray, files):
+    for name, numbers in {"images": range(6), "labels": (0, 1, 4)}.items():
+        (files / name).mkdir()
+        for number in numbers:
+            slice_ = np.eye(40, 44, dtype=np.uint8)
+            tifffile.imwrite(files / f"{name}/t{number:03d}.tif", slice_)
+    train = ["train", "--images", files / "images", "--labels", files / "labels", "--strict"]
+    code, _, err = unet_ray(*train, "--out", files / "run", *TINY)
+    assert code == 0 and "missing" not in err
+    code, _, err = unet_ray("evaluate", files / "images", files / "labels", "--as", "classes")
+    assert code == 0 and "missing" not in err
+
+
 def test_flags_of_segment_take_effect(unet_ray, files):
     tile = ["--tile", "1,16,16", "--precision", "bfloat16", "--workers", "2"]
     part = ["--outputs", "classes", "--region", "1:2,0:10,20:30", "--memory", "1GiB"]

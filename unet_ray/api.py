@@ -51,6 +51,7 @@ from unet_ray.units import (
     parse_tile,
     parse_workers,
 )
+from unet_ray.volumes.omissions import report_omissions
 from unet_ray.volumes.opening import open_volume
 
 Image = PathOrUrl | NDArray[Any]
@@ -246,6 +247,7 @@ class Model:
         )
         image = np.asarray(image) if isinstance(image, list | tuple) else image
         volume = open_volume(image)
+        report_omissions(volume.path, volume.omissions, strict=False)
         with TilesBar("predict", quiet=not progress, limit=False) as watch:
             plan, maps = predict_volume(volume, self._network, str(self.path), settings, watch)
         probabilities, classes = maps["probabilities"], maps["classes"]
@@ -452,6 +454,7 @@ def train(
     watch: OnMeasure | None = None,
     *,
     takeover: bool = False,
+    strict: bool = False,
     progress: bool = True,
     **flags: Any,
 ) -> Model:
@@ -466,6 +469,7 @@ def train(
         workers: number of workers, or the fewest and the most.
         watch: called with each measure, in place of the progress bar.
         takeover: end another training that writes to `out`.
+        strict: refuse images and labels of which a part would be left out.
         progress: show a progress bar.
         **flags: the flags of ``unet-ray train``, such as ``minutes=10`` or ``val="20:24"``; see
             `Recipe`.
@@ -500,6 +504,7 @@ def train(
             takeover=takeover,
             announce=bar.show_table,
             any_classes=any_classes,
+            strict=strict,
         )
     if not finished or not (Path(out) / "report.html").exists():
         write_report(out)

@@ -34,6 +34,7 @@ from unet_ray.flags import (
     OUTPUT,
     PRECISION,
     QUIET,
+    STRICT,
     TAKEOVER,
     TILING,
     TRAINING,
@@ -141,6 +142,7 @@ def demo(out: str) -> None:
         metavar="F",
         help="Or hold out this fraction, taken from the last slices.",
     ),
+    STRICT,
     flag(
         "--out",
         group=OUTPUT,
@@ -266,9 +268,12 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
     from unet_ray.training.recipes import Recipe
     from unet_ray.training.train import train
 
-    images, labels, out, engine, workers, recipe, takeover, quiet = (
+    images, labels, out, engine, workers, recipe, takeover, strict, quiet = (
         flags.pop(name)
-        for name in ["images", "labels", "out", "engine", "workers", "recipe", "takeover", "quiet"]
+        for name in (
+            *("images", "labels", "out", "engine", "workers", "recipe", "takeover", "strict"),
+            "quiet",
+        )
     )
     settings, together = Recipe.of(recipe, patch=patch, **flags), parse_workers(workers)
     finished = (Path(out) / "model.safetensors").exists()
@@ -284,6 +289,7 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
             takeover=takeover,
             announce=watch.show_table,
             any_classes=flags["labels_are"] == "classes",
+            strict=strict,
         )
     if finished:
         say(f"{out}: training is finished; nothing to do.")
@@ -592,6 +598,7 @@ def _settings(ctx: click.Context, flags: dict[str, Any]) -> Settings:
         nan=flags["nan"],
         overwrite=flags.get("overwrite", False),
         takeover=flags.get("takeover", False),
+        strict=flags["strict"],
     )
 
 

@@ -247,6 +247,12 @@ TAKEOVER = flag(
     is_flag=True,
     help="End another run that is writing to the same output.",
 )
+STRICT = flag(
+    "--strict",
+    group=DATA,
+    is_flag=True,
+    help="Refuse inputs that are read only in part, such as the first image of several.",
+)
 QUIET = flag("--quiet", "-q", group=MACHINE, is_flag=True, help="Show no progress.")
 WRITING = (
     flag(
@@ -294,6 +300,7 @@ TILING = (
         show_default=True,
         help="For voxels that are not finite: quarantine their tiles, or read them as 0.",
     ),
+    STRICT,
     flag(
         "--tta",
         group=NETWORK,

@@ -194,7 +194,7 @@ def test_every_kind_of_tiff_reads_as_numpy_does(tiff):
     np.testing.assert_array_equal(voxels, want)
     assert voxels.dtype == volume.dtype == want.dtype
     assert volume.shape == want.shape
-    assert volume.path == str(path)
+    assert volume.path == str(path) and volume.omissions == ()
     box = Box((0, 3, 14), (volume.shape[1], 13, 17))
     np.testing.assert_array_equal(volume.read(box), want[:, *box.slices])
 
@@ -856,6 +856,86 @@ def test_a_single_png_is_read(tmp_path, mode):
     assert image.mode == mode
     image.save(tmp_path / "i.png")
     check_windows(tmp_path / "i.png", np.moveaxis(want, -1, 0)[:, None])
+
+
+# Content that is left out
+
+
+def left_out(path):
+    return [omission.what for omission in open_volume(path).omissions]
+
+
+IMAGES, COLOURS = (
+    "only the first of its 2 images is read",
+    "colour numbers are read, not the colours of the palette",
+)
+
+
+def write_two_images(path):
+    with tifffile.TiffWriter(path) as file:
+        file.write(noise((2, 33, 47)), photometric="minisblack")
+        file.write(noise((20, 22)), photometric="minisblack")
+
+
+def write_palette(path):
+    if path.suffix == ".png":
+        Image.fromarray(noise((33, 47))).convert("P", palette=Image.Palette.ADAPTIVE).save(path)
+    else:
+        colours = noise((3, 256), "uint16")
+        tifffile.imwrite(path, noise((33, 47)), photometric="palette", colormap=colours)
+
+
+def test_further_images_of_a_tiff_are_named(tmp_path):
+    write_two_images(tmp_path / "a.tif")
+    assert left_out(tmp_path / "a.tif") == [IMAGES]
+
+
+def test_a_thumbnail_is_not_a_further_image(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(noise((64, 64)), photometric="minisblack")
+        file.write(noise((16, 16)), photometric="minisblack", subfiletype=1)
+    assert left_out(tmp_path / "a.tif") == []
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_a_palette_is_named(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    write_palette(path)
+    assert left_out(path) == [COLOURS]
+    assert pickle.loads(pickle.dumps(open_volume(path))).omissions
+
+
+@pytest.mark.parametrize(
+    "names, gap",
+    [
+        ("z001 z002 z004", "1 in all, the first after z002"),
+        ("z1 z2 z5 z6 z10", "5 in all, the first after z2"),
+        ("z3-c1 z5-c1 z9-c1", "1 in all, the first after z5-c1"),
+        ("z008 z009 z010", None),
+        ("z10 z20 z30", None),
+        ("z1 z4", None),
+        ("z7", None),
+        ("a b d", None),
+        ("a1 a2 b4", None),
+        ("s1z1 s1z2 s2z4", None),
+        ("t05 t10 t17", None),
+        ("z01 z1 z3", None),
+    ],
+)
+def test_missing_slice_numbers_are_named(tmp_path, names, gap):
+    for name in names.split():
+        tifffile.imwrite(tmp_path / f"{name}.tif", noise((9, 11)))
+    expected = [f"slice numbers are missing, {gap}.tif"] if gap else []
+    assert left_out(tmp_path) == expected
+
+
+def test_a_folder_names_the_slices_that_are_read_in_part(tmp_path):
+    for number in (1, 2, 3):
+        write_palette(tmp_path / f"{number}.tif")
+    assert left_out(tmp_path) == [f"{COLOURS} in 1.tif and 2 other slices"]
+    tifffile.imwrite(tmp_path / "1.tif", noise((33, 47)))
+    tifffile.imwrite(tmp_path / "2.tif", noise((33, 47)))
+    assert left_out(tmp_path) == [f"{COLOURS} in 3.tif"]
 
 
 def test_slices_have_a_voxel_size_along_y_and_x_but_not_z(tmp_path):

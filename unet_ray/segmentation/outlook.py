@@ -140,7 +140,7 @@ def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -
     size = network_size(network, precision, settings.tta)
     tiles, memory = choose_plan(volume, network, size, settings, values)
     part = tiles.part(settings.region or Box.of(tiles.shape))
-    mask = open_mask(settings.mask, tiles.shape) if settings.mask else None
+    mask = open_mask(settings.mask, tiles.shape, settings.strict) if settings.mask else None
     selected: Sequence[int] = range(part.size)
     if mask:
         selected = np.flatnonzero(tiles_under(mask, tiles)[part.slices])  # type: ignore[assignment]

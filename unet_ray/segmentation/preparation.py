@@ -101,7 +101,9 @@ def prepare(
         tiles, memory = choose_plan(volume, network, size, settings, values)
     if not (stored and settings.engine == "ray"):  # a finished store must not require a cluster
         check_memory(path, memory, device, settings)
-    mask = open_mask(settings.mask, volume.shape[1:]) if settings.mask else None
+    mask = None
+    if settings.mask:
+        mask = open_mask(settings.mask, volume.shape[1:], settings.strict)
     run = Segmentation(
         volume=volume,
         model=find_model(model),

@@ -20,6 +20,7 @@ from unet_ray.network.unet import UNet
 from unet_ray.storage.layout import ARRAYS
 from unet_ray.storage.places import PathOrUrl
 from unet_ray.tiling.boxes import Box
+from unet_ray.volumes.omissions import report_omissions
 from unet_ray.volumes.opening import open_volume
 from unet_ray.volumes.volume import Volume
 
@@ -45,6 +46,8 @@ class Settings:
             them by 0.
         overwrite: first delete an existing store.
         takeover: end another run that is writing to the store.
+        strict: refuse an input or a mask of which a part would be left out; otherwise the part is
+            only named on standard error.
     """
 
     outputs: tuple[str, ...] | None = None
@@ -62,6 +65,7 @@ class Settings:
     nan: Literal["error", "zero"] = "error"
     overwrite: bool = False
     takeover: bool = False
+    strict: bool = False
 
     def __post_init__(self) -> None:
         refuse_unknown("nan", self.nan, ("error", "zero"))
@@ -84,9 +88,10 @@ def open_inputs(
 
     Raises:
         InputError: if the input or the model is invalid, their channels differ, or the region is
-            empty or leaves the volume.
+            empty or leaves the volume; with `strict` also if a part of the input is left out.
     """
     volume = open_volume(source, channel=settings.channel, time=settings.time, level=settings.level)
+    report_omissions(volume.path, volume.omissions, settings.strict)
     file = find_model(model)
     network, header, sha256 = read_hashed_model(file)
     refuse_channels(volume, network, str(file))

@@ -26,6 +26,7 @@ from unet_ray.training.weights import class_weights, separate, weight_map
 from unet_ray.units import warn
 from unet_ray.volumes.folder import slices_by_number
 from unet_ray.volumes.intensity import Intensity, measure
+from unet_ray.volumes.omissions import report_omissions
 from unet_ray.volumes.opening import open_volume
 from unet_ray.volumes.volume import Volume
 
@@ -127,6 +128,7 @@ def load_training_data(
     recipe: Recipe,
     weights_file: Path | None = None,
     any_classes: bool = False,
+    strict: bool = False,
 ) -> TrainingData:
     """Reads labelled volumes, and reads or computes their weight maps.
 
@@ -137,12 +139,15 @@ def load_training_data(
         weights_file: file of `store_weights`. Its weight maps are used if they belong to the same
             labels and settings; the file need not exist.
         any_classes: accept label values as classes even if they look like cell numbers.
+        strict: refuse images and labels of which a part would be left out.
 
     Raises:
         InputError: if the numbers of files, the shapes or the channels differ, if values are
             invalid, or if there are fewer than two classes.
     """
     pairs = _open_pairs(images, labels)
+    for volume in _all_read(pairs):
+        report_omissions(volume.path, volume.omissions, strict)
     labelled = [pair.label.read(Box.of(pair.label.shape[1:]))[0] for pair in pairs]
     arrays = [_read_finite(pair) for pair in pairs]
     paths = [pair.label.path for pair in pairs]
@@ -222,6 +227,16 @@ def _open_pairs(images: Sequence[Any], labels: Sequence[Any]) -> list[_Pair]:
                 f"{first.shape[0]}; all images must have the same number."
             )
     return pairs
+
+
+def _all_read(pairs: Sequence[_Pair]) -> list[Volume]:
+    """Returns the volumes of all pairs, except folders of labels that are paired by number.
+
+    Gaps between such labels are intended, and `summary` states the slices without labels.
+    """
+    images = [pair.image for pair in pairs]
+    labels = [pair.label for pair in pairs if len(pair.planes) == pair.image.shape[1]]
+    return images + labels
 
 
 def _identity(volume: Volume, voxels: NDArray[Any]) -> dict[str, Any]:

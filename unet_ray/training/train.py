@@ -63,6 +63,7 @@ def train(
     takeover: bool = False,
     announce: Callable[[Rows], None] = lambda rows: None,
     any_classes: bool = False,
+    strict: bool = False,
 ) -> Path:
     """Trains a network on labelled volumes; resumes an interrupted run.
 
@@ -79,6 +80,8 @@ def train(
         announce: called before the first step with a table of data, network and limits, and at the
             end with the step of the model.
         any_classes: accept label values as classes even if they look like cell numbers.
+        strict: refuse images and labels of which a part would be left out; otherwise the part is
+            only named on standard error.
 
     Returns:
         Path of the model file.
@@ -92,7 +95,7 @@ def train(
     if engine == "local" and workers not in (None, 1):
         count = ":".join(map(str, workers)) if isinstance(workers, tuple) else workers
         raise InputError(f"workers={count} needs --engine ray; the local engine has one worker.")
-    data = load_training_data(images, labels, recipe, run.path / WEIGHTS, any_classes)
+    data = load_training_data(images, labels, recipe, run.path / WEIGHTS, any_classes, strict)
     if data.held_out:
         checked_score(data.held_out, len(data.class_values), recipe.best_by)
     run.refuse_other(dataclasses.asdict(recipe), data.identity)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from unet_ray.errors import InputError, RunError, reason
 from unet_ray.tiling.boxes import Box
 from unet_ray.volumes.image_files import open_file
+from unet_ray.volumes.omissions import gap_in, merge_omissions
 from unet_ray.volumes.volume import Volume, reopen
 
 # Files that only folders of other formats contain.
@@ -38,20 +39,25 @@ class Folder(Volume):
                 f"{paths[0]} contains {z} planes: each file of a folder must contain one slice."
             )
         self._costliest = first
-        for path in paths[1:]:
+        names = [os.path.basename(path) for path in paths]
+        omissions = [(names[0], omission) for omission in first.omissions]
+        for name, path in zip(names[1:], paths[1:], strict=True):
             other = open_file(path, replace(self._choice, quiet=True))
             if (other.shape, other.dtype) != (first.shape, first.dtype):
                 raise InputError(
-                    f"{self.path} contains different slices: {os.path.basename(paths[0])} is "
-                    f"{first.shape} {first.dtype}, {os.path.basename(path)} is {other.shape} "
-                    f"{other.dtype}. All must have the same shape (c, z, y, x) and data type."
+                    f"{self.path} contains different slices: {names[0]} is {first.shape} "
+                    f"{first.dtype}, {name} is {other.shape} {other.dtype}. All must have the same "
+                    "shape (c, z, y, x) and data type."
                 )
             if other.read_overhead((1, y, x)) > self._costliest.read_overhead((1, y, x)):
                 self._costliest = other
+            omissions += [(name, omission) for omission in other.omissions]
         sizes = (None, *first.voxel_size[1:]) if first.voxel_size else (None, None, None)
         self._describe((c, len(paths), y, x), first.dtype, first.chunk, sizes)
         self.channel_names = first.channel_names
         self.index_bytes = self._costliest.index_bytes
+        gap = gap_in(names)
+        self.omissions = (*merge_omissions(omissions), *([gap] if gap else []))
         return paths
 
     def read_overhead(self, shape: Sequence[int]) -> int:

@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngImageFile
 from unet_ray.errors import InputError, RunError, nearest, reason, refusing
 from unet_ray.storage.parsing import refuse_special
 from unet_ray.tiling.boxes import Box
+from unet_ray.volumes.omissions import PALETTE
 from unet_ray.volumes.tiff import TiffImage, open_tiff
 from unet_ray.volumes.volume import Choice, Volume, name_axes
 
@@ -42,6 +43,7 @@ class Tiff(Volume):
         self._describe((*planes.shape, *extents), image.dtype, image.segment, image.sizes)
         self._name_channels(image.channel_names, channels)
         self._overhead, self.index_bytes = image.overhead, image.index_bytes
+        self.omissions = image.omissions
         return image, planes
 
     def read_overhead(self, shape: Sequence[int]) -> int:
@@ -79,6 +81,7 @@ class Png(Volume):
             open(self.path, "rb") as file,
         ):
             (width, height), bands = image.size, len(image.getbands())
+            self.omissions = (PALETTE,) if image.mode == "P" else ()
             bit_depth, colour_type = file.read(26)[24:]
             file.seek(max(0, os.path.getsize(self.path) - 4096))
             has_end_mark = b"IEND" in file.read()

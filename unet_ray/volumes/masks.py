@@ -16,19 +16,22 @@ from unet_ray.errors import InputError
 from unet_ray.storage.places import PathOrUrl
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import TilePlan
+from unet_ray.volumes.omissions import report_omissions
 from unet_ray.volumes.opening import open_volume
 from unet_ray.volumes.volume import Volume
 
 READ_BYTES = 32 << 20  # upper bound of one read of a mask, unless a single tile needs more
 
 
-def open_mask(path: PathOrUrl, shape: Sequence[int]) -> Volume:
+def open_mask(path: PathOrUrl, shape: Sequence[int], strict: bool = False) -> Volume:
     """Opens a mask of a volume of `shape` (z, y, x).
 
     Raises:
-        InputError: if the mask has several channels or is finer than the volume along an axis.
+        InputError: if the mask has several channels or is finer than the volume along an axis. If
+            `strict`, also if it leaves out a part of its file or folder.
     """
     mask = open_volume(path)
+    report_omissions(mask.path, mask.omissions, strict)
     if mask.shape[0] != 1:
         raise InputError(f"{mask.path}: a mask must have one channel, not {mask.shape[0]}.")
     if any(m > n for m, n in zip(mask.shape[1:], shape, strict=True)):

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from unet_ray.errors import InputError, RunError, reason, refusing
 from unet_ray.units import printable
 from unet_ray.volumes.inflate import inflater_of
+from unet_ray.volumes.omissions import PALETTE, Omission
 
 _UNIT_NAMES = {
     1e6: "m meter metre",
@@ -85,6 +86,8 @@ class TiffImage:
     """Upper bound of the bytes that `read` needs beyond its result."""
     index_bytes: int
     """Upper bound of the bytes needed to open the file, for its pages, tables and metadata."""
+    omissions: tuple[Omission, ...]
+    """Content of the file that is not read."""
 
     def read(self, numbers: NDArray[np.int64], rows: slice, columns: slice) -> NDArray[Any]:
         """Reads one window of several planes into a new array ``(*numbers.shape, rows, columns)``.
@@ -254,7 +257,21 @@ def _load(path: str, tif: Any, size: int, directory_bytes: int) -> TiffImage:
     segment = mapped if isinstance(planes, _Mapped) else _segment(page)
     overhead = 0 if isinstance(planes, _Mapped) else _overhead(page, dtype, planes)
     index_bytes = _MARGIN * directory_bytes
-    return TiffImage(path, axes, shape, dtype, sizes, names, segment, planes, overhead, index_bytes)
+    return TiffImage(
+        *(path, axes, shape, dtype, sizes, names, segment, planes, overhead, index_bytes),
+        _omissions(tif, page),
+    )
+
+
+def _omissions(tif: Any, page: Any) -> tuple[Omission, ...]:
+    """Further images, except thumbnails of lower resolution, and a palette."""
+    images = 1 + sum(not series.keyframe.is_reduced for series in tif.series[1:])
+    further = Omission(
+        f"only the first of its {images} images is read",
+        "save another one as a file of its own",
+    )
+    is_palette = page.photometric == tifffile.PHOTOMETRIC.PALETTE
+    return (*([further] if images > 1 else []), *([PALETTE] if is_palette else []))
 
 
 def _overhead(page: Any, dtype: np.dtype[Any], planes: _Decoded) -> int:

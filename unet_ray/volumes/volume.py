@@ -23,6 +23,7 @@ from unet_ray.errors import ChangedError, InputError, RunError
 from unet_ray.storage.places import Stat
 from unet_ray.tiling.boxes import Box
 from unet_ray.volumes.fingerprint import Fingerprint, changed
+from unet_ray.volumes.omissions import Omission
 from unet_ray.volumes.tiff import Sizes
 
 LARGEST_VOLUME = 1 << 53  # voxels: numbers of voxels are exact in floats, too
@@ -74,6 +75,7 @@ class Volume(ABC):
         channel_names: one name per channel, "" if unknown.
         chunk: extent of the storage unit (z, y, x): inner chunk of Zarr, strip or tile of TIFF.
         index_bytes: upper bound of the bytes that each process needs to open the file.
+        omissions: content of the file or folder that the volume leaves out.
     """
 
     kind: ClassVar[str]
@@ -85,6 +87,7 @@ class Volume(ABC):
     chunk: tuple[int, int, int]
     index_bytes: int = 0
     _pinned: Fingerprint | None = None
+    omissions: tuple[Omission, ...] = ()
 
     def __init__(self, path: str, choice: Choice) -> None:
         self.path, self._choice = path, choice
