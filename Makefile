@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python -m
 export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz bench check docs clean
+.PHONY: help demo test test-slow fuzz mutants bench check docs clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test-slow: $(STAMP) ## run the tests that take minutes each
 
 fuzz: $(STAMP) ## read 2,000 damaged files, each under limits of time and memory, a few minutes
 	OMP_NUM_THREADS=1 $(RUN) tests.fuzz 2000
+
+mutants: $(STAMP) ## change the code in one place at a time; a test must fail each time
+	$(RUN) tests.mutants
 
 bench: $(STAMP) ## measure speed, beside other libraries where they do the same
 	$(RUN) tests.bench_scores
@@ -55,9 +58,9 @@ clean: ## remove what the targets above made in this folder, except the environm
 	rm -rf demo build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find unet_ray jobs tests -name __pycache__ -prune -exec rm -rf {} +
 
-test test-slow: export RAY_USAGE_STATS_ENABLED = 0
-test test-slow: export RAY_DATA_DISABLE_PROGRESS_BARS = 1
-test test-slow: export RAY_ENABLE_UV_RUN_RUNTIME_ENV = 0
+test test-slow mutants: export RAY_USAGE_STATS_ENABLED = 0
+test test-slow mutants: export RAY_DATA_DISABLE_PROGRESS_BARS = 1
+test test-slow mutants: export RAY_ENABLE_UV_RUN_RUNTIME_ENV = 0
 
 # The stamp is a copy of the two files that decide what is installed. They are compared, not their
 # times: a fresh clone of the same version needs no new install, an older one does.

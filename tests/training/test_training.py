@@ -5,7 +5,6 @@ import json
 import math
 import os
 import threading
-from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -87,30 +86,6 @@ def test_loss_falls_on_a_trivial_image(files, tmp_path):
     losses = [m["loss"] for m in measures(tmp_path / "run")]
     assert len(losses) == 6
     assert losses[-1] < 0.6 * losses[0]
-
-
-def test_the_loss_is_the_mean_over_voxels_of_weight_times_cross_entropy(files):
-    chosen = recipe(batch=2, precision="float32", dropout=0.0)
-    sampler = Sampler(load_training_data([files[0]], [files[1]], chosen), chosen)
-    batch = [sampler[0, slot] for slot in range(2)]
-    doubled = [dataclasses.replace(sample, weights=2 * sample.weights) for sample in batch]
-    torch.manual_seed(0)
-    network = chosen.network(1, 2)
-    world = training.World(0, 1, torch.device("cpu"), 1)
-
-    def loss_of(samples):
-        copy = deepcopy(network)
-        optimiser = training.optimiser_for(chosen, copy)
-        return training.Learner(chosen, copy, optimiser, world, "float32", 0.0).step(samples, 0, 0)
-
-    with torch.no_grad():
-        scores = network(torch.from_numpy(np.stack([sample.image for sample in batch])))
-    logs = scores.log_softmax(1).numpy()
-    targets, weights = (np.stack([getattr(s, n) for s in batch]) for n in ("targets", "weights"))
-    energies = -np.take_along_axis(logs, targets[:, None].astype(int), 1)[:, 0]
-    assert weights.mean() != pytest.approx(1, rel=0.05)
-    assert loss_of(batch) == pytest.approx((weights * energies).mean(), rel=1e-5)
-    assert loss_of(doubled) == pytest.approx(2 * loss_of(batch), rel=1e-6)
 
 
 def test_a_network_of_depth_two_learns_from_batches_in_bfloat16(files, tmp_path):

@@ -81,7 +81,6 @@ class Png(Volume):
             open(self.path, "rb") as file,
         ):
             (width, height), bands = image.size, len(image.getbands())
-            self.omissions = (PALETTE,) if image.mode == "P" else ()
             bit_depth, colour_type = file.read(26)[24:]
             file.seek(max(0, os.path.getsize(self.path) - 4096))
             has_end_mark = b"IEND" in file.read()
@@ -100,6 +99,7 @@ class Png(Volume):
         self._describe(shape, dtype, shape[1:], (None, None, None))
         self._name_channels((), channels)
         self._bands = bands
+        self.omissions = (PALETTE,) if colour_type == 3 else ()
 
     def read_overhead(self, shape: Sequence[int]) -> int:
         """See `Volume.read_overhead`. Pillow's whole image, and three copies of some rows."""
