@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 AT_ONCE = 2
 TEST_SECONDS, SECONDS = 60, 240  # limits of one test and of all tests of a mutant
 LEAST_KILLED = 0.95  # of the mutants that change the behaviour
-FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
 # The tests of each file in unet_ray/: files that run in seconds, without Ray.
 TESTS = {
@@ -476,11 +476,12 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
         trees: queue.Queue[Path] = queue.Queue()
         trees.put(copy_of_tree(Path(folder) / "0"))
-        files = sorted({name for mutant in mutants for name in TESTS[mutant.file].split()})
-        unchanged = run_tests(trees.queue[0], " ".join(files), write_bytecode=True)
-        if unchanged.killer:
-            print(f"{unchanged.killer} fails without a mutant")
-            return 1
+        for tests in sorted({TESTS[mutant.file] for mutant in mutants}):
+            unchanged = run_tests(trees.queue[0], tests, write_bytecode=True)
+            print(f"{unchanged.seconds:6.1f} s  {tests}, without a mutant", flush=True)
+            if unchanged.killer:
+                print(f"{unchanged.killer} fails without a mutant")
+                return 1
         for number in range(1, AT_ONCE):
             tree = Path(folder) / str(number)
             trees.put(shutil.copytree(trees.queue[0], tree))

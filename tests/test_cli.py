@@ -380,6 +380,8 @@ def test_masks_labels_and_truths_that_are_read_in_part_are_named(unet_ray, files
     assert code == 2 and f"{gap}, which --strict refuses; " in err
     code, _, err = unet_ray("evaluate", files / "out.zarr", files / "truth", "--as", "classes")
     assert code == 0 and err.count(f"{files / 'truth'}: {gap};") == 1
+    code, _, err = unet_ray("report", files / "out.zarr", "--truth", files / "truth")
+    assert code == 0 and err.count(f"{files / 'truth'}: {gap};") == 1
     train = ["train", "--images", files / "image.tif", "--labels", files / "truth"]
     code, _, err = unet_ray(*train, "--out", files / "run", *TINY)
     assert code == 0 and err.count(f"{files / 'truth'}: {gap};") == 1

@@ -27,6 +27,7 @@ from unet_ray.storage.provenance import Provenance
 from unet_ray.storage.stores import Store
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import TilePlan
+from unet_ray.volumes.omissions import report_omissions
 from unet_ray.volumes.opening import open_volume
 from unet_ray.volumes.volume import Volume
 
@@ -150,6 +151,7 @@ def open_truth(truth: PathOrUrl, result: Result) -> Volume:
         InputError: if they cannot be read or their shape differs from that of `result`.
     """
     volume = open_volume(truth)
+    report_omissions(volume.path, volume.omissions, strict=False)
     if volume.shape != (1, *result.plan.shape):
         shape, needed = (" x ".join(map(str, s)) for s in (volume.shape, (1, *result.plan.shape)))
         raise InputError(

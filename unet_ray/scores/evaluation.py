@@ -36,7 +36,7 @@ from unet_ray.storage.provenance import Provenance
 from unet_ray.storage.stores import Store
 from unet_ray.units import text_of
 from unet_ray.volumes.folder import last_number, slices_by_number
-from unet_ray.volumes.omissions import report_omissions
+from unet_ray.volumes.omissions import sentences_of
 from unet_ray.volumes.opening import open_volume
 from unet_ray.volumes.volume import Volume
 
@@ -156,7 +156,7 @@ def evaluate(
     # Gaps between slices that are paired by their numbers are intended.
     by_number = first.shape[0] < predicted.volume.shape[1]
     for opened in [predicted] if by_number else [predicted, true]:
-        report_omissions(str(opened.path), opened.volume.omissions, strict=False)
+        notes += sentences_of(str(opened.path), opened.volume.omissions)
     second = true.stack()
     scores: dict[str, Score]
     labels: tuple[int, ...] = ()

@@ -43,10 +43,17 @@ def report_omissions(path: str, omissions: Iterable[Omission], strict: bool) -> 
     Raises:
         InputError: if `strict` and there is an omission.
     """
-    for what, remedy in omissions:
-        if strict:
-            raise InputError(f"{path}: {what}, which --strict refuses; {remedy}.")
-        print(f"unet-ray: {path}: {what}; {remedy}.", file=sys.stderr)
+    omissions = list(omissions)
+    if strict and omissions:
+        what, remedy = omissions[0]
+        raise InputError(f"{path}: {what}, which --strict refuses; {remedy}.")
+    for sentence in sentences_of(path, omissions):
+        print(f"unet-ray: {sentence}", file=sys.stderr)
+
+
+def sentences_of(path: str, omissions: Iterable[Omission]) -> list[str]:
+    """Returns one sentence for each omission of the file or folder at `path`."""
+    return [f"{path}: {what}; {remedy}." for what, remedy in omissions]
 
 
 def merge_omissions(by_slice: Iterable[tuple[str, Omission]]) -> tuple[Omission, ...]:
