@@ -163,6 +163,16 @@ def test_equal_labels_in_two_slices_are_two_objects(tmp_path):
     assert [row["seg"] for row in evaluation.to_json()["slices"]] == [1, 0]
 
 
+def test_ids_that_are_numbered_slice_by_slice_are_noted():
+    steady = np.zeros((3, 8, 8), np.uint8)
+    steady[:, :3, :3], steady[:, 5:, 5:], steady[:, :3, 5:] = 1, 2, 3
+    exchanged = steady.copy()
+    exchanged[1] = steady[1, ::-1, ::-1]  # ids 1 and 2, of three
+    assert "--per-slice" in evaluate(exchanged, exchanged, "instances").note
+    assert "--per-slice" not in evaluate(steady, steady, "instances").note
+    assert "--per-slice" not in evaluate(exchanged, exchanged, "instances", per_slice=True).note
+
+
 # Folders of the Cell Tracking Challenge
 
 

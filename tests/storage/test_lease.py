@@ -174,6 +174,14 @@ def test_a_free_lease_is_taken_and_released_without_notices(folder, notices, cap
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_lease_after_a_later_epoch_continues_from_it(folder):
+    with Lease(folder) as owned:
+        assert owned.epoch == 1
+    for after, epoch in ((7, 8), (3, 9), (9, 10)):
+        with Lease(folder, after=after) as owned:
+            assert owned.epoch == content_of(folder)["epoch"] == epoch
+
+
 def test_a_failed_run_releases_the_lease(folder, notices):
     with pytest.raises(ZeroDivisionError), Lease(folder):
         1 / 0  # noqa: B018

@@ -102,6 +102,13 @@ def test_a_tile_outside_the_plan_is_refused_and_not_recorded(folder):
     assert numbers_of(committed(folder, TILES)) == [3]
 
 
+def test_a_tile_that_is_committed_twice_counts_once(folder):
+    with Ledger(folder, TILES) as ledger:
+        for tile in (3, 3, 4):
+            ledger.commit(tile)
+        assert len(ledger) == 2
+
+
 def test_a_segment_truncated_or_damaged_at_any_byte_is_ignored(folder, unbuffered):
     commit_and_kill(folder, 7, 0, 5)
     last = max(folder.iterdir())

@@ -499,6 +499,21 @@ def test_damaged_metadata_are_named(path, damage):
         Store(path, ["classes"]).require_plan(PLAN)
 
 
+def test_arrays_with_shards_of_another_core_are_refused(path):
+    other = TilePlan(PLAN.shape, (2, 64, 128), CONTEXT, (1, 64, 64))
+    Store(path, BOTH).require_plan(PLAN)
+    with pytest.raises(RunError, match=r"0/zarr\.json: does not match the plan"):
+        Store(path, BOTH).require_plan(other)
+
+
+def test_a_missing_shard_of_a_finished_tile_is_named(path):
+    store = write_all(path, predicted(), [3])
+    for name in BOTH:
+        store.require(name, PLAN[3])
+        with pytest.raises(RunError, match=f"^{store.shard(name, PLAN[4])}: is missing, though"):
+            store.require(name, PLAN[4])
+
+
 def test_the_provenance_of_a_store_is_read_back(path):
     assert inspect(path).provenance == PROVENANCE
     assert inspect(path.with_name("none.zarr")).continued() is None

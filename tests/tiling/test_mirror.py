@@ -38,6 +38,7 @@ def test_mirror_read_equals_numpy_reflect_pad(shape, halo):
 
 
 @given(shapes((4, 9, 9)), boxes(low=-50, high=50).filter(lambda box: box.size))
+@example((1, 1, 5), Box((0, 0, -2), (1, 1, 1)))  # the same voxels in reverse
 def test_any_box_is_a_part_of_the_padded_image(shape, box):
     source = Source(numbered((2, *shape)).astype(np.uint16))
     read = read_mirrored(source, shape, box)

@@ -177,25 +177,24 @@ def test_corners_of_the_volume_are_drawn():
     assert min(counts) >= 6, counts
 
 
-def test_patches_reach_the_first_and_last_row_and_column_and_stay_inside(monkeypatch):
+def test_patches_reach_every_face_of_the_volume_and_stay_inside(monkeypatch):
     whole = samples.draw_deformation
     monkeypatch.setattr(
         samples, "draw_deformation", lambda shape, rng, _: whole(shape, rng, 0, False, False)
     )
-    shape = 60, 67
-    numbers = np.arange(60 * 67, dtype=np.float32).reshape(1, *shape)  # one for each voxel
-    image, grey = numbers[None], Intensity((0.0,), (1.0,))
-    volume = TrainingVolume(image, np.zeros((1, *shape), np.uint8), numbers, grey)
+    shape = 3, 60, 67
+    numbers = np.arange(3 * 60 * 67, dtype=np.float32).reshape(shape)  # one for each voxel
+    targets, grey = np.zeros(shape, np.uint8), Intensity((0.0,), (1.0,))
+    volume = TrainingVolume(numbers[None], targets, numbers, grey)
     sampler = sampler_of(TrainingData((volume,), (0, 1), None, {}), (60, 68), seed=0, elastic=0)
-    rows, columns = set(), set()
+    drawn = []
     for number in range(150):
-        drawn = sampler[number, 0].weights.astype(int)
-        y, x = divmod(int(drawn[0, 0]), 67)
-        np.testing.assert_array_equal(drawn, numbers[0, y : y + 20, x : x + 28])
-        rows |= {y, y + 19}
-        columns |= {x, x + 27}
-    assert (min(rows), max(rows)) == (0, 59)
-    assert (min(columns), max(columns)) == (0, 66)
+        patch = sampler[number, 0].weights.astype(int)
+        z, y, x = np.unravel_index(patch[0, 0], shape)
+        np.testing.assert_array_equal(patch, numbers[z, y : y + 20, x : x + 28])
+        drawn.append((z, y, x))
+    assert np.min(drawn, axis=0).tolist() == [0, 0, 0]
+    assert np.max(drawn, axis=0).tolist() == [2, 60 - 20, 67 - 28]
 
 
 @pytest.mark.parametrize("shape", [(1, 7, 5), (3, 1, 9), (2, 1, 1), (1, 61, 2), (1, 20, 20)])
