@@ -1,4 +1,4 @@
-"""Services of the operating system: file locks, memory, the C library's allocator, host name.
+"""Services of the operating system: file locks, memory, the C library's allocator, names, clocks.
 
 Knows the operating system. Does not know tiles, torch or Ray.
 """
@@ -10,6 +10,7 @@ import gc
 import os
 import platform
 import re
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -70,6 +71,15 @@ def sync_folder(folder: Path) -> None:
 def machine_name() -> str:
     """Returns the network name of this machine."""
     return platform.node()
+
+
+def seconds_since_boot() -> float | None:
+    """Returns the time of the boot clock, which nobody can set; None on systems without one.
+
+    It continues while the machine is suspended, unlike the monotonic clock.
+    """
+    clock = getattr(time, "CLOCK_BOOTTIME", None)  # Linux only
+    return None if clock is None else time.clock_gettime(clock)
 
 
 def memory_available() -> int:

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unet_ray import machine
 from unet_ray.errors import InputError, RunError
 from unet_ray.storage import lease, swap
 from unet_ray.storage.lease import Lease, Owner
@@ -143,10 +144,10 @@ def wait_until(condition):
 
 
 def owner_in(folder):
-    """The content of a lease file, except the heartbeat, which a living owner updates."""
+    """The content of a lease file, except both times of the heartbeat of a living owner."""
     data = (folder / "lease.json").read_bytes()
     owner = lease._decode(data)
-    return dataclasses.replace(owner, heartbeat=0) if owner else data
+    return dataclasses.replace(owner, heartbeat=0, uptime=None) if owner else data
 
 
 def refusal_of(folder, **options):
@@ -247,6 +248,57 @@ def test_for_a_heartbeat_in_the_future_the_modification_time_counts(folder, noti
     put(folder, remote_owner(age=-3600), age=95)
     with Lease(folder, notify=notices.append):
         assert len(notices) == 1
+
+
+@pytest.mark.parametrize("step", [3600, -3600])
+def test_a_step_of_the_wall_clock_takes_no_lease_from_a_living_process(
+    folder, holder, monkeypatch, step
+):
+    wall_clock = time.time
+    monkeypatch.setattr(time, "time", lambda: wall_clock() + step)
+    assert re.search(
+        rf"process {holder.pid} on .* its last heartbeat was \d s ago", refusal_of(folder)
+    )
+    assert holder.request() == "mine"
+
+
+def container_owner(silent, **changes):
+    """An owner in another container of this machine, whose process cannot be queried."""
+    uptime = machine.seconds_since_boot() - silent
+    return local_owner(1, host="container", namespace="another", uptime=uptime, **changes)
+
+
+@pytest.mark.parametrize("step", [3600, 0, -3600])
+def test_on_one_boot_silence_is_measured_by_the_boot_clock(folder, notices, step):
+    put(folder, container_owner(silent=80, heartbeat=time.time() - step), age=step)
+    assert re.search(r" 8\d s ago", refusal_of(folder))
+    put(folder, container_owner(silent=95, heartbeat=time.time() - step), age=step)
+    with Lease(folder, notify=notices.append):
+        assert re.search(r"which has been silent for 9\d s", notices[0])
+
+
+@pytest.mark.parametrize("reason", ["another boot", "an older version", "another time namespace"])
+def test_without_a_common_boot_clock_the_wall_clock_counts(folder, notices, reason):
+    owners = {
+        "another boot": container_owner(silent=0, boot_id="another"),
+        "an older version": dataclasses.replace(container_owner(silent=0), uptime=None),
+        "another time namespace": container_owner(silent=-3600),
+    }
+    owner = owners[reason]
+    put(folder, dataclasses.replace(owner, heartbeat=time.time() - 80))
+    assert re.search(r" 8\d s ago", refusal_of(folder))
+    put(folder, dataclasses.replace(owner, heartbeat=time.time() - 95))
+    with Lease(folder, notify=notices.append):
+        assert re.search(r"which has been silent for 9\d s", notices[0])
+
+
+def test_a_lease_of_an_older_version_is_read(folder, notices):
+    fields = dataclasses.asdict(remote_owner(age=95))
+    del fields["uptime"]
+    put(folder, json.dumps(fields).encode())
+    with Lease(folder, notify=notices.append) as owned:
+        assert owned.epoch == 5
+    assert "from process 77 on elsewhere, which has been silent" in notices[0]
 
 
 def test_an_owner_whose_pid_was_reused_has_ended(folder, notices):
@@ -451,7 +503,9 @@ def test_heartbeats_continue_until_the_run_ends(folder, fast_heartbeats):
         for _ in range(3):
             before = content_of(folder)["heartbeat"]
             wait_until(lambda before=before: content_of(folder)["heartbeat"] > before)
-        assert {**content_of(folder), "heartbeat": 0} == {**first, "heartbeat": 0}
+        times = {"heartbeat": 0, "uptime": 0}
+        assert {**content_of(folder), **times} == {**first, **times}
+        assert content_of(folder)["uptime"] > first["uptime"]
         assert abs(content_of(folder)["heartbeat"] - time.time()) < SECONDS
         owned.check()
     assert "lease" not in {thread.name for thread in threading.enumerate()}
@@ -580,6 +634,7 @@ HOSTILE = [
         for h in (float("nan"), float("inf"), 1e300, -1, "1", None)
     ),
     *(remote_owner(heartbeat=h).encode() for h in (10**400, True, [])),
+    *(remote_owner(uptime=u).encode() for u in (float("nan"), -1, 10**400, "1", True)),
     *(remote_owner(epoch=epoch).encode() for epoch in (0, -1, 2**63, 10**400, 1.5, True, None)),
     *(remote_owner(started=started).encode() for started in (-1, 10**400, 0.5, "1", True)),
     *(remote_owner(host=host).encode() for host in (None, 7, "a\nb", "\x1b[2J", "\ud800")),

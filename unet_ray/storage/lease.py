@@ -8,11 +8,12 @@ lease without notice. It detects the loss in `Lease.check` and stops; its worker
 run that recreates the store relies on the fence and on the epoch, which increases with every
 owner, also across recreated stores.
 
-Clocks: an owner writes heartbeats by its wall clock, and other hosts compare them with theirs. A
-heartbeat in the future shows that the clocks differ. Then the modification time of the file
-counts, which the file server or object store sets. An owner whose clock is behind appears silent
-earlier by the same amount. So the clocks of hosts that share an output should agree to half a
-minute, which any time service ensures.
+Clocks: a heartbeat has the time of two clocks. Processes of the same boot compare its boot clock,
+which nobody can set, so a step of the wall clock takes no lease from a living owner. Other machines
+compare its wall clock with theirs. A heartbeat in the future shows that the clocks differ. Then the
+modification time of the file counts, which the file server or object store sets. An owner whose
+clock is behind appears silent earlier by the same amount. So the clocks of hosts that share an
+output should agree to half a minute, which any time service ensures.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from types import TracebackType
 from typing import Self
 
 from unet_ray.errors import InputError, LostError, RunError
-from unet_ray.machine import PROC, machine_name
+from unet_ray.machine import PROC, machine_name, seconds_since_boot
 from unet_ray.storage.objects import Content, ObjectPath
 from unet_ray.storage.places import Place
 from unet_ray.storage.swap import LEASE, LOCK, LOCK_SECONDS, locked, refuse_unconditional, swap_in
@@ -57,6 +58,8 @@ class Owner:
         namespace: PID namespace, since containers of one host have several; empty if unknown.
         released: whether the owner has released the lease.
         nonce: random string that distinguishes leases of one process.
+        uptime: time of the last heartbeat, in seconds since boot; None if unknown, as in leases of
+            older versions.
     """
 
     host: str
@@ -68,6 +71,7 @@ class Owner:
     namespace: str = ""
     released: bool = False
     nonce: str = ""
+    uptime: float | None = None
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -84,6 +88,10 @@ class Owner:
             self.epoch,
             self.nonce,
         )
+
+    def now(self) -> Owner:
+        """Returns the owner with a heartbeat at this moment."""
+        return dataclasses.replace(self, heartbeat=time.time(), uptime=seconds_since_boot())
 
     def encode(self) -> bytes:
         """Returns the owner as JSON."""
@@ -202,7 +210,7 @@ class Lease:
         self._stop.set()
         self._thread.join(LOCK_SECONDS)
         try:
-            self._write(dataclasses.replace(self._me, heartbeat=time.time(), released=True))
+            self._write(dataclasses.replace(self._me.now(), released=True))
         except OSError as failure:
             _UNRELEASED.add(self._folder.resolve())
             self._notify(f"{self._output}: the lease could not be released ({failure}).")
@@ -252,7 +260,7 @@ class Lease:
                 epoch = owner.epoch + 1 if owner else int(time.time())
             epoch = max(epoch, self._after + 1)
             self._last_beat = time.monotonic()
-            self._me = dataclasses.replace(self._me, epoch=epoch, heartbeat=time.time())
+            self._me = dataclasses.replace(self._me.now(), epoch=epoch)
             if self._file.replace(self._me.encode(), content.tag if content else None):
                 self.epoch = epoch
                 return notice
@@ -263,7 +271,7 @@ class Lease:
         Raises:
             InputError: if this run may not take the lease.
         """
-        age = _seconds_silent(owner, modified)
+        age = _seconds_silent(owner, self._me, modified)
         name = str(owner) if owner else f"an unknown process (a damaged {LEASE})"
         taking = f"{self._output}: taking over from {name}, "
         if owner and (_has_ended(owner, self._me) or self._is_unreleased(owner)):
@@ -300,7 +308,7 @@ class Lease:
     def _beat(self) -> None:
         """Writes a heartbeat."""
         now = time.monotonic()
-        self._write(dataclasses.replace(self._me, heartbeat=time.time()))
+        self._write(self._me.now())
         self._last_beat, self._error = now, None
 
     def _write(self, owner: Owner) -> None:
@@ -355,8 +363,8 @@ def _is_valid(owner: Owner) -> bool:
         and _is_integer(owner.pid, 1, 2**31 - 1)
         and _is_integer(owner.epoch, 1, 2**62)
         and (owner.started is None or _is_integer(owner.started, 0, 2**63))
-        and type(owner.heartbeat) in (int, float)
-        and 0 <= owner.heartbeat <= LATEST
+        and _is_seconds(owner.heartbeat)
+        and (owner.uptime is None or _is_seconds(owner.uptime))
     )
 
 
@@ -364,8 +372,18 @@ def _is_integer(value: object, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _seconds_silent(owner: Owner | None, modified: float) -> float:
-    """Returns the seconds since the last heartbeat, by this machine's clock."""
+def _is_seconds(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value <= LATEST  # type: ignore[operator]
+
+
+def _seconds_silent(owner: Owner | None, me: Owner, modified: float) -> float:
+    """Returns the seconds since the last heartbeat, by a clock that this process can read too."""
+    # Containers of one machine have the same boot clock, though other names and other PIDs.
+    if owner and owner.boot_id and owner.boot_id == me.boot_id:
+        uptime = seconds_since_boot()
+        # An uptime in the future is of a time namespace, whose boot clock differs.
+        if uptime is not None and owner.uptime is not None and owner.uptime <= uptime:
+            return uptime - owner.uptime
     now = time.time()
     last = owner.heartbeat if owner and owner.heartbeat <= now else modified
     return max(0.0, now - last)
