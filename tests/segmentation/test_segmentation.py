@@ -754,6 +754,49 @@ def test_overwriting_through_a_link_leaves_the_link(tmp_path, model, volume):
     assert bytes_of(target) == bytes_of(whole)
 
 
+LINKS = [
+    *(".unet_ray", ".unet_ray/ledger", ".unet_ray/ledger/segment", ".unet_ray/marks"),
+    *(".unet_ray/events.jsonl", ".unet_ray/.lease.lock"),
+    *("0", "0/c", "0/c/0", "0/c/0/0", "0/c/0/0/0"),
+    *("labels", "labels/classes", "labels/classes/0", "labels/classes/0/c/0"),
+]
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["resumed", "overwritten"])
+@pytest.mark.parametrize("name", LINKS)
+def test_a_link_inside_a_store_is_refused_before_anything_is_written(
+    tmp_path, model, volume, name, overwrite
+):
+    out = tmp_path / "out"
+    with pytest.raises(StoppedError):
+        segment(volume, model, out, TILED, stop_after(3))
+    shutil.move(out / name, tmp_path / "elsewhere")
+    (out / name).symlink_to(tmp_path / "elsewhere")
+    before = state_of(tmp_path)
+    settings = dataclasses.replace(TILED, overwrite=overwrite)
+    for run in (
+        lambda: segment(volume, model, out, settings),
+        lambda: segmentation.prepare_all([str(volume)], model, str(out), settings),
+    ):
+        with pytest.raises(InputError, match=rf"^{out / name}: is ") as caught:
+            run()
+        assert "link" in str(caught.value) or overwrite
+    assert state_of(tmp_path) == before
+
+
+def test_a_folder_that_becomes_a_link_during_a_run_is_not_filled(tmp_path, model, volume):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def watch(progress):
+        if progress.finished == 1:  # the slice of z = 2 has no folder yet
+            (tmp_path / "out/0/c/0/2").symlink_to(elsewhere)
+
+    with pytest.raises(QuarantinedError, match=r"0/c/0/2/0: is behind a symbolic link"):
+        segment(volume, model, tmp_path / "out", TILED, watch)
+    assert not [*elsewhere.iterdir()]
+
+
 @pytest.mark.parametrize(("free", "remedy"), [(300, r"--workers \d+\."), (64, "a smaller --mem")])
 def test_more_workers_than_fit_into_memory_are_refused(
     tmp_path, model, volume, monkeypatch, free, remedy

@@ -281,6 +281,16 @@ def test_a_linked_folder_is_damage_that_repair_does_not_touch(store, tmp_path):
     assert not verdict.repaired and state_of(tmp_path / "elsewhere") == before
 
 
+def test_a_linked_private_folder_is_not_written_by_a_repair(store, tmp_path):
+    shutil.move(store / PRIVATE, tmp_path / "elsewhere")
+    (store / PRIVATE).symlink_to(tmp_path / "elsewhere")
+    before = state_of(tmp_path)
+    with pytest.raises(InputError, match=rf"^{store / PRIVATE}: is a symbolic link"):
+        verify(store, tiles=0, repair=True)
+    assert verify(store, tiles=0).sound
+    assert state_of(tmp_path) == before
+
+
 @pytest.mark.parametrize("loop", ["itself", "gone"])
 def test_a_broken_link_is_no_shard(store, tmp_path, loop):
     shard = shard_of(store, 3)

@@ -17,6 +17,7 @@ from unet_ray.segmentation.execution import execute
 from unet_ray.segmentation.preparation import prepare, refuse_overlap
 from unet_ray.segmentation.run import Segmentation
 from unet_ray.segmentation.settings import Settings
+from unet_ray.storage.inspection import refuse_links
 from unet_ray.storage.layout import ROOT
 from unet_ray.storage.places import PathOrUrl, Place, place_of
 
@@ -48,6 +49,7 @@ def segment(
     """
     settings = settings or Settings()
     run = prepare(source, model, out, settings)
+    refuse_links(run.out, run.outputs)
     check_disks([run], settings)
     execute(run, settings, watch)
     return run.out
@@ -76,6 +78,7 @@ def prepare_all(
         for source, store in zip(sources, stores, strict=True)
     ]
     for run in runs:
+        refuse_links(run.out, run.outputs)
         for other in runs:
             refuse_overlap(run.out, place_of(other.volume.path))
     check_disks(runs, settings)

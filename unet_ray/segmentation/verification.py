@@ -28,7 +28,7 @@ from unet_ray.segmentation.repair import (
 )
 from unet_ray.segmentation.run import Segmentation
 from unet_ray.storage.audit import Audit, sound_provenance
-from unet_ray.storage.inspection import Found, inspect
+from unet_ray.storage.inspection import Found, inspect, refuse_links
 from unet_ray.storage.layout import LEDGER, PRIVATE
 from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import newest
@@ -99,6 +99,8 @@ def verify(out: PathOrUrl, tiles: int = 3, repair: bool = False) -> Verification
     with tempfile.TemporaryDirectory(prefix="unet-ray-") as folder:
         try:
             sound_provenance(inspection)  # before a lease is created in a damaged copy
+            if repair:
+                refuse_links(path)
             # The lease keeps other runs from changing the store between check and repair.
             after = newest(path / LEDGER)
             with Lease(path / PRIVATE, after=after) if repair else nullcontext() as lease:

@@ -9,7 +9,6 @@ and then compared with it. Module `shards` detects any changed byte of a shard.
 from __future__ import annotations
 
 import json
-import os
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -28,8 +27,7 @@ from unet_ray.storage.ledger import (
     recorded_provenance,
     skipped,
 )
-from unet_ray.storage.objects import ObjectPath
-from unet_ray.storage.places import Place, files_below, stat_of
+from unet_ray.storage.places import Place, files_below, is_behind_link, stat_of
 from unet_ray.storage.provenance import Provenance
 from unet_ray.storage.shards import CHECKSUM_BYTES, Shards, checksum_of
 from unet_ray.storage.stores import Store, create_store, tile_of
@@ -251,9 +249,7 @@ def refuse_link(store: Place, path: Place) -> None:
     Raises:
         DamageError: if a part of `path` below `store` is a symbolic link.
     """
-    if isinstance(path, ObjectPath) or isinstance(store, ObjectPath):
-        return
-    if Path(os.path.realpath(path)) != Path(os.path.realpath(store), path.relative_to(store)):
+    if is_behind_link(store, path):
         raise DamageError("is behind a symbolic link")
 
 

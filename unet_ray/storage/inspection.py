@@ -5,7 +5,10 @@ Knows what distinguishes a store from other files. Does not change files or read
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +29,8 @@ RESUME_PARTS = (
     *("plan", "outputs", "class_values", "channel", "time", "level", "precision"),
     *("device", "tta", "nan", "normalisation"),
 )
+# Folders between an array and its shards: ``c``, one for each channel, z and y.
+_FOLDER_LEVELS = {"probabilities": 4, "classes": 3}
 _FOREIGN = "{}: exists and is not an output of unet-ray; choose another --out."
 
 
@@ -144,6 +149,55 @@ def refuse_others(path: Place) -> None:
     foreign = _first_foreign(path)
     if foreign:
         raise InputError(_refusal(path, foreign))
+
+
+def refuse_links(path: Place, outputs: Sequence[str] = ()) -> None:
+    """Refuses a store with a symbolic link among the folders and private files that a run writes.
+
+    A write through a link would change files outside the store. Folders of shards are checked, but
+    not listed, so the check is fast for millions of shards. A run replaces shards and metadata as
+    whole files, so it never writes through a link in the place of one.
+
+    Args:
+        path: the store.
+        outputs: names of the arrays that will be written; none for the private folder alone.
+
+    Raises:
+        InputError: if there is such a link; names the first one.
+    """
+    if not isinstance(path, Path):
+        return
+    try:
+        link = next(_links(path, outputs), None)
+    except OSError as error:
+        raise InputError(unusable(path, error)) from error
+    if link:
+        raise InputError(
+            f"{link}: is a symbolic link, and unet-ray follows none inside a store when it writes; "
+            "move the files themselves to its place, or choose another --out."
+        )
+
+
+def _links(path: Path, outputs: Sequence[str]) -> Iterator[Path]:
+    yield from _links_below(path / PRIVATE, sys.maxsize)
+    for name in outputs:
+        top = path / ARRAYS[name]
+        above = (path / parent for parent in reversed(top.relative_to(path).parents))
+        yield from (folder for folder in [*above][1:] if folder.is_symlink())
+        yield from _links_below(top, _FOLDER_LEVELS[name])
+
+
+def _links_below(folder: Path, levels: int) -> Iterator[Path]:
+    """Yields `folder` if it is a link, else the links in it and `levels` - 1 levels below."""
+    if folder.is_symlink():
+        yield folder
+    elif levels and folder.is_dir():
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    yield Path(entry)
+                elif levels > 1 and entry.is_dir():
+                    yield from _links_below(Path(entry), levels - 1)
 
 
 def _refusal(path: Place, foreign: Place) -> str:

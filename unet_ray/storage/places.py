@@ -148,6 +148,13 @@ def _raise_unless_removed(error: OSError) -> None:
         raise error
 
 
+def is_behind_link(root: Place, path: Place) -> bool:
+    """Returns whether `path`, or a folder between it and `root`, is a symbolic link."""
+    if isinstance(path, ObjectPath) or isinstance(root, ObjectPath):
+        return False
+    return Path(os.path.realpath(path)) != Path(os.path.realpath(root), path.relative_to(root))
+
+
 @dataclass(frozen=True)
 class Stat:
     """Size of a file in bytes, and its modification time in nanoseconds since 1970."""

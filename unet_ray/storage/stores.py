@@ -39,6 +39,7 @@ from unet_ray.storage.places import (
     PathOrUrl,
     Place,
     files_below,
+    is_behind_link,
     open_array,
     place_of,
     remove_tree,
@@ -199,11 +200,16 @@ class Store:
 
         Raises:
             OSError: if a shard cannot be written.
+            RunError: if the folder of a shard is new and behind a symbolic link.
         """
         checksums, (z, y, x) = "", tile.crop.slices
         for name in self._arrays:
-            shard = self.encoded(name, tile, results[name])
-            write_whole(self.shard(name, tile), shard, self.path / PRIVATE, self._guard)
+            shard, path = self.encoded(name, tile, results[name]), self.shard(name, tile)
+            # A run checks the existing folders once, before it starts (`refuse_links`), so only a
+            # new folder needs a check. A link in place of the shard itself is replaced.
+            if not path.parent.is_dir() and is_behind_link(self.path, path.parent):
+                raise RunError(f"{path.parent}: is behind a symbolic link, so nothing is written.")
+            write_whole(path, shard, self.path / PRIVATE, self._guard)
             checksums += checksum_of(results[name][..., z, y, x])
         return checksums
 
