@@ -1019,6 +1019,20 @@ def test_an_output_folder_that_is_a_file_is_refused(unet_ray, files):
     refused(unet_ray, files, segment(files, out="labels.tif/out.zarr"), "labels.tif")
 
 
+@pytest.mark.parametrize("verb", ["demo", "train", "plan", "segment", "segment several"])
+def test_an_empty_output_is_refused(unet_ray, files, monkeypatch, verb):
+    monkeypatch.chdir(files)  # which an empty name would mean
+    write_stack(files / "other.tif", noise((1, 20, 20)))
+    args = {
+        "demo": ["demo"],
+        "train": train(files),
+        "plan": ["plan", *segment(files)[1:]],
+        "segment": segment(files),
+        "segment several": segment(files, files / "other.tif"),
+    }
+    refused(unet_ray, files, [*args[verb], "--out", ""], "out='' names no ", "name one")
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_run_that_is_not_ours_is_refused(unet_ray, files, kind):
     path = files / "run"

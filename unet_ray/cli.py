@@ -23,6 +23,7 @@ from unet_ray.errors import (
     UnetRayError,
     reason,
     refuse_below_file,
+    refuse_empty,
 )
 from unet_ray.flags import (
     DATA,
@@ -83,6 +84,7 @@ def app() -> None:
 @flag("--out", default="demo", metavar="DIR", show_default=True, help="Folder of the results.")
 def demo(out: str) -> None:
     """Shows the whole system on synthetic volumes. Takes about 6 minutes on two cores."""
+    refuse_empty(out)
     from unet_ray import demo as demonstration
 
     demonstration.run(Path(out), say)

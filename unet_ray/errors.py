@@ -69,6 +69,16 @@ def refuse_unknown(name: str, value: object, choices: Iterable[str]) -> None:
         raise InputError(f"{name}={value!r} must be one of {', '.join(choices)}{hint}.")
 
 
+def refuse_empty(out: object) -> None:
+    """Refuses an empty name of an output, which would mean the current folder.
+
+    Raises:
+        InputError: if `out` is ``""``.
+    """
+    if out == "":
+        raise InputError("out='' names no folder; name one, such as --out result.")
+
+
 def refuse_below_file(path: Path) -> None:
     """Refuses an output path if one of its parent folders is a file.
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from unet_ray.engine.rounds import Progress
-from unet_ray.errors import InputError
+from unet_ray.errors import InputError, refuse_empty
 from unet_ray.segmentation.disk import check_disks
 from unet_ray.segmentation.execution import execute
 from unet_ray.segmentation.preparation import prepare, refuse_overlap
@@ -47,6 +47,7 @@ def segment(
         QuarantinedError: if tiles were quarantined; all others are done.
         RunError: if the disk is full or read-only, or a worker does not fit into memory.
     """
+    refuse_empty(out)
     settings = settings or Settings()
     run = prepare(source, model, out, settings)
     refuse_links(run.out, run.outputs)
@@ -70,6 +71,7 @@ def prepare_all(
         InputError: if an input is invalid, if `out` is a store although there are several inputs,
             if a store overlaps an input, or if the stores do not fit onto their disks.
     """
+    refuse_empty(out)
     stores = output_paths(sources, out)
     if len(sources) > 1 and (place_of(out) / ROOT).is_file():
         raise InputError(f"{out}: is a store; several inputs need a folder; choose another --out.")

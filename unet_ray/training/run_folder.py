@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from unet_ray.errors import InputError, refuse_below_file, refusing
+from unet_ray.errors import InputError, refuse_below_file, refuse_empty, refusing
 from unet_ray.network.checkpoints import read_tensors, write_tensors
 from unet_ray.storage.events import measured
 from unet_ray.storage.lease import Fence, Lease
@@ -92,10 +92,11 @@ class RunFolder:
         guard: entered around each write; raises if the run has lost its lease.
 
     Raises:
-        InputError: if the path is a file or a folder that is not a training run.
+        InputError: if the path is empty, a file, or a folder that is not a training run.
     """
 
     def __init__(self, path: str | os.PathLike[str], fence: Fence | None = None) -> None:
+        refuse_empty(path)
         self.path = Path(path).absolute()
         self.guard: Guard = fence.hold if fence else nullcontext
         markers = (f"{CHECKPOINTS}/{LOCK}", METRICS, MODEL)
