@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Literal, TypeVar
 
 import torch
@@ -213,6 +217,7 @@ def connect(workers: int | None = None) -> None:
                 "dashboard is for `ray job submit` only."
             ) from error
         return
+    _make_token()
     # Otherwise Ray prints an error about every actor pool of Ray Data, whatever its arguments.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray.init(
@@ -224,6 +229,23 @@ def connect(workers: int | None = None) -> None:
         object_store_memory=OBJECT_STORE_BYTES * max(1, torch.cuda.device_count()),
     )
     threading.Thread(target=_report_end_of_ray, name="raylet", daemon=True).start()
+
+
+def _make_token() -> None:
+    """Makes the token of Ray that `ray.init` would make, but only its owner can read the file.
+
+    Whoever can read it can run code as this user while Ray runs, since Ray listens on the network.
+    """
+    chosen = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & {*os.environ}
+    path = Path.home() / ".ray" / "auth_token"
+    if chosen or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or path.exists():
+        return
+    with suppress(OSError):  # another process was faster; or else Ray tries, and shows the error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile("w", dir=path.parent) as file:  # only its owner can read it
+            file.write(secrets.token_hex(32))
+            file.flush()
+            os.link(file.name, path)  # fails if the file exists, so it never replaces a token
 
 
 def _first_line(error: Exception) -> str:
