@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import multiprocessing
+import time
+from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,8 +22,11 @@ from unet_ray.segmentation.settings import Settings
 from unet_ray.training import trainer as training
 from unet_ray.training import validation
 from unet_ray.training.labels import IGNORED, HeldOut, load_training_data
+from unet_ray.training.patches import Sampler, ahead
 from unet_ray.training.recipes import Recipe
+from unet_ray.training.run_folder import BEST, MODEL, RunFolder
 from unet_ray.training.train import train
+from unet_ray.training.trainer import Training, World
 from unet_ray.training.validation import Validator, checked_score, score_names
 from unet_ray.volumes.intensity import Intensity
 
@@ -142,6 +149,45 @@ def test_validation_does_not_change_the_training(files, tmp_path, monkeypatch):
     (one, _), (other, _) = (read_tensors(path) for path in last)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+LIMIT = 3  # seconds that a worker waits for another one in a step; 30 minutes outside of tests
+
+
+def train_together(rank, started, files, run, chosen):
+    """One of two workers; its first worker validates for longer than the others may wait."""
+    validate = validation.Validator.__call__
+
+    def slow(self, network):
+        time.sleep(1.5 * LIMIT if not run.contains(BEST) else 0)
+        return validate(self, network)
+
+    validation.Validator.__call__ = slow
+    started.wait()  # so that the start of a process does not count
+    torch.distributed.init_process_group(
+        "gloo", f"file://{run.path}.peers", timedelta(seconds=LIMIT), 2, rank
+    )
+    recipe = Recipe.of("default", **{**TINY, "steps": 10, **chosen})
+    data = load_training_data([files[0]], [files[1]], recipe)
+    draw = partial(ahead, Sampler(data, recipe).__getitem__)
+    world = World(rank, 2, torch.device("cpu"), 1)
+    Training(recipe, data, run, world, draw, lambda measure: None, 60.0).go()
+    torch.distributed.destroy_process_group()
+
+
+def test_workers_wait_for_a_validation_longer_than_their_time_limit(files, tmp_path):
+    chosen = {"val": "4:6", "best_by": "iou"}
+    spawn = multiprocessing.get_context("spawn")
+    with RunFolder(tmp_path / "run").owned() as owned:
+        arguments = spawn.Barrier(2), files, owned, chosen
+        workers = [spawn.Process(target=train_together, args=(r, *arguments)) for r in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert (tmp_path / "run" / MODEL).exists()
+    assert [line["step"] for line in validations(tmp_path / "run")][:3] == [1, 2, 3]
 
 
 def scored(scores):

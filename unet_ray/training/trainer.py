@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -52,6 +53,7 @@ from unet_ray.versions import versions
 
 VALIDATIONS = 10
 CALIBRATION_PATCHES = 8
+NO_LIMIT = timedelta(days=365)
 Draw = Callable[[Iterator[SampleSlot]], Iterator[Sample]]
 
 
@@ -84,6 +86,25 @@ class World:
         sums = torch.tensor(terms, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(sums)
         return float(sums[0]), float(sums[1])
+
+    def group_without_limit(self) -> Any:
+        """Returns a process group in which workers wait for each other without a time limit.
+
+        Every worker must call this at the same point. The default group gives up after 30 minutes,
+        which stops a training whose worker hangs in a step. It would also stop a training whose
+        first worker validates for longer.
+        """
+        return torch.distributed.new_group(timeout=NO_LIMIT) if self.size > 1 else None
+
+    def meet(self, group: Any) -> None:
+        """Returns when every worker has called this, however long that takes.
+
+        If a worker ends, its connections break, and the others raise an error at once.
+        """
+        if self.size > 1:
+            count = torch.ones(1, device=self.device)
+            torch.distributed.all_reduce(count, group=group)
+            count.item()  # on a GPU, only reading the sum waits for it
 
 
 def header_of(path: Path) -> dict[str, Any]:
@@ -205,6 +226,7 @@ class Training:
         )
         self._clock, self._saved = _Clock(recipe, state.seconds), time.monotonic()
         self._log = self._validation = None
+        self._unlimited, self._last_tenth = world.group_without_limit(), -1
         if world.first and not run.checkpoints():
             self._save()  # its header lets later runs refuse another recipe or other data
         if world.first:
@@ -264,12 +286,16 @@ class Training:
 
     def _between_steps(self, progress: float) -> bool:
         """Validates and saves when due; returns whether patience is exhausted."""
-        if self._validation and self._validation.due(progress):
-            self._save()  # so that a kill during validation loses no step
-            header, rate = self._header(), self._learner.rate
-            self._validation.run(
-                self._network, header, self.step, rate, self._clock.seconds, progress
-            )
+        if _tenth(progress) > self._last_tenth:
+            self._last_tenth = _tenth(progress)
+            if self._validation and self._validation.due(progress):
+                self._save()  # so that a kill during validation loses no step
+                header, rate = self._header(), self._learner.rate
+                self._validation.run(
+                    self._network, header, self.step, rate, self._clock.seconds, progress
+                )
+            # Progress is equal on all workers, so the others come here in the same step.
+            self._world.meet(self._unlimited)
         if self._world.first and time.monotonic() - self._saved > self._checkpoint_seconds:
             self._save()
         if self._recipe.patience is None:
