@@ -73,6 +73,16 @@ def machine_name() -> str:
     return platform.node()
 
 
+def nvidia_driver() -> str:
+    """Returns the version of the driver of NVIDIA GPUs; empty if there is none, or not on Linux."""
+    try:
+        text = (PROC / "driver/nvidia/version").read_text()
+    except OSError:
+        return ""
+    match = re.search(r"^NVRM version:.*? (\d+(?:\.\d+)+) ", text)
+    return match[1] if match else ""
+
+
 def seconds_since_boot() -> float | None:
     """Returns the time of the boot clock, which nobody can set; None on systems without one.
 

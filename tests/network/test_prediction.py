@@ -1,11 +1,15 @@
-"""Passes of constant voxels: computed once per value, with identical results."""
+"""Passes of constant voxels, computed once per value, and the arithmetic of a GPU."""
+
+import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from unet_ray import machine
 from unet_ray.network import prediction
-from unet_ray.network.prediction import Predictor, constant_value
+from unet_ray.network.prediction import Predictor, constant_value, gpu_versions, instructions
 from unet_ray.network.unet import UNet
 from unet_ray.tiling.tiles import TilePlan
 from unet_ray.volumes.intensity import Intensity
@@ -78,3 +82,84 @@ def test_constant_means_the_same_bits_in_each_channel(values, same):
     assert (constant_value(values[..., ::2, ::-1]) is not None) == same
     if same and values.shape[0] == 2 and values.max():
         assert constant_value(values) != constant_value(values[::-1])
+
+
+# GPUs, which these tests imitate
+
+
+@pytest.fixture
+def switches():
+    """The switches of torch, set to other values than those that a predictor needs."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, cudnn.deterministic
+    cudnn.allow_tf32 = matmul.allow_tf32 = cudnn.benchmark = True
+    cudnn.deterministic = False
+    yield cudnn, matmul
+    cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
+
+
+def test_a_predictor_settles_the_arithmetic(network, switches, monkeypatch):
+    cudnn, matmul = switches
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    plan = TilePlan((1, 32, 32), (1, 32, 32), network.context, (1, 32, 32))
+    Predictor(network, plan, Intensity((9.0,), (30.0,)), "float32", "cpu")
+    assert not cudnn.allow_tf32 and not matmul.allow_tf32
+    assert cudnn.deterministic and not cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def imitate_gpu(monkeypatch, name="NVIDIA A10G", major=8, minor=6, multiprocessors=80):
+    properties = SimpleNamespace(
+        name=name, major=major, minor=minor, multi_processor_count=multiprocessors
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+def test_the_instructions_of_a_gpu_name_its_model(monkeypatch):
+    imitate_gpu(monkeypatch)
+    assert instructions("cuda") == "NVIDIA A10G, sm_86, 80 multiprocessors"
+    imitate_gpu(monkeypatch, "Tesla T4", 7, 5, 40)
+    assert instructions("cuda") == "Tesla T4, sm_75, 40 multiprocessors"
+
+
+DRIVERS = {
+    "535.104.05": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15",
+    "570.86.15": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release",
+}
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_the_versions_of_a_gpu_are_those_of_its_software(tmp_path, monkeypatch, driver):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    monkeypatch.setattr(machine, "PROC", tmp_path)
+    assert gpu_versions("cuda") == {"cuda": "13.0", "cudnn": "91002"}
+    (tmp_path / "driver/nvidia").mkdir(parents=True)
+    (tmp_path / "driver/nvidia/version").write_text(f"{DRIVERS[driver]}\nGCC version: 12.3.0\n")
+    assert gpu_versions("cuda") == {"cuda": "13.0", "cudnn": "91002", "nvidia-driver": driver}
+    assert gpu_versions("cpu") == {}
+
+
+def test_a_pass_with_another_algorithm_for_lack_of_memory_is_refused(network, monkeypatch):
+    plan = TilePlan((1, 32, 32), (1, 32, 32), network.context, (1, 32, 32))
+    predictor = Predictor(network, plan, Intensity((9.0,), (30.0,)), "float32", "cpu")
+    voxels = np.zeros((1, *plan[0].read.shape), np.uint8)
+    results = predictor(plan[0], voxels, OUTPUTS)
+    predictor._cache.clear()
+    failed = iter([0, 2, 2, 2])
+    monkeypatch.setattr(predictor, "_failed_allocations", lambda: next(failed))
+    with pytest.raises(torch.OutOfMemoryError, match=r"^tile 0 .*another algorithm"):
+        predictor(plan[0], voxels, OUTPUTS)
+    again = predictor(plan[0], voxels, OUTPUTS)  # a retry that has enough memory
+    assert all(np.array_equal(again[name], results[name]) for name in OUTPUTS)
+
+
+def test_failed_allocations_are_those_of_the_gpu(network, monkeypatch):
+    plan = TilePlan((1, 32, 32), (1, 32, 32), network.context, (1, 32, 32))
+    predictor = Predictor(network, plan, Intensity((9.0,), (30.0,)), "float32", "cpu")
+    assert predictor._failed_allocations() == 0
+    predictor._device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_ooms": 3})
+    assert predictor._failed_allocations() == 3

@@ -16,12 +16,14 @@ from threading import Event
 
 import numpy as np
 import pytest
+import torch
 import zarr
 
 from tests.helper import FLOAT32, TILED, bytes_of, noise, shards_of, write_stack
 from unet_ray.engine import engines as engine
 from unet_ray.engine.stages import Deadline, Stage
 from unet_ray.errors import InputError, QuarantinedError, RunError
+from unet_ray.network.prediction import instructions
 from unet_ray.segmentation import disk as disks
 from unet_ray.segmentation import execution, preparation
 from unet_ray.segmentation import run as run_module
@@ -33,8 +35,10 @@ from unet_ray.storage.events import read_events
 from unet_ray.storage.layout import ARRAYS, EVENTS, LEDGER, marks_of
 from unet_ray.storage.ledger import checksums, committed, quarantined
 from unet_ray.storage.marks import Mark, Marks
+from unet_ray.storage.provenance import Provenance
 from unet_ray.storage.stores import Store
 from unet_ray.tiling.boxes import Box
+from unet_ray.versions import versions
 
 ROOT = Path(__file__).parents[2]
 TILES = 24
@@ -266,6 +270,46 @@ def test_a_worker_on_a_machine_of_another_kind_writes_nothing(
     with pytest.raises(RunError, match="machines of one kind"):
         execution.execute(run, TILED, lambda progress: None)
     assert not any("/c/" in name for name in bytes_of(out))
+
+
+A10G, T4 = "NVIDIA A10G, sm_86, 80 multiprocessors", "Tesla T4, sm_75, 40 multiprocessors"
+ON_GPU = {"cuda": "13.0", "cudnn": "91002", "nvidia-driver": "570.86.15"}
+
+
+def on_gpu(monkeypatch, gpu, **software):
+    """Imitates a process that sees a GPU, and returns the kind of its machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run_module, "instructions", lambda device: gpu)
+    monkeypatch.setattr(run_module, "gpu_versions", lambda device: {**ON_GPU, **software})
+    return run_module.kind_of_machine("cuda")
+
+
+def test_gpus_and_their_software_are_compared_but_not_the_driver(monkeypatch):
+    stored = Provenance(on_gpu(monkeypatch, A10G))
+    changes = [{"gpu": T4}, {"cudnn": "91300"}, {"cuda": "12.9"}, {"nvidia-driver": "580.1"}]
+    kinds = [on_gpu(monkeypatch, **{"gpu": A10G, **change}) for change in changes]
+    assert [stored.other_kind(kind) for kind in kinds] == [
+        ("instructions", A10G, T4),
+        ("versions.cudnn", "91002", "91300"),
+        ("versions.cuda", "13.0", "12.9"),
+        None,
+    ]
+    assert [len([*stored.differences(Provenance(kind))]) for kind in kinds] == [1, 1, 1, 0]
+
+
+def test_a_process_that_reads_and_writes_for_a_gpu_needs_none(monkeypatch):
+    stored = Provenance(on_gpu(monkeypatch, A10G))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    kind = run_module.kind_of_machine("cuda")
+    assert stored.other_kind(kind) is None
+    kind["versions"]["numcodecs"] = "0.1"  # compresses the shards, which it writes
+    assert stored.other_kind(kind)[0] == "versions.numcodecs"
+
+
+def test_the_kind_of_a_machine_without_gpu_names_no_gpu():
+    kind = run_module.kind_of_machine("cpu")
+    assert kind == {"instructions": instructions("cpu"), "versions": versions()}
+    assert {*kind["versions"]} == {"unet-ray", "torch", "numcodecs", "numpy", "zarr"}
 
 
 @pytest.fixture

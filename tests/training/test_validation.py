@@ -190,6 +190,22 @@ def test_workers_wait_for_a_validation_longer_than_their_time_limit(files, tmp_p
     assert [line["step"] for line in validations(tmp_path / "run")][:3] == [1, 2, 3]
 
 
+def test_the_arithmetic_is_settled_before_the_first_step(files, tmp_path, monkeypatch):
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    monkeypatch.setattr(cudnn, "allow_tf32", True)  # as torch starts
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    step, seen = training.Learner.step, []
+
+    def recorded(learner, samples, number, progress):
+        seen.append((number, cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic))
+        return step(learner, samples, number, progress)
+
+    monkeypatch.setattr(training.Learner, "step", recorded)
+    run(files, tmp_path / "run", val="4:6", best_by="iou", steps=10)
+    assert seen == [(number, False, False, True) for number in range(10)]
+    assert len(validations(tmp_path / "run")) == 10
+
+
 def scored(scores):
     """A validation that takes its IoU from an iterator."""
 

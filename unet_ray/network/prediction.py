@@ -6,6 +6,7 @@ source of the voxels and the destination of the results.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from typing import Literal, cast
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from unet_ray.errors import RunError
-from unet_ray.machine import keep_freed_memory
+from unet_ray.machine import keep_freed_memory, nvidia_driver
 from unet_ray.network.arithmetic import CONSTANTS
 from unet_ray.network.unet import UNet
 from unet_ray.tiling.boxes import Box
@@ -37,11 +38,42 @@ def best_precision(device: Device) -> Precision:
     return "bfloat16" if native else "float32"
 
 
+def settle_arithmetic() -> None:
+    """Sets the switches of torch that decide between algorithms of different rounding on a GPU.
+
+    Each process that trains or predicts calls this before its first computation, and nothing
+    changes the switches later. So a validation does not change the arithmetic of the training
+    around it. On a CPU the switches have no effect.
+    """
+    # Otherwise recent GPUs would round float32 to a mantissa of 10 bits.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    # cuDNN must neither time algorithms to choose one, nor add in an order that varies.
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    # With one fixed workspace, cuBLAS does the same; it reads this when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def instructions(device: Device) -> str:
     """Names the arithmetic unit as far as it determines the last bits of a result."""
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+        # NVIDIA promises equal bits for equal architectures with equally many multiprocessors.
+        return f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.multi_processor_count} multiprocessors"
     if device != "cpu":
         return device
     return f"{torch.backends.cpu.get_cpu_capability()}, {best_precision('cpu')}"
+
+
+def gpu_versions(device: Device) -> dict[str, str]:
+    """Returns the versions of CUDA, cuDNN and the driver of an NVIDIA GPU; none for others."""
+    if device != "cuda":
+        return {}
+    versions = {
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "nvidia-driver": nvidia_driver(),
+    }
+    return {name: str(version) for name, version in versions.items() if version}
 
 
 class Predictor:
@@ -71,8 +103,7 @@ class Predictor:
         tta: bool = False,
     ) -> None:
         keep_freed_memory()
-        # Otherwise recent GPUs would round float32 to a mantissa of 10 bits.
-        torch.backends.cudnn.allow_tf32 = False
+        settle_arithmetic()
         self._plan, self._intensity, self._tta = plan, intensity, tta
         self._classes = network.classes
         self._cache: dict[tuple[bytes, tuple[str, ...]], dict[str, NDArray[np.uint8]]] = {}
@@ -99,6 +130,7 @@ class Predictor:
 
         Raises:
             RunError: if the network returns a score that is not finite.
+            OutOfMemoryError: if memory is short, even if torch has found a way around.
         """
         shapes = {
             "probabilities": (self._classes - 1, *self._plan.core),
@@ -138,7 +170,7 @@ class Predictor:
     ) -> dict[str, NDArray[np.uint8]]:
         # The network may return more voxels than the pass has, since its sizes have a step.
         inside = (..., slice(self._plan.passes[-2]), slice(self._plan.passes[-1]))
-        results = {}
+        results, failed_before = {}, self._failed_allocations()
         with torch.inference_mode():
             image = self._image(window)
             if self._tta:
@@ -151,7 +183,21 @@ class Predictor:
                 results["probabilities"] = rounded.transpose(0, 1).cpu().numpy()
             if "classes" in outputs:
                 results["classes"] = scores.argmax(dim=1).byte().cpu().numpy()
+        if self._failed_allocations() > failed_before:
+            raise torch.OutOfMemoryError(
+                f"tile {tile.index} ({tile.write}): a convolution ran out of GPU memory, and cuDNN "
+                "took another algorithm for it, whose results may differ."
+            )
         return results
+
+    def _failed_allocations(self) -> int:
+        """Counts the allocations of GPU memory that failed, in this process.
+
+        If the workspace of an algorithm does not fit, torch takes the next one without a message.
+        """
+        if self._device.type != "cuda":
+            return 0
+        return int(torch.cuda.memory_stats(self._device).get("num_ooms", 0))
 
     def _image(self, window: NDArray[np.generic]) -> torch.Tensor:
         """Normalised input of one pass on the device, ``(z, c, y, x)``."""

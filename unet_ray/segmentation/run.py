@@ -11,12 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from unet_ray.errors import InputError, RunError, VoxelError
 from unet_ray.machine import machine_name
 from unet_ray.network.checkpoints import read_hashed_model
-from unet_ray.network.prediction import Device, Precision, Predictor, instructions
+from unet_ray.network.prediction import (
+    Device,
+    Precision,
+    Predictor,
+    gpu_versions,
+    instructions,
+)
 from unet_ray.segmentation.memory import WorkerMemory
 from unet_ray.storage.layout import LEDGER
 from unet_ray.storage.lease import Fence
@@ -185,7 +192,10 @@ def _refuse_other_machine(run: Segmentation) -> None:
 
 def kind_of_machine(device: Device) -> dict[str, Any]:
     """The properties of this machine and its software that determine the stored bytes."""
-    return dict(zip(KIND, (instructions(device), versions()), strict=True))
+    if device == "cuda" and not torch.cuda.is_available():  # this process only reads and writes
+        return {"versions": versions()}
+    software = {**versions(), **gpu_versions(device)}
+    return dict(zip(KIND, (instructions(device), software), strict=True))
 
 
 def refuse_difference(path: Place, stored: Provenance, current: Provenance) -> None:

@@ -17,8 +17,8 @@ from unet_ray.tiling.tiles import TilePlan
 # Properties of the machine and its software that determine the bytes.
 KIND = ("instructions", "versions")
 # Stored but not compared, since another version gives the same bytes.
+UNCOMPARED = ("versions.numpy", "versions.zarr", "versions.nvidia-driver")
 MOST_TILES = 1 << 30  # 16 PiB in tiles of 16 MiB; more would not fit in memory
-UNCOMPARED = ("versions.numpy", "versions.zarr")
 
 
 @dataclass(frozen=True)

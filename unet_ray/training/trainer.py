@@ -34,7 +34,13 @@ from unet_ray.network.checkpoints import (
     read_tensors,
     write_tensors,
 )
-from unet_ray.network.prediction import Device, Precision, best_precision
+from unet_ray.network.prediction import (
+    Device,
+    Precision,
+    best_precision,
+    gpu_versions,
+    settle_arithmetic,
+)
 from unet_ray.network.unet import UNet
 from unet_ray.storage.places import write_whole
 from unet_ray.training.gallery import PREDICTIONS, store_predictions
@@ -207,6 +213,7 @@ class Training:
     ) -> None:
         torch.set_num_threads(world.threads)
         keep_freed_memory()
+        settle_arithmetic()
         torch.manual_seed(recipe.seed)
         self._recipe, self._data, self._run, self._world = recipe, data, run, world
         self._draw, self._checkpoint_seconds = draw, checkpoint_seconds
@@ -324,7 +331,7 @@ class Training:
                 "steps": self.step,
             },
             data=self._data.identity,
-            versions=versions(),
+            versions={**versions(), **gpu_versions(cast(Device, self._world.device.type))},
         )
 
     def _save(self) -> None:
