@@ -1,6 +1,7 @@
 """Passes of constant voxels, computed once per value, and the arithmetic of a GPU."""
 
 import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from unet_ray import machine
+from unet_ray.engine.attempts import failure
 from unet_ray.network import prediction
 from unet_ray.network.prediction import Predictor, constant_value, gpu_versions, instructions
 from unet_ray.network.unet import UNet
@@ -142,18 +144,32 @@ def test_the_versions_of_a_gpu_are_those_of_its_software(tmp_path, monkeypatch, 
     assert gpu_versions("cpu") == {}
 
 
-def test_a_pass_with_another_algorithm_for_lack_of_memory_is_refused(network, monkeypatch):
+@pytest.mark.parametrize("ended", [False, True], ids=["completed", "out of memory"])
+@pytest.mark.parametrize("failed", [0, 1, 2])
+def test_an_algorithm_replaced_for_lack_of_memory_ends_the_process(
+    network, monkeypatch, failed, ended
+):
     plan = TilePlan((1, 32, 32), (1, 32, 32), network.context, (1, 32, 32))
     predictor = Predictor(network, plan, Intensity((9.0,), (30.0,)), "float32", "cpu")
-    voxels = np.zeros((1, *plan[0].read.shape), np.uint8)
-    results = predictor(plan[0], voxels, OUTPUTS)
-    predictor._cache.clear()
-    failed = iter([0, 2, 2, 2])
-    monkeypatch.setattr(predictor, "_failed_allocations", lambda: next(failed))
-    with pytest.raises(torch.OutOfMemoryError, match=r"^tile 0 .*another algorithm"):
-        predictor(plan[0], voxels, OUTPUTS)
-    again = predictor(plan[0], voxels, OUTPUTS)  # a retry that has enough memory
-    assert all(np.array_equal(again[name], results[name]) for name in OUTPUTS)
+    counts, scores = iter([5, 5 + failed + ended]), predictor._scores
+    monkeypatch.setattr(predictor, "_failed_allocations", lambda: next(counts))
+
+    def pass_of(image, tile):
+        if ended:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return scores(image, tile)
+
+    monkeypatch.setattr(predictor, "_scores", pass_of)
+    outcome = nullcontext()
+    if failed:
+        outcome = pytest.raises(RuntimeError, match="of cuDNN")
+    elif ended:
+        outcome = pytest.raises(torch.OutOfMemoryError)
+    with outcome as caught:
+        predictor(plan[0], np.zeros((1, *plan[0].read.shape), np.uint8), OUTPUTS)
+    if failed or ended:
+        verdict = failure(0, 0.0, caught.value).verdict
+        assert verdict == ("broken" if failed else "alone")
 
 
 def test_failed_allocations_are_those_of_the_gpu(network, monkeypatch):

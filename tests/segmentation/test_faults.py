@@ -16,7 +16,6 @@ from threading import Event
 
 import numpy as np
 import pytest
-import torch
 import zarr
 
 from tests.helper import FLOAT32, TILED, bytes_of, noise, shards_of, write_stack
@@ -277,8 +276,7 @@ ON_GPU = {"cuda": "13.0", "cudnn": "91002", "nvidia-driver": "570.86.15"}
 
 
 def on_gpu(monkeypatch, gpu, **software):
-    """Imitates a process that sees a GPU, and returns the kind of its machine."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    """Imitates a machine with a GPU, and returns its kind."""
     monkeypatch.setattr(run_module, "instructions", lambda device: gpu)
     monkeypatch.setattr(run_module, "gpu_versions", lambda device: {**ON_GPU, **software})
     return run_module.kind_of_machine("cuda")
@@ -297,13 +295,15 @@ def test_gpus_and_their_software_are_compared_but_not_the_driver(monkeypatch):
     assert [len([*stored.differences(Provenance(kind))]) for kind in kinds] == [1, 1, 1, 0]
 
 
-def test_a_process_that_reads_and_writes_for_a_gpu_needs_none(monkeypatch):
-    stored = Provenance(on_gpu(monkeypatch, A10G))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    kind = run_module.kind_of_machine("cuda")
-    assert stored.other_kind(kind) is None
-    kind["versions"]["numcodecs"] = "0.1"  # compresses the shards, which it writes
-    assert stored.other_kind(kind)[0] == "versions.numcodecs"
+def test_a_process_that_only_reads_and_writes_does_not_query_the_gpu(task, monkeypatch):
+    run = preparation.prepare(*task, TILED)
+    run = replace(run, device="cuda", provenance=Provenance(on_gpu(monkeypatch, A10G)))
+    monkeypatch.setattr(run_module, "instructions", None)  # a query would fail
+    run.make_helper()
+    versions_of_helper = {**versions(), "numcodecs": "0.1"}  # compresses the shards
+    monkeypatch.setattr(run_module, "versions", lambda: versions_of_helper)
+    with pytest.raises(RunError, match=r"its versions.numcodecs is .*, but 0.1 on "):
+        run.make_helper()
 
 
 def test_the_kind_of_a_machine_without_gpu_names_no_gpu():

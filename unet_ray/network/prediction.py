@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, cast
 
 import numpy as np
@@ -130,7 +131,8 @@ class Predictor:
 
         Raises:
             RunError: if the network returns a score that is not finite.
-            OutOfMemoryError: if memory is short, even if torch has found a way around.
+            OutOfMemoryError: if memory is short.
+            RuntimeError: if a GPU has failed, or has replaced an algorithm for lack of memory.
         """
         shapes = {
             "probabilities": (self._classes - 1, *self._plan.core),
@@ -170,8 +172,8 @@ class Predictor:
     ) -> dict[str, NDArray[np.uint8]]:
         # The network may return more voxels than the pass has, since its sizes have a step.
         inside = (..., slice(self._plan.passes[-2]), slice(self._plan.passes[-1]))
-        results, failed_before = {}, self._failed_allocations()
-        with torch.inference_mode():
+        results = {}
+        with torch.inference_mode(), self._same_algorithms():
             image = self._image(window)
             if self._tta:
                 scores = probabilities = self._averaged(image, tile)[inside]
@@ -183,18 +185,31 @@ class Predictor:
                 results["probabilities"] = rounded.transpose(0, 1).cpu().numpy()
             if "classes" in outputs:
                 results["classes"] = scores.argmax(dim=1).byte().cpu().numpy()
-        if self._failed_allocations() > failed_before:
-            raise torch.OutOfMemoryError(
-                f"tile {tile.index} ({tile.write}): a convolution ran out of GPU memory, and cuDNN "
-                "took another algorithm for it, whose results may differ."
-            )
         return results
 
-    def _failed_allocations(self) -> int:
-        """Counts the allocations of GPU memory that failed, in this process.
+    @contextmanager
+    def _same_algorithms(self) -> Iterator[None]:
+        """Raises if cuDNN has replaced an algorithm inside the context.
 
-        If the workspace of an algorithm does not fit, torch takes the next one without a message.
+        If the workspace of an algorithm does not fit into memory, torch takes the next one without
+        a message, and again in later passes of this process, even if they have enough memory. So
+        only a new process gives the same bytes; the name of the error makes the engine start one.
         """
+        expected, raised = self._failed_allocations(), None
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            expected, raised = expected + 1, error
+        if self._failed_allocations() > expected:
+            raise RuntimeError(
+                "CUDA error: too little GPU memory was free for an algorithm of cuDNN, and the "
+                "results of the one that it took instead may differ"
+            ) from raised
+        if raised:
+            raise raised
+
+    def _failed_allocations(self) -> int:
+        """Returns how many allocations of GPU memory have failed in this process."""
         if self._device.type != "cuda":
             return 0
         return int(torch.cuda.memory_stats(self._device).get("num_ooms", 0))

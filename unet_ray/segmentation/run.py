@@ -5,13 +5,13 @@ Knows how to read, predict and write one tile. Does not know which tiles are don
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from unet_ray.errors import InputError, RunError, VoxelError
@@ -110,8 +110,13 @@ class TileHelper:
 
     def __init__(self, run: Segmentation) -> None:
         self._run = run
-        _refuse_other_machine(run)
+        _refuse_other_machine(run, self._kind())
         self._store = Store(run.out, run.outputs, run.fence.look if run.fence else None)
+
+    def _kind(self) -> dict[str, Any]:
+        """The properties of this machine that determine what it reads and writes."""
+        # Not the GPU: a query would reserve some of its memory, and this process does not use it.
+        return {"versions": versions()}
 
     def read(self, tile: int) -> NDArray[Any]:
         """Reads the input of a tile; see `read_tile`.
@@ -137,6 +142,9 @@ class TileWorker(TileHelper):
         self._predictor = Predictor(
             network, run.plan, run.intensity, run.precision, run.device, run.tta
         )
+
+    def _kind(self) -> dict[str, Any]:
+        return kind_of_machine(self._run.device)
 
     def predict(self, tile: int, voxels: NDArray[Any]) -> dict[str, NDArray[np.uint8]]:
         """The uint8 outputs of a tile's core, by name; see `Predictor`."""
@@ -176,13 +184,13 @@ def _non_finite_message(volume: Volume, tile: Tile, voxels: NDArray[Any]) -> str
     )
 
 
-def _refuse_other_machine(run: Segmentation) -> None:
+def _refuse_other_machine(run: Segmentation, kind: Mapping[str, Any]) -> None:
     """Refuses a machine whose results could differ in some bytes from the stored ones.
 
     Raises:
         RunError: if the provenance names other instructions or versions than this machine has.
     """
-    if difference := run.provenance.other_kind(kind_of_machine(run.device)):
+    if difference := run.provenance.other_kind(kind):
         field, stored, present = difference
         raise RunError(
             f"{run.out}: its {field} is {stored}, but {present} on {machine_name()}, so the "
@@ -192,8 +200,6 @@ def _refuse_other_machine(run: Segmentation) -> None:
 
 def kind_of_machine(device: Device) -> dict[str, Any]:
     """The properties of this machine and its software that determine the stored bytes."""
-    if device == "cuda" and not torch.cuda.is_available():  # this process only reads and writes
-        return {"versions": versions()}
     software = {**versions(), **gpu_versions(device)}
     return dict(zip(KIND, (instructions(device), software), strict=True))
 
