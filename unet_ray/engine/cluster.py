@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import torch
 
 from unet_ray.engine.stages import Deadline
 from unet_ray.errors import InputError, RunError, refuse_unknown
+from unet_ray.machine import machine_name
 from unet_ray.units import format_bytes
 
 EngineName = Literal["local", "ray"]
@@ -34,6 +36,7 @@ OBJECT_STORE_BYTES = 1 << 30
 # From these values on, Ray means that the cluster has no upper bound.
 UNBOUNDED = {"CPU": 1 << 20, "GPU": 1 << 20, "memory": 1 << 60}
 POLL_SECONDS = 30  # between two checks for an answer
+CONNECT_SECONDS = 10.0  # until the head of a cluster must answer
 # Messages that Ray logs at every start and that users can ignore.
 _RAY_LOGS = {
     "ray.data": logging.WARNING,
@@ -80,14 +83,25 @@ def find_device(engine: EngineName, workers: int | None = None) -> Literal["cpu"
     """Returns the device of this machine, or of the cluster, including machines it may start.
 
     Raises:
-        InputError: if the cluster can never run `workers` workers.
+        InputError: if the cluster can never run `workers` workers, or if torch cannot use the GPU
+            that a machine offers to Ray.
     """
     if engine == "local":
         return local_device()
     connect(workers)
     device: Literal["cpu", "cuda"] = "cuda" if size_of("GPU") >= 1 else "cpu"
     pool_size(device, workers)
+    if device == "cuda" and (machine := ask(_machine_without_gpu, device, engine)):
+        raise InputError(
+            f"{machine} offers a GPU to Ray, but torch cannot use a GPU there; install the driver "
+            "of the GPU and a torch for CUDA on it, or start its Ray with --num-gpus=0."
+        )
     return device
+
+
+def _machine_without_gpu() -> str:
+    """Returns the name of this machine if torch cannot use a GPU here, else an empty string."""
+    return "" if torch.cuda.is_available() else machine_name()
 
 
 def ask(question: Callable[[], Answer], device: str, engine: EngineName) -> Answer:
@@ -196,10 +210,9 @@ def _may_have(resource: str) -> float:
 def connect(workers: int | None = None) -> None:
     """Connects to the cluster at ``RAY_ADDRESS``, or else starts Ray on this machine.
 
-    A plain ``ray.init()`` would connect to any cluster that runs on this machine.
-
     Raises:
-        InputError: if the cluster at ``RAY_ADDRESS`` does not accept the connection.
+        InputError: if the cluster at ``RAY_ADDRESS`` does not accept the connection, or Ray does
+            not start.
     """
     import ray
 
@@ -208,26 +221,82 @@ def connect(workers: int | None = None) -> None:
     if ray.is_initialized():
         return
     if address := os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"RAY_ADDRESS={address}: cannot connect to this Ray cluster "
-                f"({_first_line(error)}). Unset it to run on this machine; the http address of a "
-                "dashboard is for `ray job submit` only."
-            ) from error
-        return
+        _join(address)
+    else:
+        _start(workers)
+
+
+def _join(address: str) -> None:
+    """Connects to a cluster within a minute.
+
+    Raises:
+        InputError: if it does not accept the connection.
+    """
+    import ray
+
+    if "://" in address:
+        raise InputError(
+            f"RAY_ADDRESS={address}: an address with :// is for `ray job submit` only; set the "
+            "HOST:PORT of the cluster's head, or unset it to run on this machine."
+        )
+    # Ray tries once, for 40 seconds. By default it tries for a quarter of an hour.
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
+    try:
+        _refuse_silent_head(address)
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    except Exception as error:  # Ray raises errors of many types, also plain exceptions
+        raise InputError(
+            f"RAY_ADDRESS={address}: cannot connect to this Ray cluster ({_first_line(error)}); "
+            "start it, correct the address, or unset it to run on this machine."
+        ) from error
+
+
+def _refuse_silent_head(address: str) -> None:
+    """Connects to the head of a cluster, since Ray itself tries for long and reports no cause.
+
+    Raises:
+        OSError: if the head does not accept the connection, or does not answer as Ray does.
+        ValueError: if the address is malformed.
+    """
+    import grpc
+    from ray._private import gcs_utils, services  # Ray has no public function for this
+
+    if head := services.canonicalize_bootstrap_address(address):
+        socket.create_connection(services.extract_ip_port(head), CONNECT_SECONDS).close()
+        with gcs_utils.create_gcs_channel(head) as channel:
+            try:
+                grpc.channel_ready_future(channel).result(CONNECT_SECONDS)
+            except grpc.FutureTimeoutError:
+                raise TimeoutError("another program uses this port, or Ray hangs") from None
+
+
+def _start(workers: int | None) -> None:
+    """Starts a private Ray; a plain ``ray.init()`` would connect to any Ray of this machine.
+
+    Raises:
+        InputError: if it does not start.
+    """
+    import ray
+
     _make_token()
     # Otherwise Ray prints an error about every actor pool of Ray Data, whatever its arguments.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    ray.init(
-        address="local",
-        num_cpus=max(usable_cores(), workers or 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        object_store_memory=OBJECT_STORE_BYTES * max(1, torch.cuda.device_count()),
-    )
+    gpus = torch.cuda.device_count()
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(usable_cores(), workers or 1),
+            num_gpus=gpus,  # Ray itself would also count GPUs that torch cannot use
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            object_store_memory=OBJECT_STORE_BYTES * max(1, gpus),
+        )
+    except Exception as error:  # Ray raises errors of many types, also plain exceptions
+        raise InputError(
+            f"Ray does not start on {machine_name()} ({_first_line(error)}); check its free memory "
+            "and the disk of its temporary files, or set --engine local."
+        ) from error
     threading.Thread(target=_report_end_of_ray, name="raylet", daemon=True).start()
 
 
@@ -249,7 +318,8 @@ def _make_token() -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    text = (isinstance(error, OSError) and error.strerror) or str(error)
+    return text.strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _report_end_of_ray() -> None:
