@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -219,6 +220,9 @@ def test_a_tile_that_may_have_killed_its_gpu_actor_is_tried_without_others(folde
     assert len(others) == 7 and {worker.begun[tile] for tile in suspects} == {4}, worker.begun
 
 
+MEMORY = 1 << 29  # of a GPU actor with two readers and two writers
+
+
 # On Ray, in a separate process whose Ray is configured with a GPU that does not exist
 
 
@@ -280,24 +284,68 @@ def kill_each_step(folder, deaths):
     print(json.dumps(receipts))
 
 
+def recorded(make, kind, folder):
+    """Makes a worker, and records the memory that its actor has requested from Ray."""
+    import ray
+
+    requested = ray.get_runtime_context().get_assigned_resources().get("memory", 0)
+    Path(folder, f"{kind} {requested:.0f}").touch()
+    return make()
+
+
 def segment_on_gpus(volume, model, out):
-    """Segments with readers, GPU actors and writers, as if the CPU were a GPU."""
+    """Segments with readers, GPU actors and writers, as if the CPU were a GPU.
+
+    Prints the errors, and the warnings of Ray Data.
+    """
+    import ray
+
     task = prepare(volume, model, Path(out), TILED)
     create_store(
         task.out, StoreLayout(task.plan, task.class_values, task.outputs, None), task.provenance
     )
     marks = Path(out, ".unet_ray", "marks")
     marks.mkdir(parents=True)
-    stage = Stage("x", task.make_worker, "cuda", marks, in_flight=4, make_helper=task.make_helper)
-    print(json.dumps([receipt.error for receipt in run(stage, range(len(task.plan)), "ray")]))
+    folder = Path(out).parent
+    stage = Stage(
+        "x",
+        partial(recorded, task.make_worker, "worker", folder),
+        "cuda",
+        marks,
+        in_flight=4,
+        memory=MEMORY,
+        helper_memory=MEMORY // 8,  # less than the helpers use
+        make_helper=partial(recorded, task.make_helper, "helper", folder),
+    )
+    detectors = ray.data.DataContext.get_current().issue_detectors_config
+    detectors.high_memory_detector_config.detection_time_interval_s = 0.1
+    warnings, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())
+    logging.getLogger("ray.data").addHandler(handler)
+    errors = [receipt.error for receipt in run(stage, range(len(task.plan)), "ray")]
+    print(json.dumps([errors, warnings]))
+
+
+@pytest.fixture(scope="module")
+def on_gpus(task, tmp_path_factory):
+    """The store of `segment_on_gpus`, and what it prints."""
+    out = tmp_path_factory.mktemp("gpus") / "out.zarr"
+    return out, *in_ray_with_a_gpu("segment_on_gpus", *task[:2], out)
 
 
 @pytest.mark.ray
-def test_readers_and_writers_for_gpus_give_the_bytes_of_the_local_engine(task, tmp_path):
-    volume, model, store = task
-    errors = in_ray_with_a_gpu("segment_on_gpus", volume, model, tmp_path / "out.zarr")
+def test_readers_and_writers_for_gpus_give_the_bytes_of_the_local_engine(task, on_gpus):
+    out, errors, *_ = on_gpus
     assert errors == [""] * 24
-    assert bytes_of(tmp_path / "out.zarr") == bytes_of(store)
+    assert bytes_of(out) == bytes_of(task[2])
+
+
+@pytest.mark.ray
+def test_actors_request_their_memory_and_ray_does_not_warn_of_it(on_gpus):
+    out, _, warnings = on_gpus
+    requested = {path.name for path in out.parent.iterdir() if path != out}
+    assert requested == {f"worker {MEMORY // 2}", f"helper {MEMORY // 8}"}
+    assert [warning for warning in warnings if "memory" in warning] == []
 
 
 @pytest.mark.ray

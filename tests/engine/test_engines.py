@@ -354,6 +354,22 @@ def test_the_memory_of_the_cluster_limits_the_workers():
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
+def test_a_worker_must_fit_into_the_memory_of_one_machine(monkeypatch):
+    import ray
+
+    machines = [({"CPU": 4, "memory": n << 30}, n < 99) for n in (5, 5, 2, 99)] + [({}, True)]
+    nodes = [{"Resources": resources, "Alive": alive} for resources, alive in machines]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(cluster, "size_of", {"CPU": 12, "memory": 12 << 30}.get)
+    assert [cluster.max_workers("cpu", n << 30)[0] for n in (1, 2, 3, 6)] == [12, 5, 2, 0]
+    assert cluster.memory_request(3 << 30) == {"memory": 3 << 30}
+    assert cluster.memory_request(0) == {}
+    monkeypatch.setattr(cluster, "_may_grow", lambda: True)  # by machines of unknown memory
+    assert cluster.memory_request(3 << 30) == {}
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("memory", [0.0, 2.0**30, 2.0**62])
 @pytest.mark.parametrize(("more", "device", "workers"), [("CPU", "cpu", 64), ("GPU", "cuda", 64)])
 def test_machines_that_have_not_started_may_have_any_memory(

@@ -166,11 +166,27 @@ def max_workers(device: str, memory: int) -> tuple[int, str]:
     """Returns how many workers the cluster can run, and the resources that limit them."""
     resource = "GPU" if device == "cuda" else "CPU"
     units = max(1, size_of(resource))
-    total_memory = size_of("memory")
-    if not memory or not total_memory or _may_grow() or total_memory // memory >= units:
+    if not memory_request(memory) or (fitting := _fitting(memory)) >= units:
         return units, f"{units} {resource}s"
     need = f"each worker needs {format_bytes(memory)}"
-    return total_memory // memory, f"{format_bytes(total_memory)} of memory, and {need}"
+    return fitting, f"{format_bytes(size_of('memory'))} of memory, and {need}"
+
+
+def memory_request(memory: int) -> dict[str, int]:
+    """Returns the argument for Ray by which an actor requests memory, in bytes.
+
+    It is empty if `memory` is 0, or if the memory of some machines is unknown: Ray would wait
+    forever for a machine that has enough.
+    """
+    return {"memory": memory} if memory and size_of("memory") and not _may_grow() else {}
+
+
+def _fitting(memory: int) -> int:
+    """Returns how many workers of `memory` bytes fit into the present machines."""
+    import ray
+
+    alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    return sum(int(resources.get("memory", 0)) // memory for resources in alive)
 
 
 def _may_grow() -> bool:

@@ -126,6 +126,7 @@ class Stage:
             read or written.
         together: at most this many tiles pass together from the process of one step to the next.
         memory: bytes that a worker and its helpers need; 0 if unknown.
+        helper_memory: bytes that each of its helpers needs; 0 without helpers.
         make_helper: makes the object that reads or writes in processes that do not predict; by
             default a worker.
         check: called before the end of the stage is recorded; raises if results may be wrong.
@@ -139,6 +140,7 @@ class Stage:
     in_flight: int = 1
     together: int = 1
     memory: int = 0
+    helper_memory: int = 0
     make_helper: Callable[[], Helper] | None = None
     check: Callable[[], None] = lambda: None
 

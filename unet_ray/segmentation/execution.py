@@ -134,6 +134,7 @@ def _stage(run: Segmentation, settings: Settings) -> Stage:
         in_flight=in_flight(run.memory, run.device, settings),
         together=together(run.memory, run.device, settings),
         memory=needed_bytes(run.memory, run.device, settings),
+        helper_memory=helper_bytes(run.memory, run.device, settings),
         make_helper=run.make_helper,
         check=run.refuse_changes,
     )
