@@ -1,5 +1,7 @@
 """Shared by all tests: a quiet and private Ray, hypothesis settings, the real images."""
 
+import builtins
+import errno
 import os
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 from tests.s3 import bucket  # noqa: F401, a fixture
+from unet_ray.storage import places
 
 # Ray reads these at import, and its workers inherit them, so they are set before any test file.
 os.environ.update(
@@ -61,6 +64,26 @@ def task(tmp_path_factory):
     volume = write_stack(folder / "volume.tif", noise((3, 61, 75)))
     model = random_model(folder / "model.safetensors")
     return volume, model, segment(volume, model, folder / "whole.zarr", TILED)
+
+
+@pytest.fixture
+def bad_disk(monkeypatch):
+    """A function that lets another one fail, as on a bad disk; returns a list of the failures."""
+    monkeypatch.setattr(places, "RETRY_PAUSES", (0.0, 0.0))
+
+    def install(module, name, times=99, number=errno.EIO, folder=""):
+        failures, original = [], getattr(module, name, None) or getattr(builtins, name)
+
+        def function(*arguments, **options):
+            if len(failures) < times and any(folder in str(argument) for argument in arguments):
+                failures.append(arguments)
+                raise OSError(number, os.strerror(number))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, name, function, raising=False)
+        return failures
+
+    return install
 
 
 @pytest.fixture

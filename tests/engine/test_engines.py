@@ -627,7 +627,7 @@ def test_waves_have_enough_blocks_and_blocks_have_enough_work(
 def test_readers_and_writers_follow_the_number_of_present_gpus(monkeypatch, gpus, helpers):
     pools = []
 
-    def map_blocks(blocks, actor, stage, size, calls=1, **resources):
+    def map_blocks(blocks, actor, stage, size, resources, calls=1):
         pools.append((actor.__name__, size, calls, resources))
 
     monkeypatch.setattr(pool, "_map_blocks", map_blocks)

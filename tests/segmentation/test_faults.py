@@ -29,6 +29,7 @@ from unet_ray.segmentation import run as run_module
 from unet_ray.segmentation.outlook import plan
 from unet_ray.segmentation.segment import prepare_all, segment
 from unet_ray.segmentation.verification import verify
+from unet_ray.storage import events as event_log
 from unet_ray.storage import ledger as ledgers
 from unet_ray.storage.events import read_events
 from unet_ray.storage.layout import ARRAYS, EVENTS, LEDGER, marks_of
@@ -223,6 +224,39 @@ def test_a_full_or_read_only_disk_ends_the_run_at_once(task, tmp_path, fail, num
     assert tried.total() < TILES
     segment(volume, model, out, one_by_one)
     assert bytes_of(out) == bytes_of(whole)
+
+
+NOTES = pytest.mark.parametrize(
+    ("module", "name", "folder"),
+    [
+        (os, "replace", LEDGER),
+        (event_log, "open", ""),
+        (os, "mkdir", marks_of("segment")),
+    ],
+)
+
+
+@NOTES
+def test_a_disk_error_at_a_note_of_the_driver_is_retried(
+    task, tmp_path, bad_disk, module, name, folder
+):
+    volume, model, whole = task
+    failures = bad_disk(module, name, times=2, folder=folder)
+    out = segment(volume, model, tmp_path / "out.zarr", TILED)
+    assert len(failures) == 2 and bytes_of(out) == bytes_of(whole)
+    assert len(events(out, "tile")) == TILES
+
+
+@NOTES
+def test_a_disk_error_at_a_note_that_stays_names_the_file(
+    task, tmp_path, bad_disk, module, name, folder
+):
+    volume, model, _ = task
+    out = tmp_path / "out.zarr"
+    bad_disk(module, name, folder=folder)
+    with pytest.raises(RunError, match=r"Input/output error\. Check the disk, then run") as caught:
+        segment(volume, model, out, TILED)
+    assert str(caught.value).startswith(str(out / (folder or EVENTS)))
 
 
 def test_tiles_that_only_the_marks_record_are_not_recomputed(task, tmp_path, fail):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unet_ray.storage import events
 from unet_ray.storage.events import EventLog, measured, read_events
 
 
@@ -50,6 +51,23 @@ def test_another_run_appends_to_the_log(path):
     EventLog(path).add("two")
     assert path.read_bytes().startswith(before)
     assert names_in(path) == ["one", "two"]
+
+
+def test_a_disk_error_that_passes_loses_no_event(path, bad_disk):
+    log = EventLog(path)
+    log.add("start")
+    with open(path, "ab") as file:
+        file.write(b'{"event": "ta')  # the part that a failed write has left
+    failures = bad_disk(events, "open", times=2)
+    log.add("tile", tile=1)
+    assert len(failures) == 2 and names_in(path) == ["start", "tile"]
+
+
+def test_a_disk_error_that_stays_names_the_log(path, bad_disk):
+    failures = bad_disk(events, "open")
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        EventLog(path).add("start")
+    assert len(failures) == 3 and caught.value.filename == str(path)
 
 
 def test_a_tail_truncated_at_any_byte_loses_only_its_line(path):

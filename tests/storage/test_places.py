@@ -1,5 +1,6 @@
 """Files and objects that are written atomically."""
 
+import errno
 import os
 import pickle
 import re
@@ -39,6 +40,26 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(OSError, match="no space"):
         write_whole(tmp_path / "a", b"two")
+    assert (tmp_path / "a").read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_disk_error_that_passes_is_retried(tmp_path, bad_disk, step):
+    failures = bad_disk(os, step, times=2)
+    write_whole(tmp_path / "a", b"one")
+    assert len(failures) == 2 and (tmp_path / "a").read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize(("number", "tries"), [(errno.EIO, 3), (errno.ENOSPC, 1)])
+def test_a_disk_error_that_stays_names_the_file(tmp_path, bad_disk, step, number, tries):
+    write_whole(tmp_path / "a", b"one")
+    failures = bad_disk(os, step, number=number)
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        write_whole(tmp_path / "a", b"two")
+    assert len(failures) == tries and caught.value.filename == str(tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == b"one"
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 

@@ -12,7 +12,7 @@ import math
 import re
 import statistics
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -131,7 +131,7 @@ def _run_wave(
         done = _on_gpus(blocks, stage, size)
     else:
         unit = {"num_cpus": CPUS_PER_ACTOR} if stage.device == "cpu" else _GPU
-        done = _map_blocks(blocks, TileActor, stage, size, **unit, **_worker_memory(stage))
+        done = _map_blocks(blocks, TileActor, stage, size, {**unit, **_worker_memory(stage)})
     try:
         for rows in done.iter_batches(batch_size=None, prefetch_batches=0):
             for row in zip(*(rows[name].tolist() for name in RECEIPT), strict=True):
@@ -153,10 +153,10 @@ def _on_gpus(blocks: Dataset, stage: Stage, size: int) -> Dataset:
     # start on the first machine.
     helpers = HELPERS * max(1, min(size, gpus_present()))
     share = {"num_cpus": CPUS_PER_HELPER, **memory_request(stage.helper_memory)}
-    read = _map_blocks(blocks, Reader, stage, helpers, **share)
+    read = _map_blocks(blocks, Reader, stage, helpers, share)
     worker = {**_GPU, **_worker_memory(stage)}
-    predicted = _map_blocks(read, GpuActor, stage, size, stage.in_flight, **worker)
-    return _map_blocks(predicted, Writer, stage, helpers, **share)
+    predicted = _map_blocks(read, GpuActor, stage, size, worker, stage.in_flight)
+    return _map_blocks(predicted, Writer, stage, helpers, share)
 
 
 def _worker_memory(stage: Stage) -> dict[str, int]:
@@ -169,8 +169,8 @@ def _map_blocks(
     actor: type[TileActor],
     stage: Stage,
     size: int,
+    resources: Mapping[str, float],
     calls: int = 1,
-    **resources: float,
 ) -> Dataset:
     """Processes blocks on a pool of actors.
 
@@ -179,8 +179,8 @@ def _map_blocks(
         actor: class of the actors.
         stage: the work.
         size: number of actors.
-        calls: concurrent calls of each actor.
         resources: that each actor requests from Ray.
+        calls: concurrent calls of each actor.
     """
     from ray.data import ActorPoolStrategy
 

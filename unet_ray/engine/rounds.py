@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from unet_ray.storage.layout import EVENTS, ledger_of, marks_of
 from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import Ledger, committed
 from unet_ray.storage.marks import marks_done, remove_older
-from unet_ray.storage.places import Place, remove_partial
+from unet_ray.storage.places import Place, remove_partial, retried
 from unet_ray.tiling.tiles import TilePlan
 
 BITS_PER_STEP = 1 << 16  # tiles whose numbers are in memory at once
@@ -247,7 +249,9 @@ class Rounds:
     def _make_marks(self) -> None:
         with suppress(OSError):  # workers of an ended run may still add marks
             remove_older(self._marks, self._lease.epoch)
-        (self._marks / str(self._lease.epoch)).mkdir(parents=True, exist_ok=True)
+        folder = self._marks / str(self._lease.epoch)
+        if isinstance(folder, Path):  # object stores have no folders
+            retried(folder, partial(folder.mkdir, parents=True, exist_ok=True))
 
     @property
     def _seconds(self) -> float:

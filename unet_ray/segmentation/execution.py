@@ -71,7 +71,10 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
                 raise
     except OSError as error:  # ledger, lease and event log are on the same disk as the shards
         if error.errno not in DISK_ERRORS:
-            raise
+            raise RunError(
+                f"{error.filename or run.out}: {error.strerror or error}. Check the disk, then run "
+                "the same command again to resume."
+            ) from error
         raise stopped(run.out, SEGMENT, len(run.plan), str(error.strerror)) from error
     except (RuntimeError, MemoryError) as error:  # torch raises them while a worker is created
         if isinstance(error, RunError) or not is_out_of_memory(error):

@@ -16,7 +16,7 @@ from typing import Any
 from unet_ray.errors import refusing
 from unet_ray.storage.objects import ObjectPath
 from unet_ray.storage.parsing import ContentError, parse_json, refuse_special
-from unet_ray.storage.places import Place
+from unet_ray.storage.places import Place, retried
 
 LATEST = 4e9  # seconds since 1970: the year 2096
 PART_SECONDS = 10.0
@@ -39,7 +39,11 @@ class EventLog:
         self._started = self._flushed = time.monotonic()
 
     def add(self, event: str, **facts: Any) -> None:
-        """Appends one event with the current time, in seconds since 1970, and its `facts`."""
+        """Appends one event with the current time, in seconds since 1970, and its `facts`.
+
+        Raises:
+            OSError: if it cannot be written, after the retries of `retried`; names the file.
+        """
         fields = {"time": round(time.time(), 3), "event": event, **facts}
         line = json.dumps(fields, allow_nan=False) + "\n"
         if isinstance(self._path, ObjectPath):
@@ -50,10 +54,8 @@ class EventLog:
                 self.flush()
             return
         self._check_owner()
-        with open(self._path, "ab") as file:
-            if file.tell() and not self._ends_with_newline(self._path):
-                file.write(b"\n")
-            file.write(line.encode())
+        path = self._path
+        retried(path, lambda: self._append(path, line.encode()))
 
     def flush(self) -> None:
         """Writes the pending events; only an object store has any."""
@@ -63,6 +65,13 @@ class EventLog:
             part.put(b"".join(self._lines))
             self._lines.clear()
             self._flushed = time.monotonic()
+
+    @classmethod
+    def _append(cls, path: Path, line: bytes) -> None:
+        with open(path, "ab") as file:
+            if file.tell() and not cls._ends_with_newline(path):
+                file.write(b"\n")
+            file.write(line)
 
     @staticmethod
     def _ends_with_newline(path: Path) -> bool:

@@ -38,6 +38,10 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://([^/]*)/*(.*?)/*", re.DOTALL)
 LISTED = 1000  # the states of more objects than this come from a listing of their folder
 REQUESTS = 16  # at a time
 PAUSES = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6)  # seconds between conditional puts
+PARTIAL = ".partial"  # suffix of temporary files
+# Errors of a disk, or of the server of a shared one, that may not happen again, and the seconds
+# before each further try. Clients of object stores retry by themselves.
+_PASSING, RETRY_PAUSES = {errno.EIO, errno.ESTALE}, (0.5, 2.0)
 
 
 Place = Path | ObjectPath
@@ -92,15 +96,42 @@ def write_whole(
             a delayed put after another run has written.
 
     Raises:
-        OSError: if the file cannot be written.
+        OSError: if the file cannot be written, after the retries of `retried`; names the file.
     """
     if isinstance(path, ObjectPath):
         _put_whole(path, data, guard)
-        return
+    else:
+        folder = scratch if isinstance(scratch, Path) else path.parent
+        retried(path, lambda: _write_file(path, data, folder, guard))
+
+
+def retried(path: Path, write: Callable[[], None]) -> None:
+    """Calls a function that writes a file, up to three times if the disk reports a passing error.
+
+    Args:
+        path: the file, for the error.
+        write: writes it; a second call must repair what a failed one has left.
+
+    Raises:
+        OSError: of the last call; names the file.
+    """
+    for pause in (*RETRY_PAUSES, None):
+        try:
+            write()
+            return
+        except OSError as error:
+            if pause is None or error.errno not in _PASSING:
+                # A failed write names no file, and users do not know the temporary one.
+                if error.errno and str(error.filename or PARTIAL).endswith(PARTIAL):
+                    error.filename = str(path)
+                raise
+            time.sleep(pause)
+
+
+def _write_file(path: Path, data: bytes, folder: Path, guard: Guard | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = scratch if isinstance(scratch, Path) else path.parent
     # Without the name of the file, which may have the 255 bytes that file systems allow.
-    partial = folder / f".{uuid.uuid4().hex}.partial"
+    partial = folder / f".{uuid.uuid4().hex}{PARTIAL}"
     try:
         with open(partial, "wb") as file:
             file.write(data)
@@ -214,7 +245,7 @@ def _stat_or_none(name: str) -> Stat | None:
 def remove_partial(folder: Place) -> None:
     """Removes temporary files of killed processes; no other process may be writing in `folder`."""
     if isinstance(folder, Path):  # object stores have no temporary files
-        for path in folder.glob(".*.partial"):
+        for path in folder.glob(f".*{PARTIAL}"):
             path.unlink(missing_ok=True)
 
 
