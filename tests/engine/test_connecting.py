@@ -73,6 +73,7 @@ def test_a_port_of_another_program_is_named(monkeypatch):
         address = f"127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(InputError, match=rf"^RAY_ADDRESS={address}: .*another program uses"):
             cluster._join(address)
+    assert cluster.GCS_WAIT not in os.environ  # or a private Ray would have too little time
 
 
 @pytest.mark.parametrize(

@@ -363,7 +363,7 @@ def test_a_worker_must_fit_into_the_memory_of_one_machine(monkeypatch):
     monkeypatch.setattr(cluster, "size_of", {"CPU": 12, "memory": 12 << 30}.get)
     assert [cluster.max_workers("cpu", n << 30)[0] for n in (1, 2, 3, 6)] == [12, 5, 2, 0]
     assert cluster.memory_request(3 << 30) == {"memory": 3 << 30}
-    assert cluster.memory_request(0) == {}
+    assert cluster.memory_request(0) == cluster.memory_request(6 << 30) == {}
     monkeypatch.setattr(cluster, "_may_grow", lambda: True)  # by machines of unknown memory
     assert cluster.memory_request(3 << 30) == {}
 

@@ -37,6 +37,7 @@ OBJECT_STORE_BYTES = 1 << 30
 UNBOUNDED = {"CPU": 1 << 20, "GPU": 1 << 20, "memory": 1 << 60}
 POLL_SECONDS = 30  # between two checks for an answer
 CONNECT_SECONDS = 10.0  # until the head of a cluster must answer
+GCS_WAIT = "RAY_gcs_server_port_wait_time_s"  # environment variable of Ray
 # Messages that Ray logs at every start and that users can ignore.
 _RAY_LOGS = {
     "ray.data": logging.WARNING,
@@ -166,7 +167,7 @@ def max_workers(device: str, memory: int) -> tuple[int, str]:
     """Returns how many workers the cluster can run, and the resources that limit them."""
     resource = "GPU" if device == "cuda" else "CPU"
     units = max(1, size_of(resource))
-    if not memory_request(memory) or (fitting := _fitting(memory)) >= units:
+    if not memory or not _memory_is_known() or (fitting := _fitting(memory)) >= units:
         return units, f"{units} {resource}s"
     need = f"each worker needs {format_bytes(memory)}"
     return fitting, f"{format_bytes(size_of('memory'))} of memory, and {need}"
@@ -175,10 +176,15 @@ def max_workers(device: str, memory: int) -> tuple[int, str]:
 def memory_request(memory: int) -> dict[str, int]:
     """Returns the argument for Ray by which an actor requests memory, in bytes.
 
-    It is empty if `memory` is 0, or if the memory of some machines is unknown: Ray would wait
-    forever for a machine that has enough.
+    It is empty if `memory` is 0, if machines do not state their memory, or if none has enough: Ray
+    would wait forever for one that has.
     """
-    return {"memory": memory} if memory and size_of("memory") and not _may_grow() else {}
+    return {"memory": memory} if memory and _memory_is_known() and _fitting(memory) else {}
+
+
+def _memory_is_known() -> bool:
+    """Returns whether all machines that the cluster may have are present and state their memory."""
+    return size_of("memory") > 0 and not _may_grow()
 
 
 def _fitting(memory: int) -> int:
@@ -256,7 +262,8 @@ def _join(address: str) -> None:
             "HOST:PORT of the cluster's head, or unset it to run on this machine."
         )
     # Ray tries once, for 40 seconds. By default it tries for a quarter of an hour.
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
+    before = os.environ.get(GCS_WAIT)
+    os.environ.setdefault(GCS_WAIT, "1")
     try:
         _refuse_silent_head(address)
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
@@ -265,6 +272,9 @@ def _join(address: str) -> None:
             f"RAY_ADDRESS={address}: cannot connect to this Ray cluster ({_first_line(error)}); "
             "start it, correct the address, or unset it to run on this machine."
         ) from error
+    finally:
+        if before is None:
+            del os.environ[GCS_WAIT]  # a private Ray may need longer to start
 
 
 def _refuse_silent_head(address: str) -> None:

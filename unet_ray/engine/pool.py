@@ -127,11 +127,13 @@ def _run_wave(
     # stage is a closer bound, and every run shows it beside the memory in use.
     blocks.context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     size = min(size, len(wave))
-    if stage.device == "cuda" and not alone:
-        done = _on_gpus(blocks, stage, size)
+    if stage.device == "cpu":
+        share = {"num_cpus": CPUS_PER_ACTOR, **_worker_memory(stage)}
+        done = _map_blocks(blocks, TileActor, stage, size, share)
+    elif alone:
+        done = _map_blocks(blocks, TileActor, stage, size, {**_GPU, **_worker_memory(stage)})
     else:
-        unit = {"num_cpus": CPUS_PER_ACTOR} if stage.device == "cpu" else _GPU
-        done = _map_blocks(blocks, TileActor, stage, size, {**unit, **_worker_memory(stage)})
+        done = _on_gpus(blocks, stage, size)
     try:
         for rows in done.iter_batches(batch_size=None, prefetch_batches=0):
             for row in zip(*(rows[name].tolist() for name in RECEIPT), strict=True):
