@@ -162,7 +162,11 @@ MUTANTS = [
     ),
     Mutant("tiling/tiles.py", "if part.intersect(tile.crop).size:", "if True:"),
     Mutant("storage/ledger.py", "if self.born > epoch:", "if False:"),
-    Mutant("storage/ledger.py", "self._compact(always=bool(records.damaged))", "self._compact()"),
+    Mutant(
+        "storage/ledger.py",
+        "for path in (*records.stale, *records.damaged):",
+        "for path in records.stale:",
+    ),
     Mutant("storage/ledger.py", "records.bits[state][:] = False", "pass"),
     Mutant(
         "storage/ledger.py", '(self._bits["skipped"] & ~requested |', '(self._bits["skipped"] |'
