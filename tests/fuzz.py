@@ -289,8 +289,8 @@ def try_number(name, number, seed, intact, folder, idle):
     expected = json.loads((intact / "values").read_text())[target.name]
     if verdict == "successes" and not _is_right(name, kind, str(file), value, expected):
         verdict = "wrong successes"
-    what = f"{name} {number}: {file.relative_to(folder)} {kind}"
-    return verdict, f"{what}: {text}"
+    case = f"{name} {number}: {file.relative_to(folder)} {kind}"
+    return verdict, f"{case}: {text}"
 
 
 def _is_right(name, kind, file, value, expected):

@@ -346,7 +346,7 @@ def test_content_that_is_not_read_is_named_and_refused_with_strict(unet_ray, fil
     with tifffile.TiffWriter(files / "two.tif") as file:
         file.write(noise((2, 40, 44)), photometric="minisblack")
         file.write(noise((30, 30)), photometric="minisblack")
-    what = f"{files / 'two.tif'}: only the first of its 2 images is read"
+    sentence = f"{files / 'two.tif'}: only the first of its 2 images is read"
     remedy = "save another one as a file of its own."
     command = {
         "segment": segment(files),
@@ -358,11 +358,11 @@ def test_content_that_is_not_read_is_named_and_refused_with_strict(unet_ray, fil
     else:
         command[1] = files / "two.tif"
     before = sorted(files.iterdir())
-    refused = f"unet-ray: {what}, which --strict refuses; {remedy}\n"
+    refused = f"unet-ray: {sentence}, which --strict refuses; {remedy}\n"
     assert unet_ray(*command, "--strict") == (2, "", refused)
     assert sorted(files.iterdir()) == before
     code, _, err = unet_ray(*command)
-    assert (code, err.count(f"unet-ray: {what}; {remedy}\n")) == (0, 1), err
+    assert (code, err.count(f"unet-ray: {sentence}; {remedy}\n")) == (0, 1), err
 
 
 def test_masks_labels_and_truths_that_are_read_in_part_are_named(unet_ray, files):

@@ -862,7 +862,7 @@ def test_a_single_png_is_read(tmp_path, mode):
 
 
 def left_out(path):
-    return [omission.what for omission in open_volume(path).omissions]
+    return [omission.part for omission in open_volume(path).omissions]
 
 
 IMAGES, COLOURS = (

@@ -6,7 +6,6 @@ computed.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -36,7 +35,7 @@ from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import begin, newest
 from unet_ray.storage.places import remove_partial
 from unet_ray.storage.stores import Store, create_store, remove_deleted
-from unet_ray.units import format_bytes
+from unet_ray.units import format_bytes, warn
 
 
 def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], None]) -> int:
@@ -115,10 +114,7 @@ def _execute(
     lost = request.tiles & run.lost if run.resumed else None
     if lost is not None and lost.any():
         count = int(lost.sum())
-        print(
-            f"unet-ray: {run.out}: {count} committed tiles lack a shard and are computed again.",
-            file=sys.stderr,
-        )
+        warn(f"{run.out}: {count} committed tiles lack a shard and are computed again.")
     return rounds.run(
         request.tiles,
         request.skipped,

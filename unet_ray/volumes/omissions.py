@@ -6,24 +6,24 @@ Knows sentences and the numbers in file names. Independent of file formats.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from unet_ray.errors import InputError
+from unet_ray.units import warn
 
 
 class Omission(NamedTuple):
     """A part of a file or folder that a volume leaves out.
 
     Attributes:
-        what: the part; continues a sentence that starts with the path.
+        part: its description; continues a sentence that starts with the path.
         remedy: how to have it read.
     """
 
-    what: str
+    part: str
     remedy: str
 
 
@@ -45,15 +45,15 @@ def report_omissions(path: str, omissions: Iterable[Omission], strict: bool) -> 
     """
     omissions = list(omissions)
     if strict and omissions:
-        what, remedy = omissions[0]
-        raise InputError(f"{path}: {what}, which --strict refuses; {remedy}.")
+        part, remedy = omissions[0]
+        raise InputError(f"{path}: {part}, which --strict refuses; {remedy}.")
     for sentence in sentences_of(path, omissions):
-        print(f"unet-ray: {sentence}", file=sys.stderr)
+        warn(sentence)
 
 
 def sentences_of(path: str, omissions: Iterable[Omission]) -> list[str]:
     """Returns one sentence for each omission of the file or folder at `path`."""
-    return [f"{path}: {what}; {remedy}." for what, remedy in omissions]
+    return [f"{path}: {part}; {remedy}." for part, remedy in omissions]
 
 
 def merge_omissions(by_slice: Iterable[tuple[str, Omission]]) -> tuple[Omission, ...]:
@@ -66,8 +66,8 @@ def merge_omissions(by_slice: Iterable[tuple[str, Omission]]) -> tuple[Omission,
     for name, omission in by_slice:
         names.setdefault(omission, []).append(name)
     return tuple(
-        Omission(f"{what} in {first}{f' and {len(others)} other slices' if others else ''}", remedy)
-        for (what, remedy), (first, *others) in names.items()
+        Omission(f"{part} in {first}{f' and {len(others)} other slices' if others else ''}", remedy)
+        for (part, remedy), (first, *others) in names.items()
     )
 
 
