@@ -36,6 +36,7 @@ from unet_ray.machine import PROC, machine_name, seconds_since_boot
 from unet_ray.storage.objects import Content, ObjectPath
 from unet_ray.storage.places import Place
 from unet_ray.storage.swap import LEASE, LOCK, LOCK_SECONDS, locked, refuse_unconditional, swap_in
+from unet_ray.units import printable
 
 HEARTBEAT_SECONDS = 15.0
 SILENT_SECONDS = 90.0
@@ -437,4 +438,4 @@ def _this_process() -> Owner:
 
 
 def _print_to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
