@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unet_ray.errors import InputError
+from unet_ray.network.strips import convolved_by_strips, has_convolutions
 from unet_ray.tiling.levels import Level, layers, output_extents
 from unet_ray.tiling.tiles import Context
 
@@ -181,7 +182,7 @@ class UNet(nn.Module):
         skips, x = [], image
         for level, pair in enumerate(self.down):
             for layer in _layers(pair):
-                x = layer(x)
+                x = _applied(layer, x)
             if level >= self.depth - 1:
                 x = self.drop(x)
             if level < self.depth:
@@ -190,8 +191,8 @@ class UNet(nn.Module):
         for level in reversed(range(self.depth)):
             x = _concatenated(skips, self.up[level], x)
             for layer in _layers(self.join[level]):
-                x = layer(x)
-        return cast(Tensor, self.head(x))
+                x = _applied(layer, x)
+        return _applied(self.head, x)
 
     def folded(self) -> UNet:
         """Returns an equivalent network for inference, with its norms folded into the weights.
@@ -294,8 +295,16 @@ def _concatenated(skips: list[Tensor], up: nn.Module, x: Tensor) -> Tensor:
     )
     both[:, :channels] = skip
     del skip
-    both[:, channels:] = up(x)
+    both[:, channels:] = _applied(up, x)
     return both
+
+
+def _applied(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``; at inference in bounded memory where oneDNN has no convolution for `x`."""
+    plain = type(layer) in get_args(Convolution)  # a subclass has other weights
+    if not plain or torch.is_grad_enabled() or x.device.type != "cpu" or has_convolutions(x.dtype):
+        return cast(Tensor, layer(x))
+    return convolved_by_strips(cast(Convolution, layer), x)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
