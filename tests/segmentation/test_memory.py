@@ -1,5 +1,6 @@
 """Sizes as people write them, and memory estimates compared with measured peaks."""
 
+import os
 import subprocess
 import sys
 import time
@@ -21,7 +22,9 @@ from unet_ray.network.arithmetic import NetworkSize, pass_bytes
 from unet_ray.network.checkpoints import ModelHeader, architecture_of, write_model
 from unet_ray.network.unet import UNet
 from unet_ray.segmentation import outlook as planning
+from unet_ray.segmentation.forecast import describe
 from unet_ray.segmentation.memory import (
+    ALLOCATOR_FACTOR,
     DRIVER_BYTES_PER_TILE,
     GPU_TILES,
     PROCESS_BYTES,
@@ -192,6 +195,22 @@ def test_the_drivers_memory_includes_large_chunks_for_measuring(tmp_path, engine
     assert outlook.driver_memory > PROCESS_BYTES[engine] + 3 * (256 << 20)
 
 
+def test_a_plan_for_the_local_engine_states_a_worker_that_also_fits_on_ray(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "device_of", lambda settings: "cpu")
+    monkeypatch.setattr(planning.cluster, "side_by_side", lambda *_: 1)
+    zarr.create_array(tmp_path / "a.zarr", shape=(8, 512, 512), chunks=(8, 128, 128), dtype="u1")
+    model = random_model(tmp_path / "model.safetensors")
+    local, ray = (
+        plan(tmp_path / "a.zarr", model, Settings(engine=engine, workers=1))
+        for engine in ("local", "ray")
+    )
+    assert local.worker_memory == ray.worker_memory == ray.memory.total
+    assert local.driver_memory < local.worker_memory
+    process, amount = format_bytes(PROCESS_BYTES["ray"]), format_bytes(local.worker_memory)
+    text = describe(local, Settings(engine="local", workers=1))
+    assert f"memory  {amount} per worker on Ray (process {process}," in text
+
+
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_the_memory_limit_bounds_the_tiles_in_flight_on_a_gpu(engine):
     memory = worker_bytes(NET, planned((64, 384, 384), (1, 384, 384)), 1, 2).on(engine)
@@ -241,12 +260,13 @@ def test_a_larger_tile_needs_more_and_smaller_passes_less(z, y, x):
     assert worker_bytes(NET, planned(core, (1, *core[1:])), 1, 2).total <= needs
 
 
-def measured_peak(arguments, engine):
+def measured_peak(arguments, engine, environment=None):
     """Largest anonymous memory of any worker while `segment` runs, in bytes."""
     command = [sys.executable, "-m", "unet_ray", "segment", *map(str, arguments)]
     command += ["--engine", engine, "--workers", "1" if engine == "local" else "2"]
     peak = 0
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as running:
+    environment = {**os.environ, **(environment or {})}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as running:
         while running.poll() is None:
             peak = max([peak, *(anonymous(pid) for pid in workers_of(running.pid, engine))])
             time.sleep(0.05)
@@ -311,7 +331,43 @@ def test_a_read_needs_at_most_its_stated_overhead(tmp_path):
         assert peak < 1.15 * stated + (2 << 20), (name, rest, peak >> 20, stated >> 20)
 
 
-def make_case(folder, shape, channels):
+PASSES = r"""
+import os
+import torch
+from tests.helper import anonymous
+from unet_ray.machine import keep_freed_memory
+from unet_ray.network.arithmetic import pass_bytes
+from unet_ray.network.unet import UNet
+from unet_ray.segmentation.memory import network_size
+
+torch.set_num_threads(1)
+keep_freed_memory()
+network = UNet(1, 2, 4, 4)
+for precision, y in (("bfloat16", 540), ("float32", 700)):
+    dtype = getattr(torch, precision)
+    folded = network.folded().to(dtype).to(memory_format=torch.channels_last)
+    image = torch.rand(1, 1, y, y + 160).to(dtype)
+    before = anonymous(os.getpid())
+    with torch.inference_mode():
+        for _ in range(2):
+            folded(image).float().softmax(1)
+    needs = pass_bytes(network_size(network, precision), (1, y, y + 160))
+    print(precision, anonymous(os.getpid()) - before, needs)
+"""
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("limits", [{}, AVX2], ids=["this-machine", "AVX2"])
+def test_passes_stay_under_the_plan_on_every_processor(limits):
+    command, environment = [sys.executable, "-c", PASSES], {**os.environ, **limits}
+    passes = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    for line in passes.stdout.splitlines():
+        precision, grown, needs = line.split()
+        assert int(grown) < ALLOCATOR_FACTOR * int(needs) + (16 << 20), (precision, grown, needs)
+
+
+def make_case(folder, shape, channels, depth=4):
     """A volume of noise written slab by slab, and a random model."""
     volume = zarr.create_array(
         folder / "volume.zarr", shape=shape, chunks=(16, 256, 256), dtype="uint8"
@@ -319,7 +375,7 @@ def make_case(folder, shape, channels):
     noise = np.random.default_rng(0).integers(0, 255, (16, *shape[1:]), dtype=np.uint8)
     for z in range(0, shape[0], 16):
         volume[z : z + 16] = noise[: shape[0] - z]
-    network = UNet(1, 2, channels)
+    network = UNet(1, 2, channels, depth)
     header = ModelHeader(architecture_of(network), [0, 255], {"method": "mean-std"})
     write_model(folder / "model.safetensors", network, header)
     return folder / "volume.zarr", folder / "model.safetensors"
@@ -353,6 +409,24 @@ def test_peak_memory_does_not_grow_with_the_volume(tmp_path, engine, channels):
     slices = 480 if channels == 4 else 192
     second = check_peak(large, (slices, 2048, 2048), channels, engine)
     assert second <= 1.05 * first
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("limits", [{}, AVX2], ids=["this-machine", "AVX2"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("depth", "channels"), [(2, 4), (2, 16), (3, 8), (4, 2), (4, 4), (4, 12)])
+def test_a_worker_on_ray_stays_under_the_plan_on_every_processor(
+    tmp_path, depth, channels, precision, limits
+):
+    volume, model = make_case(tmp_path, (16, 1300, 2200), channels, depth)
+    settings = Settings(engine="ray", precision=precision)
+    planned = plan(volume, model, settings).worker_memory
+    given = [volume, "--model", model, "--out", tmp_path / "out.zarr", "--precision", precision]
+    peak = measured_peak(given, "ray", limits)
+    print(f"depth {depth}, {channels} channels, {precision}, {limits}: {peak / planned:.2f}")
+    assert 0.6 <= peak / planned <= 1.0
 
 
 @pytest.mark.parametrize(("chunk", "named"), [((1, 40, 44), False), ((64, 4096, 4096), True)])

@@ -28,7 +28,7 @@ NAME_WIDTH = 8  # characters
 
 def describe(outlook: Outlook, settings: Settings) -> str:
     """Text report of the tiles, the memory and the engine."""
-    volume, memory = outlook.volume, outlook.memory
+    volume, memory = outlook.volume, outlook.memory.on("ray")
     in_flight = f", {outlook.in_flight} tiles in flight" if outlook.in_flight > 1 else ""
     parts = ", ".join(
         f"{name} {format_bytes(count)}"
@@ -52,7 +52,8 @@ def describe(outlook: Outlook, settings: Settings) -> str:
         ),
         (
             "memory",
-            f"{format_bytes(outlook.worker_memory)} per worker ({parts}, allocator){in_flight}",
+            f"{format_bytes(outlook.worker_memory)} per worker on Ray "
+            f"({parts}, allocator){in_flight}",
         ),
         *_helper_rows(outlook),
         (

@@ -72,7 +72,8 @@ class Outlook:
         engine: the engine that runs the tiles.
         workers: number of tiles computed in parallel.
         in_flight: tiles in flight per worker; 1 on a CPU.
-        worker_memory: bytes of one worker, with all its tiles in flight.
+        worker_memory: bytes of one worker on Ray, with all its tiles in flight. The local engine
+            needs less, since its workers share the process that starts the run.
         helper_memory: bytes of each process that reads or writes for a GPU of a cluster; 0 if there
             are none.
         precision, device: number format and device of the network.
@@ -167,7 +168,8 @@ def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -
         engine=settings.engine,
         workers=workers,
         in_flight=in_flight(memory, device, settings),
-        worker_memory=process_bytes(memory, device, replace(settings, workers=1)),
+        # A plan made here must hold where Ray runs it, too.
+        worker_memory=process_bytes(memory.on("ray"), device, replace(settings, workers=1)),
         helper_memory=helper_bytes(memory, device, settings),
         precision=precision,
         device=device,
