@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.s3 import bucket  # noqa: F401, a fixture
+from tests.s3 import bucket, faulty, moto_bucket  # noqa: F401, fixtures
 from unet_ray.storage import places
 
 # Ray reads these at import, and its workers inherit them, so they are set before any test file.

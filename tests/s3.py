@@ -172,15 +172,44 @@ def serving():
         thread.join()
 
 
+@pytest.fixture(scope="session")
+def moto_bucket():
+    """The bucket of moto's server, which starts once."""
+    from tests.moto_s3 import serving_moto  # slow to import
+
+    with serving_moto() as bucket:
+        yield bucket
+
+
 @pytest.fixture
-def bucket(monkeypatch):
-    """An object store at s3://bucket, only for this test."""
+def faulty(monkeypatch):
+    """Our object store at s3://bucket, with faults on demand, only for this test."""
+    with serving() as (bucket, environment):
+        bucket.environment = environment
+        with _at_hand(bucket, monkeypatch):
+            yield bucket
+
+
+@pytest.fixture(params=["ours", "moto"])
+def bucket(request, monkeypatch):
+    """An empty object store at s3://bucket: ours, and an independent one."""
+    if request.param == "ours":
+        yield request.getfixturevalue("faulty")
+        return
+    bucket = request.getfixturevalue("moto_bucket")
+    bucket.objects.clear()
+    bucket.puts.clear()
+    with _at_hand(bucket, monkeypatch):
+        yield bucket
+
+
+@contextmanager
+def _at_hand(bucket, monkeypatch):
+    """Lets the clients of this process use a bucket."""
     from unet_ray.storage import objects
 
-    with serving() as (bucket, environment):
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        objects.client_of.cache_clear()
-        bucket.environment = environment
-        yield bucket
-        objects.client_of.cache_clear()
+    for name, value in bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    objects.client_of.cache_clear()
+    yield
+    objects.client_of.cache_clear()

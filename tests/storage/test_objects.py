@@ -36,6 +36,8 @@ from unet_ray.volumes.opening import open_volume
 ROOT = Path(__file__).parents[2]
 OUT = "s3://bucket/lab/out.zarr"
 TILES = 24
+# A disk, and each server of a bucket.
+PLACES = [("out.zarr", "ours"), (OUT, "ours"), (OUT, "moto")]
 
 
 def stored(bucket, out=OUT):
@@ -86,7 +88,9 @@ def test_ray_writes_the_same_bytes_to_a_bucket(task, bucket):
     assert not [name for name in bucket.objects if f"{PRIVATE}/marks" in name]
 
 
-@pytest.mark.parametrize("number", [3, 11])
+@pytest.mark.parametrize(
+    ("bucket", "number"), [("ours", 3), ("ours", 11), ("moto", 3)], indirect=["bucket"]
+)
 def test_a_killed_run_resumes_and_writes_nothing_twice(task, bucket, number):
     volume, model, whole = task
     with process(task, bucket) as started:
@@ -135,14 +139,14 @@ def test_a_run_that_is_forced_out_stops(bucket, monkeypatch):
         assert third.epoch == 3
 
 
-def test_a_lost_response_of_a_put_does_not_refuse_the_lease(bucket):
+def test_a_lost_response_of_a_put_does_not_refuse_the_lease(faulty):
     private = place_of(OUT) / PRIVATE
     with Lease(private):
         pass
     probe = ObjectPath.put_if
 
     def losing(path, data, tag):
-        bucket.lost = 1 if path.name == "lease.json" else 0
+        faulty.lost = 1 if path.name == "lease.json" else 0
         return probe(path, data, tag)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -153,11 +157,11 @@ def test_a_lost_response_of_a_put_does_not_refuse_the_lease(bucket):
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_a_lost_response_during_the_test_of_a_store_does_not_refuse_it(bucket, number):
+def test_a_lost_response_during_the_test_of_a_store_does_not_refuse_it(faulty, number):
     probe, calls = ObjectPath.put_if, itertools.count()
 
     def losing(path, data, tag):
-        bucket.lost = 1 if next(calls) == number else 0
+        faulty.lost = 1 if next(calls) == number else 0
         return probe(path, data, tag)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -179,29 +183,29 @@ def test_a_conditional_put_sends_tag_and_version(monkeypatch):
     assert modes == ["create", {"e_tag": '"a"', "version": "17"}]
 
 
-def test_a_store_without_conditional_puts_is_refused_before_anything_is_written(task, bucket):
+def test_a_store_without_conditional_puts_is_refused_before_anything_is_written(task, faulty):
     volume, model, _ = task
-    bucket.deaf = True
+    faulty.deaf = True
     with pytest.raises(InputError, match="does not honour conditional puts"):
         segment(volume, model, OUT, TILED)
-    assert bucket.objects == {}
+    assert faulty.objects == {}
 
 
 @pytest.mark.parametrize(("how", "words"), [("denied", "access denied"), ("full", "507")])
-def test_a_full_or_read_only_store_ends_the_run_at_once(task, bucket, how, words):
+def test_a_full_or_read_only_store_ends_the_run_at_once(task, faulty, how, words):
     volume, model, whole = task
-    setattr(bucket, how, "/0/c/0/1")
+    setattr(faulty, how, "/0/c/0/1")
     with pytest.raises(RunError, match=rf"{words} .* tiles are done and stay"):
         segment(volume, model, OUT, dataclasses.replace(TILED, workers=1))
     assert len([e for e in read_events(place_of(OUT) / EVENTS) if e["event"] == "failed"]) == 1
-    setattr(bucket, how, None)
+    setattr(faulty, how, None)
     segment(volume, model, OUT, TILED)
-    assert stored(bucket) == bytes_of(whole)
+    assert stored(faulty) == bytes_of(whole)
 
 
-def test_a_store_that_denies_access_is_refused(task, bucket):
+def test_a_store_that_denies_access_is_refused(task, faulty):
     volume, model, _ = task
-    bucket.denied = "."
+    faulty.denied = "."
     with pytest.raises(InputError, match=r"cannot be used .*AWS_ACCESS_KEY_ID"):
         segment(volume, model, OUT, TILED)
 
@@ -242,7 +246,7 @@ def test_a_run_recreates_a_store_whose_creation_was_killed(task, bucket):
     assert stored(bucket) == bytes_of(whole)
 
 
-@pytest.mark.parametrize("out", [OUT, "out.zarr"])
+@pytest.mark.parametrize(("out", "bucket"), PLACES, indirect=["bucket"])
 def test_two_runs_that_create_one_store_are_ordered_by_the_lease(
     task, bucket, tmp_path, monkeypatch, out
 ):
@@ -415,11 +419,13 @@ def other_bytes(task, tmp_path_factory):
 
 # The lease is checked before each step: the ledger, the old root, the old arrays (on a disk also
 # the log and marks), five metadata files, and the shards of the tiles.
-STEPS = [(out, "hold", n + 1) for out, steps in (("out.zarr", 11), (OUT, 8)) for n in range(steps)]
-STEPS += [(out, "look", n) for out in ("out.zarr", OUT) for n in (1, 20)]
+STEPS = [("out.zarr", "ours", "hold", n + 1) for n in range(11)]
+STEPS += [(OUT, "ours", "hold", n + 1) for n in range(8)]
+STEPS += [(OUT, "moto", "hold", n) for n in (1, 4, 8)]
+STEPS += [(*place, "look", n) for place in PLACES for n in (1, 20)]
 
 
-@pytest.mark.parametrize(("out", "method", "number"), STEPS)
+@pytest.mark.parametrize(("out", "bucket", "method", "number"), STEPS, indirect=["bucket"])
 def test_a_run_that_recreates_a_store_can_lose_its_lease_at_every_step(
     task, other_bytes, bucket, tmp_path, monkeypatch, out, method, number
 ):
@@ -442,7 +448,7 @@ def test_a_run_that_recreates_a_store_can_lose_its_lease_at_every_step(
     assert events == ["start", *["tile"] * TILES, "end"]
 
 
-@pytest.mark.parametrize("out", [OUT, "out.zarr"])
+@pytest.mark.parametrize(("out", "bucket"), PLACES, indirect=["bucket"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RunError("tiles hang")])
 def test_a_run_that_lost_its_lease_adds_nothing_to_the_log_of_the_next(
     task, bucket, tmp_path, monkeypatch, out, error
@@ -461,7 +467,7 @@ def test_a_run_that_lost_its_lease_adds_nothing_to_the_log_of_the_next(
     assert events == ["start", *["tile"] * TILES, "end"]
 
 
-@pytest.mark.parametrize("out", [OUT, "out.zarr"])
+@pytest.mark.parametrize(("out", "bucket"), PLACES, indirect=["bucket"])
 def test_another_run_replaces_a_store_without_any_work(
     task, other_bytes, bucket, tmp_path, monkeypatch, out
 ):
