@@ -876,7 +876,10 @@ def large(tmp_path, monkeypatch):
     parts = {
         "format": 1,
         "model": {"sha256": "0" * 64, "architecture": {}, "training": {}, "class_values": [0, 255]},
-        "input": {"name": "big", "kind": "zarr", "shape": [1, *plan.shape], "dtype": "uint8"},
+        "input": {
+            **{"name": "big", "kind": "zarr", "shape": [1, *plan.shape], "dtype": "uint8"},
+            **{"sampled_sha256": "0" * 64, "channel": None, "time": 0, "level": 0},
+        },
         "outputs": ["probabilities", "classes"],
         "plan": dataclasses.asdict(plan),
         "normalisation": {"mean": [1.0], "sd": [1.0]},
