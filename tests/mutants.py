@@ -46,6 +46,10 @@ TESTS = {
     "storage/inspection.py": "tests/storage/test_stores.py",
     "storage/stores.py": "tests/storage/test_stores.py",
     "storage/lease.py": "tests/storage/test_lease.py",
+    "storage/audit.py": "tests/segmentation/test_verification.py",
+    "storage/provenance.py": "tests/segmentation/test_changes.py",
+    "volumes/fingerprint.py": "tests/segmentation/test_changes.py",
+    "segmentation/run.py": "tests/segmentation/test_changes.py",
     "scores/overlaps.py": "tests/scores/test_overlaps.py tests/scores/test_metrics.py",
     "scores/thinning.py": "tests/scores/test_thinning.py",
     "scores/warping.py": "tests/scores/test_warping.py",
@@ -207,7 +211,7 @@ MUTANTS = [
     Mutant("storage/marks.py", "int(run_folder.name) < epoch:", "int(run_folder.name) <= epoch:"),
     Mutant(
         "storage/events.py",
-        "if file.tell() and not self._ends_with_newline(self._path):",
+        "if file.tell() and not cls._ends_with_newline(path):",
         "if False:",
     ),
     Mutant("storage/places.py", "os.fsync(file.fileno())", "pass"),
@@ -235,10 +239,29 @@ MUTANTS = [
     Mutant("storage/stores.py", '"write_empty_chunks": True', '"write_empty_chunks": False'),
     Mutant(
         "storage/stores.py",
-        "if (array.shape[-3:], (array.shards or ())[-3:]) != (plan.shape, plan.core):",
-        "if array.shape[-3:] != plan.shape:",
+        "if layout != (np.uint8, plan.shape, plan.core):",
+        "if layout[:2] != (np.uint8, plan.shape):",
     ),
-    Mutant("storage/stores.py", "if not shard.is_file():", "if False:"),
+    Mutant(
+        "storage/stores.py", 'damage = "" if stat_of(shard).size else "is empty"', 'damage = ""'
+    ),
+    Mutant("storage/ledger.py", "if packed > len(content):", "if False:"),
+    Mutant(
+        "storage/ledger.py",
+        "decompress(content[:packed], size + 1)",
+        "decompress(content[:packed])",
+    ),
+    Mutant("storage/ledger.py", "and first + bits <= tiles", "and first <= tiles"),
+    Mutant("storage/ledger.py", 'hexdigest() == record["sha256"]', 'hexdigest() != ""'),
+    Mutant(
+        "storage/audit.py", "if self.is_foreign(name, tile, self.decode(name, tile)):", "if False:"
+    ),
+    Mutant("storage/audit.py", "recorded.json else ()", "False else ()"),
+    Mutant("storage/provenance.py", "if own != original:", "if False:"),
+    Mutant("volumes/fingerprint.py", "stat.modified_ns > self.modified_ns", "False"),
+    Mutant("volumes/fingerprint.py", "if stat != recorded and", "if not recorded and"),
+    Mutant("segmentation/run.py", "if sha256 != run.provenance.model_sha256:", "if False:"),
+    Mutant("segmentation/run.py", "len(self.plan)) & ~present", "len(self.plan)) & False"),
     Mutant(
         "storage/lease.py",
         'notice = "" if owner and owner.released else',

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unet_ray.errors import LostError, RunError
+from unet_ray.errors import DamageError, LostError, RunError
 from unet_ray.storage import ledger as ledger_module
 from unet_ray.storage.ledger import (
     STATES,
@@ -374,13 +374,13 @@ def test_a_segment_with_a_valid_checksum_and_invalid_content_is_damaged(folder, 
 
 def test_a_segment_that_inflates_without_end_is_damaged(folder):
     folder.mkdir(parents=True)
-    packed = zlib.compress(bytes(10**8), 9)
+    packed = zlib.compress(bytes(5_000_000), 9)  # small enough to be read
     data = json.dumps(HEADER | {"packed": len(packed)}).encode() + b"\n" + packed
     path = folder / "00000001-00000001.committed"
     path.write_bytes(data + zlib.crc32(data).to_bytes(4, "little"))
     tracemalloc.start()
     assert ledger_module.damaged(folder, TILES) == [path]
-    assert tracemalloc.get_traced_memory()[1] < 10**7
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
 
 
@@ -412,3 +412,7 @@ def test_the_ledger_records_the_provenance_of_the_newest_store(folder):
     for epoch in (1, 2):
         ledger_module.begin(folder, epoch, {"epoch": epoch})
         assert ledger_module.recorded_provenance(folder) == {"epoch": epoch}
+    record = folder / "00000002.born"
+    record.write_bytes(record.read_bytes().replace(b": 2", b": 3"))
+    with pytest.raises(DamageError, match=rf"{record}: is damaged"):
+        ledger_module.recorded_provenance(folder)
