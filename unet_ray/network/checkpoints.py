@@ -116,7 +116,8 @@ def _read_bytes(path: Path) -> bytes:
             raise InputError(
                 f"{path}: no such model file; pass a RUN folder or a .safetensors file."
             )
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            return file.read()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({reason(error)}).") from error
 
