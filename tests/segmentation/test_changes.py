@@ -10,16 +10,27 @@ import pytest
 import tifffile
 import zarr
 
-from tests.helper import TILED, bytes_of, noise, random_model, write_stack
+from tests.helper import (
+    TILED,
+    StoppedError,
+    bytes_of,
+    classes_of,
+    noise,
+    random_model,
+    stop_after,
+    write_stack,
+)
 from unet_ray.errors import ChangedError, InputError, RunError
 from unet_ray.segmentation import execution, preparation
 from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.verification import verify
 from unet_ray.storage.events import read_events
-from unet_ray.storage.layout import EVENTS, LEDGER
-from unet_ray.storage.ledger import checksums
+from unet_ray.storage.layout import EVENTS, LEDGER, marks_of
+from unet_ray.storage.ledger import begin, checksums
+from unet_ray.storage.marks import Mark, Marks
 from unet_ray.volumes import ome_zarr
 from unet_ray.volumes.opening import open_volume
+from unet_ray.volumes.volume import Volume
 
 IMAGE, OTHER = noise((3, 61, 75)), noise((3, 61, 75), seed=1)
 ENGINES = ["local", pytest.param("ray", marks=pytest.mark.ray)]
@@ -61,12 +72,22 @@ def file(source, kind):
     return source / LAST_FILE[kind]
 
 
-def replace_file(file, kind, folder):
-    """Replaces a file of the input by one of another image; returns a function that undoes it."""
+def replace_file(file, kind, folder, how="new"):
+    """Replaces a file of the input by one of another image; returns a function that undoes it.
+
+    Args:
+        file: the file.
+        kind: of the input.
+        folder: for the other image and the replaced file.
+        how: ``new`` or ``old``: modification time of the file in its place; or ``gone``: none.
+    """
     other = WRITERS[kind](folder / "other", OTHER) / LAST_FILE[kind]
     kept = folder / "kept"
     shutil.move(file, kept)
-    shutil.copyfile(other, file)
+    if how != "gone":
+        shutil.copyfile(other, file)
+    if how == "old":
+        os.utime(file, ns=(1, 1))
     return lambda: os.replace(kept, file)
 
 
@@ -89,13 +110,16 @@ def test_a_model_that_is_replaced_stops_the_run(tmp_path, model, engine, request
     assert checksums(run.out / LEDGER, len(run.plan)).any(axis=1).all()
 
 
-def test_an_input_that_is_replaced_stops_the_run(tmp_path, model, source, file, kind):
+@pytest.mark.parametrize(
+    "kind, how", [(k, h) for k in WRITERS for h in ("new", "old")] + [("zarr", "gone")]
+)
+def test_an_input_that_is_replaced_stops_the_run(tmp_path, model, source, file, kind, how):
     whole = bytes_of(segment(source, model, tmp_path / "whole.zarr", TILED))
     undo = []
 
     def watch(progress):
         if progress.done == 4 and not undo:
-            undo.append(replace_file(file, kind, tmp_path))
+            undo.append(replace_file(file, kind, tmp_path, how))
 
     settings = dataclasses.replace(TILED, workers=1)
     out = tmp_path / "out.zarr"
@@ -117,6 +141,33 @@ def test_a_new_worker_compares_its_input(tmp_path, model, source, file, kind):
     with pytest.raises(RunError, match="has changed since this run began"):
         execution.execute(run, settings, print)
     assert not verify(run.out, tiles=0).sound or verify(run.out, tiles=0).tiles < 24
+
+
+def test_a_file_that_is_replaced_before_it_is_pinned_is_opened_again(tmp_path, model, monkeypatch):
+    source = write_stack(tmp_path / "volume.tif", IMAGE)
+    other = tmp_path / "other.tif"
+    write_stack(other, OTHER, description="voxels start at another offset " * 9)
+    whole = classes_of(segment(other, model, tmp_path / "whole.zarr", TILED))
+    pin = Volume.pin
+
+    def late(volume):
+        os.replace(other, source)
+        pin(volume)
+
+    monkeypatch.setattr(Volume, "pin", late)
+    out = segment(source, model, tmp_path / "out.zarr", TILED)
+    np.testing.assert_array_equal(classes_of(out), whole)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_slice_that_is_added_stops_new_workers(tmp_path, model):
+    source = write_folder(tmp_path / "volume", IMAGE)
+    settings = dataclasses.replace(TILED, engine="ray")
+    run = preparation.prepare(source, model, tmp_path / "out.zarr", settings)
+    tifffile.imwrite(source / "3.tif", IMAGE[0])
+    with pytest.raises(ChangedError, match="has changed since it was opened: it had 3 slices"):
+        execution.execute(run, settings, print)
 
 
 def test_an_older_file_that_replaces_a_slice_is_a_change(tmp_path):
@@ -234,6 +285,64 @@ def test_a_finished_store_without_metadata_is_refused(tmp_path, task, name):
         segment(source, model, out, TILED)
     assert verify(out, tiles=0, repair=True).sound
     assert bytes_of(out) == bytes_of(whole)
+
+
+def test_an_empty_shard_is_computed_again(tmp_path, task):
+    source, model, whole = task
+    out = tmp_path / "out.zarr"
+    shutil.copytree(whole, out)
+    (out / "0/c/0/1/0/2").write_bytes(b"")
+    segment(source, model, out, TILED)
+    assert bytes_of(out) == bytes_of(whole)
+
+
+def test_a_marked_tile_without_its_shard_is_computed(tmp_path, task):
+    source, model, whole = task
+    out = tmp_path / "out.zarr"
+    shutil.copytree(whole, out)
+    for ledger_segment in (out / LEDGER).glob("*.committed"):
+        ledger_segment.unlink()
+    (out / marks_of("segment") / "1").mkdir(parents=True, exist_ok=True)
+    for tile in range(24):
+        Marks(out / marks_of("segment") / "1" / "0").add(Mark(tile, "done"))
+    (out / "0/c/0/1/0/2").unlink()
+    segment(source, model, out, TILED)
+    assert bytes_of(out) == bytes_of(whole)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}}},
+        {"fill_value": 7},
+        {"codecs": []},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_edited_metadata_of_an_array_are_refused(tmp_path, task, change, finished):
+    source, model, whole = task
+    out = tmp_path / "out.zarr"
+    if finished:
+        shutil.copytree(whole, out)
+    else:
+        with pytest.raises(StoppedError):
+            segment(source, model, out, TILED, stop_after(4))
+    path = out / "0/zarr.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(RunError, match=rf"{path}: (differs in '{next(iter(change))}'|is missing)"):
+        segment(source, model, out, TILED)
+    assert verify(out, tiles=0, repair=True).sound
+    assert bytes_of(segment(source, model, out, TILED)) == bytes_of(whole)
+
+
+def test_an_overwrite_that_was_killed_at_its_start_is_not_an_edit(tmp_path, task):
+    source, model, whole = task
+    out = tmp_path / "out.zarr"
+    shutil.copytree(whole, out)
+    begin(out / LEDGER, 5, {"model": "another"})
+    assert bytes_of(segment(source, model, out, TILED)) == bytes_of(whole)
+    assert verify(out, tiles=0).sound
 
 
 def test_segment_refuses_an_edited_provenance(tmp_path, task):

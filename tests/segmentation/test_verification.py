@@ -496,7 +496,7 @@ def test_tiles_are_not_recomputed_from_the_provenance_of_another_run(store, key)
     assert verdict.refusal and not verdict.recomputed and not verdict.sound
     [sentence] = verify(store, tiles=0).damage
     assert sentence.startswith(f"{store / 'zarr.json'}: its {key} was changed from ")
-    assert sentence.endswith(" to strange after the run began.")
+    assert sentence.endswith(" to 'strange' after the run began.")
 
 
 def test_a_copy_without_hidden_files_is_damaged(store):

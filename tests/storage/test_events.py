@@ -1,12 +1,14 @@
 """The event log: appended lines, and a reader that skips truncated ones."""
 
 import json
+import os
 import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unet_ray.errors import RunError
 from unet_ray.storage import events
 from unet_ray.storage.events import EventLog, measured, read_events
 
@@ -135,3 +137,10 @@ def test_numbers_within_the_bounds_are_measured():
     assert [measured(v) for v in (0, 2.5, 4e9)] == [0.0, 2.5, 4e9]
     assert measured(-3, low=-4) == -3.0
     assert measured(5e9, high=5e9) == 5e9
+
+
+def test_a_pipe_in_place_of_the_log_is_refused(tmp_path):
+    path = tmp_path / "events.jsonl"
+    os.mkfifo(path)
+    with pytest.raises(RunError, match=f"{path}: is not a file"):
+        EventLog(path).add("start")

@@ -407,6 +407,27 @@ def test_a_segment_that_is_a_link_to_a_device_is_named(folder):
         committed(folder, TILES)
 
 
+def test_segments_and_records_of_older_versions_are_read(folder):
+    folder.mkdir(parents=True)
+    (folder / "00000001.born").touch()
+    header = {"format": 1, "tiles": TILES, "first": 2, "bits": 3}
+    packed = zlib.compress(np.packbits(np.ones(3, bool)).tobytes(), 1)
+    data = json.dumps(header).encode() + b"\n" + packed
+    path = folder / "00000001-00000001.committed"
+    path.write_bytes(data + zlib.crc32(data).to_bytes(4, "little"))
+    assert numbers_of(committed(folder, TILES)) == [2, 3, 4]
+    assert not checksums(folder, TILES).any()
+    assert ledger_module.recorded_provenance(folder) == {}
+
+
+def test_a_merge_reads_a_bounded_number_of_tiles(folder, unbuffered, monkeypatch):
+    monkeypatch.setattr(ledger_module, "MERGED_TILES", 5)
+    commit_and_kill(folder, *range(12))
+    with Ledger(folder, TILES):
+        assert len([*folder.glob("*.committed")]) == 12 - 6 + 1
+    assert numbers_of(committed(folder, TILES)) == [*range(12)]
+
+
 def test_the_ledger_records_the_provenance_of_the_newest_store(folder):
     assert ledger_module.recorded_provenance(folder) == {}
     for epoch in (1, 2):

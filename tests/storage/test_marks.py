@@ -82,7 +82,8 @@ def test_the_next_run_reads_the_tiles_done_since_the_store_was_created(kind, tmp
 
 
 @pytest.mark.parametrize(
-    "line", ['["7", "done"]', '[7, "done", 1, 1, "zz"]', '[7, "done", 1, 1, 8]']
+    "line",
+    ['["7", "done"]', '[7, "done", 1, 1, 1234]', '[7, "done", 1, 1, "zz"]', '[7, "done", 1, 1, 8]'],
 )
 def test_marks_with_an_invalid_tile_or_checksum_are_ignored(tmp_path, line):
     (tmp_path / "3").mkdir()

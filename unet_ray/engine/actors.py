@@ -23,6 +23,7 @@ from unet_ray.engine.guard import Guard, is_suspect, limit_restarts
 from unet_ray.engine.parcels import packed, receipts, unpacked
 from unet_ray.engine.stages import STEPS, Receipt, Stage, Step, TileState
 from unet_ray.engine.threads import worker_of
+from unet_ray.errors import UnetRayError
 from unet_ray.storage.marks import Marks
 
 
@@ -32,8 +33,12 @@ class TileActor:
     steps: ClassVar[tuple[Step, ...]] = STEPS
 
     def __init__(self, stage: Stage) -> None:
-        with limit_restarts(stage.marks, _actor_name()) if stage.marks else nullcontext():
-            self._worker = worker_of(stage, self.steps)
+        self._refusal: UnetRayError | None = None
+        try:
+            with limit_restarts(stage.marks, _actor_name()) if stage.marks else nullcontext():
+                self._worker = worker_of(stage, self.steps)
+        except UnetRayError as error:  # if it left this constructor, Ray would print its own traces
+            self._refusal = error
         self._guard = Guard(stage.marks, self.steps, stage.deadline) if stage.marks else None
         self._predict_lock: AbstractContextManager[Any] = nullcontext()
 
@@ -63,6 +68,8 @@ class TileActor:
         return self.steps[-1] == STEPS[-1]
 
     def _process(self, tile: TileState, marks: Marks | None) -> TileState:
+        if self._refusal:
+            return TileState(Receipt(tile.receipt.tile, 0.0, str(self._refusal), "", "refused"))
         run = partial(self._run_steps, tile)
         return self._guard.run(tile.receipt.tile, marks, run) if self._guard and marks else run()
 

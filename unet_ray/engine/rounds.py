@@ -167,15 +167,15 @@ class Rounds:
         self,
         requested: NDArray[np.bool_],
         skipped: NDArray[np.bool_],
-        lost: NDArray[np.bool_] | None = None,
+        absent: NDArray[np.bool_] | None = None,
         **facts: Any,
     ) -> int:
-        """Processes all requested tiles that are not committed, or that are lost.
+        """Processes all requested tiles that are not committed, or whose results are absent.
 
         Args:
             requested: bits of the requested tiles, (tiles,).
             skipped: bits of the tiles that a mask excludes, (tiles,).
-            lost: bits of the committed tiles whose results no longer exist, (tiles,).
+            absent: bits of the tiles whose results do not exist, (tiles,); None if unknown.
             facts: of this run, for the event log.
 
         Returns:
@@ -192,7 +192,7 @@ class Rounds:
         with Ledger(folder, len(self._plan), self._lease.epoch) as ledger:
             self._ledger = ledger
             try:
-                return self._run(requested, skipped, lost, facts)
+                return self._run(requested, skipped, absent, facts)
             finally:
                 with suppress(LostError):  # the log now belongs to another run
                     self._log.flush()
@@ -201,15 +201,15 @@ class Rounds:
         self,
         requested: NDArray[np.bool_],
         skipped: NDArray[np.bool_],
-        lost: NDArray[np.bool_] | None,
+        absent: NDArray[np.bool_] | None,
         facts: dict[str, Any],
     ) -> int:
         self._lease.check(now=True)
         self._commit_marked()
         self._ledger.skip(skipped, requested)
         missing = requested & ~self._ledger.committed
-        if lost is not None:
-            missing |= requested & lost
+        if absent is not None:
+            missing |= requested & absent
         total, left = int(requested.sum()), int(missing.sum())
         workers = cluster.side_by_side(
             self._stage.device, self._engine, self._workers, self._stage.memory
@@ -283,6 +283,9 @@ class Rounds:
         if receipt.verdict == "changed":
             self._ledger.flush()
             raise ChangedError(f"{self._out}: tile {tile} ({box}): {error}")
+        if receipt.verdict == "refused":
+            self._ledger.flush()
+            raise RunError(receipt.error)
         if receipt.verdict == "broken":
             raise RunError(
                 f"{self._out}: tile {tile} ({box}): {error}; this process can no longer use the "

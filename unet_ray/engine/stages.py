@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from unet_ray.storage.places import Place
 
-Verdict = Literal["again", "alone", "never", "stop", "changed", "broken"]
+Verdict = Literal["again", "alone", "never", "stop", "changed", "refused", "broken"]
 Step = Literal["read", "predict", "write"]
 STEPS: tuple[Step, ...] = ("read", "predict", "write")
 
@@ -29,7 +29,8 @@ class Receipt:
         verdict: what to do after a failure. ``again``: retry. ``alone``: retry while no other tile
             uses the machine's memory. ``never``: give up this tile. ``stop``: end the run, since
             other tiles would fail too. ``changed``: end the run, since its input has changed.
-            ``broken``: end this process, since its GPU has failed.
+            ``refused``: end the run, since a worker cannot be made. ``broken``: end this process,
+            since its GPU has failed.
         memory: anonymous bytes of the process when the tile was done; 0 if unknown.
         room: bytes available to the process when memory ran out; 0 if unknown, or if the failure
             had another cause.

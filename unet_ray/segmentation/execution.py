@@ -32,7 +32,7 @@ from unet_ray.segmentation.run import Segmentation, refuse_difference
 from unet_ray.segmentation.settings import Settings
 from unet_ray.storage.layout import LEDGER, PRIVATE, SEGMENT, StoreLayout
 from unet_ray.storage.lease import Lease
-from unet_ray.storage.ledger import begin, newest
+from unet_ray.storage.ledger import begin, committed, newest
 from unet_ray.storage.places import remove_partial
 from unet_ray.storage.stores import Store, create_store, remove_deleted
 from unet_ray.units import format_bytes, warn
@@ -58,7 +58,7 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
     """
     request = wanted_tiles(run, settings)
     if run.resumed and not pending_tiles(run, request).any():
-        Store(run.out, run.outputs).require_plan(run.plan)
+        _require_metadata(run)
         return 0  # without a lease, so a finished store stays unchanged
     try:
         with Lease(run.out / PRIVATE, settings.takeover, after=newest(run.out / LEDGER)) as lease:
@@ -111,14 +111,16 @@ def _execute(
         partial(_memory_remedy, run),
     )
     mask = {"mask": run.mask.path} if run.mask else {}
-    lost = request.tiles & run.lost if run.resumed else None
-    if lost is not None and lost.any():
-        count = int(lost.sum())
-        warn(f"{run.out}: {count} committed tiles lack a shard and are computed again.")
+    # Seen under the lease. A worker may also have marked a tile as done whose shard is gone.
+    absent = ~Store(run.out, run.outputs).present(run.plan) if run.resumed else None
+    if absent is not None:
+        lost = request.tiles & absent & committed(run.out / LEDGER, len(run.plan))
+        if count := int(lost.sum()):
+            warn(f"{run.out}: {count} committed tiles lack a shard and are computed again.")
     return rounds.run(
         request.tiles,
         request.skipped,
-        lost,
+        absent,
         input=run.volume.path,
         model=str(run.model.absolute()),
         **mask,
@@ -159,8 +161,20 @@ def _open_store(run: Segmentation, settings: Settings, lease: Lease) -> None:
         with lease.fence.hold():
             # From now on no tile counts as committed.
             begin(run.out / LEDGER, lease.epoch, run.provenance.json)
-        layout = StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)
-        create_store(run.out, layout, run.provenance, lease.fence.hold)
+        create_store(run.out, _layout(run), run.provenance, lease.fence.hold)
     else:  # another run may have created it since this one was prepared
         refuse_difference(run.out, stored, run.provenance)
-    Store(run.out, run.outputs).require_plan(run.plan)
+    _require_metadata(run)
+
+
+def _require_metadata(run: Segmentation) -> None:
+    """Checks the metadata of the store, which decide where and how shards are written.
+
+    Raises:
+        RunError: if a metadata file is missing or differs from that of a new store; names it.
+    """
+    Store(run.out, run.outputs).require_metadata(_layout(run), run.provenance)
+
+
+def _layout(run: Segmentation) -> StoreLayout:
+    return StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)

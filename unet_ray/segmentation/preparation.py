@@ -71,7 +71,6 @@ def prepare(
     """
     _refuse_image_name(str(out))
     volume, network, header, model_sha256 = open_inputs(source, model, settings)
-    volume.pin()  # before anything is measured in it
     path = place_of(out)
     if isinstance(path, Path):
         refuse_below_file(path)
@@ -272,8 +271,8 @@ def pending_tiles(run: Segmentation, request: Request) -> NDArray[np.bool_]:
     """True for each tile that must still be computed, or recorded as skipped, (tiles,).
 
     Raises:
-        RunError: see `Segmentation.lost`.
+        RunError: see `Segmentation.absent`.
     """
-    done = committed(run.out / LEDGER, len(run.plan)) & ~run.lost
+    done = committed(run.out / LEDGER, len(run.plan)) & ~run.absent
     recorded = skipped(run.out / LEDGER, len(run.plan)) if request.skipped.any() else done
     return (request.tiles & ~done) | (request.skipped & ~done & ~recorded)

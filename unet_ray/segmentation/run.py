@@ -25,9 +25,7 @@ from unet_ray.network.prediction import (
     instructions,
 )
 from unet_ray.segmentation.memory import WorkerMemory
-from unet_ray.storage.layout import LEDGER
 from unet_ray.storage.lease import Fence
-from unet_ray.storage.ledger import committed
 from unet_ray.storage.places import Place
 from unet_ray.storage.provenance import KIND, Provenance
 from unet_ray.storage.stores import Store
@@ -79,14 +77,13 @@ class Segmentation:
     fence: Fence | None = None
 
     @cached_property
-    def lost(self) -> NDArray[np.bool_]:
-        """Which committed tiles of an existing store lack a shard, bool, shape (tiles,).
+    def absent(self) -> NDArray[np.bool_]:
+        """Which tiles of an existing store lack a shard, bool, shape (tiles,).
 
         Raises:
             RunError: if metadata of the store are missing or damaged; names the file.
         """
-        present = Store(self.out, self.outputs).present(self.plan)
-        return committed(self.out / LEDGER, len(self.plan)) & ~present
+        return ~Store(self.out, self.outputs).present(self.plan)
 
     def make_worker(self) -> TileWorker:
         """Creates the worker of the segment stage, in the process that runs it."""
@@ -136,7 +133,10 @@ class TileWorker(TileHelper):
 
     def __init__(self, run: Segmentation) -> None:
         super().__init__(run)
-        network, _, sha256 = read_hashed_model(run.model)
+        try:
+            network, _, sha256 = read_hashed_model(run.model)
+        except InputError as error:  # it was valid when the run was prepared
+            raise changed(str(run.model)) from error
         if sha256 != run.provenance.model_sha256:
             raise changed(str(run.model))
         self._predictor = Predictor(

@@ -92,6 +92,7 @@ def open_inputs(
     """
     volume = open_volume(source, channel=settings.channel, time=settings.time, level=settings.level)
     report_omissions(volume.path, volume.omissions, settings.strict)
+    volume.pin()  # before anything is read from it
     file = find_model(model)
     network, header, sha256 = read_hashed_model(file)
     refuse_channels(volume, network, str(file))

@@ -27,10 +27,11 @@ from unet_ray.storage.ledger import (
     recorded_provenance,
     skipped,
 )
+from unet_ray.storage.parsing import ContentError
 from unet_ray.storage.places import Place, files_below, is_behind_link, stat_of
 from unet_ray.storage.provenance import Provenance
 from unet_ray.storage.shards import CHECKSUM_BYTES, Shards, checksum_of
-from unet_ray.storage.stores import Store, create_store, tile_of
+from unet_ray.storage.stores import Store, create_store, differing_keys
 
 
 class Audit:
@@ -185,8 +186,14 @@ class Audit:
                     yield path, self._tile_of(name, path)
 
     def _tile_of(self, name: str, path: Place) -> int | None:
-        tile = tile_of(str(path), self.plan)
-        return tile if tile is not None and self.shard(name, tile) == path else None
+        parts = str(path).split("/")[-3:]
+        if not all(part.isascii() and part.isdigit() and len(part) < 20 for part in parts):
+            return None
+        index, counts = tuple(map(int, parts)), self.plan.counts
+        if len(index) != len(counts) or any(a >= n for a, n in zip(index, counts, strict=True)):
+            return None
+        tile = (index[0] * counts[1] + index[1]) * counts[2] + index[2]
+        return tile if self.shard(name, tile) == path else None
 
 
 def sound_provenance(inspected: Found) -> Provenance:
@@ -254,11 +261,9 @@ def refuse_link(store: Place, path: Place) -> None:
 
 
 def _compare_json(stored_json: bytes, expected_json: bytes) -> None:
-    expected = json.loads(expected_json)
     try:
-        stored = json.loads(stored_json)
-        keys = [key for key in {**expected, **stored} if stored.get(key) != expected.get(key)]
-    except (ValueError, RecursionError, TypeError, AttributeError) as error:
+        keys = differing_keys(stored_json, expected_json)
+    except ContentError as error:
         raise DamageError("is not the JSON of an array or group") from error
     if keys:
         raise DamageError(f"differs in {', '.join(map(repr, keys))} from the expected metadata")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from unet_ray.errors import refusing
+from unet_ray.errors import RunError, refusing
 from unet_ray.storage.objects import ObjectPath
 from unet_ray.storage.parsing import ContentError, parse_json, refuse_special
 from unet_ray.storage.places import Place, retried
@@ -68,6 +68,8 @@ class EventLog:
 
     @classmethod
     def _append(cls, path: Path, line: bytes) -> None:
+        if path.exists() and not path.is_file():  # a pipe, for example, which may block forever
+            raise RunError(f"{path}: is not a file; remove it, then run the same command again.")
         with open(path, "ab") as file:
             if file.tell() and not cls._ends_with_newline(path):
                 file.write(b"\n")

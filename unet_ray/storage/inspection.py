@@ -80,7 +80,7 @@ class Found:
         if self.error:
             raise self.error
         if self.provenance:
-            if self.is_untouched():
+            if self.is_untouched() or self._is_half_overwritten(self.provenance):
                 return None
             if damage := self.provenance.damage(*RESUME_PARTS):
                 raise InputError(
@@ -99,14 +99,25 @@ class Found:
             )
         return None
 
-    def _refuse_edits(self, provenance: Provenance) -> None:
-        """Refuses a provenance that differs from the record in the ledger."""
+    def _is_half_overwritten(self, provenance: Provenance) -> bool:
+        """Whether ``--overwrite`` was killed after it began a ledger: no tile of it counts."""
+        if has_notes(self.path / LEDGER):
+            return False
+        recorded = self._recorded()
+        return bool(recorded.json) and any(provenance.edits(recorded))
+
+    def _recorded(self) -> Provenance:
+        """The provenance in the ledger."""
         try:
-            recorded = Provenance(recorded_provenance(self.path / LEDGER))
+            return Provenance(recorded_provenance(self.path / LEDGER))
         except DamageError as error:
             raise InputError(
                 f"{str(error).rstrip('.')}; choose another --out, or recreate it with --overwrite."
             ) from error
+
+    def _refuse_edits(self, provenance: Provenance) -> None:
+        """Refuses a provenance that differs from the record in the ledger."""
+        recorded = self._recorded()
         for edit in provenance.edits(recorded) if recorded.json else ():
             raise InputError(
                 f"{self.path / ROOT}: {edit}; restore it, choose another --out, or recreate the "

@@ -47,7 +47,9 @@ SEGMENTS = 256  # more segments than this are merged
 MERGED_BYTES = 16 << 20  # the segments of committed tiles that one merge reads, at most
 FORMAT = 2
 BORN = ".born"  # suffix of a file; its stem is the epoch of the run that created the store
-LARGEST_HEADER, LARGEST_CHECKSUM, LARGEST_BORN = 1000, 256, 1 << 26  # bytes
+MERGED_TILES = 1 << 21  # and the tiles of these segments
+# Bytes; a checksum has 8 for each output of a store.
+LARGEST_HEADER, LARGEST_CHECKSUM, LARGEST_BORN = 1000, 16, 1 << 26
 _NAME = re.compile(rf"[0-9]+{re.escape(BORN)}|[0-9]+-[0-9]+\.({'|'.join(STATES)})")
 
 
@@ -166,8 +168,10 @@ class Ledger:
             if state != "committed":
                 if len(files) != 1:
                     self._replace(files, state, Segment(0, self._bits[state]))
-            elif len(small := self._smallest(files)) > 1:
-                self._replace(small, state, _merged(small, self._bits[state].size))
+            else:
+                merged, segment = _merged(self._smallest(files), self._bits[state].size)
+                if len(merged) > 1:
+                    self._replace(merged, state, segment)
 
     def _replace(self, files: Sequence[Place], state: State, segment: Segment) -> None:
         self._write(state, segment)
@@ -232,21 +236,21 @@ def begin(folder: Place, epoch: int, provenance: Mapping[str, Any] | None = None
 
 
 def recorded_provenance(folder: Place) -> dict[str, Any]:
-    """Returns the provenance that `begin` recorded; empty if there is none.
+    """Returns the provenance that `begin` recorded; empty if there is none, as in older stores.
 
     Raises:
         DamageError: if the record is damaged; names its file.
     """
     path = folder / f"{_creation_epoch(folder):08d}{BORN}"
     try:
-        data = _read_bytes(path, LARGEST_BORN)
-    except FileNotFoundError:
-        return {}
-    try:
-        record = parse_json(data)
+        if not stat_of(path).size:
+            return {}
+        record = parse_json(_read_bytes(path, LARGEST_BORN))
         text = record["provenance"].encode()
         if hashlib.sha256(text).hexdigest() == record["sha256"]:
             return dict(parse_json(text))
+    except FileNotFoundError:
+        return {}
     except (ValueError, LookupError, TypeError, AttributeError):
         pass
     raise DamageError(f"{path}: is damaged, so the provenance of the store cannot be checked.")
@@ -332,23 +336,41 @@ class Segment:
 
 def _segment_of(records: Mapping[int, bytes]) -> Segment:
     numbers = np.array(sorted(records))
-    bits = np.zeros(numbers[-1] + 1 - numbers[0], bool)
-    bits[numbers - numbers[0]] = True
     width = max(map(len, records.values()))
     rows = b"".join(records[tile].ljust(width, b"\0") for tile in numbers.tolist())
-    return Segment(
-        int(numbers[0]), bits, np.frombuffer(rows, np.uint8).reshape(len(numbers), width)
-    )
+    return _segment(numbers, np.frombuffer(rows, np.uint8).reshape(len(numbers), width))
 
 
-def _merged(files: Iterable[Place], tiles: int) -> Segment:
-    """Returns one segment with the content of several; later checksums replace earlier ones."""
-    records: dict[int, bytes] = {}
+def _segment(numbers: NDArray[np.int64], checksums: NDArray[np.uint8]) -> Segment:
+    """Returns the segment of some tiles, whose numbers ascend."""
+    first = int(numbers[0])
+    bits = np.zeros(int(numbers[-1]) + 1 - first, bool)
+    bits[numbers - first] = True
+    return Segment(first, bits, checksums)
+
+
+def _merged(files: Iterable[Place], tiles: int) -> tuple[list[Place], Segment]:
+    """Returns the first of the files, with about `MERGED_TILES` tiles, and their content.
+
+    Later checksums of a tile replace earlier ones.
+    """
+    merged: list[Place] = []
+    numbers, rows, width, count = [], [], 0, 0
     for path in files:
         with suppress(FileNotFoundError):  # another run has merged it
             if segment := _decode(_read_bytes(path, _largest(tiles)), tiles):
-                records |= zip(segment.tiles.tolist(), map(bytes, segment.checksums), strict=True)
-    return _segment_of(records)
+                numbers.append(segment.tiles)
+                rows.append(segment.checksums)
+                width, count = max(width, rows[-1].shape[1]), count + len(rows[-1])
+        merged.append(path)
+        if count > MERGED_TILES:
+            break
+    if not count:
+        return merged, Segment(0, np.zeros(0, bool))
+    padded = [np.pad(each, ((0, 0), (0, width - each.shape[1]))) for each in rows]
+    # Reversed, so that the first occurrence of a tile is its latest record.
+    unique, index = np.unique(np.concatenate(numbers)[::-1], return_index=True)
+    return merged, _segment(unique, np.concatenate(padded)[::-1][index])
 
 
 @dataclass(frozen=True)
@@ -475,6 +497,9 @@ def _decode(data: bytes, tiles: int) -> Segment | None:
     end = data.find(b"\n", 0, LARGEST_HEADER)
     try:
         header = parse_json(data[:end])
+        content = memoryview(data)[end + 1 : -4]
+        if header["format"] == 1:  # without checksums
+            header |= {"format": FORMAT, "packed": len(content), "checksum": 0}
         first, bits, packed, width = (
             header[name] for name in ("first", "bits", "packed", "checksum")
         )
@@ -486,7 +511,7 @@ def _decode(data: bytes, tiles: int) -> Segment | None:
         )
         if not valid:
             return None
-        size, content = -(-bits // 8), memoryview(data)[end + 1 : -4]
+        size = -(-bits // 8)
         if packed > len(content):
             return None
         inflated = zlib.decompressobj().decompress(content[:packed], size + 1)  # bounded

@@ -29,6 +29,7 @@ from unet_ray.storage.objects import ObjectPath, remove_objects
 from unet_ray.storage.parsing import parse_json
 from unet_ray.storage.places import Place, files_below, remove_tree
 
+_CHECKSUM = "([0-9a-f]{2}){0,16}"  # 16 bytes, the most that a ledger stores for a tile
 Event = Literal["begun", "late", "ended", "done"]
 
 
@@ -113,6 +114,8 @@ def _parse_name(name: str) -> Iterator[Mark]:
 
 
 def _read_file(path: Path) -> Iterator[Mark]:
+    if not (path.is_file() or path.is_dir()):  # reading a pipe or a device may never end
+        return
     with suppress(FileNotFoundError):
         for line in path.read_bytes().splitlines():
             with suppress(ValueError, TypeError):  # truncated, for example by a full disk
@@ -137,7 +140,8 @@ def marks_done(folder: Place, since: int) -> Iterator[Mark]:
 
 def _is_valid(mark: Mark) -> bool:
     """Returns whether the tile is a number and the checksum hexadecimal; a file has any content."""
-    return type(mark.tile) is int and bool(re.fullmatch("([0-9a-f]{2})*", str(mark.checksum)))
+    hexadecimal = type(mark.checksum) is str and re.fullmatch(_CHECKSUM, mark.checksum)
+    return type(mark.tile) is int and bool(hexadecimal)
 
 
 def remove_older(folder: Place, epoch: int) -> None:

@@ -222,7 +222,7 @@ def stats_of(folder: Place, names: Sequence[str]) -> dict[str, Stat | None]:
         OSError: if a file cannot be accessed.
     """
     if isinstance(folder, Path):
-        return {name: _stat_or_none(name) for name in names}
+        return {name: state_of(name) for name in names}
     if len(names) > LISTED:  # one request lists 1,000 objects
         with as_os_errors(folder):
             pages = obstore_module().list(client_of(folder.root), f"{folder.key}/")
@@ -233,12 +233,20 @@ def stats_of(folder: Place, names: Sequence[str]) -> dict[str, Stat | None]:
             }
         return {name: listed.get(name) for name in names}
     with ThreadPoolExecutor(REQUESTS) as pool:
-        return dict(zip(names, pool.map(_stat_or_none, names), strict=True))
+        return dict(zip(names, pool.map(state_of, names), strict=True))
 
 
-def _stat_or_none(name: str) -> Stat | None:
+def state_of(name: str) -> Stat | None:
+    """Returns size and time of the file or object of a name; None if it does not exist.
+
+    Raises:
+        OSError: if it cannot be accessed.
+    """
     with suppress(FileNotFoundError, NotADirectoryError):
-        return stat_of(place_of(name))
+        if "://" in name:
+            return stat_of(place_of(name))
+        stat = os.stat(name)
+        return Stat(stat.st_size, stat.st_mtime_ns)
     return None
 
 

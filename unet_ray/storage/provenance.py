@@ -195,7 +195,10 @@ class Provenance:
         for field in dict.fromkeys([*recorded_fields, *own_fields]):
             own, original = own_fields.get(field), recorded_fields.get(field)
             if own != original:
-                yield f"its {field} was changed from {original} to {own} after the run began"
+                yield (
+                    f"its {field} was changed from {original!r:.100} to {own!r:.100} after the run "
+                    "began"
+                )
 
     def other_kind(self, kind: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
         """Returns the first field of `kind` that differs, its stored and its new value.

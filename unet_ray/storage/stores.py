@@ -44,6 +44,7 @@ from unet_ray.storage.places import (
     place_of,
     remove_tree,
     stat_of,
+    stats_of,
     write_whole,
 )
 from unet_ray.storage.provenance import Provenance
@@ -53,7 +54,7 @@ from unet_ray.tiling.tiles import Tile, TilePlan
 DELETED = "deleted-"  # prefix of the names of deleted parts of a store in .unet_ray
 # Errors of a mount point, or of a file system that cannot move folders.
 UNMOVABLE = {errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EMFILE, errno.ENOTSUP, errno.EINVAL}
-LISTED_TILES = 1_000_000
+LISTED_TILES = 100_000
 AT_ONCE = 1000  # objects removed per check of the guard
 
 
@@ -150,7 +151,6 @@ class Store:
     ) -> None:
         self.path, self._guard = place_of(path), guard
         self._arrays = {name: _open(self.path / ARRAYS[name]) for name in outputs}
-        self._folders = {ARRAYS[name].split("/")[0] for name in outputs}
         self._metadata = {name: (self.path / ARRAYS[name] / ROOT).read_bytes() for name in outputs}
 
     def require_plan(self, plan: TilePlan) -> None:
@@ -159,10 +159,6 @@ class Store:
         Raises:
             RunError: if not; names the metadata file.
         """
-        names = (name for name in METADATA if name.split("/")[0] in self._folders)
-        for name in names:
-            if not (self.path / name).is_file():
-                raise RunError(_metadata_message((self.path / name).parent, "is missing"))
         for name, array in self._arrays.items():
             layout = array.dtype, array.shape[-3:], (array.shards or ())[-3:]
             if layout != (np.uint8, plan.shape, plan.core):
@@ -170,19 +166,39 @@ class Store:
                     _metadata_message(self.path / ARRAYS[name], "does not match the plan")
                 )
 
-    def present(self, plan: TilePlan) -> NDArray[np.bool_]:
-        """Returns which tiles have a shard in every output, bool, shape (tiles,).
+    def require_metadata(self, layout: StoreLayout, provenance: Provenance) -> None:
+        """Checks that each metadata file below the root is that of a new store with this layout.
 
-        The shards are listed, not read. All are assumed to exist in a store of more than
-        `LISTED_TILES` tiles, since a listing would take minutes.
+        Raises:
+            RunError: if a file is missing or differs; names it.
+        """
+        for name, expected in metadata_files(layout, provenance.json).items():
+            path = self.path / name
+            if name == ROOT:
+                continue
+            try:
+                keys = differing_keys(read_file(path), expected)
+            except FileNotFoundError as error:
+                raise RunError(_metadata_message(path.parent, "is missing")) from error
+            except ContentError as error:
+                raise RunError(_metadata_message(path.parent, f"is damaged ({error})")) from error
+            if keys:
+                damage = f"differs in {', '.join(map(repr, keys))} from that of a new store"
+                raise RunError(_metadata_message(path.parent, damage))
+
+    def present(self, plan: TilePlan) -> NDArray[np.bool_]:
+        """Returns which tiles have a shard that is not empty in every output, shape (tiles,).
+
+        The shards are not read. All are assumed to exist in a store of more than `LISTED_TILES`
+        tiles, since the check would take minutes.
         """
         tiles = np.ones(len(plan), bool)
         for name in self._arrays if len(plan) <= LISTED_TILES else ():
-            listed = np.zeros(len(plan), bool)
-            folder = self.path / ARRAYS[name] / "c"
-            numbers = (tile_of(str(path), plan) for path in files_below(folder))
-            listed[[number for number in numbers if number is not None]] = True
-            tiles &= listed
+            folder = self.path / ARRAYS[name]
+            parent = str(self.shard(name, plan[0])).removesuffix("0/0/0")
+            names = [f"{parent}{z}/{y}/{x}" for z, y, x in np.ndindex(*plan.counts)]
+            stats = stats_of(folder, names).values()
+            tiles &= [stat is not None and stat.size > 0 for stat in stats]
         return tiles
 
     def write(self, tile: Tile, results: Mapping[str, NDArray[np.uint8]]) -> str:
@@ -269,15 +285,16 @@ class Store:
         return self._arrays[name]
 
 
-def tile_of(shard: str, plan: TilePlan) -> int | None:
-    """Returns the tile that the end of a shard's path names, such as ``c/0/1/2``; None if none."""
-    parts = shard.split("/")[-3:]
-    if not all(part.isascii() and part.isdigit() and len(part) < 20 for part in parts):
-        return None
-    index, counts = tuple(map(int, parts)), plan.counts
-    if len(index) != len(counts) or any(a >= n for a, n in zip(index, counts, strict=True)):
-        return None
-    return (index[0] * counts[1] + index[1]) * counts[2] + index[2]
+def differing_keys(stored_json: bytes, expected_json: bytes) -> list[str]:
+    """Returns the keys in which two metadata files differ.
+
+    Raises:
+        ContentError: if the stored one is no JSON object.
+    """
+    stored, expected = parse_json(stored_json), parse_json(expected_json)
+    if not isinstance(stored, dict):
+        raise ContentError("it is not the JSON of an array or group")
+    return [key for key in {**expected, **stored} if stored.get(key) != expected.get(key)]
 
 
 def _open(place: Place) -> Any:

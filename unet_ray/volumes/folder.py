@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unet_ray.errors import InputError, RunError, reason
+from unet_ray.errors import ChangedError, InputError, RunError, reason
 from unet_ray.tiling.boxes import Box
 from unet_ray.volumes.image_files import open_file
 from unet_ray.volumes.omissions import gap_in, merge_omissions
@@ -105,7 +105,7 @@ class Folder(Volume):
         except InputError as error:
             raise RunError(str(error)) from error
         if len(paths) != self.shape[1]:
-            raise RunError(
+            raise ChangedError(
                 f"{self.path} has changed since it was opened: it had {self.shape[1]} slices and "
                 f"now has {len(paths)}."
             )

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from unet_ray.errors import InputError, RunError, reason
 from unet_ray.storage.objects import ObjectPath
 from unet_ray.storage.parsing import parse_json, read_file, refuse_special
-from unet_ray.storage.places import Stat, open_array, place_of, stats_of
+from unet_ray.storage.places import open_array, place_of, stats_of
 from unet_ray.tiling.boxes import Box
+from unet_ray.volumes.fingerprint import Fingerprint
 from unet_ray.volumes.tiff import MICROMETRES, Sizes, positive_size
 from unet_ray.volumes.volume import Volume, name_axes
 
@@ -127,7 +128,11 @@ class Zarr(Volume):
         numbers = itertools.product(*_chunk_ranges(array, self._window(box)))
         return (_chunk_file(array, self._folder, number) for number in numbers)
 
-    def _chunk_stats(self) -> dict[str, Stat | None]:
+    def _reads_are_compared(self) -> bool:
+        on_disk = not isinstance(place_of(self._folder), ObjectPath)
+        return on_disk and super()._reads_are_compared()
+
+    def _fingerprint(self) -> Fingerprint:
         array = self._source[0]
         ranges = _chunk_ranges(array, self._window(Box.of(self.shape[1:])))
         extents = [len(numbers) for numbers in ranges]
@@ -138,7 +143,8 @@ class Zarr(Volume):
             offsets = np.stack(np.unravel_index(spaced, extents), 1)
             chunks = map(tuple, (offsets + [numbers.start for numbers in ranges]).tolist())
         names = [_chunk_file(array, self._folder, chunk) for chunk in chunks]
-        return stats_of(place_of(self._folder), names)
+        stats = stats_of(place_of(self._folder), names)
+        return Fingerprint.of(self.path, self._files(), stats, total <= LISTED_CHUNKS)
 
     def _files(self) -> list[str]:
         folders = dict.fromkeys((self.path, self._folder))

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.errors import ChangedError, InputError, RunError
-from unet_ray.storage.places import Stat
 from unet_ray.tiling.boxes import Box
 from unet_ray.volumes.fingerprint import Fingerprint, changed
 from unet_ray.volumes.omissions import Omission
@@ -144,6 +143,8 @@ class Volume(ABC):
         Copies of this volume in other processes do so, too.
         """
         self._pinned = self._fingerprint()
+        # The files are opened again, since they may have changed after they were first opened.
+        vars(self).pop("_source", None)
 
     def refuse_changes(self) -> None:
         """Compares all files with their state at `pin`, also those that no read has used.
@@ -153,7 +154,7 @@ class Volume(ABC):
         """
         try:
             if self._pinned and self._fingerprint() != self._pinned:
-                raise changed(self.path)
+                raise changed(self.path, mixed=not self._reads_are_compared())
         except (OSError, RunError) as error:
             if isinstance(error, FileNotFoundError):
                 raise changed(self.path) from error
@@ -245,16 +246,16 @@ class Volume(ABC):
         """Names of the files, without the chunks of Zarr arrays."""
         return [self.path]
 
+    def _reads_are_compared(self) -> bool:
+        """Whether each read compares all its files with the fingerprint."""
+        return self._pinned is not None and self._pinned.all_chunks
+
     def _files_of(self, box: Box) -> Iterable[str]:
         """Names of the files, including chunks, that `_read` uses for a box."""
         return self._files()
 
-    def _chunk_stats(self) -> Mapping[str, Stat | None]:
-        """Size and time of the chunks of a Zarr array; None for chunks that do not exist."""
-        return {}
-
     def _fingerprint(self) -> Fingerprint:
-        return Fingerprint.of(self.path, self._files(), self._chunk_stats())
+        return Fingerprint.of(self.path, self._files(), {})
 
     @cached_property
     def _source(self) -> Any:
@@ -289,7 +290,8 @@ def reopen(
     """Reopens the volume at `path`, which had `shape` and `dtype` when it was first opened.
 
     Raises:
-        RunError: if the volume can no longer be opened, or its shape or dtype has changed.
+        RunError: if the volume can no longer be opened.
+        ChangedError: if its shape or dtype has changed.
     """
     if "://" not in path and not os.path.exists(path):
         raise RunError(f"{path} does not exist any more.")
@@ -298,7 +300,7 @@ def reopen(
     except InputError as error:
         raise RunError(str(error)) from error
     if (volume.shape, volume.dtype) != (shape, dtype):
-        raise RunError(
+        raise ChangedError(
             f"{path} has changed since it was opened: it was {shape} {dtype} and is now "
             f"{volume.shape} {volume.dtype}."
         )
