@@ -30,10 +30,10 @@ class Objects(MutableMapping):
 
     def __getitem__(self, key):
         try:
-            found = self.client.get_object(Bucket="bucket", Key=key)
+            response = self.client.get_object(Bucket="bucket", Key=key)
         except ClientError as error:
             raise KeyError(key) from error
-        return found["Body"].read(), found["ETag"], found["LastModified"]
+        return response["Body"].read(), response["ETag"], response["LastModified"]
 
     def __setitem__(self, key, content):
         self.client.put_object(Bucket="bucket", Key=key, Body=content[0])
