@@ -102,7 +102,7 @@ def test_a_model_that_is_replaced_stops_the_run(tmp_path, model, engine, request
     settings = dataclasses.replace(TILED, engine=engine)
     run = preparation.prepare(source, model, tmp_path / "out.zarr", settings)
     random_model(model, seed=1)
-    with pytest.raises(RunError, match=r"model\.safetensors has changed since this run began"):
+    with pytest.raises(ChangedError, match=r"model\.safetensors has changed since this run began"):
         execution.execute(run, settings, print)
     assert not checksums(run.out / LEDGER, len(run.plan)).any()
     random_model(model)
@@ -179,6 +179,16 @@ def test_an_older_file_that_replaces_a_slice_is_a_change(tmp_path):
     os.replace(source / "other.tif", source / "1.tif")
     with pytest.raises(ChangedError, match=r"1\.tif has changed"):
         np.asarray(volume)
+
+
+def test_an_array_that_is_removed_has_changed(tmp_path):
+    source = write_zarr(tmp_path / "volume.zarr", IMAGE)
+    volume = open_volume(source)
+    volume.pin()
+    np.asarray(volume)
+    shutil.rmtree(source)
+    with pytest.raises(ChangedError, match="has changed since this run began"):
+        volume.refuse_changes()
 
 
 @pytest.mark.parametrize("how", ["changed", "removed"])
@@ -336,12 +346,17 @@ def test_edited_metadata_of_an_array_are_refused(tmp_path, task, change, finishe
     assert bytes_of(segment(source, model, out, TILED)) == bytes_of(whole)
 
 
-def test_an_overwrite_that_was_killed_at_its_start_is_not_an_edit(tmp_path, task):
+def test_an_overwrite_that_was_killed_at_its_start_is_no_edit(tmp_path, task):
     source, model, whole = task
     out = tmp_path / "out.zarr"
     shutil.copytree(whole, out)
     begin(out / LEDGER, 5, {"model": "another"})
-    assert bytes_of(segment(source, model, out, TILED)) == bytes_of(whole)
+    before = bytes_of(out)
+    with pytest.raises(InputError, match="--overwrite was interrupted"):
+        segment(source, model, out, TILED)
+    assert bytes_of(out) == before
+    segment(source, model, out, dataclasses.replace(TILED, overwrite=True))
+    assert bytes_of(out) == bytes_of(whole)
     assert verify(out, tiles=0).sound
 
 

@@ -426,6 +426,12 @@ def test_a_merge_reads_a_bounded_number_of_tiles(folder, unbuffered, monkeypatch
     with Ledger(folder, TILES):
         assert len([*folder.glob("*.committed")]) == 12 - 6 + 1
     assert numbers_of(committed(folder, TILES)) == [*range(12)]
+    monkeypatch.setattr(ledger_module, "SEGMENTS", 4)
+    with Ledger(folder, TILES, epoch=2) as ledger:  # the segment of 6 tiles stays
+        for tile in range(12, TILES):
+            ledger.commit(tile)
+        assert len(segments(folder)) <= 6
+    assert numbers_of(committed(folder, TILES)) == [*range(TILES)]
 
 
 def test_the_ledger_records_the_provenance_of_the_newest_store(folder):

@@ -21,9 +21,9 @@ import torch
 from unet_ray.engine.attempts import MAX_BLOCK_SECONDS, failure, run_steps
 from unet_ray.engine.guard import Guard, is_suspect, limit_restarts
 from unet_ray.engine.parcels import packed, receipts, unpacked
-from unet_ray.engine.stages import STEPS, Receipt, Stage, Step, TileState
+from unet_ray.engine.stages import STEPS, Receipt, Stage, Step, TileState, Verdict
 from unet_ray.engine.threads import worker_of
-from unet_ray.errors import UnetRayError
+from unet_ray.errors import ChangedError, UnetRayError
 from unet_ray.storage.marks import Marks
 
 
@@ -69,7 +69,8 @@ class TileActor:
 
     def _process(self, tile: TileState, marks: Marks | None) -> TileState:
         if self._refusal:
-            return TileState(Receipt(tile.receipt.tile, 0.0, str(self._refusal), "", "refused"))
+            verdict: Verdict = "changed" if isinstance(self._refusal, ChangedError) else "refused"
+            return TileState(Receipt(tile.receipt.tile, 0.0, str(self._refusal), "", verdict))
         run = partial(self._run_steps, tile)
         return self._guard.run(tile.receipt.tile, marks, run) if self._guard and marks else run()
 

@@ -271,7 +271,7 @@ class Rounds:
 
     def _failed(self, receipt: Receipt, again: bool) -> None:
         """Logs a failed attempt, and gives the tile up unless it will be tried again."""
-        if receipt.verdict == "stop":
+        if receipt.verdict in ("stop", "refused"):
             self._lease.check(now=True)  # a worker may detect a lost lease first
         tile, box = receipt.tile, str(self._plan[receipt.tile].write)
         error = receipt.error + (self._remedy(receipt) if receipt.room else "")

@@ -80,7 +80,7 @@ class Found:
         if self.error:
             raise self.error
         if self.provenance:
-            if self.is_untouched() or self._is_half_overwritten(self.provenance):
+            if self.is_untouched():
                 return None
             if damage := self.provenance.damage(*RESUME_PARTS):
                 raise InputError(
@@ -99,13 +99,6 @@ class Found:
             )
         return None
 
-    def _is_half_overwritten(self, provenance: Provenance) -> bool:
-        """Whether ``--overwrite`` was killed after it began a ledger: no tile of it counts."""
-        if has_notes(self.path / LEDGER):
-            return False
-        recorded = self._recorded()
-        return bool(recorded.json) and any(provenance.edits(recorded))
-
     def _recorded(self) -> Provenance:
         """The provenance in the ledger."""
         try:
@@ -118,6 +111,11 @@ class Found:
     def _refuse_edits(self, provenance: Provenance) -> None:
         """Refuses a provenance that differs from the record in the ledger."""
         recorded = self._recorded()
+        if recorded.json and any(provenance.edits(recorded)) and not has_notes(self.path / LEDGER):
+            raise InputError(
+                f"{self.path}: a run with --overwrite was interrupted when it began a new store; "
+                "run it again with --overwrite, or choose another --out."
+            )
         for edit in provenance.edits(recorded) if recorded.json else ():
             raise InputError(
                 f"{self.path / ROOT}: {edit}; restore it, choose another --out, or recreate the "

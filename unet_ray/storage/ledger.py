@@ -359,6 +359,8 @@ def _merged(files: Iterable[Place], tiles: int) -> tuple[list[Place], Segment]:
     for path in files:
         with suppress(FileNotFoundError):  # another run has merged it
             if segment := _decode(_read_bytes(path, _largest(tiles)), tiles):
+                if segment.tiles.size > MERGED_TILES:
+                    continue  # large, though small in bytes without checksums; it stays
                 numbers.append(segment.tiles)
                 rows.append(segment.checksums)
                 width, count = max(width, rows[-1].shape[1]), count + len(rows[-1])

@@ -74,5 +74,5 @@ class Array(Volume):
         voxels: NDArray[Any] = self._source[(slice(None), *box.slices)].astype(self.dtype)
         return voxels
 
-    def _open_again(self) -> NDArray[Any]:
+    def _reopen(self) -> NDArray[Any]:
         return self._open()

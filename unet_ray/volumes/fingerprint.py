@@ -69,7 +69,7 @@ class Fingerprint:
         return cls(
             path,
             sum(stat.size for stat in present),
-            max(stat.modified_ns for stat in present),
+            max((stat.modified_ns for stat in present), default=0),
             digest.hexdigest(),
             stats,
             np.sort(np.array(hashes, np.uint64)).tobytes(),
