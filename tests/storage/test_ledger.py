@@ -374,7 +374,7 @@ def test_a_segment_with_a_valid_checksum_and_invalid_content_is_damaged(folder, 
 
 def test_a_segment_that_inflates_without_end_is_damaged(folder):
     folder.mkdir(parents=True)
-    packed = zlib.compress(bytes(5_000_000), 9)  # small enough to be read
+    packed = zlib.compress(bytes(1_800_000), 9)  # small enough to be read
     data = json.dumps(HEADER | {"packed": len(packed)}).encode() + b"\n" + packed
     path = folder / "00000001-00000001.committed"
     path.write_bytes(data + zlib.crc32(data).to_bytes(4, "little"))

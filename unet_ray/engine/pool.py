@@ -137,7 +137,10 @@ def _run_wave(
     try:
         for rows in done.iter_batches(batch_size=None, prefetch_batches=0):
             for row in zip(*(rows[name].tolist() for name in RECEIPT), strict=True):
-                yield Receipt(*row)
+                receipt = Receipt(*row)
+                if receipt.verdict == "refused":
+                    raise RunError(receipt.error)
+                yield receipt
     except ExecutionTimeoutError as error:
         raise RunError(
             f"no tile has finished for {silence:.0f} s. Check that workers can start and that "

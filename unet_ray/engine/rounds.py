@@ -271,7 +271,7 @@ class Rounds:
 
     def _failed(self, receipt: Receipt, again: bool) -> None:
         """Logs a failed attempt, and gives the tile up unless it will be tried again."""
-        if receipt.verdict in ("stop", "refused"):
+        if receipt.verdict == "stop":
             self._lease.check(now=True)  # a worker may detect a lost lease first
         tile, box = receipt.tile, str(self._plan[receipt.tile].write)
         error = receipt.error + (self._remedy(receipt) if receipt.room else "")
@@ -283,9 +283,6 @@ class Rounds:
         if receipt.verdict == "changed":
             self._ledger.flush()
             raise ChangedError(f"{self._out}: tile {tile} ({box}): {error}")
-        if receipt.verdict == "refused":
-            self._ledger.flush()
-            raise RunError(receipt.error)
         if receipt.verdict == "broken":
             raise RunError(
                 f"{self._out}: tile {tile} ({box}): {error}; this process can no longer use the "

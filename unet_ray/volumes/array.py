@@ -70,6 +70,9 @@ class Array(Volume):
             "sha256": hashlib.sha256(voxels.data).hexdigest(),
         }
 
+    def pin(self) -> None:
+        """Does nothing: an array has no files."""
+
     def _read(self, box: Box) -> NDArray[Any]:
         voxels: NDArray[Any] = self._source[(slice(None), *box.slices)].astype(self.dtype)
         return voxels
