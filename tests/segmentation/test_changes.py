@@ -275,7 +275,7 @@ def test_lost_shards_of_a_finished_store_are_computed_again(tmp_path, task, caps
     (out / "labels/classes/0/c/2/1/3").unlink()
     shutil.rmtree(out / "0/c/0/0/1")
     segment(source, model, out, TILED)
-    assert "6 committed tiles lack a shard and are computed again" in capsys.readouterr().err
+    assert "committed tiles without a shard are computed again: 6." in capsys.readouterr().err
     assert bytes_of(out) == bytes_of(whole)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     segment(source, model, out, TILED)

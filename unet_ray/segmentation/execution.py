@@ -116,7 +116,7 @@ def _execute(
     if absent is not None:
         lost = request.tiles & absent & committed(run.out / LEDGER, len(run.plan))
         if count := int(lost.sum()):
-            warn(f"{run.out}: {count} committed tiles lack a shard and are computed again.")
+            warn(f"{run.out}: committed tiles without a shard are computed again: {count}.")
     return rounds.run(
         request.tiles,
         request.skipped,
