@@ -212,7 +212,7 @@ MUTANTS = [
     Mutant("storage/marks.py", "int(run_folder.name) < epoch:", "int(run_folder.name) <= epoch:"),
     Mutant(
         "storage/events.py",
-        "if file.tell() and not cls._ends_with_newline(path):",
+        "if path.stat().st_size and not cls._ends_with_newline(path):",
         "if False:",
     ),
     Mutant("storage/places.py", "os.fsync(file.fileno())", "pass"),

@@ -420,6 +420,18 @@ def test_segments_and_records_of_older_versions_are_read(folder):
     assert ledger_module.recorded_provenance(folder) == {}
 
 
+def test_a_segment_that_is_damaged_after_it_was_read_is_not_merged(folder, unbuffered, monkeypatch):
+    monkeypatch.setattr(ledger_module, "SEGMENTS", 6)
+    ledger = Ledger(folder, TILES)
+    for tile in range(6):
+        ledger.commit(tile, checksum(tile))
+    first = min(folder.iterdir())
+    first.write_bytes(first.read_bytes()[:-1])
+    ledger.commit(6, checksum(6))
+    assert numbers_of(committed(folder, TILES)) == [*range(1, 7)]
+    assert ledger_module.damaged(folder, TILES) == [first]
+
+
 def test_a_merge_reads_a_bounded_number_of_tiles(folder, unbuffered, monkeypatch):
     monkeypatch.setattr(ledger_module, "MERGED_TILES", 5)
     commit_and_kill(folder, *range(12))

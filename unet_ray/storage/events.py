@@ -71,7 +71,7 @@ class EventLog:
         if path.exists() and not path.is_file():  # a pipe, for example, which may block forever
             raise RunError(f"{path}: is not a file; remove it, then run the same command again.")
         with open(path, "ab") as file:
-            if file.tell() and not cls._ends_with_newline(path):
+            if path.stat().st_size and not cls._ends_with_newline(path):
                 file.write(b"\n")
             file.write(line)
 

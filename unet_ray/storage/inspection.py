@@ -111,12 +111,13 @@ class Found:
     def _refuse_edits(self, provenance: Provenance) -> None:
         """Refuses a provenance that differs from the record in the ledger."""
         recorded = self._recorded()
-        if recorded.json and any(provenance.edits(recorded)) and not has_notes(self.path / LEDGER):
+        edit = next(provenance.edits(recorded), "") if recorded.json else ""
+        if edit and not has_notes(self.path / LEDGER):
             raise InputError(
                 f"{self.path}: a run with --overwrite was interrupted when it began a new store; "
                 "run it again with --overwrite, or choose another --out."
             )
-        for edit in provenance.edits(recorded) if recorded.json else ():
+        if edit:
             raise InputError(
                 f"{self.path / ROOT}: {edit}; restore it, choose another --out, or recreate the "
                 "store with --overwrite."

@@ -44,10 +44,10 @@ STATES: tuple[State, ...] = ("committed", "quarantined", "skipped")
 Bits = NDArray[np.bool_]
 SECONDS = 1.0  # least time between two writes of segments
 SEGMENTS = 256  # more segments than this are merged
-MERGED_BYTES = 16 << 20  # the segments of committed tiles that one merge reads, at most
+# Bounds of the segments of committed tiles that one merge reads.
+MERGED_BYTES, MERGED_TILES = 16 << 20, 1 << 21
 FORMAT = 2
 BORN = ".born"  # suffix of a file; its stem is the epoch of the run that created the store
-MERGED_TILES = 1 << 21  # and the tiles of these segments
 # Bytes; a checksum has 8 for each output of a store.
 LARGEST_HEADER, LARGEST_CHECKSUM, LARGEST_BORN = 1000, 16, 1 << 26
 _NAME = re.compile(rf"[0-9]+{re.escape(BORN)}|[0-9]+-[0-9]+\.({'|'.join(STATES)})")
@@ -358,12 +358,14 @@ def _merged(files: Iterable[Place], tiles: int) -> tuple[list[Place], Segment]:
     numbers, rows, width, count = [], [], 0, 0
     for path in files:
         with suppress(FileNotFoundError):  # another run has merged it
-            if segment := _decode(_read_bytes(path, _largest(tiles)), tiles):
-                if segment.tiles.size > MERGED_TILES:
-                    continue  # large, though small in bytes without checksums; it stays
-                numbers.append(segment.tiles)
-                rows.append(segment.checksums)
-                width, count = max(width, rows[-1].shape[1]), count + len(rows[-1])
+            segment = _decode(_read_bytes(path, _largest(tiles)), tiles)
+            # A segment without checksums may have many tiles in few bytes. It stays, and so does
+            # one that is damaged now: the next run reports it.
+            if segment is None or segment.tiles.size > MERGED_TILES:
+                continue
+            numbers.append(segment.tiles)
+            rows.append(segment.checksums)
+            width, count = max(width, rows[-1].shape[1]), count + len(rows[-1])
         merged.append(path)
         if count > MERGED_TILES:
             break

@@ -54,7 +54,7 @@ from unet_ray.tiling.tiles import Tile, TilePlan
 DELETED = "deleted-"  # prefix of the names of deleted parts of a store in .unet_ray
 # Errors of a mount point, or of a file system that cannot move folders.
 UNMOVABLE = {errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EMFILE, errno.ENOTSUP, errno.EINVAL}
-LISTED_TILES = 100_000
+LISTED_TILES = 100_000  # a run that resumes a store of at most this size looks at each shard
 AT_ONCE = 1000  # objects removed per check of the guard
 
 
@@ -154,7 +154,7 @@ class Store:
         self._metadata = {name: (self.path / ARRAYS[name] / ROOT).read_bytes() for name in outputs}
 
     def require_plan(self, plan: TilePlan) -> None:
-        """Checks that the metadata exist, and that the arrays are bytes of the shape of `plan`.
+        """Checks that the arrays are bytes of the shape of `plan`, with its cores as shards.
 
         Raises:
             RunError: if not; names the metadata file.
