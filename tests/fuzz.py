@@ -33,8 +33,8 @@ from PIL import Image
 from rich.table import Table
 from tifffile import _imagecodecs
 
+from tests.damage import damage
 from tests.helper import TILED, noise, random_model, recipe, write_stack
-from tests.mutations import mutate
 from unet_ray.cli import app
 from unet_ray.cli import main as command_line
 from unet_ray.errors import InputError, UnetRayError
@@ -281,7 +281,7 @@ def try_number(name, number, seed, intact, folder, idle):
     if name == "ledger":
         files = [path for path in files if form.checked in str(path)]
     file = rng.choice(files)
-    kind = mutate(rng, file)
+    kind = damage(rng, file)
     verdict, text, value, peak = in_child(lambda: form.read(copied), folder)
     if peak > idle + MEMORY:
         verdict = "over memory"

@@ -36,7 +36,7 @@ TEXTS = (b"INF", b"NaN", b"-1", b"0", b"1e999", b"9" * 6000, b"\x1b[2J", b"\xff\
 BOMB_BYTES = 700 << 20
 
 
-def mutate(rng, file):
+def damage(rng, file):
     """Damages a file; returns the kind of damage, such as ``truncated``."""
     special = rng.random()
     if special < 0.05:
