@@ -6,7 +6,7 @@ import zarr
 
 from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.settings import Settings
-from unet_ray.storage.layout import ARRAYS
+from unet_ray.storage.layout import ARRAYS, PREDICTED
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.train import train
 
@@ -28,7 +28,7 @@ def model(data, tmp_path_factory):
 
 
 def maps(store):
-    return [zarr.open_array(store / ARRAYS[name], mode="r")[:] for name in ARRAYS]
+    return [zarr.open_array(store / ARRAYS[name], mode="r")[:] for name in PREDICTED]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

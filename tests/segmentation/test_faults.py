@@ -32,7 +32,7 @@ from unet_ray.segmentation.verification import verify
 from unet_ray.storage import events as event_log
 from unet_ray.storage import ledger as ledgers
 from unet_ray.storage.events import read_events
-from unet_ray.storage.layout import ARRAYS, EVENTS, LEDGER, marks_of
+from unet_ray.storage.layout import ARRAYS, EVENTS, LEDGER, PREDICTED, marks_of
 from unet_ray.storage.ledger import checksums, committed, quarantined
 from unet_ray.storage.marks import Mark, Marks
 from unet_ray.storage.provenance import Provenance
@@ -107,7 +107,7 @@ def test_a_tile_that_always_fails_is_quarantined_and_the_rest_finishes(task, tmp
     assert [event["tile"] for event in events(out, "quarantined")] == [5]
     # The tile has no shard: a missing shard cannot be mistaken for background.
     missing = set(bytes_of(whole)) - set(bytes_of(out))
-    assert missing == {f"{ARRAYS[name]}/c/{'0/' * (name != 'classes')}0/1/1" for name in ARRAYS}
+    assert missing == {f"{ARRAYS[name]}/c/{'0/' * (name != 'classes')}0/1/1" for name in PREDICTED}
 
 
 def test_a_rerun_tries_only_the_quarantined_tiles(task, tmp_path, fail):
@@ -169,8 +169,10 @@ def test_nan_zero_replaces_non_finite_voxels_by_zero(task, tmp_path, value):
     zero = write_stack(tmp_path / "zero.tif", image)
     other = preparation.prepare(zero, model, tmp_path / "zero.zarr", settings)
     execution.execute(replace(other, intensity=run.intensity), settings, print)
-    for name in ARRAYS.values():
-        one, two = (zarr.open_array(path / name, mode="r")[:] for path in (store, other.out))
+    for name in PREDICTED:
+        one, two = (
+            zarr.open_array(path / ARRAYS[name], mode="r")[:] for path in (store, other.out)
+        )
         np.testing.assert_array_equal(one, two)
 
 
@@ -469,7 +471,7 @@ def state_of_tile(volume, model, out, tile):
     """Inode and modification time of the shards of a tile."""
     store = Store(out, ("probabilities", "classes"))
     place = preparation.prepare(volume, model, out, TILED).plan[tile]
-    stats = [store.shard(name, place).stat() for name in ARRAYS]
+    stats = [store.shard(name, place).stat() for name in PREDICTED]
     return [(stat.st_ino, stat.st_mtime_ns) for stat in stats]
 
 

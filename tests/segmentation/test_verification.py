@@ -31,7 +31,7 @@ from unet_ray.segmentation import run as run_module
 from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.verification import verify
 from unet_ray.storage.events import EventLog, read_events
-from unet_ray.storage.layout import ARRAYS, EVENTS, LEDGER, PRIVATE, StoreLayout
+from unet_ray.storage.layout import EVENTS, LEDGER, PREDICTED, PRIVATE, StoreLayout
 from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import Ledger, begin, committed
 from unet_ray.storage.places import write_whole
@@ -153,13 +153,13 @@ def wide(tmp_path):
     """A store whose shards hold several inner chunks, some of them outside the volume."""
     plan = TilePlan((1, 300, 600), (1, 512, 512), NEAR, (1, 512, 512))
     provenance = {"format": 1, "model": {"class_values": [0, 7, 255]}, "input": {}}
-    provenance |= {"outputs": [*ARRAYS], "plan": dataclasses.asdict(plan)}
+    provenance |= {"outputs": [*PREDICTED], "plan": dataclasses.asdict(plan)}
     path, rng = tmp_path / "wide.zarr", np.random.default_rng(0)
-    create_store(path, StoreLayout(plan, [0, 7, 255], [*ARRAYS], None), Provenance(provenance))
+    create_store(path, StoreLayout(plan, [0, 7, 255], [*PREDICTED], None), Provenance(provenance))
     with Ledger(path / LEDGER, len(plan)) as ledger:
         for tile in range(len(plan)):
             maps = rng.integers(0, 3, (2, 1, 512, 512), np.uint8)
-            Store(path, [*ARRAYS]).write(plan[tile], {"probabilities": maps, "classes": maps[0]})
+            Store(path, [*PREDICTED]).write(plan[tile], {"probabilities": maps, "classes": maps[0]})
             ledger.commit(tile)
     return path
 
@@ -175,7 +175,7 @@ def test_inner_chunks_outside_the_volume_do_not_count_as_missing(wide):
 @pytest.mark.parametrize("seed", range(20))
 def test_every_flipped_bit_is_found(store, seed):
     rng = random.Random(seed)
-    tile, name = rng.randrange(TILES), rng.choice([*ARRAYS])
+    tile, name = rng.randrange(TILES), rng.choice([*PREDICTED])
     shard = shard_of(store, tile, name)
     flip(shard, rng.randrange(8 * shard.stat().st_size))
     the_damage(store, shard, tile, "damaged")

@@ -1,6 +1,7 @@
 """The result on disk: the layout of OME-Zarr 0.5, one file per tile, checksums, rewrites."""
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -16,20 +17,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unet_ray.errors import InputError, RunError
-from unet_ray.storage.inspection import inspect, refuse_others
+from unet_ray.storage.inspection import inspect, refuse_links, refuse_others
 from unet_ray.storage.layout import (
     ARRAYS,
     EVENTS,
     LARGEST_CHUNK,
     LEDGER,
+    OBJECTS,
     PRIVATE,
+    TABLE,
     StoreLayout,
+    array_of,
     chunk_of,
 )
 from unet_ray.storage.ledger import Ledger, begin
 from unet_ray.storage.places import remove_tree
 from unet_ray.storage.provenance import Provenance
+from unet_ray.storage.shards import Shards
 from unet_ray.storage.stores import Store, create_store, remove_deleted
+from unet_ray.tiling.pyramid import level_plan
 from unet_ray.tiling.tiles import Context, TilePlan
 
 CONTEXT = Context((0, 8, 8), (0, 12, 12), (1, 2, 2))
@@ -40,8 +46,28 @@ PROVENANCE = Provenance(JSON)
 BOTH = ("probabilities", "classes")
 
 
-def layout(outputs=BOTH, voxel_size=(0.05, 0.004, 0.004), plan=PLAN, class_values=(0, 7, 255)):
-    return StoreLayout(plan, class_values, outputs, voxel_size)
+FACTORS = ((1, 2, 2), (2, 4, 4))
+LEVELS = [PLAN, *(level_plan(PLAN, factors) for factors in FACTORS)]
+COMBINATIONS = [
+    outputs
+    for number in (1, 2, 3)
+    for outputs in itertools.combinations(("probabilities", "classes", "instances"), number)
+]
+
+
+def layout(
+    outputs=BOTH,
+    voxel_size=(0.05, 0.004, 0.004),
+    plan=PLAN,
+    class_values=(0, 7, 255),
+    factors=(),
+):
+    return StoreLayout(plan, class_values, outputs, voxel_size, factors)
+
+
+def ome_of(group):
+    """The OME metadata of a group."""
+    return json.loads((group / "zarr.json").read_text())["attributes"]["ome"]
 
 
 @pytest.fixture
@@ -81,7 +107,11 @@ def files(path):
 
 def test_the_arrays_and_files_of_a_store(path):
     probabilities, classes = (zarr.open_array(path / ARRAYS[name], mode="r") for name in BOTH)
-    assert ARRAYS == {"probabilities": "0", "classes": "labels/classes/0"}
+    assert ARRAYS == {
+        "probabilities": "0",
+        "classes": "labels/classes/0",
+        "instances": "labels/instances/0",
+    }
     assert probabilities.shape == (2, 5, 70, 100) and classes.shape == (5, 70, 100)
     for array, axes in ((probabilities, "czyx"), (classes, "zyx")):
         assert array.dtype == np.uint8 and array.metadata.zarr_format == 3
@@ -127,22 +157,128 @@ def test_an_unknown_voxel_size_has_no_unit(tmp_path):
     assert not any("unit" in axis for axis in image["axes"])
 
 
+@pytest.mark.parametrize("factors", [(), FACTORS], ids=["one level", "pyramid"])
 @pytest.mark.parametrize("voxel_size", [None, (0.05, 0.004, 0.004)])
-@pytest.mark.parametrize("outputs", [BOTH, ("probabilities",)])
-def test_the_store_is_valid_ome_zarr(tmp_path, outputs, voxel_size):
+@pytest.mark.parametrize("outputs", COMBINATIONS, ids="-".join)
+def test_the_store_is_valid_ome_zarr(tmp_path, outputs, voxel_size, factors):
     path = tmp_path / "out.zarr"
-    create_store(path, layout(outputs, voxel_size), PROVENANCE)
+    create_store(path, layout(outputs, voxel_size, factors=factors), PROVENANCE)
     yaozarrs.validate_zarr_store(path)
-    if "classes" in outputs:
+    labels = [name for name in outputs if name != "probabilities"]
+    if labels:
         yaozarrs.validate_zarr_store(path / "labels")
-        yaozarrs.validate_zarr_store(path / "labels/classes")
+        assert zarr.open_group(path / "labels", mode="r").attrs["ome"]["labels"] == labels
+    for name in labels:
+        yaozarrs.validate_zarr_store(path / "labels" / name)
 
 
-def test_classes_without_probabilities_are_valid_ome_zarr(tmp_path):
-    # A label image without an image.
+@pytest.mark.parametrize("outputs", COMBINATIONS, ids="-".join)
+def test_the_image_at_the_root_is_the_first_output(tmp_path, outputs):
     path = tmp_path / "out.zarr"
-    create_store(path, layout(("classes",)), PROVENANCE)
-    yaozarrs.validate_zarr_store(path / "labels/classes")
+    create_store(path, layout(outputs, factors=FACTORS), PROVENANCE)
+    (image,) = ome_of(path)["multiscales"]
+    assert image["name"] == outputs[0]
+    assert "".join(axis["name"] for axis in image["axes"]).removeprefix("c") == "zyx"
+    for level, (dataset, plan) in enumerate(zip(image["datasets"], LEVELS, strict=True)):
+        assert dataset["path"] == array_of(outputs[0], level)
+        array = zarr.open_array(path / dataset["path"], mode="r")
+        assert array.shape[-3:] == plan.shape and array.ndim == len(image["axes"])
+
+
+def test_the_arrays_of_all_levels(tmp_path):
+    path = tmp_path / "out.zarr"
+    create_store(path, layout([*ARRAYS], factors=FACTORS), PROVENANCE)
+    assert [plan.shape for plan in LEVELS] == [PLAN.shape, (5, 35, 50), (3, 18, 25)]
+    assert [plan.core for plan in LEVELS] == [PLAN.core, (2, 35, 50), (2, 18, 25)]
+    for name, (level, plan) in itertools.product(ARRAYS, enumerate(LEVELS)):
+        array = zarr.open_array(path / array_of(name, level), mode="r")
+        assert array.dtype == (np.uint64 if name == "instances" else np.uint8)
+        assert array.fill_value == 0 and array.shape[-3:] == plan.shape
+        assert array.shards[-3:] == plan.core and array.chunks[-3:] == chunk_of(plan.core)
+        stored = json.loads((path / array_of(name, level) / "zarr.json").read_text())
+        codecs = stored["codecs"][0]["configuration"]["codecs"]
+        assert [codec["name"] for codec in codecs] == ["bytes", "zstd", "crc32c"]
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_the_centre_of_a_coarse_voxel_is_the_mean_of_the_centres_that_it_covers(tmp_path, name):
+    path, size = tmp_path / "out.zarr", (0.05, 0.004, 0.006)
+    create_store(path, layout([*ARRAYS], size, factors=FACTORS), PROVENANCE)
+    group = path / ARRAYS[name].removesuffix("0")
+    (image,) = ome_of(group)["multiscales"]
+    first, *coarse = (dataset["coordinateTransformations"] for dataset in image["datasets"])
+    assert [entry["type"] for entry in first] == ["scale"] and first[0]["scale"][-3:] == [*size]
+    for factors, (scale, translation) in zip(FACTORS, coarse, strict=True):
+        assert (scale["type"], translation["type"]) == ("scale", "translation")
+        if name == "probabilities":
+            assert (scale["scale"].pop(0), translation["translation"].pop(0)) == (1, 0)
+        for axis, (s, f) in enumerate(zip(size, factors, strict=True)):
+            third = translation["translation"][axis] + 2 * scale["scale"][axis]
+            assert third == pytest.approx(np.mean([s * (2 * f + k) for k in range(f)]))
+
+
+def test_channels_have_distinct_colours_and_one_alone_is_white(tmp_path):
+    for class_values in ((0, 255), (0, 7, 255), range(8)):
+        path = tmp_path / f"{len(class_values)}.zarr"
+        create_store(path, layout(class_values=class_values), PROVENANCE)
+        channels = ome_of(path)["omero"]["channels"]
+        assert [c["label"] for c in channels] == [f"label {v}" for v in class_values[1:]]
+        assert all(c["window"] == {"min": 0, "max": 255, "start": 0, "end": 255} for c in channels)
+        colours = [c["color"] for c in channels]
+        assert len({*colours}) == len(colours) and "000000" not in colours
+        assert (colours == ["FFFFFF"]) == (len(class_values) == 2)
+    label = ome_of(tmp_path / "3.zarr/labels/classes")["image-label"]
+    of_labels = [bytes(colour["rgba"][:3]).hex().upper() for colour in label["colors"]]
+    assert of_labels[1:] == [c["color"] for c in ome_of(tmp_path / "3.zarr")["omero"]["channels"]]
+
+
+def test_instances_name_their_image_and_leave_colours_to_viewers(tmp_path):
+    path = tmp_path / "out.zarr"
+    create_store(path, layout([*ARRAYS]), PROVENANCE)
+    assert ome_of(path / "labels/instances")["image-label"] == {"source": {"image": "../../"}}
+
+
+def test_the_metadata_of_a_store_without_levels_do_not_change(tmp_path):
+    # A run resumes a store only with the same metadata, so older stores need exactly these.
+    path = tmp_path / "out.zarr"
+    create_store(path, layout(class_values=(0, 255)), PROVENANCE)
+    axes = [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "zyx"]
+    window = {"min": 0, "max": 255, "start": 0, "end": 255}
+    channel = {"label": "label 255", "color": "FFFFFF", "window": window, "active": True}
+    assert ome_of(path) == {
+        "version": "0.5",
+        "multiscales": [
+            {
+                "name": "probabilities",
+                "axes": [{"name": "c", "type": "channel"}, *axes],
+                "datasets": [dataset_of([1.0, 0.05, 0.004, 0.004])],
+            }
+        ],
+        "omero": {"channels": [channel]},
+    }
+    assert ome_of(path / "labels") == {"version": "0.5", "labels": ["classes"]}
+    assert ome_of(path / "labels/classes") == {
+        "version": "0.5",
+        "multiscales": [
+            {"name": "classes", "axes": axes, "datasets": [dataset_of([0.05, 0.004, 0.004])]}
+        ],
+        "image-label": {
+            "colors": [
+                {"label-value": 0, "rgba": [0, 0, 0, 255]},
+                {"label-value": 1, "rgba": [86, 180, 233, 255]},
+            ],
+            "properties": [
+                {"label-value": 0, "value-in-training-labels": 0},
+                {"label-value": 1, "value-in-training-labels": 255},
+            ],
+            "source": {"image": "../../"},
+        },
+    }
+
+
+def dataset_of(scale):
+    """The metadata of level 0."""
+    return {"path": "0", "coordinateTransformations": [{"type": "scale", "scale": scale}]}
 
 
 cores = st.tuples(st.integers(1, 64), *[st.integers(1, 84).map(lambda k: 16 * k)] * 2)
@@ -185,6 +321,52 @@ def test_one_tile_is_one_file_per_output(path):
         assert all(after[name] == before[name] for name in before)
         shards |= new
     assert len(shards) == 2 * len(PLAN) and set(files(path)) == empty | shards
+
+
+def test_tiles_of_every_level_and_dtype_are_read_back(tmp_path):
+    path, rng = tmp_path / "out.zarr", np.random.default_rng(0)
+    create_store(path, layout([*ARRAYS], factors=FACTORS), PROVENANCE)
+    for level, plan in enumerate(LEVELS):
+        store = Store(path, [*ARRAYS], level=level)
+        store.require_plan(plan)
+        assert not store.present(plan).any()
+        whole = {
+            "probabilities": rng.integers(0, 256, (2, *plan.shape), np.uint8),
+            "classes": rng.integers(0, 3, plan.shape).astype(np.uint8),
+            "instances": rng.integers(0, 2**64, plan.shape, np.uint64),
+        }
+        for tile in plan:
+            cores = {
+                name: np.zeros((*voxels.shape[:-3], *plan.core), voxels.dtype)
+                for name, voxels in whole.items()
+            }
+            for name, core in cores.items():
+                core[(..., *tile.crop.slices)] = whole[name][(..., *tile.write.slices)]
+            checksum = store.write(tile, cores)
+            parts = (np.ascontiguousarray(whole[name][(..., *tile.write.slices)]) for name in whole)
+            expected = (hashlib.blake2b(part.tobytes(), digest_size=8) for part in parts)
+            assert checksum == "".join(digest.hexdigest() for digest in expected)
+        assert store.present(plan).all()
+        for name, voxels in whole.items():
+            np.testing.assert_array_equal(store.read(name)[:], voxels)
+            for tile in plan:
+                shards = Shards(store.read(name), store.metadata(name))
+                data, key = store.shard(name, tile).read_bytes(), store.key(name, tile)
+                part = shards.decode(data, tile, key)
+                np.testing.assert_array_equal(part, voxels[(..., *tile.write.slices)])
+
+
+def test_a_level_or_dtype_that_does_not_match_the_plan_is_refused(tmp_path):
+    path = tmp_path / "out.zarr"
+    create_store(path, layout([*ARRAYS], factors=FACTORS), PROVENANCE)
+    with pytest.raises(RunError, match=r"out\.zarr/1/zarr\.json: does not match the plan"):
+        Store(path, [*ARRAYS], level=1).require_plan(PLAN)
+    with pytest.raises(RunError, match=r"out\.zarr/3/zarr\.json: is missing or damaged"):
+        Store(path, ["probabilities"], level=3)
+    metadata = path / "labels/instances/2/zarr.json"
+    metadata.write_text(metadata.read_text().replace('"uint64"', '"uint32"'))
+    with pytest.raises(RunError, match=f"^{metadata}: does not match the plan"):
+        Store(path, ["instances"], level=2).require_plan(LEVELS[2])
 
 
 def test_a_tile_of_background_is_written(path):
@@ -399,6 +581,9 @@ OTHERS = {
     "notes among the shards": "0/c/notes.txt",
     "a picture among the shards": "labels/classes/0/c/mine/1/2",
     "a time point": "0/c/1/0/0/0",
+    "a level with another name": "01/zarr.json",
+    "a label level with another name": "labels/classes/00/zarr.json",
+    "a table of others": "table.parquet",
 }
 
 
@@ -414,6 +599,48 @@ def test_files_of_other_programs_in_a_store_are_not_deleted(path, kind):
         ):
             act()
     assert files(path) == before
+
+
+def test_a_store_with_all_outputs_is_recreated_without_remains(tmp_path):
+    path = tmp_path / "out.zarr"
+    create_store(path, layout(), PROVENANCE)
+    small = files(path)
+    create_store(path, layout([*ARRAYS], factors=FACTORS), PROVENANCE)
+    for level, plan in enumerate(LEVELS):
+        cores = {"instances": np.ones(plan.core, np.uint64)}
+        Store(path, ["instances"], level=level).write(plan[0], cores)
+    (path / TABLE).write_bytes(b"PAR1")
+    (path / OBJECTS / "labels").mkdir(parents=True)
+    (path / OBJECTS / "labels" / "3").write_bytes(b"of an older run")
+    refuse_others(path)
+    create_store(path, layout(), PROVENANCE)
+    assert files(path) == small and not (path / OBJECTS).exists()
+
+
+@pytest.mark.parametrize("level", range(3))
+@pytest.mark.parametrize("name", ARRAYS)
+def test_a_store_with_a_shard_at_any_level_is_not_untouched(tmp_path, name, level):
+    path = tmp_path / "out.zarr"
+    create_store(path, layout([*ARRAYS], factors=FACTORS), PROVENANCE)
+    begin(path / LEDGER, 1)
+    assert inspect(path).is_untouched()
+    store = Store(path, [name], level=level)
+    core = np.zeros((2, *LEVELS[level].core) if name == "probabilities" else LEVELS[level].core)
+    store.write(LEVELS[level][0], {name: core.astype(store.read(name).dtype)})
+    assert not inspect(path).is_untouched()
+
+
+@pytest.mark.parametrize("name", ["1", "labels", "labels/instances", "labels/instances/2/c"])
+def test_links_in_the_place_of_levels_are_refused(tmp_path, name):
+    path, aside = tmp_path / "out.zarr", tmp_path / "aside"
+    create_store(path, layout([*ARRAYS], factors=FACTORS), PROVENANCE)
+    refuse_links(path, [*ARRAYS])
+    aside.mkdir()
+    if (path / name).exists():
+        remove_tree(path / name)
+    (path / name).symlink_to(aside)
+    with pytest.raises(InputError, match=f"^{path / name}: is a symbolic link"):
+        refuse_links(path, [*ARRAYS])
 
 
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EBUSY])
@@ -479,7 +706,10 @@ def test_links_are_never_followed(tmp_path, name):
     assert (aside / "zarr.json").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("name", ["zarr.json", "0/zarr.json"])
+FOLDERS = ["zarr.json", "0/zarr.json", "labels/instances/3/zarr.json", "objects.parquet"]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path, name):
     (tmp_path / "out.zarr" / name).mkdir(parents=True)
     with pytest.raises(InputError, match="not an output of unet-ray"):

@@ -17,7 +17,7 @@ from unet_ray.errors import InputError, nearest, refuse_unknown
 from unet_ray.network.checkpoints import ModelHeader, find_model, read_hashed_model
 from unet_ray.network.prediction import Device, Precision, best_precision
 from unet_ray.network.unet import UNet
-from unet_ray.storage.layout import ARRAYS
+from unet_ray.storage.layout import PREDICTED
 from unet_ray.storage.places import PathOrUrl
 from unet_ray.tiling.boxes import Box
 from unet_ray.volumes.omissions import report_omissions
@@ -141,9 +141,9 @@ def checked_outputs(names: tuple[str, ...] | None) -> tuple[str, ...]:
         InputError: if a name is not an output; suggests the nearest.
     """
     for name in names or ():
-        if name not in ARRAYS:
+        if name not in PREDICTED:
             raise InputError(
-                f"outputs={name!r} is not an output: choose from {', '.join(ARRAYS)}"
-                f"{nearest(name, ARRAYS)}."
+                f"outputs={name!r} is not an output: choose from {', '.join(PREDICTED)}"
+                f"{nearest(name, PREDICTED)}."
             )
-    return tuple(name for name in ARRAYS if names is None or name in names)
+    return tuple(name for name in PREDICTED if names is None or name in names)

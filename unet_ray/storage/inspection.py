@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unet_ray.errors import DamageError, InputError
-from unet_ray.storage.layout import ARRAYS, FORMAT, LEDGER, METADATA, PRIVATE, ROOT, SHARDS
+from unet_ray.storage.layout import (
+    ARRAYS,
+    FORMAT,
+    LEDGER,
+    LEVEL,
+    METADATA,
+    PRIVATE,
+    ROOT,
+    SHARDS,
+    TABLE,
+)
 from unet_ray.storage.ledger import has_begun, has_notes, recorded_provenance
 from unet_ray.storage.parsing import parse_json, read_file
 from unet_ray.storage.places import Place, files_below, unusable
@@ -22,7 +32,7 @@ from unet_ray.storage.provenance import Provenance
 
 _PRIVATE_FILE = re.compile(rf"{re.escape(PRIVATE)}/.*", re.DOTALL)
 _STORE_FILE = re.compile(
-    "|".join([*map(re.escape, (ROOT, *METADATA)), *SHARDS, _PRIVATE_FILE.pattern]), re.DOTALL
+    "|".join([METADATA, SHARDS, re.escape(TABLE), _PRIVATE_FILE.pattern]), re.DOTALL
 )
 # Parts of a provenance that a run needs to resume.
 RESUME_PARTS = (
@@ -30,7 +40,7 @@ RESUME_PARTS = (
     *("device", "tta", "nan", "normalisation"),
 )
 # Folders between an array and its shards: ``c``, one for each channel, z and y.
-_FOLDER_LEVELS = {"probabilities": 4, "classes": 3}
+_FOLDER_DEPTHS = {"probabilities": 4, "classes": 3, "instances": 3}
 _FOREIGN = "{}: exists and is not an output of unet-ray; choose another --out."
 
 
@@ -191,23 +201,36 @@ def refuse_links(path: Place, outputs: Sequence[str] = ()) -> None:
 def _links(path: Path, outputs: Sequence[str]) -> Iterator[Path]:
     yield from _links_below(path / PRIVATE, sys.maxsize)
     for name in outputs:
-        top = path / ARRAYS[name]
-        above = (path / parent for parent in reversed(top.relative_to(path).parents))
+        first = path / ARRAYS[name]
+        above = (path / parent for parent in reversed(first.relative_to(path).parents))
         yield from (folder for folder in [*above][1:] if folder.is_symlink())
-        yield from _links_below(top, _FOLDER_LEVELS[name])
+        for level in _levels_in(first.parent):
+            yield from _links_below(level, _FOLDER_DEPTHS[name])
 
 
-def _links_below(folder: Path, levels: int) -> Iterator[Path]:
-    """Yields `folder` if it is a link, else the links in it and `levels` - 1 levels below."""
+def _folders_of_levels(path: Path) -> list[Path]:
+    """Returns the folders that contain the levels of each output."""
+    return [(path / name).parent for name in ARRAYS.values()]
+
+
+def _levels_in(folder: Path) -> list[Path]:
+    """Returns the files of a folder that are named as levels, and links with such names."""
+    if not folder.is_dir():
+        return []
+    return sorted(file for file in folder.iterdir() if re.fullmatch(LEVEL, file.name))
+
+
+def _links_below(folder: Path, depth: int) -> Iterator[Path]:
+    """Yields `folder` if it is a link, else the links in it and `depth` - 1 levels below."""
     if folder.is_symlink():
         yield folder
-    elif levels and folder.is_dir():
+    elif depth and folder.is_dir():
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.is_symlink():
                     yield Path(entry)
-                elif levels > 1 and entry.is_dir():
-                    yield from _links_below(Path(entry), levels - 1)
+                elif depth > 1 and entry.is_dir():
+                    yield from _links_below(Path(entry), depth - 1)
 
 
 def _refusal(path: Place, foreign: Place) -> str:
@@ -237,9 +260,16 @@ def _is_store(path: Place) -> bool:
 
 
 def _is_bare(path: Place) -> bool:
-    """Returns whether a store has no shard."""
-    shards = (files_below(path / name / "c") for name in ARRAYS.values())
-    return all(next(files, None) is None for files in shards)
+    """Returns whether a store has no shard at any level."""
+    if isinstance(path, Path):
+        folders = _folders_of_levels(path)
+        tops = (level / "c" for folder in folders for level in _levels_in(folder))
+        return all(next(files_below(top), None) is None for top in tops)
+    return not any(re.fullmatch(SHARDS, _name_in(path, file)) for file in path.below())
+
+
+def _name_in(store: Place, file: Place) -> str:
+    return str(file)[len(str(store)) + 1 :]
 
 
 def _first_foreign(path: Place) -> Place | None:
@@ -249,8 +279,17 @@ def _first_foreign(path: Place) -> Place | None:
     own_file = _STORE_FILE if _is_store(path) else _PRIVATE_FILE
     for file in files_below(path):
         link = isinstance(file, Path) and file.is_symlink()
-        if link or not own_file.fullmatch(str(file)[len(str(path)) + 1 :]):
+        if link or not own_file.fullmatch(_name_in(path, file)):
             return file
     if isinstance(path, Path):  # `files_below` does not yield an empty folder with such a name
-        return next((path / name for name in (ROOT, *METADATA) if (path / name).is_dir()), None)
+        return next((file for file in _single_files(path) if file.is_dir()), None)
     return None
+
+
+def _single_files(path: Path) -> Iterator[Path]:
+    """Yields the paths of the metadata of a store, existing or not, and of its table."""
+    yield path / TABLE
+    yield path / "labels" / ROOT
+    for folder in _folders_of_levels(path):
+        yield folder / ROOT
+        yield from (level / ROOT for level in _levels_in(folder))

@@ -51,8 +51,8 @@ class Shards:
         self._chunk_bytes = math.prod(self._chunk) * array.dtype.itemsize
         self.max_bytes = self._index + chunks * (2 * self._chunk_bytes + SLACK)
 
-    def decode(self, data: bytes, tile: Tile, key: str) -> NDArray[np.uint8]:
-        """Returns the voxels that `tile` owns, ``(..., z, y, x)`` uint8, from its shard.
+    def decode(self, data: bytes, tile: Tile, key: str) -> NDArray[Any]:
+        """Returns the voxels that `tile` owns, ``(..., z, y, x)``, from its shard.
 
         Args:
             data: all bytes of the shard.
@@ -98,7 +98,7 @@ class Shards:
         return (data[start : start + length] for start, length in spans)
 
 
-def checksum_of(voxels: NDArray[np.uint8]) -> str:
+def checksum_of(voxels: NDArray[Any]) -> str:
     """Returns a checksum of a tile's voxels in one output, as 16 hexadecimal digits.
 
     It does not depend on the compression of the shard, which differs between versions of zstd.

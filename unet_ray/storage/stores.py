@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -23,13 +24,16 @@ from zarr.storage import MemoryStore
 from unet_ray.errors import RunError
 from unet_ray.storage.inspection import refuse_others
 from unet_ray.storage.layout import (
-    ARRAYS,
+    DTYPES,
     EVENTS,
+    LEVEL,
     MARKS,
-    METADATA,
+    OBJECTS,
     PRIVATE,
     ROOT,
+    TABLE,
     StoreLayout,
+    array_of,
     metadata_files,
 )
 from unet_ray.storage.objects import ObjectPath, remove_objects
@@ -82,8 +86,8 @@ def create_store(
     refuse_others(path)
     files = metadata_files(layout, provenance.json)
     _clear(path, guard)
-    for name in METADATA:
-        if name in files:
+    for name in files:
+        if name != ROOT:
             write_whole(path / name, files[name], path / PRIVATE, guard)
     write_whole(path / ROOT, files[ROOT], path / PRIVATE, guard)
 
@@ -97,13 +101,14 @@ def _clear(path: Place, guard: Guard) -> None:
         private = f"{path / PRIVATE}/"
         old = itertools.chain(
             (item for item in path.below() if not str(item).startswith(private)),
-            *((path / name).below() for name in (EVENTS, MARKS)),
+            *((path / name).below() for name in (EVENTS, MARKS, OBJECTS)),
         )
         while batch := [*itertools.islice(old, AT_ONCE)]:
             with guard():
                 remove_objects(batch)
         return
-    for name in ("0", "labels", EVENTS, MARKS):
+    levels = sorted(file.name for file in path.iterdir() if re.fullmatch(LEVEL, file.name))
+    for name in (*levels, "labels", TABLE, EVENTS, MARKS, OBJECTS):
         _move_away(path / name, path / PRIVATE, guard)
     remove_deleted(path)
 
@@ -138,6 +143,7 @@ class Store:
         path: the store.
         outputs: names of the arrays to open.
         guard: entered while a shard is replaced; raises if this run may no longer write.
+        level: level of the arrays; all tiles given to the methods are of the plan of this level.
 
     Raises:
         RunError: if the metadata of an array are missing or damaged.
@@ -148,23 +154,23 @@ class Store:
         path: PathOrUrl,
         outputs: Sequence[str],
         guard: Guard | None = None,
+        level: int = 0,
     ) -> None:
         self.path, self._guard = place_of(path), guard
-        self._arrays = {name: _open(self.path / ARRAYS[name]) for name in outputs}
-        self._metadata = {name: (self.path / ARRAYS[name] / ROOT).read_bytes() for name in outputs}
+        self._places = {name: self.path / array_of(name, level) for name in outputs}
+        self._arrays = {name: _open(place) for name, place in self._places.items()}
+        self._metadata = {name: (self._places[name] / ROOT).read_bytes() for name in outputs}
 
     def require_plan(self, plan: TilePlan) -> None:
-        """Checks that the arrays are bytes of the shape of `plan`, with its cores as shards.
+        """Checks that the arrays have the shape of `plan`, its cores as shards, and their dtypes.
 
         Raises:
             RunError: if not; names the metadata file.
         """
         for name, array in self._arrays.items():
             layout = array.dtype, array.shape[-3:], (array.shards or ())[-3:]
-            if layout != (np.uint8, plan.shape, plan.core):
-                raise RunError(
-                    _metadata_message(self.path / ARRAYS[name], "does not match the plan")
-                )
+            if layout != (DTYPES[name], plan.shape, plan.core):
+                raise RunError(_metadata_message(self._places[name], "does not match the plan"))
 
     def require_metadata(self, layout: StoreLayout, provenance: Provenance) -> None:
         """Checks that each metadata file below the root is that of a new store with this layout.
@@ -194,14 +200,13 @@ class Store:
         """
         tiles = np.ones(len(plan), bool)
         for name in self._arrays if len(plan) <= LISTED_TILES else ():
-            folder = self.path / ARRAYS[name]
             parent = str(self.shard(name, plan[0])).removesuffix("0/0/0")
             names = [f"{parent}{z}/{y}/{x}" for z, y, x in np.ndindex(*plan.counts)]
-            stats = stats_of(folder, names).values()
+            stats = stats_of(self._places[name], names).values()
             tiles &= [stat is not None and stat.size > 0 for stat in stats]
         return tiles
 
-    def write(self, tile: Tile, results: Mapping[str, NDArray[np.uint8]]) -> str:
+    def write(self, tile: Tile, results: Mapping[str, NDArray[Any]]) -> str:
         """Writes the voxels that `tile` owns; returns their checksum when they are on disk.
 
         A shard is encoded in memory and written atomically. So after a kill, every shard is
@@ -209,7 +214,7 @@ class Store:
 
         Args:
             tile: the tile to write.
-            results: for each output the predicted core, ``(..., z, y, x)`` uint8.
+            results: for each output the whole core, ``(..., z, y, x)``, in the dtype of its array.
 
         Returns:
             `checksum_of` each output's voxels, joined in the order of the outputs.
@@ -229,13 +234,13 @@ class Store:
             checksums += checksum_of(results[name][..., z, y, x])
         return checksums
 
-    def encoded(self, name: str, tile: Tile, result: NDArray[np.uint8]) -> bytes:
+    def encoded(self, name: str, tile: Tile, result: NDArray[Any]) -> bytes:
         """Returns the bytes of one shard, without reading an existing, possibly damaged one.
 
         Args:
             name: name of the output.
             tile: the tile of the shard.
-            result: the predicted core, ``(..., z, y, x)`` uint8.
+            result: the whole core, ``(..., z, y, x)``, in the dtype of the array.
         """
         leading = (slice(None),) * (self._arrays[name].ndim - 3)
         memory = {"zarr.json": default_buffer_prototype().buffer.from_bytes(self._metadata[name])}
@@ -254,7 +259,7 @@ class Store:
 
     def shard(self, name: str, tile: Tile) -> Place:
         """Returns the path of a tile's shard in one output."""
-        return self.path / ARRAYS[name] / self.key(name, tile)
+        return self._places[name] / self.key(name, tile)
 
     def require(self, name: str, tile: Tile) -> None:
         """Checks that a finished tile has a shard, since zarr reads missing and empty ones as 0.
