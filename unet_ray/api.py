@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
+import pyarrow
 from numpy.typing import NDArray
+from pyarrow import parquet
 
 from unet_ray.engine.cluster import chosen_engine
 from unet_ray.engine.rounds import Progress
-from unet_ray.errors import InputError, nearest
+from unet_ray.errors import DamageError, InputError, nearest, reason
 from unet_ray.machine import keep_freed_memory
 from unet_ray.network.checkpoints import find_model, read_model
 from unet_ray.progress import ProgressBar, TilesBar, TrainingBar
@@ -36,9 +38,10 @@ from unet_ray.segmentation.forecast import describe
 from unet_ray.segmentation.outlook import Outlook
 from unet_ray.segmentation.settings import Settings
 from unet_ray.segmentation.verification import Verification
-from unet_ray.storage.layout import ARRAYS
+from unet_ray.storage.layout import ARRAYS, TABLE
 from unet_ray.storage.objects import ObjectPath
 from unet_ray.storage.places import PathOrUrl, Place, open_array, place_of
+from unet_ray.storage.written import read_table
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import TilePlan
 from unet_ray.training import train as training
@@ -293,6 +296,24 @@ class OutputStore:
         return self._array("classes")
 
     @property
+    def instances(self) -> Any:
+        """The Zarr array of the object ids, uint64 (z, y, x); 0 is background."""
+        return self._array("instances")
+
+    @property
+    def objects(self) -> Any:
+        """The table of the objects, a `pyarrow.Table` with one row for each id.
+
+        Raises:
+            DamageError: if the file is missing or damaged.
+        """
+        self._array("instances")
+        try:
+            return parquet.read_table(pyarrow.BufferReader(read_table(self.path)))
+        except pyarrow.ArrowException as error:
+            raise DamageError(f"{self.path / TABLE}: is damaged ({reason(error)}).") from error
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """How the store was made: model, input, plan, intensities, precision, versions."""
         return dict(self._result.provenance.json)
@@ -303,7 +324,7 @@ class OutputStore:
         return int(open_result(self.path).done.sum())
 
     def _array(self, output: str) -> Any:
-        outputs = self._result.provenance.outputs
+        outputs = open_result(self.path).outputs
         if output not in outputs:
             raise InputError(f"{self.path}: has no {output}, only {' and '.join(outputs)}.")
         return open_array(self.path / ARRAYS[output])
@@ -317,7 +338,7 @@ class OutputStore:
     def __repr__(self) -> str:
         plan = self._result.plan
         return (
-            f"<OutputStore {self.path}: {' and '.join(self._result.provenance.outputs)} of "
+            f"<OutputStore {self.path}: {' and '.join(open_result(self.path).outputs)} of "
             f"{by(plan.shape)} voxels, {self.done} of {len(plan)} tiles>"
         )
 
@@ -328,7 +349,7 @@ class OutputStore:
         if not (boxes := windows(result)):
             return text
         box = boxes[len(boxes) // 2]
-        if "probabilities" in result.provenance.outputs:
+        if "probabilities" in result.outputs:
             picture = colour_map(result.read("probabilities", box)[0, 0])
         else:
             picture = colour_classes(result.classes(box)[0])

@@ -415,14 +415,14 @@ def segment(
     The same command resumes an interrupted run; a finished one does nothing.
     """
     settings = _settings(ctx, flags)
-    from unet_ray.segmentation.execution import execute
-    from unet_ray.segmentation.preparation import pending_tiles, wanted_tiles
+    from unet_ray.segmentation.execution import execute, is_finished
+    from unet_ray.segmentation.preparation import wanted_tiles
     from unet_ray.segmentation.segment import prepare_all
 
     quarantined = None
     for run in prepare_all(inputs, model, out, settings):
         request = wanted_tiles(run, settings)
-        if not run.resumed or pending_tiles(run, request).any():
+        if not is_finished(run, request):
             _announce(run, settings)
         try:
             with TilesBar(Path(run.volume.path).name, quiet) as watch:
@@ -586,6 +586,15 @@ def _settings(ctx: click.Context, flags: dict[str, Any]) -> Settings:
 
     return Settings(
         outputs=tuple(flags["outputs"].split(",")) if flags["outputs"] else None,
+        pyramid=False if flags["no_pyramid"] else None,
+        threshold=flags["threshold"],
+        connect=flags["connect"],
+        connectivity=int(flags["connectivity"]),  # type: ignore[arg-type]
+        split=flags["split"],
+        min_size=flags["min_size"],
+        fill_holes=flags["fill_holes"],
+        exclude_border=flags["exclude_border"],
+        ids=flags["ids"],
         region=region,
         mask=flags["mask"],
         channel=flags["channel"],

@@ -23,6 +23,7 @@ Function = Callable[..., Any]
 
 
 DATA, NETWORK, TRAINING, OUTPUT, MACHINE = "Data", "Network", "Training", "Output", "Machine"
+OBJECTS = "Objects"
 LARGEST_CONFIG = 1 << 16  # bytes of a file of flags
 HELP = {"help_option_names": ["-h", "--help"]}
 # Names that users of other tools try first.
@@ -275,7 +276,71 @@ TILING = (
         "--outputs",
         group=OUTPUT,
         metavar="A,B",
-        help="Outputs to store: probabilities, classes. Default: both.",
+        help="Outputs to store: probabilities, classes, instances. Default: the first two.",
+    ),
+    flag(
+        "--no-pyramid",
+        group=OUTPUT,
+        is_flag=True,
+        help="Store no coarser levels, which viewers need for large volumes.",
+    ),
+    flag(
+        "--threshold",
+        group=OBJECTS,
+        type=float,
+        metavar="T",
+        help="Probability above which a voxel is foreground; for 2 classes. Default: 0.5.",
+    ),
+    flag(
+        "--connect",
+        group=OBJECTS,
+        type=click.Choice(["volume", "slice"]),
+        default="volume",
+        show_default=True,
+        help="Objects extend over the volume, or each slice is an image of its own.",
+    ),
+    flag(
+        "--connectivity",
+        group=OBJECTS,
+        type=click.Choice(["6", "18", "26"]),
+        default="6",
+        show_default=True,
+        help="Neighbours of a voxel: over faces, also over edges, also over corners.",
+    ),
+    flag(
+        "--split",
+        group=OBJECTS,
+        is_flag=True,
+        help="Separate touching objects by a watershed.",
+    ),
+    flag(
+        "--min-size",
+        group=OBJECTS,
+        type=int,
+        default=0,
+        metavar="N",
+        help="Remove objects of fewer than N voxels.",
+    ),
+    flag(
+        "--fill-holes",
+        group=OBJECTS,
+        is_flag=True,
+        help="Add enclosed background to the objects around it.",
+    ),
+    flag(
+        "--exclude-border",
+        group=OBJECTS,
+        is_flag=True,
+        help="Remove objects that touch the border of the volume.",
+    ),
+    flag(
+        "--ids",
+        group=OBJECTS,
+        type=click.Choice(["dense", "first-voxel"]),
+        default="dense",
+        show_default=True,
+        help="1, 2, 3, … in the order of first voxels, or 1 + the index of the first voxel, which "
+        "needs less memory.",
     ),
     flag(
         "--region",

@@ -166,17 +166,20 @@ class TilesBar(ProgressBar):
         super().__init__(label, quiet)
         self._limit = limit
         self._pace: Pace | None = None
+        self._stage = ""
 
     def __call__(self, progress: Progress) -> None:
         """Shows the state of a run."""
-        pace = self._pace = self._pace or Pace(progress.workers)
+        if progress.stage != self._stage:
+            self._stage, self._pace = progress.stage, Pace(progress.workers)
+        pace = self._pace or Pace(progress.workers)
         pace.saw(progress.seconds, progress.finished, progress.voxels)
         pending = progress.total - progress.done - progress.quarantined
         memory = format_bytes(progress.memory) if progress.memory else ""
         if memory and self._limit and progress.memory_stated:
             memory += f" of {format_bytes(progress.memory_stated)}"
         parts = [
-            f"{progress.done}/{progress.total} tiles",
+            f"{progress.stage} {progress.done}/{progress.total} tiles".removeprefix("segment "),
             f"{progress.quarantined} quarantined" if progress.quarantined else "",
             f"{progress.failures} failures" if progress.failures else "",
             f"{pace.voxels / 1e6:.3f} Mvoxel/s" if pace.voxels else "",

@@ -23,7 +23,7 @@ from unet_ray.engine.cluster import EngineName
 from unet_ray.engine.stages import Receipt, Stage
 from unet_ray.errors import ChangedError, LostError, QuarantinedError, RunError
 from unet_ray.storage.events import EventLog
-from unet_ray.storage.layout import EVENTS, ledger_of, marks_of
+from unet_ray.storage.layout import EVENTS, SEGMENT, ledger_of, marks_of
 from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import Ledger, committed
 from unet_ray.storage.marks import marks_done, remove_older
@@ -51,6 +51,7 @@ class Progress:
         memory: largest memory use of a process after a tile, in bytes; 0 if unknown.
         memory_stated: planned upper bound of that memory use, in bytes.
         workers: tiles processed in parallel.
+        stage: name of the stage.
     """
 
     done: int
@@ -63,6 +64,7 @@ class Progress:
     memory: int = 0
     memory_stated: int = 0
     workers: int = 1
+    stage: str = SEGMENT
 
 
 def tries(
@@ -160,7 +162,7 @@ class Rounds:
         self._engine, self._workers, self._remedy = engine, workers, remedy
         self._log = EventLog(out / EVENTS, lease.fence.check)
         self._given_up: dict[int, str] = {}
-        self._progress = Progress(0, 0, 0, 0, 0, 0.0, memory_stated=memory_stated)
+        self._progress = Progress(0, 0, 0, 0, 0, 0.0, memory_stated=memory_stated, stage=stage.name)
         self._start = time.monotonic()
 
     def run(
@@ -295,7 +297,7 @@ class Rounds:
         self._given_up[tile] = error if len(self._given_up) < ERRORS_IN_MEMORY else ""
         self._show()
 
-    def _show(self, **changed: int) -> None:
+    def _show(self, **changed: Any) -> None:
         self._progress = replace(
             self._progress, quarantined=len(self._given_up), seconds=self._seconds, **changed
         )

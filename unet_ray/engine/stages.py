@@ -79,9 +79,13 @@ class Worker(Helper, Protocol):
 
 
 class Whole:
-    """A worker that processes a tile by a single function of its number."""
+    """A worker that processes a tile by a single function of its number.
 
-    def __init__(self, function: Callable[[int], None]) -> None:
+    Args:
+        function: may return the checksum of what it wrote.
+    """
+
+    def __init__(self, function: Callable[[int], str | None]) -> None:
         self._function = function
 
     def read(self, tile: int) -> None:
@@ -90,9 +94,9 @@ class Whole:
     def predict(self, tile: int, voxels: None) -> None:
         """Does nothing."""
 
-    def write(self, tile: int, result: None) -> None:
-        """Calls the function."""
-        self._function(tile)
+    def write(self, tile: int, result: None) -> str | None:
+        """Calls the function; returns its result."""
+        return self._function(tile)
 
 
 @dataclass(frozen=True)

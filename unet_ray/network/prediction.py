@@ -92,6 +92,8 @@ class Predictor:
         tta: whether to average over the 8 symmetries of the square (the paper averages rotations,
             sec. 3). Tiling stays exact: every pass starts and ends on the same phase of the
             pooling, at any position of its tile.
+        threshold: a voxel is of class 1 if its stored probability k fulfils k > 255 `threshold`,
+            for two classes; None for the most probable class.
     """
 
     def __init__(
@@ -102,11 +104,12 @@ class Predictor:
         precision: Precision,
         device: Device,
         tta: bool = False,
+        threshold: float | None = None,
     ) -> None:
         keep_freed_memory()
         settle_arithmetic()
         self._plan, self._intensity, self._tta = plan, intensity, tta
-        self._classes = network.classes
+        self._classes, self._threshold = network.classes, threshold
         self._cache: dict[tuple[bytes, tuple[str, ...]], dict[str, NDArray[np.uint8]]] = {}
         self._lock = threading.Lock()
         self._device = torch.device(device)
@@ -127,7 +130,8 @@ class Predictor:
 
         Returns:
             ``probabilities``: uint8 ``(classes - 1, *core)``, round(255 p) of classes 1 and up;
-            ``classes``: uint8 of shape ``core``, the most probable class (the lowest at a tie).
+            ``classes``: uint8 of shape ``core``, the most probable class (the lowest at a tie), or
+            the one that the threshold gives.
 
         Raises:
             RunError: if the network returns a score that is not finite.
@@ -180,12 +184,20 @@ class Predictor:
             else:
                 scores = self._scores(image, tile)[inside]
                 probabilities = scores.softmax(dim=1)
-            if "probabilities" in outputs:
+            rounded = None
+            if "probabilities" in outputs or self._threshold is not None:
                 rounded = probabilities[:, 1:].mul(255).round_().byte()
+            if "probabilities" in outputs and rounded is not None:
                 results["probabilities"] = rounded.transpose(0, 1).cpu().numpy()
             if "classes" in outputs:
-                results["classes"] = scores.argmax(dim=1).byte().cpu().numpy()
+                results["classes"] = self._class_map(scores, rounded).cpu().numpy()
         return results
+
+    def _class_map(self, scores: torch.Tensor, rounded: torch.Tensor | None) -> torch.Tensor:
+        """Class of each voxel, uint8 ``(z, y, x)``, from its scores or its stored probability."""
+        if rounded is None or self._threshold is None:
+            return scores.argmax(dim=1).byte()
+        return (rounded[:, 0].double() > 255 * self._threshold).byte()
 
     @contextmanager
     def _same_algorithms(self) -> Iterator[None]:

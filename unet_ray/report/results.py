@@ -20,7 +20,7 @@ from unet_ray.errors import InputError, RunError
 from unet_ray.report.pictures import Picture, to_grey
 from unet_ray.storage.events import measured, read_events
 from unet_ray.storage.inspection import inspect
-from unet_ray.storage.layout import ARRAYS, LEDGER, SEGMENT
+from unet_ray.storage.layout import ARRAYS, INSTANCES, LEDGER, SEGMENT, ledger_of
 from unet_ray.storage.ledger import committed, quarantined, skipped
 from unet_ray.storage.places import PathOrUrl, Place
 from unet_ray.storage.provenance import Provenance
@@ -49,6 +49,7 @@ class Result:
     Attributes:
         path: the store.
         provenance: how it was made.
+        outputs: names of its arrays, without unfinished objects.
         plan: its tiles.
         done: whether each tile is committed.
         given_up: indices of the quarantined tiles.
@@ -58,6 +59,7 @@ class Result:
 
     path: Place
     provenance: Provenance
+    outputs: tuple[str, ...]
     plan: TilePlan
     done: NDArray[np.bool_]
     given_up: Sequence[int]
@@ -105,7 +107,7 @@ class Result:
 
     def classes(self, box: Box) -> NDArray[Any]:
         """Class numbers, (z, y, x)."""
-        if "classes" in self.provenance.outputs:
+        if "classes" in self.outputs:
             return self.read("classes", box)
         classes: NDArray[np.int64] = self.probabilities(box).argmax(0)
         return classes
@@ -135,13 +137,17 @@ def open_result(path: Place) -> Result:
     provenance = inspected.provenance
     if damage := provenance.damage(*DRAWN_PARTS):
         raise InputError(f"{path}: its provenance is damaged ({damage}).")
-    plan, outputs = provenance.plan, provenance.outputs
+    plan = provenance.plan
+    finished = (
+        INSTANCES in provenance.outputs and committed(path / ledger_of(INSTANCES), len(plan)).all()
+    )
+    outputs = [name for name in provenance.outputs if name != INSTANCES or finished]
     done = committed(path / LEDGER, len(plan))
     given_up = np.flatnonzero(quarantined(path / LEDGER, len(plan))).tolist()
     masked = int(skipped(path / LEDGER, len(plan)).sum())
     store = Store(path, outputs)
     store.require_plan(plan)
-    return Result(path, provenance, plan, done, given_up, masked, store)
+    return Result(path, provenance, tuple(outputs), plan, done, given_up, masked, store)
 
 
 def open_truth(truth: PathOrUrl, result: Result) -> Volume:

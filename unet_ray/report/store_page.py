@@ -100,7 +100,7 @@ def _slice(
     grey = np.zeros(classes.shape, np.uint8) if image is None else few_greys(image, OVERLAY_GREYS)
     border = None if truth is None else _objects_of(truth.read(box)[0, 0], result.class_values)
     panels = {"prediction": overlay(grey, (classes != 0) == painted, border)}
-    if "probabilities" in result.provenance.outputs:
+    if "probabilities" in result.outputs:
         panels["probability"] = colour_map(_shown_probability(result, box))
     panels |= _parts(result, box, classes, image)
     if not computed.all():
@@ -136,7 +136,7 @@ def _parts(
     result: Result, box: Box, classes: NDArray[Any], image: Picture | None
 ) -> dict[str, Picture]:
     """One panel: instances, or connected parts of class 1, or several classes."""
-    if "instances" in result.provenance.outputs:
+    if "instances" in result.outputs:
         return {"instances": colour_cells(result.read("instances", box)[0], image)}
     if len(result.class_values) == 2:
         return {"parts": colour_cells(ndimage.label(classes == 1)[0], image)}
@@ -145,7 +145,7 @@ def _parts(
 
 def _histograms(result: Result) -> Facts:
     """Histograms of the stored probabilities in randomly chosen storage chunks."""
-    if "probabilities" not in result.provenance.outputs or not result.done.any():
+    if "probabilities" not in result.outputs or not result.done.any():
         return {"histograms": []}
     counts = np.zeros((len(result.class_values) - 1, 256), np.int64)
     boxes, chunks = sampled_chunks(result)
@@ -168,7 +168,7 @@ def _histograms(result: Result) -> Facts:
 
 def _evaluations(result: Result, truth: Volume) -> list[Facts]:
     """The scores of each kind that the store allows, or the reason why one cannot be computed."""
-    outputs = result.provenance.outputs
+    outputs = result.outputs
     kinds: list[Kind] = []
     if "probabilities" in outputs and len(result.class_values) == 2:
         kinds.append("isbi")

@@ -29,7 +29,7 @@ from unet_ray.scores.totals import (
     overlap_tables,
 )
 from unet_ray.storage.inspection import Found, inspect
-from unet_ray.storage.layout import ARRAYS, LEDGER, PRIVATE
+from unet_ray.storage.layout import ARRAYS, INSTANCES, LEDGER, PRIVATE, ledger_of
 from unet_ray.storage.ledger import committed, skipped
 from unet_ray.storage.places import PathOrUrl, Place, place_of
 from unet_ray.storage.provenance import Provenance
@@ -258,6 +258,10 @@ def _stored(path: Place, provenance: Provenance, kind: Kind) -> tuple[Place, str
         raise InputError(
             f"{path}: {missing} of {len(plan)} tiles are not done; run the same `unet-ray "
             "segment` without --region."
+        )
+    if output == INSTANCES and not committed(path / ledger_of(INSTANCES), len(plan)).all():
+        raise InputError(
+            f"{path}: its objects are not finished; run the same `unet-ray segment` again."
         )
     store = Store(path, [output])
     for index in np.flatnonzero(done):

@@ -64,7 +64,8 @@ def _check_disk(runs: Sequence[Segmentation], settings: Settings) -> None:
 
 def _max_bytes(run: Segmentation, tiles: int) -> int:
     values = stored_values(len(run.class_values), run.outputs)
-    return max_disk_bytes(run.plan, values, len(run.outputs), tiles) if tiles else 0
+    objects = "instances" in run.outputs
+    return max_disk_bytes(run.plan, values, len(run.outputs), tiles, objects, run.factors)
 
 
 def free_bytes(outs: Sequence[Place], overwrite: bool = False) -> float:

@@ -10,11 +10,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
 from unet_ray.engine.attempts import DISK_ERRORS, is_out_of_memory
 from unet_ray.engine.rounds import Progress, Rounds, stopped
-from unet_ray.engine.stages import Receipt, Stage
+from unet_ray.engine.stages import Deadline, Receipt, Stage
 from unet_ray.errors import RunError
 from unet_ray.machine import memory_available
+from unet_ray.segmentation.chain import Link, chain_of, source_of
 from unet_ray.segmentation.memory import (
     helper_bytes,
     in_flight,
@@ -30,12 +33,15 @@ from unet_ray.segmentation.preparation import (
 )
 from unet_ray.segmentation.run import Segmentation, refuse_difference
 from unet_ray.segmentation.settings import Settings
-from unet_ray.storage.layout import LEDGER, PRIVATE, SEGMENT, StoreLayout
+from unet_ray.storage.layout import LEDGER, LEDGERS, PRIVATE, SEGMENT, StoreLayout
 from unet_ray.storage.lease import Lease
-from unet_ray.storage.ledger import begin, committed, newest
+from unet_ray.storage.ledger import begin, committed, newest_below
 from unet_ray.storage.places import remove_partial
 from unet_ray.storage.stores import Store, create_store, remove_deleted
+from unet_ray.storage.written import ONE_TASK
 from unet_ray.units import format_bytes, warn
+
+JOIN_SECONDS = 86400.0  # limit of a task that unites all tiles of a volume
 
 
 def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], None]) -> int:
@@ -57,11 +63,12 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
         RunError: if the disk is full or read-only, or a worker does not fit into memory.
     """
     request = wanted_tiles(run, settings)
-    if run.resumed and not pending_tiles(run, request).any():
+    if is_finished(run, request):
         _require_metadata(run)
         return 0  # without a lease, so a finished store stays unchanged
     try:
-        with Lease(run.out / PRIVATE, settings.takeover, after=newest(run.out / LEDGER)) as lease:
+        newest = newest_below(run.out / LEDGERS)
+        with Lease(run.out / PRIVATE, settings.takeover, after=newest) as lease:
             try:
                 return _execute(run, settings, request, lease, watch)
             except OSError:
@@ -83,6 +90,15 @@ def execute(run: Segmentation, settings: Settings, watch: Callable[[Progress], N
             f"{format_bytes(run.memory.total)} per worker, {format_bytes(memory_available())} are "
             "available: set fewer --workers, or use a machine with more memory."
         ) from error
+
+
+def is_finished(run: Segmentation, request: Request) -> bool:
+    """Returns whether no tile of any stage of a run is left to compute."""
+    if not run.resumed or pending_tiles(run, request).any():
+        return False
+    links = chain_of(run.plan, run.outputs, run.factors, run.rules)
+    source = source_of(run.out, run.plan) if links else None
+    return source is None or not any(link.pending(run.out, source).any() for link in links)
 
 
 def _execute(
@@ -112,12 +128,12 @@ def _execute(
     )
     mask = {"mask": run.mask.path} if run.mask else {}
     # Seen under the lease. A worker may also have marked a tile as done whose shard is gone.
-    absent = ~Store(run.out, run.outputs).present(run.plan) if run.resumed else None
+    absent = ~Store(run.out, run.predicted).present(run.plan) if run.resumed else None
     if absent is not None:
         lost = request.tiles & absent & committed(run.out / LEDGER, len(run.plan))
         if count := int(lost.sum()):
             warn(f"{run.out}: committed tiles without a shard are computed again: {count}.")
-    return rounds.run(
+    tiles = rounds.run(
         request.tiles,
         request.skipped,
         absent,
@@ -125,6 +141,57 @@ def _execute(
         model=str(run.model.absolute()),
         **mask,
     )
+    return tiles + _run_links(replace(run, fence=lease.fence), settings, lease, watch)
+
+
+def _run_links(
+    run: Segmentation, settings: Settings, lease: Lease, watch: Callable[[Progress], None]
+) -> int:
+    """Runs the stages after the prediction; returns the number of their computed tiles."""
+    links = chain_of(run.plan, run.outputs, run.factors, run.rules)
+    source = source_of(run.out, run.plan) if links else None
+    if links and source is None:
+        missing = "objects and pyramid" if run.rules else "the pyramid"
+        warn(f"{run.out}: {missing} follow when all tiles of the volume are segmented.")
+        return 0
+    return sum(_run_link(link, run, source, settings, lease, watch) for link in links if source)
+
+
+def _run_link(
+    link: Link,
+    run: Segmentation,
+    source: str,
+    settings: Settings,
+    lease: Lease,
+    watch: Callable[[Progress], None],
+) -> int:
+    written = link.written
+    if not link.pending(run.out, source).any():
+        return 0
+    if not link.continues(run.out, source):
+        with lease.fence.hold():
+            begin(run.out / written.ledger, lease.epoch, link.origin(source))
+    stage = Stage(
+        written.stage,
+        partial(link.make_worker, run),
+        "cpu",
+        deadline=Deadline(first=JOIN_SECONDS) if written.plan == ONE_TASK else Deadline(),
+        memory=run.memory.total,
+        check=run.refuse_changes if link.reads_input else lambda: None,
+    )
+    rounds = Rounds(
+        stage,
+        written.plan,
+        run.out,
+        lease,
+        settings.engine,
+        settings.workers,
+        watch,
+        process_bytes(run.memory, "cpu", settings),
+        partial(_memory_remedy, run),
+    )
+    tiles = np.ones(len(written.plan), bool)
+    return rounds.run(tiles, ~tiles, ~written.present(run.out))
 
 
 def _stage(run: Segmentation, settings: Settings) -> Stage:
@@ -177,4 +244,5 @@ def _require_metadata(run: Segmentation) -> None:
 
 
 def _layout(run: Segmentation) -> StoreLayout:
-    return StoreLayout(run.plan, run.class_values, run.outputs, run.volume.voxel_size)
+    voxel_size = run.volume.voxel_size
+    return StoreLayout(run.plan, run.class_values, run.outputs, voxel_size, run.factors)

@@ -25,6 +25,8 @@ PROCESS_BYTES = {"local": 165 << 20, "ray": 250 << 20}
 # buffers: by a factor for gaps between buffers, and by a fixed amount for the convolution library.
 ALLOCATOR_FACTOR = 1.65
 SCRATCH_BYTES = 96 << 20
+# Of a voxel while objects are made: class, mask, label, id, and the id's copy in the encoder.
+OBJECT_BYTES = 1 + 1 + 4 + 8 + 8
 # Anonymous memory of the driver on Ray. Measured with 32 and 4096 tiles; on GPUs with 16384 tiles,
 # since their waves have more blocks.
 DRIVER_BYTES = {"cpu": 400 << 20, "cuda": 480 << 20, "mps": 480 << 20}
@@ -44,6 +46,7 @@ class WorkerMemory:
         tile: input voxels and output values of a tile, with the cached constant passes.
         copy: copy of voxels or values, or the read overhead, while a tile is read or written.
         forward: peak of one pass.
+        objects: arrays of a tile in the stages that make objects; 0 without objects.
     """
 
     process: int
@@ -53,6 +56,7 @@ class WorkerMemory:
     tile: int
     copy: int
     forward: int
+    objects: int = 0
 
     @property
     def total(self) -> int:
@@ -76,7 +80,8 @@ class WorkerMemory:
         live = self.weights + threads * self.tile + transient
         allocated = SCRATCH_BYTES + int(ALLOCATOR_FACTOR * live)
         # Memory that is freed after loading is kept, but its pieces may not fit the first passes.
-        return self.process + self.index + max(self.load + transient, allocated)
+        later = SCRATCH_BYTES + int(ALLOCATOR_FACTOR * threads * self.objects)
+        return self.process + self.index + max(self.load + transient, allocated, later)
 
     def helper(self, tiles: int) -> int:
         """Bytes of a process that only reads or writes, with `tiles` tiles per batch."""
@@ -92,6 +97,7 @@ def worker_bytes(
     outputs: int,
     overhead: int = 0,
     index: int = 0,
+    objects: bool = False,
 ) -> WorkerMemory:
     """Memory of a Ray worker, one tile at a time; `WorkerMemory.on` converts it to an engine.
 
@@ -99,9 +105,10 @@ def worker_bytes(
         net: size of the network.
         plan: the tiles.
         voxel_bytes: bytes of one voxel of the volume, all channels together.
-        outputs: uint8 values stored per voxel.
+        outputs: uint8 values predicted per voxel.
         overhead: bytes of the input's storage units while a tile is read.
         index: upper bound of the bytes needed to open the input.
+        objects: whether objects are made from the class map.
     """
     read = math.prod(plan.read_shape) * voxel_bytes
     write = math.prod(plan.core) * outputs
@@ -116,6 +123,7 @@ def worker_bytes(
         tile=read + write + constants,
         copy=max(write, read, overhead),  # for mirroring and encoding
         forward=forward,
+        objects=math.prod(plan.core) * (OBJECT_BYTES + outputs + voxel_bytes) * objects,
     )
 
 
@@ -142,11 +150,13 @@ GPU_TILES = 4
 TILE_BATCH_BYTES = 64 << 20
 
 
-def needed_memory(size: NetworkSize, tiles: TilePlan, volume: Volume, outputs: int) -> WorkerMemory:
-    """Memory of a worker for `tiles` of `volume`, with `outputs` bytes stored per voxel."""
+def needed_memory(
+    size: NetworkSize, tiles: TilePlan, volume: Volume, outputs: int, objects: bool = False
+) -> WorkerMemory:
+    """Memory of a worker for `tiles` of `volume`; see `worker_bytes`."""
     voxel = volume.shape[0] * volume.dtype.itemsize
     overhead = volume.read_overhead(tiles.read_shape)
-    return worker_bytes(size, tiles, voxel, outputs, overhead, volume.index_bytes)
+    return worker_bytes(size, tiles, voxel, outputs, overhead, volume.index_bytes, objects)
 
 
 def in_flight(memory: WorkerMemory, device: Device, settings: Settings) -> int:
@@ -188,7 +198,7 @@ def needed_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> in
 
 
 def stored_values(classes: int, outputs: Sequence[str]) -> int:
-    """Bytes stored per voxel: a probability for each class but the first, and the class."""
+    """Bytes predicted per voxel: a probability for each class but the first, and the class."""
     return (classes - 1) * ("probabilities" in outputs) + ("classes" in outputs)
 
 

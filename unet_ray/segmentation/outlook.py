@@ -36,9 +36,10 @@ from unet_ray.segmentation.settings import (
     open_inputs,
     precision_of,
 )
-from unet_ray.storage.layout import chunk_of
+from unet_ray.storage.layout import PREDICTED, chunk_of
 from unet_ray.storage.places import PathOrUrl
-from unet_ray.tiling.boxes import Box
+from unet_ray.tiling.boxes import Box, Ints
+from unet_ray.tiling.pyramid import factors_of, level_plan
 from unet_ray.tiling.tiles import TilePlan
 from unet_ray.volumes.intensity import measured_bytes
 from unet_ray.volumes.masks import open_mask, tiles_under
@@ -48,6 +49,8 @@ from unet_ray.volumes.volume import Volume
 SAMPLE = 64
 # Storage overhead: per chunk its frame, checksum and index entry; per tile the end of each index.
 CHUNK_BYTES, SHARD_BYTES = 128, 64
+# Of a voxel for its id, the record of its tile and its row in the table; all are compressed.
+OBJECT_DISK_BYTES = 2
 # File systems allocate whole blocks. Each tile adds an event to the log and entries to its folders;
 # each store has metadata, a ledger and a lease.
 DISK_BLOCK, TILE_RECORD_BYTES, STORE_BYTES = 4096, 256, 128 << 10
@@ -63,7 +66,7 @@ class Outlook:
         plan: the tiles of the whole volume.
         tiles: number of tiles inside region and mask.
         sample: numbers of at most `SAMPLE` of these tiles, evenly spread.
-        outputs: names of the stored outputs.
+        outputs: names of the predicted outputs.
         tta: average over the 8 symmetries of the square.
         nan: treatment of non-finite voxels: ``error`` or ``zero``.
         memory: memory of one worker for one tile.
@@ -139,7 +142,9 @@ def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -
     outputs = checked_outputs(settings.outputs)
     values = stored_values(network.classes, outputs)
     size = network_size(network, precision, settings.tta)
-    tiles, memory = choose_plan(volume, network, size, settings, values)
+    objects = "instances" in outputs
+    tiles, memory = choose_plan(volume, network, size, settings, values, objects)
+    factors = () if settings.pyramid is False else factors_of(volume.shape[1:], volume.voxel_size)
     part = tiles.part(settings.region or Box.of(tiles.shape))
     mask = open_mask(settings.mask, tiles.shape, settings.strict) if settings.mask else None
     selected: Sequence[int] = range(part.size)
@@ -153,7 +158,7 @@ def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -
         plan=tiles,
         tiles=len(selected),
         sample=tile_numbers(tiles, part, spread(selected, SAMPLE)),
-        outputs=outputs,
+        outputs=tuple(name for name in outputs if name in PREDICTED),
         tta=settings.tta,
         nan=settings.nan,
         memory=memory,
@@ -174,7 +179,7 @@ def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -
         precision=precision,
         device=device,
         halo_overhead=halo_overhead(size, tiles),
-        disk_bytes=max_disk_bytes(tiles, values, len(outputs), len(selected)),
+        disk_bytes=max_disk_bytes(tiles, values, len(outputs), len(selected), objects, factors),
         read_amplification=read_amplification(tiles, volume.chunk),
     )
 
@@ -202,17 +207,33 @@ def tile_numbers(
     return tuple(np.ravel_multi_index(positions, tiles.counts).tolist())
 
 
-def max_disk_bytes(tiles: TilePlan, values: int, shards: int, count: int) -> int:
+def max_disk_bytes(
+    tiles: TilePlan,
+    values: int,
+    shards: int,
+    count: int,
+    objects: bool = False,
+    factors: Sequence[Ints] = (),
+) -> int:
     """Upper bound of a store's size on disk: no compression, whole blocks, metadata and folders.
+
+    Only ids of objects count as compressed, since an object has many voxels.
 
     Args:
         tiles: the plan.
-        values: bytes stored per voxel.
+        values: bytes predicted per voxel.
         shards: shards per tile, one for each output.
         count: number of stored tiles.
+        objects: whether objects are stored.
+        factors: voxels of the volume per voxel of each pyramid level.
     """
     if not count:
         return 0
+    if factors:  # made only when no tile is missing
+        levels = (level_plan(tiles, each) for each in factors)
+        above = sum(max_disk_bytes(level, values, shards, len(level), objects) for level in levels)
+        return max_disk_bytes(tiles, values, shards, count, objects) + above
+    values += OBJECT_DISK_BYTES * objects
     chunk = chunk_of(tiles.core)
     chunks = values * math.prod(c // n for c, n in zip(tiles.core, chunk, strict=True))
     # Zstandard expands incompressible data by at most 1/256.

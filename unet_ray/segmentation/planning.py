@@ -38,7 +38,12 @@ Candidate = tuple[TilePlan, WorkerMemory]
 
 
 def choose_plan(
-    volume: Volume, network: UNet, size: NetworkSize, settings: Settings, outputs: int
+    volume: Volume,
+    network: UNet,
+    size: NetworkSize,
+    settings: Settings,
+    outputs: int,
+    objects: bool = False,
 ) -> Candidate:
     """Chooses the tiles of a run: ``settings.tile`` if set, else the cheapest that fit into memory.
 
@@ -49,7 +54,8 @@ def choose_plan(
         network: the network.
         size: size of the network.
         settings: tile, memory and engine of the run.
-        outputs: bytes stored per voxel.
+        outputs: bytes predicted per voxel.
+        objects: whether objects are made.
 
     Returns:
         The plan, and the memory of one worker.
@@ -62,7 +68,7 @@ def choose_plan(
 
     def planned(core: tuple[int, ...]) -> Candidate:
         tiles = TilePlan(shape, core, context, (_batch(core, context), *core[1:]))
-        return tiles, needed_memory(size, tiles, volume, outputs)
+        return tiles, needed_memory(size, tiles, volume, outputs, objects)
 
     def on_engine(candidate: Candidate) -> Candidate:
         return candidate[0], candidate[1].on(settings.engine)
@@ -84,7 +90,7 @@ def choose_plan(
 
     def without_chunks(tiles: TilePlan) -> WorkerMemory:
         voxel = volume.shape[0] * volume.dtype.itemsize
-        memory = worker_bytes(size, tiles, voxel, outputs, index=volume.index_bytes)
+        memory = worker_bytes(size, tiles, voxel, outputs, 0, volume.index_bytes, objects)
         return memory.on(settings.engine)
 
     def cheapest(engine: str) -> tuple[float, Candidate]:

@@ -37,16 +37,19 @@ from unet_ray.segmentation.settings import (
     device_of,
     open_inputs,
     precision_of,
+    refuse_threshold,
 )
 from unet_ray.storage.inspection import inspect, refuse_others
 from unet_ray.storage.layout import LEDGER
 from unet_ray.storage.ledger import committed, skipped
 from unet_ray.storage.places import PathOrUrl, Place, place_of, unusable
 from unet_ray.storage.provenance import Provenance
-from unet_ray.tiling.boxes import Box
+from unet_ray.tiling.boxes import Box, Ints
+from unet_ray.tiling.pyramid import factors_of
 from unet_ray.units import format_bytes
 from unet_ray.volumes.intensity import Intensity, measure
 from unet_ray.volumes.masks import open_mask, tiles_under
+from unet_ray.volumes.volume import Volume
 
 
 def prepare(
@@ -91,13 +94,15 @@ def prepare(
         network_size(network, precision, settings.tta),
         stored_values(network.classes, outputs),
     )
+    refuse_threshold(settings.threshold, network.classes)
     if stored and not settings.tile:
         tiles = stored.plan
-        memory = needed_memory(size, tiles, volume, values)
+        memory = needed_memory(size, tiles, volume, values, "instances" in outputs)
         memory = memory.on(settings.engine)
         _check_memory_limit(memory, settings, path)
     else:
-        tiles, memory = choose_plan(volume, network, size, settings, values)
+        objects = "instances" in outputs
+        tiles, memory = choose_plan(volume, network, size, settings, values, objects)
     if not (stored and settings.engine == "ray"):  # a finished store must not require a cluster
         check_memory(path, memory, device, settings)
     mask = None
@@ -114,8 +119,12 @@ def prepare(
         tta=settings.tta,
         nan=settings.nan,
         outputs=outputs,
+        threshold=settings.threshold,
+        factors=_factors(volume, stored, settings.pyramid),
+        rules=settings.rules if "instances" in outputs else None,
         class_values=tuple(header.class_values),
         memory=memory,
+        memory_limit=settings.memory,
         provenance=Provenance({}),
         resumed=stored is not None,
         mask=mask,
@@ -135,6 +144,13 @@ def _refuse_image_name(out: str) -> None:
         raise InputError(
             f"{out}: the output is an OME-Zarr folder, not an image file; name it {stem}.zarr."
         )
+
+
+def _factors(volume: Volume, stored: Provenance | None, pyramid: bool | None) -> tuple[Ints, ...]:
+    """The pyramid levels of a run; a store that is resumed keeps its own unless a flag differs."""
+    if stored and pyramid is None:
+        return stored.factors
+    return () if pyramid is False else factors_of(volume.shape[1:], volume.voxel_size)
 
 
 def refuse_overlap(path: Place, source: Place) -> None:
@@ -220,6 +236,9 @@ def _provenance(
         tta=run.tta,
         nan=run.nan,
         kind=kind,
+        threshold=run.threshold,
+        factors=run.factors,
+        objects=run.rules.to_json() if run.rules else None,
     )
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +18,17 @@ from numpy.typing import NDArray
 from unet_ray.engine.rounds import Tries, tries
 from unet_ray.engine.stages import Stage
 from unet_ray.errors import DamageError, InputError, LostError, RunError, VoxelError
+from unet_ray.segmentation.chain import Link
 from unet_ray.segmentation.preparation import prepare
 from unet_ray.segmentation.run import Segmentation
 from unet_ray.segmentation.settings import Settings
-from unet_ray.storage.audit import Audit, refuse_link
+from unet_ray.storage.audit import Audit
 from unet_ray.storage.events import read_events
 from unet_ray.storage.layout import EVENTS, PRIVATE, SEGMENT
 from unet_ray.storage.lease import Lease
 from unet_ray.storage.places import Place, write_whole
 from unet_ray.storage.stores import Store
+from unet_ray.storage.tile_audit import refuse_link
 
 Results = Mapping[str, NDArray[np.uint8]]
 
@@ -51,6 +54,8 @@ def run_that_made(audit: Audit) -> Segmentation:
             precision=provenance.precision,
             tta=provenance.tta,
             nan=provenance.nan,
+            threshold=provenance.threshold,
+            **(provenance.objects or {}),
         )
         return prepare(source, model, path, settings)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -99,11 +104,11 @@ def recompute(
 def _differences(audit: Audit, tile: int, result: Results) -> dict[str, str]:
     """Damage of each output of a tile whose stored voxels are not those of `result`."""
     damage = {}
-    z, y, x = audit.plan[tile].crop.slices
-    for name in audit.outputs:
+    z, y, x = audit.predicted.plan[tile].crop.slices
+    for name in audit.predicted.outputs:
         voxels = result[name][..., z, y, x]
         try:
-            differing = int(np.count_nonzero(audit.decode(name, tile) != voxels))
+            differing = int(np.count_nonzero(audit.predicted.decode(name, tile) != voxels))
         except DamageError as error:  # damaged after it was checked
             damage[name] = str(error)
             continue
@@ -133,12 +138,14 @@ def repair_shards(
     repaired, failed = [], []
 
     def write(tile: int, result: Results) -> None:
-        z, y, x = audit.plan[tile].crop.slices
+        z, y, x = audit.predicted.plan[tile].crop.slices
         for name in damaged[tile]:
-            refuse_link(audit.path, audit.shard(name, tile).parent)
-            if audit.is_foreign(name, tile, result[name][..., z, y, x]):
+            refuse_link(audit.path, audit.predicted.shard(name, tile).parent)
+            if audit.predicted.is_foreign(name, tile, result[name][..., z, y, x]):
                 raise VoxelError("the recomputed voxels are not those that were committed")
-        Store(audit.path, [*damaged[tile]], lease.fence.hold).write(audit.plan[tile], result)
+        Store(audit.path, [*damaged[tile]], lease.fence.hold).write(
+            audit.predicted.plan[tile], result
+        )
 
     with closing(_recompute_each("repair", audit, run, sorted(damaged), write)) as receipts:
         for receipt, will_retry in receipts:
@@ -153,6 +160,40 @@ def repair_shards(
                 )
     lease.check(now=True)
     return repaired, failed
+
+
+def repair_link(
+    link: Link, run: Segmentation, tiles: Iterable[int], lease: Lease
+) -> tuple[list[int], list[str]]:
+    """Makes tiles of a later stage again from the sound results of the stages before it.
+
+    Args:
+        link: the stage.
+        run: the run that made the store.
+        tiles: their numbers.
+        lease: lease of the store.
+
+    Returns:
+        Numbers of the written tiles, and an error message for each tile that was not written.
+
+    Raises:
+        RunError: if the disk is full or read-only.
+        LostError: if another run has taken over the store.
+    """
+    written, failed = [], []
+    name, make = link.written.stage, partial(link.make_worker, replace(run, fence=lease.fence))
+    with closing(tries(Stage(name, make, "cpu"), tiles)) as receipts:
+        for receipt, will_retry in receipts:
+            lease.check(now=receipt.verdict == "stop")
+            if receipt.verdict == "stop":
+                raise RunError(f"{run.out}: {receipt.error}; free disk space and repair again.")
+            if not receipt.error:
+                written.append(receipt.tile)
+            elif not will_retry:
+                failed.append(
+                    f"{run.out}: tile {receipt.tile} of {name} cannot be repaired: {receipt.error}"
+                )
+    return written, failed
 
 
 def repair_metadata(audit: Audit, paths: Iterable[Place], lease: Lease) -> list[str]:

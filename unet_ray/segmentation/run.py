@@ -25,10 +25,13 @@ from unet_ray.network.prediction import (
     instructions,
 )
 from unet_ray.segmentation.memory import WorkerMemory
+from unet_ray.segmentation.rules import Rules
+from unet_ray.storage.layout import PREDICTED
 from unet_ray.storage.lease import Fence
 from unet_ray.storage.places import Place
 from unet_ray.storage.provenance import KIND, Provenance
 from unet_ray.storage.stores import Store
+from unet_ray.tiling.boxes import Ints
 from unet_ray.tiling.mirror import read_mirrored, reflect
 from unet_ray.tiling.tiles import Tile, TilePlan
 from unet_ray.versions import versions
@@ -51,8 +54,12 @@ class Segmentation:
         tta: average over the 8 symmetries of the square.
         nan: treatment of non-finite voxels: ``error`` or ``zero``.
         outputs: names of the stored outputs.
+        threshold: probability above which a voxel is of class 1; None for the likelier class.
+        factors: voxels of the volume per voxel of each pyramid level, from level 1 on.
+        rules: rules of the objects; None without objects.
         class_values: label value of each class.
         memory: memory of one worker.
+        memory_limit: upper bound of the bytes of one worker, as the user has set it.
         provenance: record of the facts above in the store; a resumed run must match it.
         resumed: whether the store exists and the run resumes it.
         mask: volume that is nonzero where tiles are requested; None for all tiles.
@@ -71,10 +78,19 @@ class Segmentation:
     outputs: tuple[str, ...]
     class_values: tuple[int, ...]
     memory: WorkerMemory
+    memory_limit: int
     provenance: Provenance
     resumed: bool
+    threshold: float | None = None
+    factors: tuple[Ints, ...] = ()
+    rules: Rules | None = None
     mask: Volume | None = None
     fence: Fence | None = None
+
+    @property
+    def predicted(self) -> tuple[str, ...]:
+        """Names of the outputs that the network predicts; the others are made from them."""
+        return tuple(name for name in self.outputs if name in PREDICTED)
 
     @cached_property
     def absent(self) -> NDArray[np.bool_]:
@@ -83,7 +99,7 @@ class Segmentation:
         Raises:
             RunError: if metadata of the store are missing or damaged; names the file.
         """
-        return ~Store(self.out, self.outputs).present(self.plan)
+        return ~Store(self.out, self.predicted).present(self.plan)
 
     def make_worker(self) -> TileWorker:
         """Creates the worker of the segment stage, in the process that runs it."""
@@ -108,7 +124,7 @@ class TileHelper:
     def __init__(self, run: Segmentation) -> None:
         self._run = run
         _refuse_other_machine(run, self._kind())
-        self._store = Store(run.out, run.outputs, run.fence.look if run.fence else None)
+        self._store = Store(run.out, run.predicted, run.fence.look if run.fence else None)
 
     def _kind(self) -> dict[str, Any]:
         """The properties of this machine that determine what it reads and writes."""
@@ -140,7 +156,7 @@ class TileWorker(TileHelper):
         if sha256 != run.provenance.model_sha256:
             raise changed(str(run.model))
         self._predictor = Predictor(
-            network, run.plan, run.intensity, run.precision, run.device, run.tta
+            network, run.plan, run.intensity, run.precision, run.device, run.tta, run.threshold
         )
 
     def _kind(self) -> dict[str, Any]:
@@ -148,7 +164,7 @@ class TileWorker(TileHelper):
 
     def predict(self, tile: int, voxels: NDArray[Any]) -> dict[str, NDArray[np.uint8]]:
         """The uint8 outputs of a tile's core, by name; see `Predictor`."""
-        return self._predictor(self._run.plan[tile], voxels, self._run.outputs)
+        return self._predictor(self._run.plan[tile], voxels, self._run.predicted)
 
 
 def read_tile(volume: Volume, tile: Tile, nan: str) -> NDArray[Any]:
@@ -166,11 +182,16 @@ def read_tile(volume: Volume, tile: Tile, nan: str) -> NDArray[Any]:
         VoxelError: if a voxel is not finite and `nan` is ``error``; names the tile and the voxel.
     """
     voxels = read_mirrored(volume.read, volume.shape[1:], tile.read)
+    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all() and nan == "error":
+        raise VoxelError(_non_finite_message(volume, tile, voxels))
+    return finite(voxels)
+
+
+def finite(voxels: NDArray[Any]) -> NDArray[Any]:
+    """Returns the voxels with 0 in place of values that are not finite."""
     if voxels.dtype.kind != "f" or np.isfinite(voxels).all():
         return voxels
-    if nan == "zero":
-        return np.where(np.isfinite(voxels), voxels, voxels.dtype.type(0))
-    raise VoxelError(_non_finite_message(volume, tile, voxels))
+    return np.where(np.isfinite(voxels), voxels, voxels.dtype.type(0))
 
 
 def _non_finite_message(volume: Volume, tile: Tile, voxels: NDArray[Any]) -> str:

@@ -6,7 +6,7 @@ Knows the flags of the command line as values. Does not know how tiles or memory
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Literal
 
@@ -17,7 +17,8 @@ from unet_ray.errors import InputError, nearest, refuse_unknown
 from unet_ray.network.checkpoints import ModelHeader, find_model, read_hashed_model
 from unet_ray.network.prediction import Device, Precision, best_precision
 from unet_ray.network.unet import UNet
-from unet_ray.storage.layout import PREDICTED
+from unet_ray.segmentation.rules import Connect, Ids, Rules
+from unet_ray.storage.layout import ARRAYS, PREDICTED
 from unet_ray.storage.places import PathOrUrl
 from unet_ray.tiling.boxes import Box
 from unet_ray.volumes.omissions import report_omissions
@@ -30,8 +31,13 @@ class Settings:
     """Settings of `segment`.
 
     Attributes:
-        outputs: which of ``probabilities`` and ``classes`` to store; None for those of an existing
-            store, else both.
+        outputs: which of ``probabilities``, ``classes`` and ``instances`` to store; None for those
+            of an existing store, else the first two. Instances need the class map, so it is
+            stored with them.
+        pyramid: store coarser levels for viewers; None to keep an existing store's, else True.
+        threshold: probability above which a voxel is of class 1, for two classes; None for the
+            likelier class.
+        connect, connectivity, split, min_size, fill_holes, exclude_border, ids: see `Rules`.
         region: part of the volume to segment, (z, y, x); None for the whole volume.
         mask: path of a volume that is nonzero where tiles are requested; see `masks`.
         channel, time, level: channel, time point and pyramid level of the input.
@@ -51,6 +57,15 @@ class Settings:
     """
 
     outputs: tuple[str, ...] | None = None
+    pyramid: bool | None = None
+    threshold: float | None = None
+    connect: Connect = "volume"
+    connectivity: Literal[6, 18, 26] = 6
+    split: bool = False
+    min_size: int = 0
+    fill_holes: bool = False
+    exclude_border: bool = False
+    ids: Ids = "dense"
     region: Box | None = None
     mask: PathOrUrl | None = None
     channel: int | None = None
@@ -76,6 +91,18 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not isinstance(value, int | np.integer):
                 raise InputError(f"{name}={value!r} must be a whole number.")
+        if self.threshold is not None and not 0 <= self.threshold < 1:
+            raise InputError(f"threshold={self.threshold} must be at least 0 and below 1.")
+        _ = self.rules  # refuses invalid ones
+
+    @property
+    def rules(self) -> Rules:
+        """The rules of the objects.
+
+        Raises:
+            InputError: if one is not allowed.
+        """
+        return Rules(**{field.name: getattr(self, field.name) for field in fields(Rules)})
 
 
 def open_inputs(
@@ -120,6 +147,19 @@ def refuse_channels(volume: Volume, network: UNet, model: str) -> None:
         )
 
 
+def refuse_threshold(threshold: float | None, classes: int) -> None:
+    """Refuses a threshold for a network of more than two classes.
+
+    Raises:
+        InputError: naming both.
+    """
+    if threshold is not None and classes != 2:
+        raise InputError(
+            f"threshold={threshold} needs a network of 2 classes, but this one has {classes}: "
+            "leave it out, and each voxel gets its most probable class."
+        )
+
+
 def device_of(settings: Settings) -> Device:
     """The device for the tiles: a GPU if this machine or the cluster has one, else the CPU.
 
@@ -135,15 +175,20 @@ def precision_of(device: Device, settings: Settings) -> Precision:
 
 
 def checked_outputs(names: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The outputs to store, in the order of the store; all outputs if `names` is None.
+    """The outputs to store, in the order of the store; without objects if `names` is None.
+
+    Instances are made from the class map, so it is stored with them.
 
     Raises:
         InputError: if a name is not an output; suggests the nearest.
     """
     for name in names or ():
-        if name not in PREDICTED:
+        if name not in ARRAYS:
             raise InputError(
-                f"outputs={name!r} is not an output: choose from {', '.join(PREDICTED)}"
-                f"{nearest(name, PREDICTED)}."
+                f"outputs={name!r} is not an output: choose from {', '.join(ARRAYS)}"
+                f"{nearest(name, ARRAYS)}."
             )
-    return tuple(name for name in PREDICTED if names is None or name in names)
+    chosen = {*(names or PREDICTED)}
+    if "instances" in chosen:
+        chosen.add("classes")
+    return tuple(name for name in ARRAYS if name in chosen)

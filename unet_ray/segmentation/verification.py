@@ -9,29 +9,30 @@ detected without recomputing. Recomputing shows that input, model and machine st
 
 from __future__ import annotations
 
-import random
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from unet_ray.engine.rounds import numbers_of, tries
-from unet_ray.engine.stages import Stage, Whole
-from unet_ray.errors import DamageError, InputError, RunError
+from unet_ray.errors import DamageError, InputError
+from unet_ray.segmentation.chain import Link, chain_of, source_of
+from unet_ray.segmentation.checked_stage import CheckedStage
 from unet_ray.segmentation.repair import (
     Recomputed,
     recompute,
+    repair_link,
     repair_metadata,
     repair_shards,
     run_that_made,
 )
+from unet_ray.segmentation.rules import Rules
 from unet_ray.segmentation.run import Segmentation
 from unet_ray.storage.audit import Audit, sound_provenance
 from unet_ray.storage.inspection import Found, inspect, refuse_links
-from unet_ray.storage.layout import LEDGER, PRIVATE
+from unet_ray.storage.layout import LEDGERS, PRIVATE
 from unet_ray.storage.lease import Lease
-from unet_ray.storage.ledger import newest
+from unet_ray.storage.ledger import newest_below
 from unet_ray.storage.places import PathOrUrl, Place, place_of
 
 
@@ -102,7 +103,7 @@ def verify(out: PathOrUrl, tiles: int = 3, repair: bool = False) -> Verification
             if repair:
                 refuse_links(path)
             # The lease keeps other runs from changing the store between check and repair.
-            after = newest(path / LEDGER)
+            after = newest_below(path / LEDGERS)
             with Lease(path / PRIVATE, after=after) if repair else nullcontext() as lease:
                 return _Check(inspect(path), Path(folder), lease).run(tiles)
         except DamageError as error:
@@ -114,9 +115,10 @@ class _Check:
 
     def __init__(self, inspection: Found, scratch: Path, lease: Lease | None) -> None:
         self._audit = Audit(inspection, scratch)
-        self._path, self._done = self._audit.path, self._audit.done
+        self._predicted = CheckedStage(self._audit.predicted)
+        self._links = [*_links(self._audit)]
+        self._path = self._audit.path
         self._lease = lease  # None without repair
-        self._damage: dict[int, dict[str, str]] = {}  # damage by tile and output
         self._metadata_damage: dict[Place, str] = {}  # damage by file
         self._failed: list[str] = []  # failed repairs
         self._notes: list[str] = []
@@ -126,50 +128,28 @@ class _Check:
 
     def run(self, tiles: int) -> Verification:
         """Checks all files, then recomputes `tiles` tiles and repairs damage if requested."""
-        sample = sorted(self._check_shards(tiles))
-        self._metadata_damage, self._notes = self._audit.metadata_damage(), self._audit.remarks()
-        if sample or (self._lease and (self._damage or self._metadata_damage)):
+        sample = sorted(self._predicted.check(tiles))
+        for _, stage in self._links:
+            stage.check()
+        self._metadata_damage = self._audit.metadata_damage()
+        self._notes = [line for stage in self._stages for line in stage.audit.remarks()]
+        if sample or (self._lease and any(self._sentences())):
             self._recompute_and_repair(sample)
-        done, failed = int(self._done.sum()), (*self._recomputed.failed, *self._failed)
+        failed = (*self._recomputed.failed, *self._failed)
         return Verification(
-            tiles=done,
-            shards=done * len(self._audit.outputs),
+            tiles=self._predicted.done,
+            shards=sum(stage.done * len(stage.audit.outputs) for stage in self._stages),
             recomputed=tuple(sorted(self._recomputed.tiles)),
             damage=(
                 *self._audit.edited_fields(),
                 *self._sentences(),
                 *failed,
-                *self._audit.ledger_damage(),
+                *(line for stage in self._stages for line in stage.audit.ledger_damage()),
             ),
             notes=tuple(self._notes),
             repaired=tuple(sorted(self._repaired)),
             refusal=self._refusal,
         )
-
-    def _check_shards(self, limit: int) -> list[int]:
-        """Checks every committed tile; returns a random sample of at most `limit` sound tiles."""
-        random_numbers, sound = random.SystemRandom(), 0
-        chosen: list[int] = []
-        stage = Stage("verify", lambda: Whole(self._check_tile), "cpu")
-        with closing(tries(stage, numbers_of(self._done))) as receipts:
-            for receipt, will_retry in receipts:
-                if receipt.error and not will_retry:
-                    raise RunError(f"{self._path}: tile {receipt.tile}: {receipt.error}")
-                if receipt.error or receipt.tile in self._damage:
-                    continue
-                sound += 1
-                # Reservoir sampling (Knuth, algorithm R): all tiles so far are equally likely.
-                if len(chosen) < limit:
-                    chosen.append(receipt.tile)
-                elif (slot := random_numbers.randrange(sound)) < limit:
-                    chosen[slot] = receipt.tile
-        return chosen
-
-    def _check_tile(self, tile: int) -> None:
-        damage = self._audit.damage_of(tile)
-        self._damage.pop(tile, None)
-        if damage:
-            self._damage[tile] = damage
 
     def _recompute_and_repair(self, sample: list[int]) -> None:
         audit = self._audit
@@ -181,7 +161,7 @@ class _Check:
         audit.expect(run.volume.voxel_size)  # so far the voxel size was the store's own
         self._metadata_damage = audit.metadata_damage()
         recompute(audit, run, sample, self._recomputed)
-        self._damage |= self._recomputed.differing
+        self._predicted.damage |= self._recomputed.differing
         if not self._lease or not any(self._sentences()):
             return
         before = [*self._sentences()]
@@ -193,17 +173,32 @@ class _Check:
         """Replaces damaged files, and checks them again."""
         self._failed += repair_metadata(self._audit, self._metadata_damage, lease)
         self._metadata_damage = self._audit.metadata_damage()
-        damaged = {tile: list(damage) for tile, damage in self._damage.items()}
+        stage = self._predicted
+        damaged = {tile: list(damage) for tile, damage in stage.damage.items()}
         written, failed = repair_shards(self._audit, run, damaged, lease)
         self._failed += failed
-        for tile in written:
-            self._check_tile(tile)
-            if tile not in self._damage:
-                self._repaired.append(tile)
+        self._repaired += stage.check_again(written)
+        for link, stage in self._links:  # each needs the sound results of those before
+            written, failed = repair_link(link, run, sorted(stage.damage), lease)
+            self._failed += failed
+            stage.check_again(written)
+
+    @property
+    def _stages(self) -> list[CheckedStage]:
+        return [self._predicted, *(stage for _, stage in self._links)]
 
     def _sentences(self) -> Iterator[str]:
         """One sentence for each damaged file."""
         yield from self._metadata_damage.values()
-        for tile, outputs in sorted(self._damage.items()):
-            for name, damage in outputs.items():
-                yield f"{self._audit.shard(name, tile)}: the shard of tile {tile} {damage}."
+        for stage in self._stages:
+            yield from stage.sentences()
+
+
+def _links(audit: Audit) -> Iterator[tuple[Link, CheckedStage]]:
+    """Yields the stages after the prediction whose results are those of the predicted tiles."""
+    made = audit.provenance
+    source = source_of(audit.path, made.plan)
+    rules = Rules.from_json(made.objects) if made.objects else None
+    for link in chain_of(made.plan, made.outputs, made.factors, rules):
+        if source and link.continues(audit.path, source):
+            yield link, CheckedStage(audit.of(link.written))

@@ -37,7 +37,7 @@ _STORE_FILE = re.compile(
 # Parts of a provenance that a run needs to resume.
 RESUME_PARTS = (
     *("plan", "outputs", "class_values", "channel", "time", "level", "precision"),
-    *("device", "tta", "nan", "normalisation"),
+    *("device", "tta", "nan", "normalisation", "threshold", "factors", "objects"),
 )
 # Folders between an array and its shards: ``c``, one for each channel, z and y.
 _FOLDER_DEPTHS = {"probabilities": 4, "classes": 3, "instances": 3}

@@ -19,6 +19,7 @@ from unet_ray.tiling.tiles import TilePlan
 
 PRIVATE, ROOT = ".unet_ray", "zarr.json"
 EVENTS, MARKS = f"{PRIVATE}/events.jsonl", f"{PRIVATE}/marks"
+LEDGERS = f"{PRIVATE}/ledger"
 OBJECTS = f"{PRIVATE}/objects"  # records of the stages that join objects across tiles
 TABLE = "objects.parquet"
 FORMAT = 1
@@ -44,7 +45,7 @@ def array_of(output: str, level: int = 0) -> str:
 
 def ledger_of(stage: str) -> str:
     """Returns the path of a stage's ledger, relative to the output."""
-    return f"{PRIVATE}/ledger/{stage}"
+    return f"{LEDGERS}/{stage}"
 
 
 def marks_of(stage: str) -> str:
@@ -53,6 +54,7 @@ def marks_of(stage: str) -> str:
 
 
 SEGMENT = "segment"  # the stage that writes probabilities and classes
+INSTANCES = "instances"  # the stage that writes the array of this name
 LEDGER = ledger_of(SEGMENT)
 
 

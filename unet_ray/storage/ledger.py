@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from unet_ray.errors import DamageError, LostError, RunError
 from unet_ray.storage.parsing import parse_json
-from unet_ray.storage.places import Place, stat_of, write_whole
+from unet_ray.storage.places import Place, files_below, stat_of, write_whole
 
 State = Literal["committed", "quarantined", "skipped"]
 STATES: tuple[State, ...] = ("committed", "quarantined", "skipped")
@@ -72,7 +72,7 @@ class Ledger:
 
     def __init__(self, folder: Place, tiles: int, epoch: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.born = _creation_epoch(folder)
+        self.born = creation_epoch(folder)
         if self.born > epoch:
             raise _lost_error(folder)
         self._folder, self._epoch = folder, epoch
@@ -241,7 +241,7 @@ def recorded_provenance(folder: Place) -> dict[str, Any]:
     Raises:
         DamageError: if the record is damaged; names its file.
     """
-    path = folder / f"{_creation_epoch(folder):08d}{BORN}"
+    path = folder / f"{creation_epoch(folder):08d}{BORN}"
     try:
         if not stat_of(path).size:
             return {}
@@ -261,6 +261,12 @@ def newest(folder: Place) -> int:
     return max(map(_epoch_of, _list_files(folder)), default=0)
 
 
+def newest_below(folder: Place) -> int:
+    """Returns the newest epoch in the ledgers of all stages below a folder; 0 if there is none."""
+    ledgers = (path for path in files_below(folder) if _NAME.fullmatch(path.name))
+    return max(map(_epoch_of, ledgers), default=0)
+
+
 def has_begun(folder: Place) -> bool:
     """Returns whether the folder contains a ledger."""
     return bool(_list_files(folder))
@@ -268,7 +274,7 @@ def has_begun(folder: Place) -> bool:
 
 def has_notes(folder: Place) -> bool:
     """Returns whether the ledger contains any record of the current store."""
-    born = _creation_epoch(folder)
+    born = creation_epoch(folder)
     return any(path.suffix != BORN and _epoch_of(path) >= born for path in _list_files(folder))
 
 
@@ -474,7 +480,7 @@ def _lost_error(folder: Place) -> LostError:
     return LostError(f"{folder}: another run has taken over, so this run stops.")
 
 
-def _creation_epoch(folder: Place) -> int:
+def creation_epoch(folder: Place) -> int:
     """Returns the epoch of the run that created the store; 0 if none is recorded."""
     return max((_epoch_of(path) for path in _list_files(folder) if path.suffix == BORN), default=0)
 

@@ -12,12 +12,14 @@ from functools import cached_property
 from typing import Any, Self
 
 from unet_ray.storage.layout import ARRAYS, FORMAT
+from unet_ray.tiling.boxes import Ints
 from unet_ray.tiling.tiles import TilePlan
 
 # Properties of the machine and its software that determine the bytes.
 KIND = ("instructions", "versions")
 # Stored but not compared, since another version gives the same bytes.
 UNCOMPARED = ("versions.numpy", "versions.zarr", "versions.nvidia-driver")
+MOST_LEVELS = 32  # each halves y and x
 MOST_TILES = 1 << 30  # 16 PiB in tiles of 16 MiB; more would not fit in memory
 
 
@@ -47,6 +49,9 @@ class Provenance:
         tta: bool,
         nan: str,
         kind: Mapping[str, Any],
+        threshold: float | None = None,
+        factors: Sequence[Ints] = (),
+        objects: Mapping[str, Any] | None = None,
     ) -> Self:
         """Returns the provenance of a run.
 
@@ -61,7 +66,12 @@ class Provenance:
             tta: whether predictions are averaged over the 8 symmetries of the square.
             nan: treatment of voxels that are not finite.
             kind: instructions and versions of the machine.
+            threshold: probability above which a voxel is of class 1; None for the likelier class.
+            factors: voxels of the volume per voxel of each pyramid level, from level 1 on.
+            objects: rules of the objects; None without objects.
         """
+        # Left out where absent, so that older stores, which lack them, resume.
+        optional = {"threshold": threshold, "levels": [*factors] or None, "objects": objects}
         parts = {
             "format": FORMAT,
             "model": model,
@@ -75,6 +85,7 @@ class Provenance:
             "nan": nan,
             "threads_per_pass": 1,
             **{name: kind.get(name) for name in KIND},
+            **{name: value for name, value in optional.items() if value is not None},
         }
         # Tuples become lists, as in a stored provenance.
         return cls(json.loads(json.dumps(parts, allow_nan=False)))
@@ -171,6 +182,25 @@ class Provenance:
     def nan(self) -> Any:
         """Treatment of voxels that are not finite."""
         return self.json["nan"]
+
+    @property
+    def threshold(self) -> float | None:
+        """Probability above which a voxel is of class 1; None for the likelier class."""
+        return self.json.get("threshold")
+
+    @property
+    def factors(self) -> tuple[Ints, ...]:
+        """Voxels of the volume per voxel of each pyramid level, (z, y, x), from level 1 on."""
+        levels = tuple(tuple(_whole(n) for n in level) for level in self.json.get("levels", ()))
+        if len(levels) > MOST_LEVELS or not all(len(n) == 3 and min(n) >= 1 for n in levels):
+            raise ValueError(f"pyramid levels {levels!r:.100}")
+        return levels
+
+    @property
+    def objects(self) -> Mapping[str, Any] | None:
+        """Rules of the objects; None without objects."""
+        objects = self.json.get("objects")
+        return None if objects is None else dict(objects)
 
     @property
     def normalisation(self) -> dict[str, Any]:

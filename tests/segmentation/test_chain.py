@@ -1,0 +1,323 @@
+"""The stages after the prediction: pyramid levels, objects and their table, on both engines."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import zarr
+from scipy import ndimage
+from skimage.measure import regionprops_table
+
+from tests.helper import (
+    FLOAT32,
+    StoppedError,
+    bytes_of,
+    classes_of,
+    noise,
+    random_model,
+    state_of,
+    write_stack,
+)
+from unet_ray.errors import InputError
+from unet_ray.segmentation.segment import segment
+from unet_ray.segmentation.verification import verify
+from unet_ray.storage.ledger import committed
+from unet_ray.tiling.boxes import Box
+
+OBJECTS = dataclasses.replace(
+    FLOAT32, tile=(2, 32, 40), outputs=("probabilities", "classes", "instances")
+)
+LARGE = (3, 530, 75)  # voxels; has one pyramid level
+STAGES = ("label", "join", "instances", "instances-pyramid-1", "table", "pyramid-1")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return random_model(tmp_path_factory.mktemp("model") / "model.safetensors")
+
+
+@pytest.fixture
+def volume(tmp_path):
+    return write_stack(tmp_path / "volume.tif", noise(LARGE))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, model):
+    """A folder with a volume, and a finished store with a pyramid and objects."""
+    folder = tmp_path_factory.mktemp("made")
+    volume = write_stack(folder / "volume.tif", noise(LARGE))
+    segment(volume, model, folder / "out.zarr", OBJECTS)
+    return folder
+
+
+def array(store, name):
+    return zarr.open_array(store / name, mode="r")[:]
+
+
+def renumbered(labels):
+    """Returns labels with ids 1, 2, … in the order of their first voxels."""
+    ids, first = np.unique(labels, return_index=True)
+    first, ids = first[ids > 0], ids[ids > 0]
+    final = np.zeros(int(labels.max()) + 1, np.uint64)
+    final[ids[np.argsort(first)]] = np.arange(1, len(ids) + 1)
+    return final[labels]
+
+
+def expected_ids(mask, connectivity=6, connect="volume"):
+    """Returns the ids of the components of a whole volume, by scipy."""
+    order = {6: 1, 18: 2, 26: 3}[connectivity]
+    structure = ndimage.generate_binary_structure(3, order)
+    if connect == "slice":
+        structure[[0, 2]] = False
+    return renumbered(ndimage.label(mask, structure)[0])
+
+
+def most_frequent_by_hand(labels, factors):
+    """Returns the most frequent label of each block; the lower one at a tie."""
+    coarse = np.zeros(
+        [-(-n // f) for n, f in zip(labels.shape, factors, strict=True)], labels.dtype
+    )
+    for index in np.ndindex(*coarse.shape):
+        block = labels[
+            tuple(slice(i * f, (i + 1) * f) for i, f in zip(index, factors, strict=True))
+        ]
+        values, counts = np.unique(block, return_counts=True)
+        coarse[index] = values[counts.argmax()]
+    return coarse
+
+
+# Pyramids
+
+
+def test_a_level_has_means_of_probabilities_and_frequent_labels(made):
+    fine, coarse = array(made / "out.zarr", "0").astype(int), array(made / "out.zarr", "1")
+    assert coarse.shape == (1, 3, 265, 38)
+    padded = np.pad(fine, ((0, 0), (0, 0), (0, 0), (0, 1)), mode="edge")  # a half block at the end
+    total = padded.reshape(1, 3, 265, 2, 38, 2).sum((3, 5))
+    np.testing.assert_array_equal(coarse, (total + 2) // 4)
+    for name in ("classes", "instances"):
+        levels = [array(made / "out.zarr", f"labels/{name}/{level}") for level in (0, 1)]
+        np.testing.assert_array_equal(levels[1], most_frequent_by_hand(levels[0], (1, 2, 2)))
+
+
+def test_a_small_volume_has_no_pyramid_and_a_flag_leaves_it_out(tmp_path, model, volume):
+    small = write_stack(tmp_path / "small.tif", noise((2, 61, 75)))
+    segment(small, model, tmp_path / "small.zarr", FLOAT32)
+    without = dataclasses.replace(OBJECTS, pyramid=False)
+    segment(volume, model, tmp_path / "out.zarr", without)
+    for store in ("small.zarr", "out.zarr"):
+        assert not (tmp_path / store / "1").exists()
+        root = json.loads((tmp_path / store / "zarr.json").read_text())["attributes"]
+        assert "levels" not in root["unet_ray"]
+        assert len(root["ome"]["multiscales"][0]["datasets"]) == 1
+
+
+def test_the_pyramid_follows_when_the_last_region_is_done(tmp_path, model, volume, made, capsys):
+    top = dataclasses.replace(OBJECTS, region=Box((0, 0, 0), (3, 100, 75)))
+    segment(volume, model, tmp_path / "out.zarr", top)
+    assert "objects and pyramid follow when all tiles" in capsys.readouterr().err
+    assert not (tmp_path / "out.zarr/1/c").exists()
+    rest = dataclasses.replace(OBJECTS, region=Box((0, 100, 0), (3, 530, 75)))
+    segment(volume, model, tmp_path / "out.zarr", rest)
+    arrays = [bytes_of(folder / "out.zarr") for folder in (tmp_path, made)]
+    for files in arrays:
+        files.pop("zarr.json")  # the identity of the input has its time
+    assert arrays[0] == arrays[1]
+
+
+def test_tiles_added_after_a_mask_make_the_later_stages_again(tmp_path, model, volume, made):
+    mask = np.zeros(LARGE, np.uint8)
+    mask[:, :200] = 1
+    write_stack(tmp_path / "mask.tif", mask)
+    masked = dataclasses.replace(OBJECTS, mask=tmp_path / "mask.tif")
+    segment(volume, model, tmp_path / "out.zarr", masked)
+    classes = classes_of(tmp_path / "out.zarr")
+    assert classes[:, :200].any() and not classes[:, 256:].any()
+    ids = array(tmp_path / "out.zarr", "labels/instances/0")
+    np.testing.assert_array_equal(ids, expected_ids(classes != 0))
+    assert not array(tmp_path / "out.zarr", "1")[..., 130:, :].any()
+    segment(volume, model, tmp_path / "out.zarr", OBJECTS)
+    arrays = [bytes_of(folder / "out.zarr") for folder in (tmp_path, made)]
+    for files in arrays:
+        files.pop("zarr.json")
+    assert arrays[0] == arrays[1]
+
+
+# Objects
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {},
+        {"connectivity": 18, "tile": (1, 64, 16)},
+        {"connectivity": 26, "tile": (3, 16, 20)},
+        {"connect": "slice", "connectivity": 26},
+    ],
+    ids=str,
+)
+def test_ids_are_those_of_the_whole_volume(tmp_path, model, volume, rules):
+    store = segment(
+        volume, model, tmp_path / "out.zarr", dataclasses.replace(OBJECTS, pyramid=False, **rules)
+    )
+    connection = {name: value for name, value in rules.items() if name != "tile"}
+    ids = array(store, "labels/instances/0")
+    assert ids.dtype == np.uint64 and ids.max() > 50
+    np.testing.assert_array_equal(ids, expected_ids(classes_of(store) != 0, **connection))
+
+
+@pytest.mark.ray
+def test_both_engines_store_the_same_objects(tmp_path, model, volume, made):
+    on_ray = dataclasses.replace(OBJECTS, engine="ray")
+    segment(volume, model, tmp_path / "out.zarr", on_ray)
+    arrays = [bytes_of(folder / "out.zarr") for folder in (tmp_path, made)]
+    for files in arrays:
+        files.pop("zarr.json")
+    assert arrays[0] == arrays[1]
+
+
+def test_small_and_border_objects_and_holes_are_decided_on_whole_objects(tmp_path, model, volume):
+    rules = {"connect": "slice", "connectivity": 26, "pyramid": False}
+    rules |= {"min_size": 5, "fill_holes": True, "exclude_border": True}
+    store = segment(volume, model, tmp_path / "out.zarr", dataclasses.replace(OBJECTS, **rules))
+    mask = classes_of(store) != 0
+    in_slice = np.zeros((3, 3, 3), bool)
+    in_slice[1] = True
+    background, _ = ndimage.label(~mask, in_slice & ndimage.generate_binary_structure(3, 1))
+    filled = mask | ~np.isin(background, on_border(background))
+    assert filled.sum() > mask.sum()
+    labels, _ = ndimage.label(filled, in_slice)
+    sizes = np.bincount(labels.ravel())
+    kept = (sizes >= 5) & ~np.isin(np.arange(len(sizes)), on_border(labels))
+    kept[0] = False
+    assert 0 < kept.sum() < len(sizes) - 1
+    expected = renumbered(np.where(kept[labels], labels, 0))
+    np.testing.assert_array_equal(array(store, "labels/instances/0"), expected)
+
+
+def on_border(labels):
+    """Returns the labels at the faces along y and x."""
+    faces = [labels.take(i, axis) for axis in (1, 2) for i in (0, -1)]
+    return np.unique(np.concatenate([face.ravel() for face in faces]))
+
+
+def test_ids_by_first_voxel_need_no_order(tmp_path, model, volume, made):
+    rules = {"ids": "first-voxel", "pyramid": False}
+    store = segment(volume, model, tmp_path / "out.zarr", dataclasses.replace(OBJECTS, **rules))
+    dense = array(made / "out.zarr", "labels/instances/0")
+    _, first = np.unique(dense, return_index=True)
+    expected = np.concatenate([[0], first[1:] + 1])[dense]
+    np.testing.assert_array_equal(array(store, "labels/instances/0"), expected)
+
+
+def test_the_table_equals_regionprops(made):
+    store = made / "out.zarr"
+    ids = array(store, "labels/instances/0").astype(np.int64)
+    table = pq.read_table(store / "objects.parquet")
+    properties = ("label", "area", "centroid", "bbox")
+    whole = regionprops_table(ids, properties=properties)
+    np.testing.assert_array_equal(table["id"], whole["label"])
+    np.testing.assert_array_equal(table["voxels"], whole["area"])
+    for axis, name in enumerate("zyx"):
+        np.testing.assert_allclose(table[f"centroid_{name}"], whole[f"centroid-{axis}"], rtol=1e-12)
+        np.testing.assert_array_equal(table[f"start_{name}"], whole[f"bbox-{axis}"])
+        np.testing.assert_array_equal(table[f"stop_{name}"], whole[f"bbox-{axis + 3}"])
+    numbers = np.arange(1, ids.max() + 1)
+    means = ndimage.mean(array(store, "0")[0] / 255, ids, numbers)
+    np.testing.assert_allclose(table["mean_probability"], means, rtol=1e-12)
+    np.testing.assert_allclose(table["mean_grey_0"], ndimage.mean(noise(LARGE), ids, numbers))
+
+
+def test_a_threshold_decides_the_class_map_and_the_objects(tmp_path, model, volume):
+    settings = dataclasses.replace(OBJECTS, threshold=0.7, pyramid=False)
+    store = segment(volume, model, tmp_path / "out.zarr", settings)
+    mask = array(store, "0")[0] > 255 * 0.7
+    np.testing.assert_array_equal(classes_of(store), mask)
+    np.testing.assert_array_equal(array(store, "labels/instances/0"), expected_ids(mask))
+    with pytest.raises(InputError, match=r"threshold \(0\.7, now None\)"):
+        segment(volume, model, store, dataclasses.replace(settings, threshold=None))
+
+
+def test_other_rules_are_refused_for_a_finished_store(made, model):
+    for changed in ({"connectivity": 26}, {"min_size": 9}, {"ids": "first-voxel"}):
+        with pytest.raises(InputError, match=f"objects.{next(iter(changed))}"):
+            segment(
+                made / "volume.tif",
+                model,
+                made / "out.zarr",
+                dataclasses.replace(OBJECTS, **changed),
+            )
+
+
+# Interruption and damage
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_stopped_in_any_stage_resumes_to_the_same_bytes(tmp_path, made, model, stage):
+    def stop(progress):
+        if progress.stage == stage:
+            raise StoppedError
+
+    volume = made / "volume.tif"
+    with pytest.raises(StoppedError):
+        segment(volume, model, tmp_path / "out.zarr", OBJECTS, stop)
+    segment(volume, model, tmp_path / "out.zarr", OBJECTS)
+    assert bytes_of(tmp_path / "out.zarr") == bytes_of(made / "out.zarr")
+    before = state_of(tmp_path / "out.zarr")
+    segment(volume, model, tmp_path / "out.zarr", OBJECTS)
+    assert state_of(tmp_path / "out.zarr") == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "1/c/0/0/1/0",
+        "labels/classes/1/c/0/2/0",
+        "labels/instances/0/c/1/3/1",
+        "labels/instances/1/c/0/1/0",
+        "objects.parquet",
+        ".unet_ray/objects/labels/5",
+        ".unet_ray/objects/ids/7",
+        ".unet_ray/objects/rows/3",
+    ],
+)
+def test_verify_names_and_repairs_damage_of_every_stage(tmp_path, made, model, name):
+    shutil.copytree(made, tmp_path / "copy")
+    store = tmp_path / "copy" / "out.zarr"
+    shutil.copystat(made / "volume.tif", tmp_path / "copy" / "volume.tif")
+    data = bytearray((store / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (store / name).write_bytes(data)
+    report = verify(store, tiles=0)
+    assert len(report.damage) == 1 and name.rpartition("/")[0] in report.damage[0]
+    (store / name).unlink()
+    assert len(verify(store, tiles=0).damage) == 1
+    repaired = verify(store, tiles=0, repair=True)
+    assert repaired.sound, repaired
+    assert bytes_of(store) == bytes_of(made / "out.zarr")
+    assert verify(store, tiles=0).sound
+
+
+def test_a_lost_shard_of_a_later_stage_is_made_again(tmp_path, made, model):
+    store = tmp_path / "out.zarr"
+    shutil.copytree(made / "out.zarr", store)
+    for name in ("1/c/0/0/1/0", "labels/instances/0/c/1/3/1", "objects.parquet"):
+        (store / name).unlink()
+    segment(made / "volume.tif", model, store, OBJECTS)
+    assert bytes_of(store) == bytes_of(made / "out.zarr")
+
+
+def test_an_overwritten_store_makes_all_stages_again(tmp_path, made, model):
+    store = tmp_path / "out.zarr"
+    shutil.copytree(made / "out.zarr", store)
+    settings = dataclasses.replace(OBJECTS, connectivity=26, overwrite=True)
+    segment(made / "volume.tif", model, store, settings)
+    np.testing.assert_array_equal(
+        array(store, "labels/instances/0"), expected_ids(classes_of(store) != 0, 26)
+    )
+    for ledger in (store / ".unet_ray/ledger").iterdir():
+        assert committed(ledger, len([*ledger.parent.iterdir()])) is not None
+    assert verify(store, tiles=0).sound
