@@ -1,8 +1,10 @@
 """Peak memory of driver and workers against what `plan` says, for volumes of any size.
 
     python -m tests.bench_memory 2 20 --engine ray
+    python -m tests.bench_memory 4 --objects
 
-The volumes are noise whose storage chunks are links to a few files, so that they need no room.
+The volumes are noise whose storage chunks are links to a few files, so that they need no room. With
+objects and a pyramid the noise is smooth, since sharp noise has an object for every few voxels.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import zarr
+from scipy import ndimage
 
 from tests.helper import anonymous, random_model, workers_of
 from unet_ray.units import format_bytes
@@ -23,11 +26,20 @@ from unet_ray.units import format_bytes
 CHUNK = (16, 1024, 1024)
 PLANE = (4096, 4096)
 DIFFERENT = 8
-SETTINGS = ["--memory", "1GiB", "--workers", "2", "--precision", "float32"]
+SETTINGS = ["--workers", "2", "--precision", "float32"]
+LIMIT = {False: ["--memory", "1GiB"], True: ["--memory", "2GiB"]}
+OBJECTS = ["--outputs", "probabilities,classes,instances"]
 
 
-def make_volume(path, gigabytes):
-    """An OME-less Zarr array of so many 10**9 voxels, uint8."""
+def smooth(shape, seed):
+    """Smooth noise of full contrast, uint8."""
+    noise = np.random.default_rng(seed).random(shape, np.float32)
+    noise = ndimage.uniform_filter(ndimage.uniform_filter(noise, 7), 5)
+    return np.clip(128 + (noise - 0.5) * 6000, 0, 255).astype(np.uint8)
+
+
+def make_volume(path, gigabytes, objects):
+    """A Zarr array without OME metadata of that many 10**9 voxels, uint8."""
     depth = round(gigabytes * 10**9 / PLANE[0] / PLANE[1] / CHUNK[0]) * CHUNK[0]
     volume = zarr.create_array(path, shape=(depth, *PLANE), chunks=CHUNK, dtype="uint8")
     rng, files = np.random.default_rng(0), []
@@ -35,7 +47,8 @@ def make_volume(path, gigabytes):
         files.append(path.joinpath("c", *map(str, place)))
         if len(files) <= DIFFERENT:
             z, y, x = (slice(a * c, (a + 1) * c) for a, c in zip(place, CHUNK, strict=True))
-            volume[z, y, x] = rng.integers(0, 256, CHUNK, np.uint8)
+            sharp = rng.integers(0, 256, CHUNK, np.uint8)
+            volume[z, y, x] = smooth(CHUNK, len(files)) if objects else sharp
         else:
             files[-1].parent.mkdir(parents=True, exist_ok=True)
             os.link(files[len(files) % DIFFERENT], files[-1])
@@ -65,17 +78,20 @@ def main():
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("gigabytes", nargs="+", type=float)
     arguments.add_argument("--engine", choices=["local", "ray"], default="ray")
+    arguments.add_argument("--objects", action="store_true", help="also objects and a pyramid")
     arguments = arguments.parse_args()
+    objects = arguments.objects
     for gigabytes in arguments.gigabytes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             model = random_model(folder / "model.safetensors", depth=1, base=2)
-            volume = make_volume(folder / "volume.zarr", gigabytes)
+            volume = make_volume(folder / "volume.zarr", gigabytes, objects)
             given = [volume, "--model", model, "--engine", arguments.engine, *SETTINGS]
-            told = subprocess.run(
+            given += [*LIMIT[objects], *(OBJECTS if objects else ["--no-pyramid"])]
+            planned = subprocess.run(
                 command("plan", *given, "--json"), capture_output=True, check=True
             )
-            plan = json.loads(told.stdout)
+            plan = json.loads(planned.stdout)
             driver, worker, seconds = peaks(
                 [*given, "--out", folder / "out.zarr"], arguments.engine
             )
