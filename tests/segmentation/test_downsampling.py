@@ -81,13 +81,13 @@ def test_most_frequent_labels_match_skimage_and_scipy(factors, dtype):
     np.testing.assert_array_equal(winners, block_reduce(labels, factors, mode))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(shapes.flatmap(lambda shape: arrays(np.uint8, shape)), factors_of_blocks)
 def test_means_of_cut_blocks_count_only_their_own_voxels(voxels, factors):
     np.testing.assert_array_equal(mean_of(voxels, factors), slow_mean(voxels, factors))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(label_volumes(), factors_of_blocks)
 def test_most_frequent_labels_of_cut_blocks_count_only_their_own_voxels(labels, factors):
     winners = most_frequent(labels, factors)
@@ -129,7 +129,7 @@ def test_arrays_need_not_be_contiguous_and_stay_unchanged():
     np.testing.assert_array_equal(voxels, copy)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(label_volumes(), factors_of_blocks)
 def test_the_loops_stay_within_their_arrays(labels, factors):
     # Compiled code would read and write out of bounds silently; the same code in Python raises.

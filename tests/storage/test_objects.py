@@ -23,14 +23,18 @@ from unet_ray.segmentation import run as run_module
 from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.verification import verify
 from unet_ray.storage.events import read_events
-from unet_ray.storage.layout import EVENTS, LEDGER, PRIVATE
+from unet_ray.storage.inspection import inspect
+from unet_ray.storage.layout import ARRAYS, EVENTS, LEDGER, OBJECTS, PRIVATE, TABLE, StoreLayout
 from unet_ray.storage.lease import Fence, Lease
-from unet_ray.storage.ledger import committed
+from unet_ray.storage.ledger import begin, committed
 from unet_ray.storage.objects import ObjectPath
 from unet_ray.storage.places import place_of
-from unet_ray.storage.stores import Store
+from unet_ray.storage.provenance import Provenance
+from unet_ray.storage.stores import Store, create_store
 from unet_ray.storage.swap import refuse_unconditional
 from unet_ray.tiling.boxes import Box
+from unet_ray.tiling.pyramid import NO_CONTEXT
+from unet_ray.tiling.tiles import TilePlan
 from unet_ray.volumes.opening import open_volume
 
 ROOT = Path(__file__).parents[2]
@@ -418,8 +422,8 @@ def other_bytes(task, tmp_path_factory):
 
 
 # The lease is checked before each step: the ledger, the old root, the old arrays (on a disk also
-# the log and marks), five metadata files, and the shards of the tiles.
-STEPS = [("out.zarr", "ours", "hold", n + 1) for n in range(11)]
+# the table, log, marks and objects), five metadata files, and the shards of the tiles.
+STEPS = [("out.zarr", "ours", "hold", n + 1) for n in range(13)]
 STEPS += [(OUT, "ours", "hold", n + 1) for n in range(8)]
 STEPS += [(OUT, "moto", "hold", n) for n in (1, 4, 8)]
 STEPS += [(*place, "look", n) for place in PLACES for n in (1, 20)]
@@ -480,6 +484,28 @@ def test_another_run_replaces_a_store_without_any_work(
     assert (place_of(out) / "zarr.json").is_file()
     segment(volume, model, out, OTHER_VOXELS)
     assert (stored(bucket) if out == OUT else bytes_of(tmp_path / out)) == other_bytes
+
+
+@pytest.mark.parametrize("bucket", ["ours", "moto"], indirect=True)
+@pytest.mark.parametrize("level", range(2))
+def test_shards_of_every_level_are_found_and_removed(bucket, level):
+    plan, out = TilePlan((1, 8, 8), (1, 4, 4), NO_CONTEXT, (1, 4, 4)), place_of(OUT)
+    factors, provenance = ((1, 2, 2),), Provenance({"format": 1})
+    pyramid = StoreLayout(plan, (0, 255), [*ARRAYS], None, factors)
+    flat = StoreLayout(plan, (0, 255), ["classes"], None)
+    create_store(out, flat, provenance)
+    expected = stored(bucket)
+    create_store(out, pyramid, provenance)
+    begin(out / LEDGER, 1)
+    assert inspect(out).is_untouched()
+    store, tile = Store(OUT, ["instances"], level=level), pyramid.plans[level][0]
+    store.write(tile, {"instances": np.ones((1, 4, 4), np.uint64)})
+    (out / TABLE).put(b"PAR1")
+    (out / OBJECTS / "labels/3").put(b"of an older run")
+    assert not inspect(out).is_untouched()
+    assert store.present(pyramid.plans[level]).sum() == 1
+    create_store(out, flat, provenance)
+    assert stored(bucket) == expected and not (out / OBJECTS).exists()
 
 
 @pytest.mark.parametrize("name", ["zarr.json", "0/c/0/0/1/1"])
