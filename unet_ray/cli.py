@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from unet_ray.errors import (
     InputError,
@@ -494,7 +495,7 @@ def evaluate(
     epilog="\b\nExample: unet-ray verify volume.zarr --tiles 10",
     short_help="Check every checksum of a store, and recompute some tiles.",
 )
-@click.argument("out", metavar="OUT.zarr")
+@click.argument("out", metavar="[OUT.zarr]", required=False)
 @flag(
     "--tiles",
     type=int,
@@ -504,12 +505,47 @@ def evaluate(
     help="Number of random tiles to recompute and compare; this needs input and model.",
 )
 @flag("--repair", is_flag=True, help="Recompute damaged and missing shards.")
+@flag(
+    "--seams",
+    metavar="LABELS.zarr",
+    help="Compare the ends of objects at tile planes with those inside tiles, in labels of any "
+    "tool. OUT.zarr may then be left out.",
+)
+@flag("--every", metavar="Z,Y,X", help="Tile size of the labels of --seams, in voxels.")
 @click.pass_context
-def verify(ctx: click.Context, /, out: str, tiles: int, repair: bool) -> None:
+def verify(
+    ctx: click.Context,
+    /,
+    out: str | None,
+    tiles: int,
+    repair: bool,
+    seams: str | None,
+    every: str | None,
+) -> None:
     """Names every damaged or missing shard of the finished tiles; exit code 1 if there is one.
 
     Checksums find corrupted bytes; swapped shards are found only by recomputing tiles (--tiles).
+    With --seams, the exit code is also 1 if objects are cut at tile planes.
     """
+    if (seams is None) != (every is None):
+        given, missing = ("--seams", "--every") if every is None else ("--every", "--seams")
+        raise InputError(
+            f"{given} needs {missing} as well, as in --seams labels.zarr --every 64,512,512."
+        )
+    if out is None and (repair or ctx.get_parameter_source("tiles") is not ParameterSource.DEFAULT):
+        raise InputError(f"{'--repair' if repair else '--tiles'} needs a store: name OUT.zarr.")
+    if out is None and seams is None:
+        raise click.MissingParameter(ctx=ctx, param=ctx.command.params[0])
+    codes = [0]
+    if seams is not None and every is not None:
+        codes.append(_verify_seams(seams, parse_tile(every, "every")))
+    if out is not None:
+        codes.append(_verify_store(out, tiles, repair))
+    ctx.exit(max(codes, key=[0, 2, 1].index))
+
+
+def _verify_store(out: str, tiles: int, repair: bool) -> int:
+    """Prints the damage of a store; returns the exit code."""
     from unet_ray.segmentation.verification import verify as check
 
     verification = check(out, tiles, repair)
@@ -517,7 +553,16 @@ def verify(ctx: click.Context, /, out: str, tiles: int, repair: bool) -> None:
     show("\n".join(lines))
     if verification.refusal:
         say(f"unet-ray: {verification.refusal}")
-    ctx.exit(1 if verification.damage else 2 if verification.refusal else 0)
+    return 1 if verification.damage else 2 if verification.refusal else 0
+
+
+def _verify_seams(labels: str, every: tuple[int, int, int]) -> int:
+    """Prints how often objects end at tile planes; returns the exit code."""
+    from unet_ray.scores.seams import stored_seams
+
+    seams = stored_seams(labels, every)
+    show("\n".join([*seams.lines(), f"{labels}: {seams.sentence()}."]))
+    return 0 if seams.sound else 1
 
 
 @app.command(

@@ -97,15 +97,19 @@ def parse_workers(text: str | None) -> int | tuple[int, int] | None:
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
-def parse_tile(text: str) -> tuple[int, int, int]:
+def parse_tile(text: str, flag: str = "tile") -> tuple[int, int, int]:
     """A core ``(z, y, x)`` from ``16,384,384``.
+
+    Args:
+        text: the value of a flag.
+        flag: its name, for the message.
 
     Raises:
         InputError: if the text is not three numbers above zero.
     """
     numbers = _integers(text.split(","))
     if numbers is None or len(numbers) != 3 or min(numbers) < 1:
-        raise InputError(f"tile={text!r} must be three numbers above zero, as in 16,512,512.")
+        raise InputError(f"{flag}={text!r} must be three numbers above zero, as in 16,512,512.")
     return numbers[0], numbers[1], numbers[2]
 
 
