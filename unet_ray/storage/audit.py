@@ -46,7 +46,7 @@ class Audit:
     def __init__(self, inspected: Found, scratch: Path) -> None:
         self.path, self._scratch = inspected.path, scratch
         self.provenance = sound_provenance(inspected)
-        self.empty = self._create_empty(_stored_voxel_size(self.path))
+        self.empty = self._create_empty(stored_voxel_size(self.path))
         outputs = tuple(name for name in self.provenance.outputs if name in PREDICTED)
         self.predicted = self.of(Written(SEGMENT, self.provenance.plan, outputs))
 
@@ -144,7 +144,7 @@ def _compare_json(stored_json: bytes, expected_json: bytes) -> None:
         raise DamageError(f"differs in {', '.join(map(repr, keys))} from the expected metadata")
 
 
-def _stored_voxel_size(path: Place) -> tuple[float, ...] | None:
+def stored_voxel_size(path: Place) -> tuple[float, ...] | None:
     """Returns the voxel size (z, y, x) from the image metadata, in micrometre; None if unknown."""
     for group in (path, path / "labels/classes"):
         try:

@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,36 @@ def write_whole(
         retried(path, lambda: _write_file(path, data, folder, guard))
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives the name of a temporary file, which replaces `path` when the block ends.
+
+    It is for files that are too large for `write_whole`. After an error the temporary file is
+    removed, and `path` keeps its content.
+
+    Raises:
+        OSError: if the file cannot be written; names `path`.
+    """
+    partial = path.parent / f".{uuid.uuid4().hex}{PARTIAL}"
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        _name_file(error, path)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def _name_file(error: OSError, path: Path) -> None:
+    """Names `path` in an error, since a failed write names no file or the temporary one."""
+    if error.errno and str(error.filename or PARTIAL).endswith(PARTIAL):
+        error.filename = str(path)
+
+
 def retried(path: Path, write: Callable[[], None]) -> None:
     """Calls a function that writes a file, up to three times if the disk reports a passing error.
 
@@ -121,9 +151,7 @@ def retried(path: Path, write: Callable[[], None]) -> None:
             return
         except OSError as error:
             if pause is None or error.errno not in _PASSING:
-                # A failed write names no file, and users do not know the temporary one.
-                if error.errno and str(error.filename or PARTIAL).endswith(PARTIAL):
-                    error.filename = str(path)
+                _name_file(error, path)
                 raise
             time.sleep(pause)
 
