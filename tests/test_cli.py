@@ -27,7 +27,7 @@ from unet_ray.storage.ledger import committed
 from unet_ray.versions import VERSION
 
 ROOT = Path(__file__).parent.parent
-VERBS = ("demo", "train", "plan", "segment", "evaluate", "report")
+VERBS = ("demo", "train", "plan", "segment", "evaluate", "report", "export")
 TINY = [
     *("--depth", "1", "--base-channels", "2", "--patch", "44"),
     *("--elastic", "2", "--steps", "3", "--engine", "local"),

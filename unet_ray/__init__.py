@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from unet_ray.api import Plan as Plan
     from unet_ray.api import Prediction as Prediction
     from unet_ray.api import evaluate as evaluate
+    from unet_ray.api import export as export
     from unet_ray.api import load as load
     from unet_ray.api import open_store as open_store
     from unet_ray.api import plan as plan
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 
 __version__ = VERSION
-_API = "Model OutputStore Plan Prediction evaluate load open_store plan segment train verify"
+_API = "Model OutputStore Plan Prediction evaluate export load open_store plan segment train verify"
 _ERRORS = "DamageError InputError LostError QuarantinedError RunError UnetRayError VoxelError"
 _ROOMS = {
     **dict.fromkeys(_API.split(), "api"),

@@ -25,6 +25,7 @@ from unet_ray.errors import DamageError, InputError, nearest, reason
 from unet_ray.machine import keep_freed_memory
 from unet_ray.network.checkpoints import find_model, read_model
 from unet_ray.progress import ProgressBar, TilesBar, TrainingBar
+from unet_ray.report import export as exporting
 from unet_ray.report.figures import by, figure
 from unet_ray.report.page import write_report
 from unet_ray.report.pictures import colour_classes, colour_map
@@ -567,6 +568,44 @@ def evaluate(
 def verify(out: PathOrUrl, tiles: int = 3, repair: bool = False) -> Verification:
     """Checks every checksum of a store and recomputes some tiles; see `Verification`."""
     return verification.verify(out, tiles, repair)
+
+
+def export(
+    out: PathOrUrl,
+    file: str | os.PathLike[str],
+    what: Literal["probabilities", "classes", "instances", "objects"] | None = None,
+    *,
+    float: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Writes an output of a finished store to one TIFF or CSV file.
+
+    Args:
+        out: the store.
+        file: path ending in .tif or .tiff (arrays), or in .csv (the table of objects).
+        what: the output; by default objects for .csv, else the first that the store has of
+            probabilities, instances and classes.
+        float: write probabilities as float32 from 0 to 1, k / 255, in place of uint8 k.
+        overwrite: replace an existing file.
+        progress: show a progress bar.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        InputError: if `file` cannot be written, or the store lacks the output or tiles of it.
+        RunError: if a file of the store is missing or damaged.
+    """
+    with ProgressBar("export", quiet=not progress) as bar:
+        return exporting.export(
+            out,
+            file,
+            what,
+            as_float=float,
+            overwrite=overwrite,
+            watch=lambda done, total: bar.show(done / total, f"{done}/{total}"),
+        )
 
 
 def _one_of(given: T | None, flags: dict[str, Any]) -> T | None:

@@ -582,6 +582,60 @@ def report(path: str, truth: str | None) -> None:
     show(write_report(path, truth))
 
 
+@app.command(
+    cls=Verb,
+    epilog="\b\nExample: unet-ray export volume.zarr classes.ome.tif --what classes",
+    short_help="Copy an output of a store into one TIFF or CSV file.",
+)
+@click.argument("out", metavar="OUT.zarr")
+@click.argument("file", metavar="FILE.tif|FILE.csv")
+@flag(
+    "--what",
+    type=click.Choice(["probabilities", "classes", "instances", "objects"]),
+    help="Output to export. Default: objects for CSV; for TIFF, probabilities if they are stored, "
+    "else instances or classes.",
+)
+@flag(
+    "--float",
+    "as_float",
+    is_flag=True,
+    help="Write probabilities as 32-bit floats from 0 to 1, not as bytes from 0 to 255.",
+)
+@flag("--overwrite", is_flag=True, help="Replace an existing FILE.")
+@QUIET
+@click.pass_context
+def export(
+    ctx: click.Context,
+    /,
+    out: str,
+    file: str,
+    what: str | None,
+    as_float: bool,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Copies one output of a finished store into OME-TIFF, or the table of objects into CSV.
+
+    Only a part of the output is in memory at a time. FILE appears when it is complete.
+    """
+    from unet_ray.report.export import export as copy
+
+    try:
+        with ProgressBar("export", quiet) as bar:
+            path = copy(
+                out,
+                file,
+                what,
+                as_float=as_float,
+                overwrite=overwrite,
+                watch=lambda done, total: bar.show(done / total, f"{done}/{total}"),
+            )
+    except KeyboardInterrupt:
+        say(f"unet-ray: Interrupted. {file} is not written; run the same command to try again.")
+        ctx.exit(130)
+    show(path)
+
+
 def _refuse_json(file: Path, inputs: Sequence[str]) -> None:
     """Refuses a path for scores that cannot be a file, or that is in a scored folder."""
     refuse_below_file(file)

@@ -1,6 +1,6 @@
-"""HTML pages and pictures of training runs and of segmentations.
+"""HTML pages and pictures of training runs and of segmentations, and exported files.
 
-Knows how results are drawn. Does not know how they were computed.
+Knows how results are drawn and copied into files. Does not know how they were computed.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ class Result:
         """The label value of each class in the training labels."""
         return self.provenance.class_values
 
-    def read(self, output: str, box: Box) -> NDArray[Any]:
-        """Reads a box of an output, (..., z, y, x).
+    def read(self, output: str, box: Box, channels: slice | None = None) -> NDArray[Any]:
+        """Reads a box of an output, (..., z, y, x), and only `channels` of the probabilities.
 
         Raises:
             RunError: if a shard of a committed tile is missing or damaged; it names the file.
@@ -81,7 +81,9 @@ class Result:
             if self.done[index]:
                 self.store.require(output, self.plan[index])
         try:
-            voxels: NDArray[Any] = np.asarray(self.store.read(output)[(..., *box.slices)])
+            array = self.store.read(output)
+            leading = channels if channels is not None and array.ndim > 3 else ...
+            voxels: NDArray[Any] = np.asarray(array[(leading, *box.slices)])
         except Exception as error:  # each codec raises its own errors
             raise RunError(
                 f"{self._damaged(output, box)}: {output} at {box} cannot be read ({error}); the "
