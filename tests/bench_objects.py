@@ -18,8 +18,8 @@ from tests.helper import random_model, write_stack
 from unet_ray.segmentation.run import TileWorker
 from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.settings import Settings
-from unet_ray.storage.layout import EVENTS
 from unet_ray.storage.events import read_events
+from unet_ray.storage.layout import EVENTS
 from unet_ray.volumes.phantom import make_phantom
 
 WORKERS, ROUNDS = 2, 3

@@ -17,17 +17,16 @@ from unet_ray.errors import DamageError, InputError, reason, refuse_below_file, 
 from unet_ray.report.results import Result, open_result
 from unet_ray.report.tiff import Watch, largest_value, write_tiff
 from unet_ray.storage.inspection import inspect
-from unet_ray.storage.layout import LEDGER, PRIVATE, ledger_of
+from unet_ray.storage.layout import INSTANCES, LEDGER, PRIVATE, TABLE, ledger_of
 from unet_ray.storage.ledger import committed, skipped
 from unet_ray.storage.places import PathOrUrl, Place, place_of, replacing
 from unet_ray.units import warn
 
-TABLE = "objects.parquet"
 # What can be exported; the first that a store has is the default of a TIFF file.
 WHAT = ("probabilities", "instances", "classes", "objects")
 SUFFIXES = (".tif", ".tiff", ".csv")
 # Outputs of a later stage than `segment`, with the name of its ledger.
-STAGES = {"instances": "instances", "objects": "instances"}
+STAGES = {INSTANCES: INSTANCES, "objects": "table"}
 IDS = ("uint64", "uint32", "int64")  # types of the ids in the table
 ROWS = 1 << 16  # of the table at a time
 
@@ -146,10 +145,13 @@ def _refuse_unfinished(result: Result, what: str) -> None:
         InputError: if tiles are neither committed nor left out by a mask.
     """
     tiles, masked = len(result.plan), skipped(result.path / LEDGER, len(result.plan))
-    done = result.done
     if what in STAGES:
-        done = committed(result.path / ledger_of(STAGES[what]), tiles)
-    if missing := int((~done & ~masked).sum()):
+        stage, tasks = STAGES[what], tiles if what == INSTANCES else 1
+        if not committed(result.path / ledger_of(stage), tasks).all():
+            raise InputError(
+                f"{result.path}: its {what} are not finished; run the same `unet-ray segment` again."
+            )
+    if missing := int((~result.done & ~masked).sum()):
         raise InputError(
             f"{result.path}: {missing} of {tiles} tiles of its {what} are not done; run the same "
             "`unet-ray segment` without --region."
