@@ -149,7 +149,8 @@ def _refuse_unfinished(result: Result, what: str) -> None:
         stage, tasks = STAGES[what], tiles if what == INSTANCES else 1
         if not committed(result.path / ledger_of(stage), tasks).all():
             raise InputError(
-                f"{result.path}: its {what} are not finished; run the same `unet-ray segment` again."
+                f"{result.path}: its {what} are not finished; run the same `unet-ray segment` "
+                "again."
             )
     if missing := int((~result.done & ~masked).sum()):
         raise InputError(

@@ -16,6 +16,7 @@ from scipy import ndimage
 from unet_ray.errors import InputError
 from unet_ray.report import charts
 from unet_ray.report.figures import OVERLAY_GREYS, Facts, colours_of, digits_of, figure
+from unet_ray.report.objects import about_objects
 from unet_ray.report.pictures import (
     Picture,
     colour_cells,
@@ -79,6 +80,7 @@ def about_store(path: Place, truth: PathOrUrl | None) -> Facts:
         ],
         "probability_bar": Markup(charts.colour_bar("Probability", (0.0, 1.0), "")),
         "truth": place_of(truth_volume.path) if truth_volume else None,
+        "objects": about_objects(result),
         **_histograms(result),
         "tile_maps": [(title, Markup(svg)) for title, svg in maps],
         "tile_bar": Markup(bar),

@@ -60,6 +60,7 @@ def describe(outlook: Outlook, settings: Settings) -> str:
             "driver",
             format_bytes(outlook.driver_memory) + (", including all workers" if shared else ""),
         ),
+        *_object_rows(outlook),
         ("runs", f"{outlook.tiles} tiles in {outlook.precision} on {outlook.device}"),
     ]
     title = f"{volume.path}: {volume.dtype}, {volume.shape} (c, z, y, x)"
@@ -84,6 +85,12 @@ def _helper_rows(outlook: Outlook) -> Rows:
         return []
     memory = format_bytes(outlook.helper_memory)
     return [("helpers", f"{HELPERS} readers and {HELPERS} writers per GPU, {memory} each")]
+
+
+def _object_rows(outlook: Outlook) -> Rows:
+    if outlook.most_objects is None:
+        return []
+    return [("objects", f"at most about {outlook.most_objects:,} within --memory")]
 
 
 def refusal_of(outlook: Outlook, settings: Settings, out: str | None, free: float) -> str | None:

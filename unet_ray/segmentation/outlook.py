@@ -36,6 +36,8 @@ from unet_ray.segmentation.settings import (
     open_inputs,
     precision_of,
 )
+from unet_ray.segmentation.table import table_bytes
+from unet_ray.segmentation.unions import join_bytes
 from unet_ray.storage.layout import PREDICTED, chunk_of
 from unet_ray.storage.places import PathOrUrl
 from unet_ray.tiling.boxes import Box, Ints
@@ -82,6 +84,8 @@ class Outlook:
         precision, device: number format and device of the network.
         halo_overhead: extra arithmetic for halo and padding, as a fraction of the cores' own.
         disk_bytes: upper bound of the store's size on disk.
+        most_objects: objects that the join and the table can hold within ``--memory``; None without
+            objects.
         read_amplification: voxels decoded by all tiles, divided by the voxels of the volume.
     """
 
@@ -104,6 +108,7 @@ class Outlook:
     device: Device
     halo_overhead: float
     disk_bytes: int
+    most_objects: int | None
     read_amplification: float
 
     def to_json(self) -> dict[str, Any]:
@@ -119,6 +124,7 @@ class Outlook:
             "driver_memory_bytes": self.driver_memory,
             "workers": self.workers,
             "disk_bytes": self.disk_bytes,
+            **({} if self.most_objects is None else {"objects_at_most": self.most_objects}),
             "read_amplification": round(self.read_amplification, 4),
             "precision": self.precision,
             "device": self.device,
@@ -180,8 +186,19 @@ def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -
         device=device,
         halo_overhead=halo_overhead(size, tiles),
         disk_bytes=max_disk_bytes(tiles, values, len(outputs), len(selected), objects, factors),
+        most_objects=_most_objects(settings, volume.shape[0]) if objects else None,
         read_amplification=read_amplification(tiles, volume.chunk),
     )
+
+
+def _most_objects(settings: Settings, channels: int) -> int:
+    """Objects that fit into the memory limit, if all of them touch a face of a tile."""
+    few, many = 0, 1 << 48
+    while few < many:
+        middle = (few + many + 1) // 2
+        needed = max(join_bytes(middle, middle, settings.ids), table_bytes(middle, channels))
+        few, many = (middle, many) if needed <= settings.memory else (few, middle - 1)
+    return few
 
 
 def spread(numbers: Sequence[int] | NDArray[np.intp], limit: int) -> list[int]:
