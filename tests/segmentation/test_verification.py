@@ -797,3 +797,17 @@ def test_a_copy_without_its_ledger_is_damaged(store):
     shutil.rmtree(store / LEDGER)
     (damage,) = verify(store, tiles=0).damage
     assert "ledger/segment: is missing" in damage
+
+
+def test_repair_adds_the_image_that_older_code_left_out_without_probabilities(task, tmp_path):
+    volume, model, _ = task
+    settings = dataclasses.replace(TILED, outputs=("classes",))
+    store = segment(volume, model, tmp_path / "out.zarr", settings)
+    root = store / "zarr.json"
+    written = root.read_bytes()
+    older = json.loads(written)
+    del older["attributes"]["ome"]
+    root.write_text(json.dumps(older))
+    assert not verify(store, tiles=0).sound
+    verify(store, tiles=0, repair=True)
+    assert root.read_bytes() == written and verify(store, tiles=0).sound

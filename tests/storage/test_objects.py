@@ -488,7 +488,7 @@ def test_another_run_replaces_a_store_without_any_work(
 
 @pytest.mark.parametrize("bucket", ["ours", "moto"], indirect=True)
 @pytest.mark.parametrize("level", range(2))
-def test_shards_of_every_level_are_found_and_removed(bucket, level):
+def test_shards_of_every_level_count_and_are_removed(bucket, level):
     plan, out = TilePlan((1, 8, 8), (1, 4, 4), NO_CONTEXT, (1, 4, 4)), place_of(OUT)
     factors, provenance = ((1, 2, 2),), Provenance({"format": 1})
     pyramid = StoreLayout(plan, (0, 255), [*ARRAYS], None, factors)

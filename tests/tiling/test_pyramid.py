@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.strategies import plans, shapes
 from unet_ray.tiling.pyramid import LARGEST_TOP, NO_CONTEXT, factors_of, level_plan, level_shape
-from unet_ray.tiling.tiles import TilePlan
+from unet_ray.tiling.tiles import Context, TilePlan
 
 large_shapes = st.tuples(st.integers(1, 3000), st.integers(1, 200_000), st.integers(1, 200_000))
 voxel_sizes = st.none() | st.tuples(*[st.floats(1e-3, 1e3)] * 3)
@@ -94,11 +94,15 @@ def test_the_tiles_of_a_level_cover_it_once_and_read_no_halo(base, factors):
         assert tile.read.shape == plan.core
         painted[tile.write.slices] += 1
     assert (painted == 1).all()
-    assert all(c <= n for c, n in zip(plan.core, plan.shape, strict=True))
+    for core, largest, step, extent in zip(
+        plan.core, base.core, base.context.step, plan.shape, strict=True
+    ):
+        assert core % step == 0 and core <= largest and core < extent + step
     assert len(plan) <= len(base)
 
 
 def test_a_level_keeps_the_shards_of_the_volume_where_they_fit():
-    base = TilePlan((5, 140, 100), (2, 64, 64), NO_CONTEXT, (1, 64, 64))
-    assert level_plan(base, (1, 2, 2)).core == (2, 64, 50)
-    assert level_plan(base, (4, 4, 4)).core == (2, 35, 25)
+    context = Context((0, 92, 92), (0, 96, 96), (1, 16, 16))
+    base = TilePlan((5, 3000, 1914), (2, 1024, 1024), context, (1, 512, 512))
+    assert level_plan(base, (1, 2, 2)).core == (2, 1024, 960)
+    assert level_plan(base, (4, 4, 4)).core == (2, 752, 480)

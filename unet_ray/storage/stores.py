@@ -214,7 +214,8 @@ class Store:
 
         Args:
             tile: the tile to write.
-            results: for each output the whole core, ``(..., z, y, x)``, in the dtype of its array.
+            results: for each output the core, ``(..., z, y, x)``, in the dtype of its array. Voxels
+                outside the volume may be left out.
 
         Returns:
             `checksum_of` each output's voxels, joined in the order of the outputs.
@@ -240,7 +241,7 @@ class Store:
         Args:
             name: name of the output.
             tile: the tile of the shard.
-            result: the whole core, ``(..., z, y, x)``, in the dtype of the array.
+            result: the core, ``(..., z, y, x)``, in the dtype of the array.
         """
         leading = (slice(None),) * (self._arrays[name].ndim - 3)
         memory = {"zarr.json": default_buffer_prototype().buffer.from_bytes(self._metadata[name])}

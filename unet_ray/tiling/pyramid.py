@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from unet_ray.tiling.boxes import Ints
-from unet_ray.tiling.tiles import Context, TilePlan
+from unet_ray.tiling.tiles import Context, TilePlan, round_up
 
 NO_CONTEXT = Context((0, 0, 0), (0, 0, 0), (1, 1, 1))
 LARGEST_TOP = 512  # extent of the coarsest level along y and x, in voxels; it fits a screen
@@ -51,10 +51,14 @@ def level_shape(shape: Sequence[int], factors: Sequence[int]) -> Ints:
 def level_plan(base: TilePlan, factors: Sequence[int]) -> TilePlan:
     """Returns the tiles of a level, which are its shards; they read no halo.
 
+    A level smaller than a core has a smaller core. It remains a multiple of the step, since chunks
+    are cores halved: an odd core of 957 voxels would be one chunk, too large for viewers.
+
     Args:
         base: the plan of level 0.
         factors: of the level relative to level 0, per axis.
     """
     shape = level_shape(base.shape, factors)
-    core = tuple(min(n, c) for n, c in zip(shape, base.core, strict=True))
+    extents = zip(shape, base.core, base.context.step, strict=True)
+    core = tuple(min(round_up(n, step), largest) for n, largest, step in extents)
     return TilePlan(shape, core, NO_CONTEXT, core)
