@@ -1192,3 +1192,51 @@ def test_a_dashboard_is_not_a_ray_to_join(files):
 
     args = [*segment(files), "--engine", "ray"]
     refused(in_its_own_process, files, args, "RAY_ADDRESS=http://127.0.0.1:1")
+
+
+# Seams of labels
+
+
+@pytest.fixture
+def cells(tmp_path):
+    """Two Zarr arrays: squares in a volume, and the same squares cut at every 32 voxels."""
+    grid = np.arange(128) // 20
+    squares = (grid[:, None] * 7 + grid + 1)[None].repeat(8, 0).astype(np.uint32)
+    tiles = np.arange(128) // 32
+    parts = squares + 100 * (tiles[:, None] * 4 + tiles).astype(np.uint32)
+    for name, labels in (("whole", squares), ("parts", parts)):
+        zarr.create_array(tmp_path / f"{name}.zarr", data=labels, chunks=(8, 64, 64))
+    return tmp_path
+
+
+def test_labels_of_any_tool_are_judged_without_a_store(unet_ray, cells):
+    seams = ["verify", "--every", "8,32,32", "--seams"]
+    code, out, err = unet_ray(*seams, cells / "whole.zarr")
+    z, y, x, total, last = out.splitlines()
+    assert (code, err, z) == (0, "", "z: – (no tile planes with labels)")  # noqa: RUF001
+    assert re.fullmatch(
+        r"y: \d\.\d\d ± \d\.\d\d \(3 tile planes: .*% of 3072 pairs end; inside tiles .*%\)", y
+    )
+    assert x.startswith("x: ") and total.startswith("all: ")
+    assert last.startswith(f"{cells / 'whole.zarr'}: no seams detected: ")
+    code, out, err = unet_ray(*seams, cells / "parts.zarr")
+    *_, total, last = out.splitlines()
+    assert (code, err) == (1, "") and "100.00% of 6144 pairs end" in total
+    assert last.startswith(f"{cells / 'parts.zarr'}: seams detected: ")
+
+
+def test_seams_that_cannot_be_judged_are_refused(unet_ray, cells):
+    labels = cells / "whole.zarr"
+    for args, message in (
+        (["--seams", labels], "--seams needs --every as well"),
+        (["--every", "8,32,32"], "--every needs --seams as well"),
+        (["--repair", "--seams", labels, "--every", "8,32,32"], "--repair needs a store"),
+        (["--tiles", "3", "--seams", labels, "--every", "8,32,32"], "--tiles needs a store"),
+        (["--seams", labels, "--every", "32,32"], "every='32,32' must be three numbers"),
+        (["--seams", labels, "--every", "8,0,32"], "every='8,0,32' must be three numbers"),
+        (["--seams", labels, "--every", "8,128,128"], "leaves no tile plane"),
+        (["--seams", cells / "none.zarr", "--every", "8,32,32"], "does not exist"),
+        ([], "Missing argument 'OUT.zarr'. Or judge labels of any tool, with --seams"),
+    ):
+        code, out, err = unet_ray("verify", *args)
+        assert (code, out, err.count("\n")) == (2, "", 1) and message in err, args

@@ -16,9 +16,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tifffile
+import zarr
 from PIL import Image
+from scipy import ndimage
 
 from tests.helper import random_model
 from unet_ray import make_phantom
@@ -62,6 +65,14 @@ def cells(folder, shared):
     shutil.copytree(shared / "ctc" / "PhC-C2DH-U373", folder / "PhC-C2DH-U373")
 
 
+def objects(folder, shared=None):
+    """Labelled cells of a phantom, as a Zarr array."""
+    phantom = make_phantom((8, 256, 256), seed=1)
+    cells = np.stack([ndimage.label(plane)[0] for plane in phantom.classes])
+    cells += np.where(cells, 1000 * np.arange(8)[:, None, None], 0)
+    zarr.create_array(folder / "labels.zarr", data=cells.astype(np.uint32), chunks=(8, 64, 64))
+
+
 def first_run(folder, shared=None):
     """An untrained model in ``runs/first``, and a volume with its labels."""
     phantom = make_phantom((8, 256, 256), seed=1)
@@ -79,10 +90,13 @@ FILES = {
     "how-to/restart.md": first_run,
     "how-to/mask-and-region.md": first_run,
     "how-to/memory.md": first_run,
+    "how-to/find-seams.md": objects,
     "how-to/napari-and-fiji.md": first_run,
 }
 REAL = {"tutorials/membranes.md", "tutorials/cells.md"}
-FAST = {"how-to/label-your-images.md", "how-to/napari-and-fiji.md"}
+FAST = {
+    *("how-to/label-your-images.md", "how-to/napari-and-fiji.md", "how-to/find-seams.md"),
+}
 
 
 # Blocks

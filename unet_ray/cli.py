@@ -535,7 +535,12 @@ def verify(
     if out is None and (repair or ctx.get_parameter_source("tiles") is not ParameterSource.DEFAULT):
         raise InputError(f"{'--repair' if repair else '--tiles'} needs a store: name OUT.zarr.")
     if out is None and seams is None:
-        raise click.MissingParameter(ctx=ctx, param=ctx.command.params[0])
+        raise click.MissingParameter(
+            "Or judge labels of any tool, with --seams LABELS.zarr --every Z,Y,X.",
+            ctx,
+            param_hint="'OUT.zarr'",
+            param_type="argument",
+        )
     codes = [0]
     if seams is not None and every is not None:
         codes.append(_verify_seams(seams, parse_tile(every, "every")))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+import zarr
 from PIL import Image
 
 from tests.helper import (
@@ -603,6 +604,20 @@ def test_a_page_has_few_histograms(segmented, tmp_path):
     assert len([c for c in page.charts if re.search("<title>class [0-9]</title>", c)]) == 6
     assert "The other classes are not shown." in page.text
     assert "class 8 looks like class 1" in page.text
+
+
+def test_the_page_has_the_seams_of_instances(folder):
+    store = folder / "out.zarr"
+    assert "Seams" not in Page(write_report(store)).text
+    rows = 1 + np.arange(61)[:, None] // 10 + np.zeros((3, 61, 75), np.uint64)
+    zarr.create_array(
+        store / "labels/instances/0",
+        data=rows.astype(np.uint64),
+        chunks=(1, 32, 20),
+        dimension_names=["z", "y", "x"],
+    )
+    text = Page(write_report(store)).text
+    assert re.search(r"standard error \d\.\d\d ± \d\.\d\d \(y .*\); no seams detected: ", text)
 
 
 def test_the_overlay_is_that_of_the_stored_classes(folder, scored):

@@ -168,6 +168,15 @@ def test_one_object_in_tiles_has_an_infinite_ratio():
     assert parts.summary() == "inf (z inf, y inf, x inf)"
 
 
+def test_cubes_on_a_lattice_are_judged():
+    z, y, x = (np.arange(n) // 20 for n in (64, 256, 256))
+    cubes = 1 + 400 * z[:, None, None] + 20 * y[:, None] + x
+    every = (32, 64, 64)
+    whole, parts = (seams_of(each, every) for each in (cubes, cut(cubes, every)))
+    assert whole.verdict == "sound" and parts.verdict == "cut"
+    assert parts.axes[0].verdict == "sound"  # one plane alone may be a coincidence
+
+
 def test_labels_of_slices_show_nothing_along_z_and_do_not_hide_other_cuts():
     labels = np.stack([1000 * z + blobs((1, 128, 128), z)[0] for z in range(8)])
     labels[labels % 1000 == 0] = 0
@@ -316,7 +325,7 @@ def test_a_huge_volume_is_read_in_windows_and_by_a_sample():
     result = seams_of(labels, (64, 1024, 1024), most_pairs=1 << 22)
     assert max(labels.reads) <= 18 * 512 * 512
     assert sum(labels.reads) <= 3 * 18 * (1 << 22)
-    assert [rates.planes for rates in result.axes] == [15, 19, 19]
+    assert all(0 < rates.planes < 20 for rates in result.axes)
     assert result == seams_of(labels, (64, 1024, 1024), most_pairs=1 << 22)
 
 

@@ -37,8 +37,9 @@ from unet_ray.report.results import (
     windows,
 )
 from unet_ray.scores.evaluation import Evaluation, Kind, evaluate
+from unet_ray.scores.seams import instance_seams
 from unet_ray.scores.totals import MEANINGS
-from unet_ray.storage.layout import EVENTS
+from unet_ray.storage.layout import EVENTS, INSTANCES
 from unet_ray.storage.places import PathOrUrl, Place, place_of
 from unet_ray.tiling.boxes import Box
 from unet_ray.volumes.volume import Volume
@@ -46,6 +47,7 @@ from unet_ray.volumes.volume import Volume
 HISTOGRAMS = 6  # at most, one per class
 # At most this many maps of tiles, and cells along each side of a map.
 LARGEST_MAP = (4, 64)
+SEAM_PAIRS = 1 << 24  # pairs of voxels along an axis: seconds for a volume of any size
 
 
 def about_store(path: Place, truth: PathOrUrl | None) -> Facts:
@@ -82,6 +84,9 @@ def about_store(path: Place, truth: PathOrUrl | None) -> Facts:
         "truth": place_of(truth_volume.path) if truth_volume else None,
         "objects": about_objects(result),
         **_histograms(result),
+        "seams": instance_seams(result.path, plan, result.done, SEAM_PAIRS)
+        if INSTANCES in result.outputs
+        else None,
         "tile_maps": [(title, Markup(svg)) for title, svg in maps],
         "tile_bar": Markup(bar),
         "grouped": grouped,

@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from scipy import special
 
 from unet_ray.errors import InputError
-from unet_ray.storage.places import PathOrUrl, place_of
+from unet_ray.storage.layout import ARRAYS, INSTANCES
+from unet_ray.storage.places import PathOrUrl, Place, place_of
 from unet_ray.tiling.boxes import Box
+from unet_ray.tiling.tiles import TilePlan
 from unet_ray.volumes.opening import open_volume
 from unet_ray.volumes.volume import Volume
 
@@ -70,7 +72,7 @@ class Rates:
     """Ends of objects at the tile planes of an axis, or of all axes, and at control planes.
 
     Attributes:
-        planes: number of tile planes.
+        planes: number of tile planes with pairs.
         pairs: pairs of voxels across the tile planes with at least one labelled voxel.
         ends: those of them with two different labels.
         control_rate: share of the pairs across control planes that are ends; of all axes, the mean
@@ -78,9 +80,9 @@ class Rates:
         error: standard error of `rate` - `control_rate`; None if fewer than two windows have pairs.
     """
 
-    planes: int
-    pairs: int
-    ends: int
+    planes: int = 0
+    pairs: int = 0
+    ends: int = 0
     control_rate: float | None = None
     error: Error | None = None
 
@@ -110,10 +112,16 @@ class Rates:
     def verdict(self) -> Verdict:
         """``cut`` if the ratio is more than three standard errors above 1.02.
 
-        Three errors are those of a large sample; in a small one, Student's t takes their place.
+        Three errors are those of a large sample; in a small one, Student's t takes their place. It
+        is ``cut`` as well if no object crosses any tile plane, and too many cross control planes
+        for a coincidence: objects on a lattice end at few planes, so that the error is large.
         """
         if self.rate is None or self.control_rate is None or self.error is None:
             return "unknown"
+        if self.rate == 1 and self.control_rate <= SHOWING:
+            coincidence: float = self.control_rate**self.planes
+            if coincidence < 1 - CONFIDENCE:
+                return "cut"
         bound = (1 + TOLERANCE) * self.control_rate + self.error.quantile * self.error.value
         return "cut" if self.rate > bound else "sound"
 
@@ -149,10 +157,10 @@ class Seams:
         return self.verdict != "cut"
 
     def summary(self) -> str:
-        """The ratio with its standard error, in total and along each axis with tile planes."""
+        """The ratio with its standard error, in total and along each axis with labels."""
         axes = zip("zyx", self.axes, strict=True)
         listed = [f"{axis} {rates.text()}" for axis, rates in axes if rates.planes]
-        return f"{self.total.text()} ({', '.join(listed) or 'no tile planes'})"
+        return f"{self.total.text()} ({', '.join(listed) or 'no tile planes with labels'})"
 
     def sentence(self) -> str:
         """The verdict in words."""
@@ -172,14 +180,11 @@ class Seams:
 
 
 def _counts_in_words(rates: Rates) -> str:
-    if not rates.planes:
-        return " (no tile planes)"
-    planes = f"{rates.planes} tile plane{'s' * (rates.planes > 1)}"
     if rates.rate is None or rates.control_rate is None:
-        return f" ({planes}, no labels to compare)"
+        return " (no tile planes with labels)"
     return (
-        f" ({planes}: {rates.rate:.2%} of {rates.pairs} pairs end; inside tiles "
-        f"{rates.control_rate:.2%})"
+        f" ({rates.planes} tile plane{'s' * (rates.planes > 1)}: {rates.rate:.2%} of {rates.pairs} "
+        f"pairs end; inside tiles {rates.control_rate:.2%})"
     )
 
 
@@ -244,6 +249,24 @@ def stored_seams(source: PathOrUrl, every: Sequence[int]) -> Seams:
     return seams_of(volume, every)
 
 
+def instance_seams(
+    store: Place, plan: TilePlan, done: NDArray[np.bool_], most_pairs: int = PAIRS
+) -> Seams:
+    """The seams of the instances in a store of `segment`, which must be finished.
+
+    Args:
+        store: the store.
+        plan: its tiles.
+        done: which tiles are predicted, bool (tiles,); a mask may have skipped others.
+        most_pairs: see `seams_of`.
+
+    Raises:
+        RunError: if a shard is damaged.
+    """
+    array = open_volume(store / ARRAYS[INSTANCES])
+    return seams_of(array, plan.core, done.reshape(plan.counts), most_pairs)
+
+
 def _opened(labels: Any) -> tuple[tuple[int, ...], Read]:
     """The shape (z, y, x) of labels, and a function that reads a box of them."""
     name = labels.path if isinstance(labels, Volume) else "the labels"
@@ -270,9 +293,8 @@ def _rates_along(
 ) -> Rates:
     """Counts the pairs at all planes of one axis."""
     offsets = [0, *_controls(every[axis])]
-    planes = (shape[axis] - 1) // every[axis]
-    if len(offsets) == 1 or not planes:
-        return Rates(planes, 0, 0)
+    if len(offsets) == 1 or shape[axis] <= every[axis]:
+        return Rates()
     windows = _Windows.of(axis, shape, every)
     numbers = windows.chosen(computed, most_pairs)
     groups = np.zeros((min(GROUPS, len(numbers)), 4), np.int64)
@@ -283,7 +305,8 @@ def _rates_along(
         by_plane[plane] += counts
         groups[turn * len(groups) // len(numbers)] += [*counts[0], *counts[1:].sum(0)]
     pairs, ends, control_pairs, control_ends = (int(n) for n in groups.sum(0))
-    if not pairs or not control_pairs:
+    planes = sum(bool(counts[0, 0]) for counts in by_plane.values())
+    if not control_pairs:
         return Rates(planes, pairs, ends)
     error = _error_between_windows(groups)
     between_planes = _error_between_planes(list(by_plane.values()))
@@ -432,14 +455,15 @@ def _error_between_planes(planes: Sequence[Counts]) -> Error | None:
 def _together(axes: Sequence[Rates]) -> Rates:
     """All axes, each compared with its own control planes, without those that show nothing."""
     compared = [a for a in axes if a.control_rate is not None and a.control_rate <= SHOWING]
-    planes, pairs = sum(a.planes for a in axes), sum(a.pairs for a in compared)
+    pairs = sum(a.pairs for a in compared)
     if not pairs:
-        return Rates(planes, 0, 0)
+        return Rates()
     expected = sum(a.pairs * (a.control_rate or 0.0) for a in compared)
     weighted = [(a.pairs / pairs, a.error) for a in compared]
     known = [(weight * e.value, e.freedom) for weight, e in weighted if e is not None]
     error = _sum_of(known) if len(known) == len(weighted) else None
-    return Rates(planes, pairs, sum(a.ends for a in compared), expected / pairs, error)
+    planes, ends = sum(a.planes for a in compared), sum(a.ends for a in compared)
+    return Rates(planes, pairs, ends, expected / pairs, error)
 
 
 def _sum_of(errors: Sequence[tuple[float, float]]) -> Error:

@@ -1,5 +1,5 @@
 """The `segment` workflow: settings, plan, preparation, execution and verification.
 
-Knows how a volume, a model and a store become a stage that the engine runs. Does not know plots or
-scores.
+Knows how a volume, a model and a store become a stage that the engine runs. Does not know plots, or
+scores against a truth.
 """

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unet_ray.errors import DamageError, InputError
+from unet_ray.scores.seams import instance_seams
 from unet_ray.segmentation.chain import Link, chain_of, source_of
 from unet_ray.segmentation.checked_stage import CheckedStage
 from unet_ray.segmentation.repair import (
@@ -30,7 +31,7 @@ from unet_ray.segmentation.rules import Rules
 from unet_ray.segmentation.run import Segmentation
 from unet_ray.storage.audit import Audit, sound_provenance
 from unet_ray.storage.inspection import Found, inspect, refuse_links
-from unet_ray.storage.layout import LEDGERS, PRIVATE
+from unet_ray.storage.layout import INSTANCES, LEDGERS, PRIVATE
 from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import newest_below
 from unet_ray.storage.places import PathOrUrl, Place, place_of
@@ -135,6 +136,8 @@ class _Check:
         self._notes = [line for stage in self._stages for line in stage.audit.remarks()]
         if sample or (self._lease and any(self._sentences())):
             self._recompute_and_repair(sample)
+        if not any(self._sentences()):
+            self._notes += self._seams()
         failed = (*self._recomputed.failed, *self._failed)
         return Verification(
             tiles=self._predicted.done,
@@ -186,6 +189,15 @@ class _Check:
     @property
     def _stages(self) -> list[CheckedStage]:
         return [self._predicted, *(stage for _, stage in self._links)]
+
+    def _seams(self) -> Iterator[str]:
+        """A remark on the seams of the instances, if they are finished."""
+        predicted = self._predicted.audit
+        for _, stage in self._links:
+            # A tile that a mask skips has no objects, which is no seam, so only predicted tiles count.
+            if stage.audit.written.stage == INSTANCES and stage.audit.done.all():
+                seams = instance_seams(self._path, predicted.plan, predicted.done)
+                yield f"seams: {seams.summary()}; {seams.sentence()}."
 
     def _sentences(self) -> Iterator[str]:
         """One sentence for each damaged file."""
