@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-import zarr
 from PIL import Image
+from pyarrow import parquet
 
 from tests.helper import (
     FLOAT32,
@@ -606,18 +606,20 @@ def test_a_page_has_few_histograms(segmented, tmp_path):
     assert "class 8 looks like class 1" in page.text
 
 
-def test_the_page_has_the_seams_of_instances(folder):
-    store = folder / "out.zarr"
-    assert "Seams" not in Page(write_report(store)).text
-    rows = 1 + np.arange(61)[:, None] // 10 + np.zeros((3, 61, 75), np.uint64)
-    zarr.create_array(
-        store / "labels/instances/0",
-        data=rows.astype(np.uint64),
-        chunks=(1, 32, 20),
-        dimension_names=["z", "y", "x"],
-    )
-    text = Page(write_report(store)).text
-    assert re.search(r"standard error \d\.\d\d ± \d\.\d\d \(y .*\); no seams detected: ", text)
+def test_the_page_has_objects_and_their_seams(folder, tmp_path):
+    assert "Seams" not in Page(write_report(folder / "out.zarr")).text
+    settings = dataclasses.replace(TILED, outputs=("classes", "instances"))
+    model = random_model(tmp_path / "model.safetensors")
+    store = segment(folder / "volume.tif", model, tmp_path / "objects.zarr", settings)
+    table = parquet.read_table(store / "objects.parquet").to_pydict()
+    page = Page(write_report(store))
+    assert re.search(r"standard error \d\.\d\d ± \d\.\d\d \(y .*\); no seams detected: ", page.text)
+    objects, border = len(table["id"]), sum(table["border"])
+    assert f"{objects:,} objects; {border} of them touch the border" in page.text
+    largest = sorted(zip(table["voxels"], table["id"], strict=True), key=lambda o: (-o[0], o[1]))
+    rows = re.findall(r"(\d+) (\d+) unknown [\d., ]+ (?:yes|no)", page.text)
+    assert rows == [(str(number), str(voxels)) for voxels, number in largest[:10]]
+    assert sum("<title>Sizes of objects, 1 to " in chart for chart in page.charts) == 1
 
 
 def test_the_overlay_is_that_of_the_stored_classes(folder, scored):

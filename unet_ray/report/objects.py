@@ -42,8 +42,8 @@ def about_objects(result: Result) -> Facts:
     counts, touching, largest = _summed(result)
     objects = int(counts.sum())
     return {
-        "count": charts.number(objects),
-        "border": charts.number(touching),
+        "count": f"{objects:,}",
+        "border": f"{touching:,}",
         "sizes": Markup(_histogram(counts)) if objects else None,
         "largest": largest,
     }
@@ -79,7 +79,7 @@ def _row(facts: Facts) -> Facts:
     volume = "unknown" if facts["volume"] is None else digits_of(facts["volume"])
     return {
         "id": facts["id"],
-        "voxels": charts.number(facts["voxels"]),
+        "voxels": f"{facts['voxels']:,}",
         "volume": volume,
         "centre": centre,
         "border": "yes" if facts["border"] else "no",
@@ -91,6 +91,6 @@ def _histogram(counts: NDArray[np.int64]) -> str:
     used = np.flatnonzero(counts)
     first, last = int(used[0]), int(used[-1]) + 1
     edges = np.arange(first, last + 1) / BINS_PER_DECADE
-    smallest, biggest = (charts.number(math.floor(10**edge)) for edge in (edges[0], edges[-1]))
+    smallest, biggest = (f"{math.floor(10**edge):,}" for edge in (edges[0], edges[-1]))
     title = f"Sizes of objects, {smallest} to {biggest} voxels"
     return charts.histogram(title, edges, counts[first:last], "log10 of the voxels", "objects")

@@ -194,7 +194,7 @@ class _Check:
         """A remark on the seams of the instances, if they are finished."""
         predicted = self._predicted.audit
         for _, stage in self._links:
-            # A tile that a mask skips has no objects, which is no seam, so only predicted tiles count.
+            # A tile that a mask skips has no objects, so only predicted tiles count.
             if stage.audit.written.stage == INSTANCES and stage.audit.done.all():
                 seams = instance_seams(self._path, predicted.plan, predicted.done)
                 yield f"seams: {seams.summary()}; {seams.sentence()}."
