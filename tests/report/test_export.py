@@ -31,6 +31,7 @@ from unet_ray.tiling.tiles import Context, TilePlan
 
 CONTEXT = Context((0, 8, 8), (0, 12, 12), (1, 2, 2))
 PLAN = TilePlan((5, 70, 100), (2, 32, 64), CONTEXT, (1, 32, 64))  # cut tiles on every axis
+SMALL = TilePlan((1, 4, 6), (1, 4, 4), CONTEXT, (1, 4, 4))
 VOXEL_SIZE = (0.05, 0.004, 0.008)
 ALL = ("probabilities", "classes", "instances")
 
@@ -249,6 +250,14 @@ def test_an_unknown_voxel_size_is_not_written(tmp_path):
     assert unet_ray.open_volume(file).voxel_size is None
 
 
+def test_a_size_beyond_the_range_of_the_tags_is_in_the_ome_metadata(tmp_path):
+    store = make_store(tmp_path / "out.zarr", plan=SMALL, voxel_size=(1e-7,) * 3)
+    fill(store, SMALL)
+    with tifffile.TiffFile(export(store.path, tmp_path / "a.tif")) as opened:
+        assert 'PhysicalSizeX="1e-07"' in opened.ome_metadata
+        assert opened.pages[0].tags["ResolutionUnit"].value == tifffile.RESUNIT.NONE
+
+
 def test_a_single_plane_of_three_columns_is_not_taken_for_colours(tmp_path):
     plan = TilePlan((1, 6, 3), (1, 6, 4), CONTEXT, (1, 6, 4))
     store = make_store(tmp_path / "out.zarr", plan=plan)
@@ -261,19 +270,18 @@ def test_a_single_plane_of_three_columns_is_not_taken_for_colours(tmp_path):
 
 def test_large_files_are_bigtiff(finished, tmp_path, monkeypatch):
     path, whole = finished
-    monkeypatch.setattr(tiff, "LARGEST_TIFF", whole["classes"].size - 1)
+    size = whole["classes"].size + 5 * tiff.PAGE_BYTES
+    monkeypatch.setattr(tiff, "LARGEST_TIFF", size - 1)
     file = export(path, tmp_path / "a.tif", "classes")
     with tifffile.TiffFile(file) as opened:
         assert opened.is_bigtiff and opened.is_ome
     np.testing.assert_array_equal(tifffile.imread(file), whole["classes"])
-    monkeypatch.setattr(tiff, "LARGEST_TIFF", whole["classes"].size)
+    monkeypatch.setattr(tiff, "LARGEST_TIFF", size)
     with tifffile.TiffFile(export(path, tmp_path / "b.tif", "classes")) as opened:
         assert not opened.is_bigtiff
 
 
 # Types of labels
-
-SMALL = TilePlan((1, 4, 6), (1, 4, 4), CONTEXT, (1, 4, 4))
 
 
 @pytest.mark.parametrize("with_table", [False, True])
@@ -496,7 +504,8 @@ def test_memory_is_bounded(large, tmp_path):
     with tifffile.TiffFile(file) as opened:
         assert opened.series[0].nbytes == GIBIBYTE
         assert (opened.pages[15].asarray() == np.float32(99) / np.float32(255)).all()
-    assert 0 < peak < 400 << 20
+    print(f"peak {peak >> 20} MiB")
+    assert 0 < peak < 300 << 20
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
