@@ -16,6 +16,7 @@ from scipy import ndimage
 from unet_ray.compiled import compiled
 from unet_ray.errors import DamageError
 from unet_ray.segmentation.packing import pack, unpack
+from unet_ray.segmentation.runs import label_runs
 from unet_ray.tiling.boxes import Box, Ints
 
 _KIND = b"labels-1"
@@ -37,7 +38,7 @@ class Connection:
 
     @property
     def structure(self) -> NDArray[np.bool_]:
-        """The neighbours of the centre, shape (3, 3, 3), for `scipy.ndimage.label`."""
+        """The neighbours of the centre, shape (3, 3, 3), as `scipy.ndimage.label` takes them."""
         order = {6: 1, 18: 2, 26: 3}[self.connectivity]
         structure = ndimage.generate_binary_structure(3, order)
         if self.connect == "slice":
@@ -70,9 +71,7 @@ def label_components(
     Returns:
         Labels (z, y, x) from 1, 0 outside of objects, and the number of components.
     """
-    labels = np.empty(mask.shape, np.int32)
-    count = ndimage.label(mask, connection.structure, output=labels)
-    return labels, int(count)
+    return label_runs(mask, connection.structure)
 
 
 @dataclass(frozen=True, eq=False)
