@@ -24,7 +24,6 @@ from unet_ray.network.unet import UNet
 from unet_ray.segmentation import outlook as planning
 from unet_ray.segmentation.forecast import describe
 from unet_ray.segmentation.memory import (
-    ALLOCATOR_FACTOR,
     DRIVER_BYTES_PER_TILE,
     GPU_TILES,
     PROCESS_BYTES,
@@ -354,6 +353,8 @@ for precision, y in (("bfloat16", 540), ("float32", 700)):
     needs = pass_bytes(network_size(network, precision), (1, y, y + 160))
     print(precision, anonymous(os.getpid()) - before, needs)
 """
+# Passes alone leave fewer gaps than a worker, which reads and writes tiles between them.
+GAPS_OF_PASSES = 1.65
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
@@ -364,7 +365,7 @@ def test_passes_stay_under_the_plan_on_every_processor(limits):
     passes = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     for line in passes.stdout.splitlines():
         precision, grown, needs = line.split()
-        assert int(grown) < ALLOCATOR_FACTOR * int(needs) + (16 << 20), (precision, grown, needs)
+        assert int(grown) < GAPS_OF_PASSES * int(needs) + (16 << 20), (precision, grown, needs)
 
 
 def make_case(folder, shape, channels, depth=4):
@@ -425,7 +426,8 @@ def test_a_worker_on_ray_stays_under_the_plan_on_every_processor(
     planned = plan(volume, model, settings).worker_memory
     given = [volume, "--model", model, "--out", tmp_path / "out.zarr", "--precision", precision]
     peak = measured_peak(given, "ray", limits)
-    print(f"depth {depth}, {channels} channels, {precision}, {limits}: {peak / planned:.2f}")
+    case = f"depth {depth}, {channels} channels, {precision}, {'AVX2' if limits else 'all'}"
+    print(f"{case}: {peak / planned:.2f}, {peak >> 20} of {planned >> 20} MiB")
     assert 0.6 <= peak / planned <= 1.0
 
 
