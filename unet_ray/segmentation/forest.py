@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,9 @@ from unet_ray.tiling.boxes import Ints
 from unet_ray.tiling.tiles import TilePlan
 
 ReadRecord = Callable[[int], TileRecord | None]
-Admit = Callable[[int, int, int], None]
-"""Takes a tile, its number of labels, and the touching labels of all tiles up to it."""
+Admit = Callable[[int, int, int, int], None]
+"""Takes a tile, its number of labels, and the touching labels of all tiles up to it with their
+bytes."""
 
 # Bytes of the faces of earlier tiles that stay in memory. Other faces are read again.
 WINDOW_BYTES = 64 << 20
@@ -97,6 +99,7 @@ class Forest:
         self.border = np.empty(0, np.bool_)
         self._planes: dict[int, Faces | None] = {}  # last planes of earlier tiles
         self._bytes = 0  # of these planes
+        self._count = 0  # of labels until now
 
     def read(self, index: int) -> TileRecord | None:
         """Returns the record of a tile; None if a mask skipped it.
@@ -125,11 +128,15 @@ class Forest:
         """Returns the roots of the touching labels of a tile; valid after `grow`."""
         return self.parents[self.labels_of(index)]
 
+    def held(self) -> int:
+        """Returns the bytes of the labels, in memory."""
+        return TOUCHING_BYTES * self._count
+
     def grow(self, admit: Admit, closed: bool = False) -> None:
         """Reads all records and unites their touching labels.
 
         Args:
-            admit: called before the labels of a tile are added; it may raise.
+            admit: called when the labels of a tile are added; it may raise.
             closed: whether labels beside a skipped tile touch the border.
         """
         kinds, counts = contacts(self._connection), self._plan.counts
@@ -142,26 +149,37 @@ class Forest:
                     self._meet(contact, index, low, number, closed)
         self._planes.clear()
         self._resize(int(self.starts[-1]))
-        _gather(self.parents, self.sizes, self.first, self.border)
+        gather(self.parents, self.sizes, self.first, self.border)
 
     def _add(self, index: int, admit: Admit) -> Faces | None:
         """Adds the labels of a tile; returns its first planes, None if it was skipped."""
         start = stop = int(self.starts[index])
         low = None
         if tile := self.read(index):
-            labels = tile.touching() - 1
-            stop += len(labels)
-            admit(index, tile.count, stop)
+            stop += len(tile.touching())
             if stop > len(self.parents):
                 self._resize(max(stop, len(self.parents) * 5 // 4))
-            self.parents[start:stop] = np.arange(start, stop)
-            self.sizes[start:stop] = tile.sizes[labels]
-            self.first[start:stop] = tile.first[labels]
-            self.border[start:stop] = tile.border[labels]
-            low = _ranked(tile, tile.low)
-        self.starts[index + 1] = stop
+            self._take(tile, start, stop)
+            low = self._low_planes(tile)
+        self.starts[index + 1] = self._count = stop
+        if tile:
+            admit(index, tile.count, stop, self.held())
         self._keep(index, tile)
         return low
+
+    def _take(self, tile: TileRecord, start: int, stop: int) -> None:
+        """Copies the values of the touching labels of a tile."""
+        labels = tile.touching() - 1
+        self.parents[start:stop] = np.arange(start, stop)
+        self.sizes[start:stop] = tile.sizes[labels]
+        self.first[start:stop] = tile.first[labels]
+        self.border[start:stop] = tile.border[labels]
+
+    def _low_planes(self, tile: TileRecord) -> Faces:
+        return _ranked(tile, tile.low)
+
+    def _high_planes(self, tile: TileRecord) -> Faces:
+        return _ranked(tile, tile.high)
 
     def _meet(
         self, contact: Contact, index: int, low: Faces | None, other: int, closed: bool
@@ -170,14 +188,18 @@ class Forest:
         high, axis = self._high(other), contact.axis
         first, second = int(self.starts[index]), int(self.starts[other])
         if low and high:
-            planes = contact.part(low[axis], True), contact.part(high[axis], False)
-            _join(self.parents, first, planes[0], second, planes[1], contact.steps)
+            self._join(contact, index, low, other, high)
         elif closed and low:
             labels = contact.part(low[axis], True)
             self.border[first - 1 + labels[labels > 0]] = True
         elif closed and high:
             labels = contact.part(high[axis], False)
             self.border[second - 1 + labels[labels > 0]] = True
+
+    def _join(self, contact: Contact, index: int, low: Faces, other: int, high: Faces) -> None:
+        first, second, axis = int(self.starts[index]), int(self.starts[other]), contact.axis
+        planes = contact.part(low[axis], True), contact.part(high[axis], False)
+        _join(self.parents, first, planes[0], second, planes[1], contact.steps)
 
     def _high(self, index: int) -> Faces | None:
         """Returns the last planes of an earlier tile, from memory or from its record."""
@@ -187,7 +209,7 @@ class Forest:
 
     def _keep(self, index: int, tile: TileRecord | None) -> None:
         """Keeps the last planes of a tile, and forgets the oldest beyond the window."""
-        self._planes[index] = high = _ranked(tile, tile.high) if tile else None
+        self._planes[index] = high = self._high_planes(tile) if tile else None
         self._bytes += _bytes(high)
         while self._bytes > WINDOW_BYTES and len(self._planes) > 1:
             self._bytes -= _bytes(self._planes.pop(next(iter(self._planes))))
@@ -211,7 +233,8 @@ def _ranked(tile: TileRecord, faces: Faces) -> Faces:
 
 
 @compiled
-def _root(parents: NDArray[np.int64], label: int) -> int:
+def root(parents: NDArray[Any], label: int) -> int:
+    """Returns the root of a label, and shortens the path to it. `parents` are integers."""
     while parents[label] != label:
         parents[label] = parents[parents[label]]
         label = parents[label]
@@ -246,12 +269,12 @@ def _join(
                 own, other = low[y, x], high[y + dy, x + dx]
                 if own and other and (own != a or other != b):
                     a, b = own, other
-                    one, two = _root(parents, first + a - 1), _root(parents, second + b - 1)
+                    one, two = root(parents, first + a - 1), root(parents, second + b - 1)
                     parents[max(one, two)] = min(one, two)
 
 
 @compiled
-def _gather(
+def gather(
     parents: NDArray[np.int64],
     sizes: NDArray[np.int64],
     first: NDArray[np.int64],

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.errors import RunError
+from unet_ray.segmentation.basins import BasinForest
 from unet_ray.segmentation.components import Connection, TileRecord
 from unet_ray.segmentation.forest import TOUCHING_BYTES, WINDOW_BYTES, Forest, ReadRecord
 from unet_ray.tiling.tiles import TilePlan
@@ -61,6 +62,7 @@ def unite(
     exclude_border: bool = False,
     ids: Ids = "dense",
     max_bytes: int,
+    split: bool = False,
 ) -> Iterator[tuple[int, NDArray[np.uint64]]]:
     """Yields the id of each label of each tile.
 
@@ -74,6 +76,7 @@ def unite(
         ids: ``dense`` for 1, 2, … in the order of the first voxels (z, y, x); ``first-voxel`` for
             1 + the linear index of the first voxel in the volume.
         max_bytes: the available memory; see `join_bytes`.
+        split: whether objects are split at their necks. The records are then `BasinRecord`s.
 
     Yields:
         Tile and ids, uint64, shape (n + 1,), in ascending order of the tiles. Label 0 and the
@@ -88,7 +91,7 @@ def unite(
         return (sizes >= min_size) & ~(border & exclude_border)
 
     budget = _Budget(plan, record, ids, max_bytes)
-    forest = Forest(plan, record, connection)
+    forest = (BasinForest if split else Forest)(plan, record, connection)
     forest.grow(budget.admit)
     # The number of an object is 0 if it is removed, -1 - (its first voxel), later its dense id.
     numbers = np.subtract(-1, forest.first, out=forest.first)
@@ -180,29 +183,32 @@ class _Budget:
         self._tiles = len(next(slabs(plan)))
         self.labels = [0] * (len(plan) // self._tiles)
 
-    def admit(self, index: int, labels: int, touching: int) -> None:
+    def admit(self, index: int, labels: int, touching: int, held: int) -> None:
         """Counts the labels of a tile.
 
         Args:
             index: number of the tile.
             labels: its number of labels.
             touching: labels of all tiles up to it that touch another tile.
+            held: bytes of their union.
 
         Raises:
             RunError: if they need more memory than there is.
         """
         self.labels[index // self._tiles] += labels
-        if join_bytes(self.labels[index // self._tiles], touching, self._ids) > self._max_bytes:
-            raise RunError(self._refusal())
+        needed = join_bytes(self.labels[index // self._tiles], 0, self._ids) + held
+        if needed > self._max_bytes:
+            raise RunError(self._refusal(held / max(1, touching)))
 
-    def _refusal(self) -> str:
+    def _refusal(self, each: float) -> str:
+        """Returns the message, given the bytes of a touching label."""
         labels, touching = [0] * len(self.labels), 0
         for index in range(len(self._plan)):
             if tile := self._record(index):
                 labels[index // self._tiles] += tile.count
                 touching += len(tile.touching())
-        needed = join_bytes(max(labels), touching, self._ids)
-        without = join_bytes(0, touching, "first-voxel")
+        without = join_bytes(0, 0, "first-voxel") + math.ceil(each * touching)
+        needed = join_bytes(max(labels), 0, self._ids) + math.ceil(each * touching)
         remedy = f"use --memory {-(-needed // (1 << 20))}MiB or more"
         if self._ids == "dense" and without <= self._max_bytes:
             remedy += ", or --ids first-voxel"
