@@ -22,6 +22,7 @@ from tests.helper import (
     write_stack,
 )
 from unet_ray.errors import InputError
+from unet_ray.segmentation import run
 from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.verification import verify
 from unet_ray.storage.ledger import committed
@@ -250,6 +251,35 @@ def test_other_rules_are_refused_for_a_finished_store(made, model):
                 made / "out.zarr",
                 dataclasses.replace(OBJECTS, **changed),
             )
+
+
+def thresholded(worker, tile, voxels):
+    """Returns the class map of grey values above 127, in place of the network."""
+    plan = worker._run.plan
+    starts = zip(plan.context.before, plan.core, strict=True)
+    bright = voxels[0][tuple(slice(before, before + n) for before, n in starts)] > 127
+    return {"classes": bright.astype(np.uint8)}
+
+
+def test_objects_split_at_their_necks_are_the_same_for_any_tiles(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(run.TileWorker, "predict", thresholded)
+    rng = np.random.default_rng(0)
+    y, x = np.indices((200, 150))
+    image = np.zeros((2, 200, 150), np.uint8)
+    for z, row, column in zip(rng.integers(0, 2, 60), *rng.integers(0, 200, (2, 60)), strict=True):
+        image[z][(y - row) ** 2 + (x - column % 150) ** 2 < 120] = 255
+    volume = write_stack(tmp_path / "discs.tif", image)
+    rules = {"fill_holes": True, "connect": "slice", "outputs": ("instances",)}
+
+    def ids(name, **chosen):
+        settings = dataclasses.replace(FLOAT32, **rules, **chosen)
+        return array(segment(volume, model, tmp_path / name, settings), "labels/instances/0")
+
+    split = ids("whole.zarr", split=True, tile=(2, 200, 152))
+    np.testing.assert_array_equal(split, ids("tiled.zarr", split=True, tile=(1, 40, 36)))
+    joined = ids("joined.zarr", tile=(1, 40, 36))
+    assert split.max() > joined.max() + 5
+    np.testing.assert_array_equal(split > 0, joined > 0)
 
 
 # Interruption and damage

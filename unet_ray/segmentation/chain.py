@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.engine.stages import Worker
+from unet_ray.segmentation.foreground import IDS
 from unet_ray.segmentation.instances import (
-    IDS,
     LABELS,
     ROWS,
     InstanceWorker,
