@@ -12,9 +12,11 @@ import tifffile
 import zarr
 
 import unet_ray
-from tests.helper import random_model, write_stack
+from tests.helper import noise, random_model, write_stack
 from unet_ray import errors
 from unet_ray.cli import app
+from unet_ray.segmentation.segment import segment
+from unet_ray.segmentation.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 README, CHINESE = ROOT / "README.md", ROOT / "docs/README.zh.md"
@@ -130,14 +132,22 @@ def test_the_page_of_exit_codes_is_right():
 # Store, events, formats
 
 
-def test_the_page_of_the_store_has_every_field_of_the_provenance(task):
-    *_, store = task
-    provenance = dict(zarr.open_group(store, mode="r").attrs)["unet_ray"]
+@pytest.fixture(scope="module")
+def complete_store(task, tmp_path_factory):
+    """A store with a pyramid, objects, and every field of the provenance."""
+    folder = tmp_path_factory.mktemp("complete")
+    volume = write_stack(folder / "volume.tif", noise((1, 520, 40)))
+    outputs = ("classes", "instances")
+    return segment(volume, task[1], folder / "out.zarr", Settings(threshold=0.4, outputs=outputs))
+
+
+def test_the_page_of_the_store_has_every_field_of_the_provenance(complete_store):
+    provenance = dict(zarr.open_group(complete_store, mode="r").attrs)["unet_ray"]
     assert column(REFERENCE / "store.md", "## Provenance") == list(provenance)
 
 
-def test_the_page_of_the_store_has_every_name_in_the_private_folder(task):
-    *_, store = task
+def test_the_page_of_the_store_has_every_name_in_the_private_folder(complete_store):
+    store = complete_store
     names = {path.name for path in (store / ".unet_ray").iterdir()}
     listed = column(REFERENCE / "store.md", "## State of the runs")
     assert {name.split("/")[0] for name in listed} == names
