@@ -25,7 +25,7 @@ PROCESS_BYTES = {"local": 165 << 20, "ray": 250 << 20}
 # buffers: by a factor for gaps between buffers, and by a fixed amount for the convolution library.
 # glibc adds the alignment to a request before it looks for room. So the gap that a buffer leaves
 # between two others does not fit the next buffer of the same size. Measured: up to 1.9.
-ALLOCATOR_FACTOR = 1.95
+ALLOCATOR_FACTOR = 2.1
 SCRATCH_BYTES = 96 << 20
 # Of a voxel while objects are made: class, mask, label, id, and the id's copy in the encoder.
 OBJECT_BYTES = 1 + 1 + 4 + 8 + 8
