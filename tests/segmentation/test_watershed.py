@@ -1,5 +1,6 @@
 """Objects split at their necks: equal for all tiles, and equal to a slow watershed of the whole."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from unet_ray.metrics import seg
 from unet_ray.segmentation import watershed
 from unet_ray.segmentation.components import Connection, label_components
 from unet_ray.segmentation.unions import unite
-from unet_ray.segmentation.watershed import BasinRecord, heights, label_basins, window
+from unet_ray.segmentation.watershed import BasinRecord, basin_bytes, heights, label_basins, window
 from unet_ray.tiling.boxes import Box
 
 ENOUGH = 1 << 30
@@ -161,7 +162,7 @@ connections = st.sampled_from(CONNECTIONS)
 short = settings(max_examples=60, deadline=None)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(masks(), st.data(), connections, st.integers(1, 4), options)
 def test_ids_equal_those_of_a_slow_watershed_of_the_whole_volume(
     mask, data, connection, voxels, options
@@ -343,6 +344,24 @@ def test_a_tile_is_read_with_its_margin():
     mask, write = np.ones((1, 200, 200), bool), Box((0, 100, 0), (1, 200, 100))
     with pytest.raises(ValueError, match="margin"):
         label_basins(mask[write.slices], write, write, mask.shape, SLICE)
+
+
+@pytest.mark.parametrize("share", [0.4, 0.7])
+@every_connection
+def test_labelling_stays_within_its_memory(near, connection, share):
+    """Noise has the most basins and necks."""
+    near(8)
+    mask = np.random.default_rng(1).random((30, 120, 120)) < share
+    write = Box((5, 20, 20), (25, 100, 100))
+    read = window(write, mask.shape, connection)
+    part = mask[read.slices].copy()
+    label_basins(part, read, write, mask.shape, connection)  # compiles
+    tracemalloc.start()
+    label_basins(part, read, write, mask.shape, connection)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    bound = basin_bytes(read, write, connection)
+    assert 0.2 * bound < peak < bound
 
 
 def test_a_union_that_exceeds_the_memory_is_refused(near):

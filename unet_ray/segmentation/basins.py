@@ -86,7 +86,7 @@ class BasinForest(Forest):
         own = contact.part(low[axis], True), contact.part(low[axis + 3], True)
         there = contact.part(high[axis], False), contact.part(high[axis + 3], False)
         first, second = int(self.starts[index]), int(self.starts[other])
-        rows = _meet(
+        necks = _meet(
             self.parents,
             self.tops,
             self.targets,
@@ -96,7 +96,7 @@ class BasinForest(Forest):
             (self._positions(contact, index, True), self._positions(contact, other, False)),
             contact.steps,
         )
-        self._add_necks(highest_necks(*rows), first - 1, second - 1)
+        self._add_necks(highest_necks(necks), first - 1, second - 1)
 
     def _positions(self, contact: Contact, index: int, own: bool) -> tuple[int, int, int]:
         """Returns the linear index of the first voxel of a plane at a contact, and its strides."""
@@ -126,7 +126,7 @@ def _meet(
     high: tuple[NDArray[np.int32], NDArray[np.int32]],
     positions: tuple[tuple[int, int, int], tuple[int, int, int]],
     steps: NDArray[np.int64],
-) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+) -> NDArray[np.int32]:
     """Unites the parts of basins on two planes that touch, and returns all other contacts.
 
     Args:
@@ -140,12 +140,10 @@ def _meet(
         steps: from a voxel of `low` to its neighbours on `high`.
 
     Returns:
-        Labels of `low` and of `high`, and heights of their necks.
+        Rows (label of `low`, label of `high`, height of their neck), int32, shape (k, 3).
     """
     height, width = low[0].shape
-    count = low[0].size * len(steps)
-    ones, others = np.empty(count, np.int32), np.empty(count, np.int32)
-    necks = np.empty(count, np.int32)
+    rows = np.empty((low[0].size * len(steps), 3), np.int32)
     count = 0
     for k in range(len(steps)):
         dy, dx = steps[k]
@@ -163,7 +161,7 @@ def _meet(
                     a, b = root(parents, a), root(parents, b)
                     parents[max(a, b)] = min(a, b)
                 else:
-                    ones[count], others[count] = low[0][y, x], high[0][v, u]
-                    necks[count] = min(here, there)
+                    rows[count, 0], rows[count, 1] = low[0][y, x], high[0][v, u]
+                    rows[count, 2] = min(here, there)
                     count += 1
-    return ones[:count], others[:count], necks[:count]
+    return rows[:count]

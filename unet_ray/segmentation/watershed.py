@@ -91,6 +91,14 @@ def heights(foreground: NDArray[np.bool_], connection: Connection) -> NDArray[np
     return result
 
 
+def basin_bytes(read: Box, write: Box, connection: Connection) -> int:
+    """Memory of `label_basins`, in bytes, besides the foreground; see `window` for `read`."""
+    flat = connection.connect == "slice"
+    # Distances and heights of all that is read. Then heights, parents and labels of the tile, and
+    # the necks, of which noise has most.
+    return (5 if flat else 9) * read.size + 48 * math.prod(n + 2 for n in write.shape)
+
+
 @dataclass(frozen=True, eq=False)
 class BasinRecord(TileRecord):
     """What the union of all tiles needs to know of the `n` labels of one tile.
@@ -190,22 +198,34 @@ def label_basins(
         raise ValueError(f"Tile {write} must be read with its margin, not as {read}.")
     height = _padded(heights(foreground, connection), read, write)
     steps = np.argwhere(connection.structure) - 1
-    labels, roots = _climb(height, steps)
-    tops, targets = _ends(height, roots, steps, np.array(write.start), np.array(shape))
-    necks = highest_necks(*_all_necks(labels, height, steps))
-    raw = TileRecord.of(labels, len(roots), write, shape, connection)
-    is_open = _open(necks, raw)
-    parents = _split(necks[~is_open[necks[:, 0] - 1]], tops.copy(), connection)
-    renumbered = np.concatenate([[0], _ranks(parents == np.arange(len(parents)))[parents]])
-    labels = renumbered.astype(np.int32)[labels]
-    necks = necks[is_open[necks[:, 0] - 1]]
+    labels, ends = _label(height, write, steps)
+    tops, targets = _ends(height, ends, steps, np.array(write.start), np.array(shape))
+    # The steps before the centre reach each pair of neighbours once.
+    along = [_necks_along(labels, height, step) for step in steps[: len(steps) // 2]]
+    necks = highest_necks(np.concatenate(along))
+    is_open = _open(necks, TileRecord.of(labels, len(ends), write, shape, connection))
+    between_open = is_open[necks[:, 0] - 1]
+    merged = _split(necks[~between_open], tops.copy(), connection)
+    numbers = np.concatenate([[0], _ranks(merged == np.arange(len(ends)))[merged]])
+    _renumber(labels, numbers)
+    necks = necks[between_open]
     necks[:, :2] = _ranks(is_open)[necks[:, :2] - 1] - 1
-    record = TileRecord.of(labels, int(renumbered.max()), write, shape, connection)
+    record = TileRecord.of(labels, int(numbers.max()), write, shape, connection)
     inner = height[1:-1, 1:-1, 1:-1]
     low, high = _faces(inner, record.low, 0), _faces(inner, record.high, -1)
-    opened = renumbered[1:][is_open].astype(np.int32)
+    opened = numbers[1:][is_open].astype(np.int32)
     parts = opened, tops[is_open], targets[is_open], necks
     return labels, BasinRecord(**vars(record), **_named(parts, low, high))
+
+
+def _label(
+    height: NDArray[np.int32], write: Box, steps: NDArray[np.int64]
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Labels the basins of a tile, and returns where the pointers of each label end."""
+    labels, parents = np.zeros(write.shape, np.int32), np.arange(write.size, dtype=np.int32)
+    ends = np.empty(_climb(height, steps, parents), np.int64)
+    _number(height, parents, labels, ends)
+    return labels, ends
 
 
 def _faces(height: NDArray[np.int32], planes: Faces, index: int) -> Faces:
@@ -231,15 +251,25 @@ def _padded(height: NDArray[np.int32], read: Box, write: Box) -> NDArray[np.int3
     return padded
 
 
-def highest_necks(
-    low: NDArray[np.int32], high: NDArray[np.int32], height: NDArray[np.int32]
-) -> NDArray[np.int32]:
-    """Returns one row (low, high, height) for each pair of labels, sorted: its highest neck."""
-    order = np.lexsort((height, high, low))
-    rows = np.stack([low, high, height], axis=1)[order]
+def highest_necks(necks: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Returns the highest neck of each pair of labels, sorted by label.
+
+    Args:
+        necks: rows (label, other label, height), int32, shape (k, 3).
+    """
+    rows = necks[np.lexsort((necks[:, 2], necks[:, 1], necks[:, 0]))]
     last = np.ones(len(rows), np.bool_)
     last[:-1] = (rows[1:, :2] != rows[:-1, :2]).any(1)
     return rows[last]
+
+
+def _necks_along(
+    labels: NDArray[np.int32], height: NDArray[np.int32], step: NDArray[np.int64]
+) -> NDArray[np.int32]:
+    """Returns the highest necks between voxels that are one step apart."""
+    rows = np.empty((_find_necks(labels, height, step, np.empty((0, 3), np.int32)), 3), np.int32)
+    _find_necks(labels, height, step, rows)
+    return highest_necks(rows)
 
 
 def _open(necks: NDArray[np.int32], tile: TileRecord) -> NDArray[np.bool_]:
@@ -362,21 +392,20 @@ def _steepest(height: NDArray[np.int32], z: int, y: int, x: int, steps: NDArray[
 
 
 @compiled
-def _climb(
-    height: NDArray[np.int32], steps: NDArray[np.int64]
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Labels the voxels of a tile whose pointers lead to the same voxel or top.
+def _climb(height: NDArray[np.int32], steps: NDArray[np.int64], parents: NDArray[np.int32]) -> int:
+    """Lets each voxel of a tile point to its highest neighbour, and unites flat tops, in place.
 
     Args:
-        height: the tile and one voxel around it.
+        height: of the tile and one voxel around it.
         steps: to the neighbours, in scan order.
+        parents: linear index of each voxel in the tile.
 
     Returns:
-        Labels, and for each label the linear index in the tile where its pointers end: in the
-        first voxel of a top, or in a voxel that points to another tile.
+        Number of voxels that point to themselves: the first voxel of each top, and voxels that
+        point to another tile.
     """
     depth, rows, width = height.shape[0] - 2, height.shape[1] - 2, height.shape[2] - 2
-    parents = np.arange(depth * rows * width).astype(np.int32)
+    ends = 0
     for z in range(depth):
         for y in range(rows):
             for x in range(width):
@@ -384,13 +413,14 @@ def _climb(
                 if here == 0:
                     continue
                 i = (z * rows + y) * width + x
+                ends += 1
                 k = _steepest(height, z + 1, y + 1, x + 1, steps)
                 if k >= 0:
                     w, v, u = z + steps[k, 0], y + steps[k, 1], x + steps[k, 2]
                     if 0 <= w < depth and 0 <= v < rows and 0 <= u < width:
                         parents[i] = (w * rows + v) * width + u
+                        ends -= 1
                     continue
-                # The voxels of a flat top are one.
                 for k in range(len(steps) // 2):
                     w, v, u = z + steps[k, 0], y + steps[k, 1], x + steps[k, 2]
                     inside = 0 <= w < depth and 0 <= v < rows and 0 <= u < width
@@ -401,35 +431,47 @@ def _climb(
                     ):
                         a, b = root(parents, i), root(parents, (w * rows + v) * width + u)
                         parents[max(a, b)] = min(a, b)
-    labels = np.zeros(depth * rows * width, np.int32)
-    roots = np.empty(len(parents), np.int32)
-    count = 0
-    for i in range(len(parents)):
-        z, rest = divmod(i, rows * width)
-        y, x = divmod(rest, width)
-        if height[z + 1, y + 1, x + 1]:
-            end = root(parents, i)
-            if labels[end] == 0:
-                roots[count] = end
-                count += 1
-                labels[end] = count
-            labels[i] = labels[end]
-    return labels.reshape(depth, rows, width), roots[:count].astype(np.int64)
+                        ends -= a != b
+    return ends
+
+
+@compiled
+def _number(
+    height: NDArray[np.int32],
+    parents: NDArray[np.int32],
+    labels: NDArray[np.int32],
+    ends: NDArray[np.int64],
+) -> None:
+    """Labels the voxels whose pointers have the same end, and notes the end of each label."""
+    depth, rows, width = labels.shape
+    flat = labels.ravel()
+    i = count = 0
+    for z in range(depth):
+        for y in range(rows):
+            for x in range(width):
+                if height[z + 1, y + 1, x + 1]:
+                    end = root(parents, i)
+                    if flat[end] == 0:
+                        ends[count] = end
+                        count += 1
+                        flat[end] = count
+                    flat[i] = flat[end]
+                i += 1
 
 
 @compiled
 def _ends(
     height: NDArray[np.int32],
-    roots: NDArray[np.int64],
+    ends: NDArray[np.int64],
     steps: NDArray[np.int64],
     start: NDArray[np.int64],
     shape: NDArray[np.int64],
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Returns the height of each label's end, and the voxel of another tile to which it points."""
     rows, width = height.shape[1] - 2, height.shape[2] - 2
-    tops, targets = np.empty(len(roots), np.int32), np.full(len(roots), -1)
-    for label in range(len(roots)):
-        z, rest = divmod(roots[label], rows * width)
+    tops, targets = np.empty(len(ends), np.int32), np.full(len(ends), -1)
+    for label in range(len(ends)):
+        z, rest = divmod(ends[label], rows * width)
         y, x = divmod(rest, width)
         tops[label] = height[z + 1, y + 1, x + 1]
         k = _steepest(height, z + 1, y + 1, x + 1, steps)
@@ -440,31 +482,37 @@ def _ends(
 
 
 @compiled
-def _all_necks(
-    labels: NDArray[np.int32], height: NDArray[np.int32], steps: NDArray[np.int64]
-) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-    """Returns (lower label, higher label, height of the neck) of neighbours of different labels."""
-    depth, rows, width = labels.shape
-    low = high = necks = np.empty(0, np.int32)
-    for filling in (False, True):
-        count = 0
-        for k in range(len(steps) // 2):
-            dz, dy, dx = steps[k]
-            for z in range(max(0, -dz), min(depth, depth - dz)):
-                for y in range(max(0, -dy), min(rows, rows - dy)):
-                    for x in range(max(0, -dx), min(width, width - dx)):
-                        a, b = labels[z, y, x], labels[z + dz, y + dy, x + dx]
-                        if a and b and a != b:
-                            if filling:
-                                here = height[z + 1, y + 1, x + 1]
-                                there = height[z + dz + 1, y + dy + 1, x + dx + 1]
-                                low[count], high[count] = min(a, b), max(a, b)
-                                necks[count] = min(here, there)
-                            count += 1
-        if not filling:
-            low, high = np.empty(count, np.int32), np.empty(count, np.int32)
-            necks = np.empty(count, np.int32)
-    return low, high, necks
+def _find_necks(
+    labels: NDArray[np.int32],
+    height: NDArray[np.int32],
+    step: NDArray[np.int64],
+    rows: NDArray[np.int32],
+) -> int:
+    """Writes (lower label, higher label, height) where voxels one step apart differ in label.
+
+    Returns the number of such pairs, also of those beyond the end of `rows`.
+    """
+    extents, count = labels.shape, 0
+    dz, dy, dx = step
+    for z in range(max(0, -dz), min(extents[0], extents[0] - dz)):
+        for y in range(max(0, -dy), min(extents[1], extents[1] - dy)):
+            for x in range(max(0, -dx), min(extents[2], extents[2] - dx)):
+                a, b = labels[z, y, x], labels[z + dz, y + dy, x + dx]
+                if a and b and a != b:
+                    if count < len(rows):
+                        here = height[z + 1, y + 1, x + 1]
+                        there = height[z + dz + 1, y + dy + 1, x + dx + 1]
+                        rows[count, 0], rows[count, 1] = min(a, b), max(a, b)
+                        rows[count, 2] = min(here, there)
+                    count += 1
+    return count
+
+
+@compiled
+def _renumber(labels: NDArray[np.int32], numbers: NDArray[np.int64]) -> None:
+    flat = labels.ravel()
+    for i in range(len(flat)):
+        flat[i] = numbers[flat[i]]
 
 
 @compiled
