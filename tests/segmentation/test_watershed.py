@@ -143,11 +143,13 @@ class Trees(dict):
 
 
 @st.composite
-def masks(draw, most=(4, 11, 11)):
-    """Random voxels or blobs, with necks of all widths."""
+def masks(draw, most=(3, 9, 9)):
+    """Random voxels or blobs, with necks of all widths. In mirrored ones, necks are equal."""
     shape = draw(st.tuples(*(st.integers(1, n) for n in most)))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     noise = ndimage.gaussian_filter(random.standard_normal(shape), draw(st.floats(0, 3)))
+    for axis in draw(st.sets(st.sampled_from([1, 2]))):
+        noise = np.concatenate([noise, np.flip(noise, axis)], axis)
     return noise > draw(st.floats(-0.8, 0.8)) * noise.std()
 
 
@@ -162,7 +164,7 @@ connections = st.sampled_from(CONNECTIONS)
 short = settings(max_examples=60, deadline=None)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(masks(), st.data(), connections, st.integers(1, 4), options)
 def test_ids_equal_those_of_a_slow_watershed_of_the_whole_volume(
     mask, data, connection, voxels, options
@@ -175,8 +177,8 @@ def test_ids_equal_those_of_a_slow_watershed_of_the_whole_volume(
         )
 
 
-@settings(max_examples=25, deadline=None)
-@given(masks(most=(6, 90, 90)), st.data(), connections, st.integers(1, 9), options)
+@settings(max_examples=60, deadline=None)
+@given(masks(most=(3, 60, 60)), st.data(), connections, st.integers(1, 9), options)
 def test_ids_do_not_depend_on_the_tiles(mask, data, connection, voxels, options):
     core = data.draw(st.tuples(*(st.integers(1 + n // 5, n) for n in mask.shape)))
     with pytest.MonkeyPatch.context() as patch:
@@ -186,12 +188,46 @@ def test_ids_do_not_depend_on_the_tiles(mask, data, connection, voxels, options)
         )
 
 
+def test_equal_necks_are_taken_in_the_same_order_for_all_tiles(near):
+    """In mirrored masks necks are equal; their order matters in about 2 % of these."""
+    random = np.random.default_rng(1)
+    for _ in range(500):
+        near(int(random.integers(2, 9)))
+        noise = random.standard_normal((1, *random.integers(8, 30, 2)))
+        noise = ndimage.gaussian_filter(noise, (0, *[random.uniform(0.3, 3)] * 2))
+        noise = np.concatenate([noise, noise[:, :, ::-1]], 2)
+        mask = noise > random.uniform(-0.8, 0.5) * noise.std()
+        core = (1, *random.integers(2, mask.shape[1:]).tolist())
+        connection = Connection("slice", 6 if random.random() < 0.5 else 26)
+        np.testing.assert_array_equal(
+            instances(mask, connection, core), instances(mask, connection)
+        )
+
+
 def test_a_reach_of_the_product_does_not_depend_on_the_tiles():
     cells, _ = discs([(150, 140, 90), (150, 270, 60), (60, 330, 40)], (300, 400))
     whole = instances(cells, SLICE)
     assert whole.max() == 3
     for core in ((1, 150, 200), (1, 77, 400), (1, 300, 133)):
         np.testing.assert_array_equal(instances(cells, SLICE, core), whole)
+
+
+@every_connection
+def test_the_margin_suffices_and_is_not_wider(near, connection):
+    """One voxel around the tile also has the heights of the whole volume, and no voxel more."""
+    near(4)
+    random = np.random.default_rng(6)
+    write, one = Box((9, 9, 9), (11, 14, 14)), (connection.connect == "volume", 1, 1)
+    ring, wider = write.grow(one, one), write.grow([2 * n for n in one], [2 * n for n in one])
+    differs = False
+    for share in [0.95, 0.98, 0.99] * 20:
+        mask = random.random((20, 23, 23)) < share
+        read = window(write, mask.shape, connection)
+        whole, part = heights(mask, connection), heights(mask[read.slices], connection)
+        here = ring.relative_to(read.start).slices
+        np.testing.assert_array_equal(part[here], whole[ring.slices])
+        differs |= (part[wider.relative_to(read.start).slices] != whole[wider.slices]).any()
+    assert differs
 
 
 @every_connection

@@ -45,7 +45,9 @@ NECK_DEPTH = (3, 4)
 
 def margin(connection: Connection) -> Ints:
     """Returns the voxels to read around a tile, per axis (z, y, x)."""
-    width = REACH[connection.connect] + SMOOTHING_RADIUS + 1
+    # One voxel beyond the tile is compared with it. Its smoothing needs distances, of which only
+    # those below the reach are measured.
+    width = 1 + SMOOTHING_RADIUS + (REACH[connection.connect] - 1)
     return (0 if connection.connect == "slice" else width, width, width)
 
 
