@@ -327,8 +327,8 @@ MUTANTS = [
     ),
     Mutant(
         "segmentation/watershed.py",
-        "touches[parents[tile.touching() - 1]] = True",
-        "touches[tile.touching() - 1] = True",
+        "touches[parents[tile.touching - 1]] = True",
+        "touches[tile.touching - 1] = True",
     ),
     Mutant("segmentation/watershed.py", "tops[a] = max(tops[a], tops[b])", "pass"),
     Mutant("segmentation/basins.py", "(first[:, 1], first[:, 0], -necks)", "(-necks,)"),

@@ -94,7 +94,7 @@ def test_only_faces_towards_other_tiles_are_kept(connection):
     z = (3, 4) if connection.connect == "volume" else (0, 0)
     assert [face.shape for face in record.low] == [z, (0, 0), (2, 3)]
     assert [face.shape for face in record.high] == [z, (0, 0), (0, 0)]
-    assert record.touching().tolist() == list(range(1, count + 1))
+    assert record.touching.tolist() == list(range(1, count + 1))
 
 
 def test_labels_inside_a_tile_touch_no_other():
@@ -102,7 +102,7 @@ def test_labels_inside_a_tile_touch_no_other():
     mask[0, 0, 0] = mask[2, 2, 2] = mask[4, 1, 1] = True
     labels, count = label_components(mask, Connection())
     record = TileRecord.of(labels, count, Box((0, 5, 5), (5, 10, 10)), (5, 10, 10), Connection())
-    assert record.touching().tolist() == [1]
+    assert record.touching.tolist() == [1]
     assert record.border.tolist() == [True, False, True]
 
 

@@ -294,7 +294,7 @@ def test_labels_beyond_the_memory_are_refused_with_what_they_need():
     connection = Connection()
     _, read = labelled(plan, mask, connection)
     labels = [read(index).count for index in range(len(plan))]
-    touching = sum(len(read(index).touching()) for index in range(len(plan)))
+    touching = sum(len(read(index).touching) for index in range(len(plan)))
     slab = max(sum(labels[n] for n in tiles) for tiles in slabs(plan))
     dense, first = join_bytes(slab, touching, "dense"), join_bytes(slab, touching, "first-voxel")
     assert len(list(unite(plan, read, connection, max_bytes=dense))) == 8
@@ -316,7 +316,7 @@ def test_the_memory_of_a_union_stays_within_what_is_stated(ids, monkeypatch):
     plan = plan_of(mask.shape, (8, 16, 16))
     _, read = labelled(plan, mask, connection)
     records = [read(index) for index in range(len(plan))]
-    touching = sum(len(tile.touching()) for tile in records)
+    touching = sum(len(tile.touching) for tile in records)
     labels = max(sum(records[n].count for n in tiles) for tiles in slabs(plan))
     del records
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -138,8 +139,9 @@ class TileRecord:
         """Number of labels."""
         return len(self.sizes)
 
+    @cached_property
     def touching(self) -> NDArray[np.int64]:
-        """Returns the labels on the faces towards other tiles, ascending."""
+        """The labels on the faces towards other tiles, ascending."""
         touches = np.zeros(self.count + 1, np.bool_)
         for face in (*self.low, *self.high):
             touches[face] = True

@@ -156,7 +156,7 @@ class Forest:
         start = stop = int(self.starts[index])
         low = None
         if tile := self.read(index):
-            stop += len(tile.touching())
+            stop += len(tile.touching)
             if stop > len(self.parents):
                 self._resize(max(stop, len(self.parents) * 5 // 4))
             self._take(tile, start, stop)
@@ -169,7 +169,7 @@ class Forest:
 
     def _take(self, tile: TileRecord, start: int, stop: int) -> None:
         """Copies the values of the touching labels of a tile."""
-        labels = tile.touching() - 1
+        labels = tile.touching - 1
         self.parents[start:stop] = np.arange(start, stop)
         self.sizes[start:stop] = tile.sizes[labels]
         self.first[start:stop] = tile.first[labels]
@@ -227,8 +227,7 @@ def _bytes(faces: Faces | None) -> int:
 def _ranked(tile: TileRecord, faces: Faces) -> Faces:
     """Numbers the touching labels of a tile on its faces from 1, in the order of the labels."""
     ranks = np.zeros(tile.count + 1, np.int32)
-    touching = tile.touching()
-    ranks[touching] = np.arange(1, len(touching) + 1)
+    ranks[tile.touching] = np.arange(1, len(tile.touching) + 1)
     return tuple(ranks[face] for face in faces)
 
 

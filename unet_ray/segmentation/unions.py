@@ -99,7 +99,7 @@ def unite(
 
     def numbers_of(index: int, tile: TileRecord) -> NDArray[np.int64]:
         own = np.where(kept(tile.sizes, tile.border), -1 - tile.first, 0)
-        own[tile.touching() - 1] = numbers[forest.roots_of(index)]
+        own[tile.touching - 1] = numbers[forest.roots_of(index)]
         return np.concatenate([np.zeros(1, np.int64), own])
 
     if ids == "first-voxel":
@@ -155,7 +155,7 @@ def holes(
         if tile := forest.read(index):
             enclosed = np.zeros(tile.count + 1, np.bool_)
             enclosed[1:] = ~tile.border
-            enclosed[tile.touching()] = ~forest.border[forest.roots_of(index)]
+            enclosed[tile.touching] = ~forest.border[forest.roots_of(index)]
             yield index, enclosed & bordered
 
 
@@ -206,7 +206,7 @@ class _Budget:
         for index in range(len(self._plan)):
             if tile := self._record(index):
                 labels[index // self._tiles] += tile.count
-                touching += len(tile.touching())
+                touching += len(tile.touching)
         without = join_bytes(0, 0, "first-voxel") + math.ceil(each * touching)
         needed = join_bytes(max(labels), 0, self._ids) + math.ceil(each * touching)
         remedy = f"use --memory {-(-needed // (1 << 20))}MiB or more"

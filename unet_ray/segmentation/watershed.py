@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -127,8 +128,9 @@ class BasinRecord(TileRecord):
     low_heights: Faces
     high_heights: Faces
 
+    @cached_property
     def touching(self) -> NDArray[np.int64]:
-        """Returns the labels that may belong to an object of several tiles: the open ones."""
+        """The labels that may belong to an object of several tiles: the open ones."""
         return self.open.astype(np.int64)
 
     def to_bytes(self) -> bytes:
@@ -162,11 +164,15 @@ class BasinRecord(TileRecord):
         pairs = necks.reshape(-1, 3)[:, :2] if valid else necks
         if not valid or not 0 <= pairs.min(initial=0) <= pairs.max(initial=-1) + 1 <= m:
             raise DamageError("it is not the record of a tile with basins")
-        if not np.isin(TileRecord.touching(tile), opened).all():
+        if not np.isin(tile.touching, opened).all():
             raise DamageError("a label on its faces is not open")
         shaped = tuple(a.reshape(b.shape) for a, b in zip(faces, planes, strict=True))
         parts = opened, tops, targets, necks.reshape(-1, 3)
-        return cls(**vars(tile), **_named(parts, shaped[:3], shaped[3:]))
+        return cls(**_fields_of(tile), **_named(parts, shaped[:3], shaped[3:]))
+
+
+def _fields_of(record: TileRecord) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in fields(TileRecord)}
 
 
 def _named(parts: Sequence[NDArray[Any]], low: Faces, high: Faces) -> dict[str, Any]:
@@ -217,7 +223,7 @@ def label_basins(
     low, high = _faces(inner, record.low, 0), _faces(inner, record.high, -1)
     opened = numbers[1:][is_open].astype(np.int32)
     parts = opened, tops[is_open], targets[is_open], necks
-    return labels, BasinRecord(**vars(record), **_named(parts, low, high))
+    return labels, BasinRecord(**_fields_of(record), **_named(parts, low, high))
 
 
 def _label(
@@ -279,7 +285,7 @@ def _open(necks: NDArray[np.int32], tile: TileRecord) -> NDArray[np.bool_]:
     parents = np.arange(tile.count)
     _connect(parents, necks)
     touches = np.zeros(tile.count, np.bool_)
-    touches[parents[tile.touching() - 1]] = True
+    touches[parents[tile.touching - 1]] = True
     return touches[parents]
 
 
