@@ -14,7 +14,11 @@ from unet_ray.engine import cluster
 from unet_ray.network.arithmetic import CONSTANTS, NetworkSize, pass_bytes
 from unet_ray.network.prediction import Device, Precision
 from unet_ray.network.unet import UNet
+from unet_ray.segmentation.components import Connection
+from unet_ray.segmentation.rules import Rules
 from unet_ray.segmentation.settings import Settings
+from unet_ray.segmentation.watershed import basin_bytes, margin
+from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import TilePlan
 from unet_ray.volumes.volume import Volume
 
@@ -27,8 +31,10 @@ PROCESS_BYTES = {"local": 165 << 20, "ray": 250 << 20}
 # between two others does not fit the next buffer of the same size. Measured: up to 1.9.
 ALLOCATOR_FACTOR = 2.1
 SCRATCH_BYTES = 96 << 20
-# Of a voxel while objects are made: class, mask, label, id, and the id's copy in the encoder.
+# Of a voxel while ids are written: class, mask, label, id, and the id's copy in the encoder.
 OBJECT_BYTES = 1 + 1 + 4 + 8 + 8
+# Of a voxel while the holes of a tile are filled: its class, mask, label of the background, hole.
+HOLE_BYTES = 1 + 1 + 4 + 1
 # Anonymous memory of the driver on Ray. Measured with 32 and 4096 tiles; on GPUs with 16384 tiles,
 # since their waves have more blocks.
 DRIVER_BYTES = {"cpu": 400 << 20, "cuda": 480 << 20, "mps": 480 << 20}
@@ -99,7 +105,7 @@ def worker_bytes(
     outputs: int,
     overhead: int = 0,
     index: int = 0,
-    objects: bool = False,
+    rules: Rules | None = None,
 ) -> WorkerMemory:
     """Memory of a Ray worker, one tile at a time; `WorkerMemory.on` converts it to an engine.
 
@@ -110,7 +116,7 @@ def worker_bytes(
         outputs: uint8 values predicted per voxel.
         overhead: bytes of the input's storage units while a tile is read.
         index: upper bound of the bytes needed to open the input.
-        objects: whether objects are made from the class map.
+        rules: rules of the objects; None without objects.
     """
     read = math.prod(plan.read_shape) * voxel_bytes
     write = math.prod(plan.core) * outputs
@@ -125,8 +131,20 @@ def worker_bytes(
         tile=read + write + constants,
         copy=max(write, read, overhead),  # for mirroring and encoding
         forward=forward,
-        objects=math.prod(plan.core) * (OBJECT_BYTES + outputs + voxel_bytes) * objects,
+        objects=_object_bytes(plan, rules, outputs + voxel_bytes) if rules else 0,
     )
+
+
+def _object_bytes(plan: TilePlan, rules: Rules, input_bytes: int) -> int:
+    """Peak of the arrays of a tile while its objects are labelled, or their ids written."""
+    core, connection = Box.of(plan.core), Connection(rules.connect, rules.connectivity)
+    writing = core.size * (OBJECT_BYTES + input_bytes)
+    width = margin(connection) if rules.split else (0, 0, 0)
+    extents = zip(plan.core, width, plan.shape, strict=True)
+    read = Box.of([max(c, min(c + 2 * w, n)) for c, w, n in extents])
+    labelling = 2 * read.size + HOLE_BYTES * core.size * rules.fill_holes
+    labelling += basin_bytes(read, core, connection) if rules.split else 0
+    return max(writing, labelling)
 
 
 def driver_bytes(
@@ -153,12 +171,16 @@ TILE_BATCH_BYTES = 64 << 20
 
 
 def needed_memory(
-    size: NetworkSize, tiles: TilePlan, volume: Volume, outputs: int, objects: bool = False
+    size: NetworkSize,
+    tiles: TilePlan,
+    volume: Volume,
+    outputs: int,
+    rules: Rules | None = None,
 ) -> WorkerMemory:
     """Memory of a worker for `tiles` of `volume`; see `worker_bytes`."""
     voxel = volume.shape[0] * volume.dtype.itemsize
     overhead = volume.read_overhead(tiles.read_shape)
-    return worker_bytes(size, tiles, voxel, outputs, overhead, volume.index_bytes, objects)
+    return worker_bytes(size, tiles, voxel, outputs, overhead, volume.index_bytes, rules)
 
 
 def in_flight(memory: WorkerMemory, device: Device, settings: Settings) -> int:

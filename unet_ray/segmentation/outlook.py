@@ -148,8 +148,9 @@ def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -
     outputs = checked_outputs(settings.outputs)
     values = stored_values(network.classes, outputs)
     size = network_size(network, precision, settings.tta)
-    objects = "instances" in outputs
-    tiles, memory = choose_plan(volume, network, size, settings, values, objects)
+    rules = settings.rules if "instances" in outputs else None
+    objects = rules is not None
+    tiles, memory = choose_plan(volume, network, size, settings, values, rules)
     factors = () if settings.pyramid is False else factors_of(volume.shape[1:], volume.voxel_size)
     part = tiles.part(settings.region or Box.of(tiles.shape))
     mask = open_mask(settings.mask, tiles.shape, settings.strict) if settings.mask else None

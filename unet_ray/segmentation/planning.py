@@ -12,6 +12,7 @@ from unet_ray.errors import InputError
 from unet_ray.network.arithmetic import NetworkSize, halo_overhead, read_amplification
 from unet_ray.network.unet import UNet
 from unet_ray.segmentation.memory import WorkerMemory, needed_memory, worker_bytes
+from unet_ray.segmentation.rules import Rules
 from unet_ray.segmentation.settings import Settings
 from unet_ray.tiling.tiles import Context, TilePlan, equal_core, round_up
 from unet_ray.units import commas, format_bytes
@@ -43,7 +44,7 @@ def choose_plan(
     size: NetworkSize,
     settings: Settings,
     outputs: int,
-    objects: bool = False,
+    rules: Rules | None = None,
 ) -> Candidate:
     """Chooses the tiles of a run: ``settings.tile`` if set, else the cheapest that fit into memory.
 
@@ -55,7 +56,7 @@ def choose_plan(
         size: size of the network.
         settings: tile, memory and engine of the run.
         outputs: bytes predicted per voxel.
-        objects: whether objects are made.
+        rules: rules of the objects; None without objects.
 
     Returns:
         The plan, and the memory of one worker.
@@ -68,7 +69,7 @@ def choose_plan(
 
     def planned(core: tuple[int, ...]) -> Candidate:
         tiles = TilePlan(shape, core, context, (_batch(core, context), *core[1:]))
-        return tiles, needed_memory(size, tiles, volume, outputs, objects)
+        return tiles, needed_memory(size, tiles, volume, outputs, rules)
 
     def on_engine(candidate: Candidate) -> Candidate:
         return candidate[0], candidate[1].on(settings.engine)
@@ -90,7 +91,7 @@ def choose_plan(
 
     def without_chunks(tiles: TilePlan) -> WorkerMemory:
         voxel = volume.shape[0] * volume.dtype.itemsize
-        memory = worker_bytes(size, tiles, voxel, outputs, 0, volume.index_bytes, objects)
+        memory = worker_bytes(size, tiles, voxel, outputs, 0, volume.index_bytes, rules)
         return memory.on(settings.engine)
 
     def cheapest(engine: str) -> tuple[float, Candidate]:

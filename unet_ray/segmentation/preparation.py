@@ -95,14 +95,14 @@ def prepare(
         stored_values(network.classes, outputs),
     )
     refuse_threshold(settings.threshold, network.classes)
+    rules = settings.rules if "instances" in outputs else None
     if stored and not settings.tile:
         tiles = stored.plan
-        memory = needed_memory(size, tiles, volume, values, "instances" in outputs)
+        memory = needed_memory(size, tiles, volume, values, rules)
         memory = memory.on(settings.engine)
         _check_memory_limit(memory, settings, path)
     else:
-        objects = "instances" in outputs
-        tiles, memory = choose_plan(volume, network, size, settings, values, objects)
+        tiles, memory = choose_plan(volume, network, size, settings, values, rules)
     if not (stored and settings.engine == "ray"):  # a finished store must not require a cluster
         check_memory(path, memory, device, settings)
     mask = None
@@ -121,7 +121,7 @@ def prepare(
         outputs=outputs,
         threshold=settings.threshold,
         factors=_factors(volume, stored, settings.pyramid),
-        rules=settings.rules if "instances" in outputs else None,
+        rules=rules,
         class_values=tuple(header.class_values),
         memory=memory,
         memory_limit=settings.memory,
