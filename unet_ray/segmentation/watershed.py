@@ -168,16 +168,16 @@ class BasinRecord(TileRecord):
             raise DamageError("a label on its faces is not open")
         shaped = tuple(a.reshape(b.shape) for a, b in zip(faces, planes, strict=True))
         parts = opened, tops, targets, necks.reshape(-1, 3)
-        return cls(**_fields_of(tile), **_named(parts, shaped[:3], shaped[3:]))
+        return cls(**_values(tile, parts, shaped[:3], shaped[3:]))
 
 
-def _fields_of(record: TileRecord) -> dict[str, Any]:
-    return {field.name: getattr(record, field.name) for field in fields(TileRecord)}
-
-
-def _named(parts: Sequence[NDArray[Any]], low: Faces, high: Faces) -> dict[str, Any]:
+def _values(
+    tile: TileRecord, parts: Sequence[NDArray[Any]], low: Faces, high: Faces
+) -> dict[str, Any]:
+    """Returns the values of a `BasinRecord` by name; `parts` are those between its faces."""
+    values = {field.name: getattr(tile, field.name) for field in fields(TileRecord)}
     names = ("open", "tops", "targets", "necks", "low_heights", "high_heights")
-    return dict(zip(names, (*parts, low, high), strict=True))
+    return values | dict(zip(names, (*parts, low, high), strict=True))
 
 
 def label_basins(
@@ -223,7 +223,7 @@ def label_basins(
     low, high = _faces(inner, record.low, 0), _faces(inner, record.high, -1)
     opened = numbers[1:][is_open].astype(np.int32)
     parts = opened, tops[is_open], targets[is_open], necks
-    return labels, BasinRecord(**_fields_of(record), **_named(parts, low, high))
+    return labels, BasinRecord(**_values(record, parts, low, high))
 
 
 def _label(
