@@ -282,6 +282,20 @@ def test_objects_split_at_their_necks_are_the_same_for_any_tiles(tmp_path, model
     np.testing.assert_array_equal(split > 0, joined > 0)
 
 
+@pytest.mark.parametrize("objects", [0, 1])
+def test_tiles_without_objects_leave_the_table_valid(tmp_path, model, monkeypatch, objects):
+    monkeypatch.setattr(run.TileWorker, "predict", thresholded)
+    image = np.zeros((2, 100, 90), np.uint8)
+    image[1, 90:95, 80:84] = 200 * objects
+    volume = write_stack(tmp_path / "volume.tif", image)
+    settings = dataclasses.replace(FLOAT32, outputs=("instances",), tile=(1, 40, 36))
+    store = segment(volume, model, tmp_path / "out.zarr", settings)
+    table = pq.read_table(store / "objects.parquet").to_pydict()
+    assert table["id"] == [1] * objects and table["voxels"] == [20] * objects
+    assert table.get("mean_grey_0", []) == [200.0] * objects
+    assert verify(store, tiles=0).sound
+
+
 # Interruption and damage
 
 

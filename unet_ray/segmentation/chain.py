@@ -19,21 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.engine.stages import Worker
-from unet_ray.segmentation.foreground import IDS
-from unet_ray.segmentation.instances import (
-    LABELS,
-    ROWS,
-    InstanceWorker,
-    JoinWorker,
-    LabelWorker,
-    TableWorker,
-)
-from unet_ray.segmentation.pyramid import LevelWorker
 from unet_ray.segmentation.rules import Rules
 from unet_ray.segmentation.run import Segmentation
 from unet_ray.storage.layout import LEDGER, PREDICTED
 from unet_ray.storage.ledger import committed, creation_epoch, recorded_provenance, skipped
 from unet_ray.storage.places import Place
+from unet_ray.storage.records import IDS, LABELS, ROWS
 from unet_ray.storage.written import ONE_TASK, Written
 from unet_ray.tiling.boxes import Ints
 from unet_ray.tiling.pyramid import level_plan
@@ -96,13 +87,14 @@ def chain_of(
         labels = Written(label, plan, records=LABELS[background], files=tiles)
         ids = Written(join, ONE_TASK, records=IDS[background], files=tiles)
         links += [
-            Link(labels, partial(LabelWorker, background=background)),
-            Link(ids, partial(JoinWorker, background=background)),
+            Link(labels, partial(_make, "LabelWorker", background=background)),
+            Link(ids, partial(_make, "JoinWorker", background=background)),
         ]
     instances = Written("instances", plan, ("instances",), records=ROWS, files=tiles)
-    links.append(Link(instances, InstanceWorker, reads_input=True))
+    links.append(Link(instances, partial(_make, "InstanceWorker"), reads_input=True))
     links += _levels("instances-pyramid", plan, ("instances",), factors)
-    return (*links, Link(Written("table", ONE_TASK, table=True), TableWorker))
+    table = Written("table", ONE_TASK, table=True)
+    return (*links, Link(table, partial(_make, "TableWorker")))
 
 
 def _levels(
@@ -111,10 +103,27 @@ def _levels(
     return [
         Link(
             Written(f"{name}-{level}", level_plan(plan, each), outputs, level),
-            partial(LevelWorker, outputs=outputs, level=level),
+            partial(_make_level, outputs=outputs, level=level),
         )
         for level, each in enumerate(factors, 1)
     ]
+
+
+# The workers are imported where they are made: their compiled code needs memory, and processes that
+# only predict do without it.
+
+
+def _make_level(run: Segmentation, outputs: tuple[str, ...], level: int) -> Worker:
+    from unet_ray.segmentation.pyramid import LevelWorker
+
+    return LevelWorker(run, outputs, level)
+
+
+def _make(name: str, run: Segmentation, **chosen: bool) -> Worker:
+    from unet_ray.segmentation import instances
+
+    worker: Worker = getattr(instances, name)(run, **chosen)
+    return worker
 
 
 def source_of(out: Place, plan: TilePlan) -> str | None:

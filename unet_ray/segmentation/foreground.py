@@ -14,10 +14,9 @@ from unet_ray.segmentation.pyramid import Source
 from unet_ray.segmentation.rules import Rules
 from unet_ray.segmentation.run import Segmentation
 from unet_ray.storage.places import Place
-from unet_ray.storage.records import Records
+from unet_ray.storage.records import IDS, Records
 from unet_ray.tiling.boxes import Box
 
-IDS = {False: "ids", True: "hole-ids"}  # folders of records: of objects, and of the background
 _KIND = b"tile-ids"  # the first bytes of each record of ids
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from unet_ray.engine.stages import Whole
 from unet_ray.segmentation.components import Connection, TileRecord, label_components
-from unet_ray.segmentation.foreground import IDS, Foreground, ids_to_bytes, read_ids
+from unet_ray.segmentation.foreground import Foreground, ids_to_bytes, read_ids
 from unet_ray.segmentation.pyramid import Source
 from unet_ray.segmentation.rules import Rules
 from unet_ray.segmentation.run import Segmentation, finite
@@ -29,12 +29,9 @@ from unet_ray.segmentation.watershed import BasinRecord, label_basins, window
 from unet_ray.storage.layout import PRIVATE, TABLE
 from unet_ray.storage.lease import Fence
 from unet_ray.storage.places import Guard, write_whole
-from unet_ray.storage.records import Records
+from unet_ray.storage.records import IDS, LABELS, ROWS, Records
 from unet_ray.storage.shards import CHECKSUM_BYTES, checksum_of
 from unet_ray.storage.stores import Store
-
-LABELS = {False: "labels", True: "hole-labels"}  # folders of records, as `IDS`
-ROWS = "rows"
 
 
 class _Labeller:

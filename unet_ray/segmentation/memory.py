@@ -14,10 +14,8 @@ from unet_ray.engine import cluster
 from unet_ray.network.arithmetic import CONSTANTS, NetworkSize, pass_bytes
 from unet_ray.network.prediction import Device, Precision
 from unet_ray.network.unet import UNet
-from unet_ray.segmentation.components import Connection
 from unet_ray.segmentation.rules import Rules
 from unet_ray.segmentation.settings import Settings
-from unet_ray.segmentation.watershed import basin_bytes, margin
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import TilePlan
 from unet_ray.volumes.volume import Volume
@@ -31,6 +29,8 @@ PROCESS_BYTES = {"local": 165 << 20, "ray": 250 << 20}
 # between two others does not fit the next buffer of the same size. Measured: up to 1.9.
 ALLOCATOR_FACTOR = 2.1
 SCRATCH_BYTES = 96 << 20
+# Anonymous memory of the compiled code and the libraries of the stages after the prediction.
+LATER_BYTES = 80 << 20
 # Of a voxel while ids are written: class, mask, label, id, and the id's copy in the encoder.
 OBJECT_BYTES = 1 + 1 + 4 + 8 + 8
 # Of a voxel while the holes of a tile are filled: its class, mask, label of the background, hole.
@@ -55,6 +55,7 @@ class WorkerMemory:
         copy: copy of voxels or values, or the read overhead, while a tile is read or written.
         forward: peak of one pass.
         objects: arrays of a tile in the stages that make objects; 0 without objects.
+        later: libraries of the stages after the prediction; 0 without such stages.
     """
 
     process: int
@@ -65,6 +66,7 @@ class WorkerMemory:
     copy: int
     forward: int
     objects: int = 0
+    later: int = 0
 
     @property
     def total(self) -> int:
@@ -88,8 +90,9 @@ class WorkerMemory:
         live = self.weights + threads * self.tile + transient
         allocated = SCRATCH_BYTES + int(ALLOCATOR_FACTOR * live)
         # Memory that is freed after loading is kept, but its pieces may not fit the first passes.
-        later = SCRATCH_BYTES + int(ALLOCATOR_FACTOR * threads * self.objects)
-        return self.process + self.index + max(self.load + transient, allocated, later)
+        objects = SCRATCH_BYTES + int(ALLOCATOR_FACTOR * threads * self.objects)
+        largest = max(self.load + transient, allocated, objects)
+        return self.process + self.later + self.index + largest
 
     def helper(self, tiles: int) -> int:
         """Bytes of a process that only reads or writes, with `tiles` tiles per batch."""
@@ -106,6 +109,7 @@ def worker_bytes(
     overhead: int = 0,
     index: int = 0,
     rules: Rules | None = None,
+    later: bool = False,
 ) -> WorkerMemory:
     """Memory of a Ray worker, one tile at a time; `WorkerMemory.on` converts it to an engine.
 
@@ -117,6 +121,7 @@ def worker_bytes(
         overhead: bytes of the input's storage units while a tile is read.
         index: upper bound of the bytes needed to open the input.
         rules: rules of the objects; None without objects.
+        later: whether there are stages after the prediction.
     """
     read = math.prod(plan.read_shape) * voxel_bytes
     write = math.prod(plan.core) * outputs
@@ -132,11 +137,16 @@ def worker_bytes(
         copy=max(write, read, overhead),  # for mirroring and encoding
         forward=forward,
         objects=_object_bytes(plan, rules, outputs + voxel_bytes) if rules else 0,
+        later=LATER_BYTES * later,
     )
 
 
 def _object_bytes(plan: TilePlan, rules: Rules, input_bytes: int) -> int:
     """Peak of the arrays of a tile while its objects are labelled, or their ids written."""
+    # Here, since their compiled code needs memory, and runs without objects do without it.
+    from unet_ray.segmentation.components import Connection
+    from unet_ray.segmentation.watershed import basin_bytes, margin
+
     core, connection = Box.of(plan.core), Connection(rules.connect, rules.connectivity)
     writing = core.size * (OBJECT_BYTES + input_bytes)
     width = margin(connection) if rules.split else (0, 0, 0)
@@ -176,11 +186,12 @@ def needed_memory(
     volume: Volume,
     outputs: int,
     rules: Rules | None = None,
+    later: bool = False,
 ) -> WorkerMemory:
     """Memory of a worker for `tiles` of `volume`; see `worker_bytes`."""
     voxel = volume.shape[0] * volume.dtype.itemsize
     overhead = volume.read_overhead(tiles.read_shape)
-    return worker_bytes(size, tiles, voxel, outputs, overhead, volume.index_bytes, rules)
+    return worker_bytes(size, tiles, voxel, outputs, overhead, volume.index_bytes, rules, later)
 
 
 def in_flight(memory: WorkerMemory, device: Device, settings: Settings) -> int:

@@ -36,8 +36,6 @@ from unet_ray.segmentation.settings import (
     open_inputs,
     precision_of,
 )
-from unet_ray.segmentation.table import table_bytes
-from unet_ray.segmentation.unions import join_bytes
 from unet_ray.storage.layout import PREDICTED, chunk_of
 from unet_ray.storage.places import PathOrUrl
 from unet_ray.tiling.boxes import Box, Ints
@@ -150,8 +148,9 @@ def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -
     size = network_size(network, precision, settings.tta)
     rules = settings.rules if "instances" in outputs else None
     objects = rules is not None
-    tiles, memory = choose_plan(volume, network, size, settings, values, rules)
     factors = () if settings.pyramid is False else factors_of(volume.shape[1:], volume.voxel_size)
+    later = objects or bool(factors)
+    tiles, memory = choose_plan(volume, network, size, settings, values, rules, later)
     part = tiles.part(settings.region or Box.of(tiles.shape))
     mask = open_mask(settings.mask, tiles.shape, settings.strict) if settings.mask else None
     selected: Sequence[int] = range(part.size)
@@ -194,6 +193,9 @@ def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -
 
 def _most_objects(settings: Settings, channels: int) -> int:
     """Objects that fit into the memory limit, if all of them touch a face of a tile."""
+    from unet_ray.segmentation.table import table_bytes
+    from unet_ray.segmentation.unions import join_bytes
+
     few, many = 0, 1 << 48
     while few < many:
         middle = (few + many + 1) // 2

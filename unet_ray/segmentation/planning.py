@@ -45,6 +45,7 @@ def choose_plan(
     settings: Settings,
     outputs: int,
     rules: Rules | None = None,
+    later: bool = False,
 ) -> Candidate:
     """Chooses the tiles of a run: ``settings.tile`` if set, else the cheapest that fit into memory.
 
@@ -57,6 +58,7 @@ def choose_plan(
         settings: tile, memory and engine of the run.
         outputs: bytes predicted per voxel.
         rules: rules of the objects; None without objects.
+        later: whether there are stages after the prediction.
 
     Returns:
         The plan, and the memory of one worker.
@@ -69,7 +71,7 @@ def choose_plan(
 
     def planned(core: tuple[int, ...]) -> Candidate:
         tiles = TilePlan(shape, core, context, (_batch(core, context), *core[1:]))
-        return tiles, needed_memory(size, tiles, volume, outputs, rules)
+        return tiles, needed_memory(size, tiles, volume, outputs, rules, later)
 
     def on_engine(candidate: Candidate) -> Candidate:
         return candidate[0], candidate[1].on(settings.engine)
@@ -91,7 +93,7 @@ def choose_plan(
 
     def without_chunks(tiles: TilePlan) -> WorkerMemory:
         voxel = volume.shape[0] * volume.dtype.itemsize
-        memory = worker_bytes(size, tiles, voxel, outputs, 0, volume.index_bytes, rules)
+        memory = worker_bytes(size, tiles, voxel, outputs, 0, volume.index_bytes, rules, later)
         return memory.on(settings.engine)
 
     def cheapest(engine: str) -> tuple[float, Candidate]:

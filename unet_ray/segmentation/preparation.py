@@ -96,13 +96,15 @@ def prepare(
     )
     refuse_threshold(settings.threshold, network.classes)
     rules = settings.rules if "instances" in outputs else None
+    factors = _factors(volume, stored, settings.pyramid)
+    later = rules is not None or bool(factors)
     if stored and not settings.tile:
         tiles = stored.plan
-        memory = needed_memory(size, tiles, volume, values, rules)
+        memory = needed_memory(size, tiles, volume, values, rules, later)
         memory = memory.on(settings.engine)
         _check_memory_limit(memory, settings, path)
     else:
-        tiles, memory = choose_plan(volume, network, size, settings, values, rules)
+        tiles, memory = choose_plan(volume, network, size, settings, values, rules, later)
     if not (stored and settings.engine == "ray"):  # a finished store must not require a cluster
         check_memory(path, memory, device, settings)
     mask = None
@@ -120,7 +122,7 @@ def prepare(
         nan=settings.nan,
         outputs=outputs,
         threshold=settings.threshold,
-        factors=_factors(volume, stored, settings.pyramid),
+        factors=factors,
         rules=rules,
         class_values=tuple(header.class_values),
         memory=memory,

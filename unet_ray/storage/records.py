@@ -19,6 +19,10 @@ from unet_ray.storage.shards import checksum_of
 from unet_ray.storage.stores import LISTED_TILES
 
 Content = TypeVar("Content")
+# Names of folders: labels of tiles and their final ids, of objects and of the background; rows.
+LABELS = {False: "labels", True: "hole-labels"}
+IDS = {False: "ids", True: "hole-ids"}
+ROWS = "rows"
 LARGEST_RECORD = 1 << 31  # bytes; larger ones are damaged
 
 
