@@ -48,7 +48,10 @@ def beside_the_prediction(folder):
     """Prints the share of each later stage in the time of the prediction."""
     volume = write_stack(folder / "volume.tif", make_phantom(PREDICTED, 1).image)
     model = random_model(folder / "model.safetensors", base=32, depth=4)
-    segment(volume, model, folder / "out.zarr", Settings(workers=WORKERS, outputs=OUTPUTS))
+    settings = Settings(workers=WORKERS, outputs=OUTPUTS)
+    small = write_stack(folder / "small.tif", make_phantom((2, 600, 600), 1).image)
+    segment(small, model, folder / "small.zarr", settings)  # compiles the code
+    segment(volume, model, folder / "out.zarr", settings)
     seconds = seconds_by_stage(folder / "out.zarr")
     predicted = seconds.pop("segment")
     print(f"prediction, 32 channels, {PREDICTED}: {predicted:.1f} s")
@@ -61,7 +64,7 @@ def beside_one_call(folder):
     """Prints how fast objects are labelled, relative to one call for the whole volume."""
     mask = blobs(LABELLED)
     volume = folder / "mask.zarr"
-    zarr.save_array(volume, mask.astype(np.uint8), chunks=(16, 512, 512))
+    zarr.create_array(volume, data=mask.astype(np.uint8), chunks=(16, 512, 512))
     model = random_model(folder / "small.safetensors", base=2, depth=1)
 
     def threshold(worker, tile, voxels):  # in place of the network
