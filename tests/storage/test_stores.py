@@ -232,6 +232,16 @@ def test_channels_have_distinct_colours_and_one_alone_is_white(tmp_path):
     assert of_labels[1:] == [c["color"] for c in ome_of(tmp_path / "3.zarr")["omero"]["channels"]]
 
 
+def test_a_class_map_at_the_root_is_shown_from_black_to_white(tmp_path):
+    for class_values in ((0, 255), (0, 7, 255)):
+        path = tmp_path / f"{len(class_values)}.zarr"
+        create_store(path, layout(["classes"], class_values=class_values), PROVENANCE)
+        (channel,) = ome_of(path)["omero"]["channels"]
+        largest = len(class_values) - 1
+        assert channel["window"] == {"min": 0, "max": largest, "start": 0, "end": largest}
+        assert (channel["label"], channel["color"]) == ("classes", "FFFFFF")
+
+
 def test_instances_name_their_image_and_leave_colours_to_viewers(tmp_path):
     path = tmp_path / "out.zarr"
     create_store(path, layout([*ARRAYS]), PROVENANCE)

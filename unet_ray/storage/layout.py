@@ -125,7 +125,13 @@ def _image(layout: StoreLayout) -> dict[str, Any]:
             "omero": {"channels": _channels(layout.class_values)},
         }
     name = next(name for name in ARRAYS if name in layout.outputs)
-    return {"version": "0.5", "multiscales": [_multiscale(name, layout, f"labels/{name}/")]}
+    multiscale = _multiscale(name, layout, f"labels/{name}/")
+    image: dict[str, Any] = {"version": "0.5", "multiscales": [multiscale]}
+    if name == "classes":
+        # Without a window, viewers show the classes 0 and 1 of 255 as black.
+        channel = _channel("classes", (255, 255, 255), len(layout.class_values) - 1)
+        image["omero"] = {"channels": [channel]}
+    return image
 
 
 def _label_image(name: str, layout: StoreLayout) -> dict[str, Any]:
@@ -148,16 +154,20 @@ def _label_image(name: str, layout: StoreLayout) -> dict[str, Any]:
 def _channels(class_values: Sequence[int]) -> list[dict[str, Any]]:
     """The channels of classes 1, 2, …, coloured like their labels; one alone is white."""
     colours = [(255, 255, 255)] if len(class_values) == 2 else _CHANNEL_COLOURS
-    window = {"min": 0, "max": 255, "start": 0, "end": 255}
     return [
-        {
-            "label": f"label {value}",
-            "color": bytes(colours[k % len(colours)]).hex().upper(),
-            "window": window,
-            "active": True,
-        }
+        _channel(f"label {value}", colours[k % len(colours)], 255)
         for k, value in enumerate(class_values[1:])
     ]
+
+
+def _channel(label: str, colour: Sequence[int], largest: int) -> dict[str, Any]:
+    """A channel that viewers show from black at 0 to `colour` at the value `largest`."""
+    return {
+        "label": label,
+        "color": bytes(colour).hex().upper(),
+        "window": {"min": 0, "max": largest, "start": 0, "end": largest},
+        "active": True,
+    }
 
 
 def _multiscale(name: str, layout: StoreLayout, folder: str = "") -> dict[str, Any]:
