@@ -22,6 +22,9 @@ from tests.helper import (
     write_stack,
 )
 from unet_ray.errors import InputError
+from unet_ray.report.export import export
+from unet_ray.report.results import open_result
+from unet_ray.scores.evaluation import evaluate
 from unet_ray.segmentation import run
 from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.verification import verify
@@ -145,6 +148,28 @@ def test_tiles_added_after_a_mask_make_the_later_stages_again(tmp_path, model, v
     for files in arrays:
         files.pop("zarr.json")
     assert arrays[0] == arrays[1]
+
+
+def test_objects_of_fewer_tiles_are_not_used_for_the_whole(tmp_path, model, volume):
+    def stop(progress):
+        if progress.stage == "label":
+            raise StoppedError
+
+    mask = np.zeros(LARGE, np.uint8)
+    mask[:, :200] = 1
+    write_stack(tmp_path / "mask.tif", mask)
+    masked = dataclasses.replace(OBJECTS, mask=tmp_path / "mask.tif", pyramid=False)
+    store = segment(volume, model, tmp_path / "out.zarr", masked)
+    assert open_result(store).outputs == OBJECTS.outputs
+    with pytest.raises(StoppedError):
+        segment(volume, model, store, dataclasses.replace(OBJECTS, pyramid=False), stop)
+    assert open_result(store).outputs == ("probabilities", "classes")
+    for name in ("instances.tif", "objects.csv"):
+        what = name.partition(".")[0]
+        with pytest.raises(InputError, match=f"its {what} are not finished"):
+            export(store, tmp_path / name, what)
+    with pytest.raises(InputError, match="its objects are not finished"):
+        evaluate(store, volume, "instances")
 
 
 # Objects

@@ -17,9 +17,10 @@ from unet_ray.errors import DamageError, InputError, reason, refuse_below_file, 
 from unet_ray.report.results import Result, open_result
 from unet_ray.report.tiff import Watch, largest_value, write_tiff
 from unet_ray.storage.inspection import inspect
-from unet_ray.storage.layout import INSTANCES, LEDGER, PRIVATE, TABLE, ledger_of
-from unet_ray.storage.ledger import committed, skipped
+from unet_ray.storage.layout import INSTANCES, LEDGER, PRIVATE, TABLE
+from unet_ray.storage.ledger import skipped
 from unet_ray.storage.places import PathOrUrl, Place, place_of, replacing
+from unet_ray.storage.written import is_made
 from unet_ray.units import warn
 
 # What can be exported; the first that a store has is the default of a TIFF file.
@@ -147,7 +148,7 @@ def _refuse_unfinished(result: Result, what: str) -> None:
     tiles, masked = len(result.plan), skipped(result.path / LEDGER, len(result.plan))
     if what in STAGES:
         stage, tasks = STAGES[what], tiles if what == INSTANCES else 1
-        if not committed(result.path / ledger_of(stage), tasks).all():
+        if not is_made(result.path, stage, result.plan, tasks):
             raise InputError(
                 f"{result.path}: its {what} are not finished; run the same `unet-ray segment` "
                 "again."

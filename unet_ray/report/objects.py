@@ -21,9 +21,8 @@ from unet_ray.errors import DamageError, reason
 from unet_ray.report import charts
 from unet_ray.report.figures import Facts, digits_of
 from unet_ray.report.results import Result
-from unet_ray.storage.layout import INSTANCES, TABLE, ledger_of
-from unet_ray.storage.ledger import committed
-from unet_ray.storage.written import read_table
+from unet_ray.storage.layout import INSTANCES, TABLE
+from unet_ray.storage.written import is_made, read_table
 
 LARGEST = 10  # objects that are listed
 ROWS = 1 << 16  # of the table at a time
@@ -36,8 +35,7 @@ def about_objects(result: Result) -> Facts:
     Raises:
         DamageError: if the table is missing or damaged; names the file.
     """
-    table_done = committed(result.path / ledger_of("table"), 1).all()
-    if INSTANCES not in result.outputs or not table_done:
+    if INSTANCES not in result.outputs or not is_made(result.path, "table", result.plan, 1):
         return {}
     counts, touching, largest = _summed(result)
     objects = int(counts.sum())

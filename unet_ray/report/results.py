@@ -20,11 +20,12 @@ from unet_ray.errors import InputError, RunError
 from unet_ray.report.pictures import Picture, to_grey
 from unet_ray.storage.events import measured, read_events
 from unet_ray.storage.inspection import inspect
-from unet_ray.storage.layout import ARRAYS, INSTANCES, LEDGER, SEGMENT, ledger_of
+from unet_ray.storage.layout import ARRAYS, INSTANCES, LEDGER, SEGMENT
 from unet_ray.storage.ledger import committed, quarantined, skipped
 from unet_ray.storage.places import PathOrUrl, Place
 from unet_ray.storage.provenance import Provenance
 from unet_ray.storage.stores import Store
+from unet_ray.storage.written import is_made
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import TilePlan
 from unet_ray.volumes.omissions import report_omissions
@@ -140,9 +141,7 @@ def open_result(path: Place) -> Result:
     if damage := provenance.damage(*DRAWN_PARTS):
         raise InputError(f"{path}: its provenance is damaged ({damage}).")
     plan = provenance.plan
-    finished = (
-        INSTANCES in provenance.outputs and committed(path / ledger_of(INSTANCES), len(plan)).all()
-    )
+    finished = INSTANCES in provenance.outputs and is_made(path, INSTANCES, plan, len(plan))
     outputs = [name for name in provenance.outputs if name != INSTANCES or finished]
     done = committed(path / LEDGER, len(plan))
     given_up = np.flatnonzero(quarantined(path / LEDGER, len(plan))).tolist()

@@ -29,11 +29,12 @@ from unet_ray.scores.totals import (
     overlap_tables,
 )
 from unet_ray.storage.inspection import Found, inspect
-from unet_ray.storage.layout import ARRAYS, INSTANCES, LEDGER, PRIVATE, ledger_of
+from unet_ray.storage.layout import ARRAYS, INSTANCES, LEDGER, PRIVATE
 from unet_ray.storage.ledger import committed, skipped
 from unet_ray.storage.places import PathOrUrl, Place, place_of
 from unet_ray.storage.provenance import Provenance
 from unet_ray.storage.stores import Store
+from unet_ray.storage.written import is_made
 from unet_ray.units import text_of
 from unet_ray.volumes.folder import last_number, slices_by_number
 from unet_ray.volumes.omissions import sentences_of
@@ -259,7 +260,7 @@ def _stored(path: Place, provenance: Provenance, kind: Kind) -> tuple[Place, str
             f"{path}: {missing} of {len(plan)} tiles are not done; run the same `unet-ray "
             "segment` without --region."
         )
-    if output == INSTANCES and not committed(path / ledger_of(INSTANCES), len(plan)).all():
+    if output == INSTANCES and not is_made(path, INSTANCES, plan, len(plan)):
         raise InputError(
             f"{path}: its objects are not finished; run the same `unet-ray segment` again."
         )

@@ -10,7 +10,6 @@ are made again if a later run adds tiles.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,11 +20,11 @@ from numpy.typing import NDArray
 from unet_ray.engine.stages import Worker
 from unet_ray.segmentation.rules import Rules
 from unet_ray.segmentation.run import Segmentation
-from unet_ray.storage.layout import LEDGER, PREDICTED
-from unet_ray.storage.ledger import committed, creation_epoch, recorded_provenance, skipped
+from unet_ray.storage.layout import PREDICTED
+from unet_ray.storage.ledger import committed, recorded_provenance
 from unet_ray.storage.places import Place
 from unet_ray.storage.records import IDS, LABELS, ROWS
-from unet_ray.storage.written import ONE_TASK, Written
+from unet_ray.storage.written import ONE_TASK, Written, origin_of
 from unet_ray.tiling.boxes import Ints
 from unet_ray.tiling.pyramid import level_plan
 from unet_ray.tiling.tiles import TilePlan
@@ -51,7 +50,7 @@ class Link:
 
     def origin(self, source: str) -> dict[str, str]:
         """Returns the record of the predicted tiles for the ledger."""
-        return {"stage": self.written.stage, "tiles": source}
+        return origin_of(self.written.stage, source)
 
     def pending(self, out: Place, source: str) -> NDArray[np.bool_]:
         """Returns which tiles must still be computed, bool, shape (tiles,).
@@ -124,12 +123,3 @@ def _make(name: str, run: Segmentation, **chosen: bool) -> Worker:
 
     worker: Worker = getattr(instances, name)(run, **chosen)
     return worker
-
-
-def source_of(out: Place, plan: TilePlan) -> str | None:
-    """Returns a digest of the predicted tiles of a store; None while tiles are missing."""
-    done = committed(out / LEDGER, len(plan))
-    if not (done | skipped(out / LEDGER, len(plan))).all():
-        return None
-    store = f"{creation_epoch(out / LEDGER)}:".encode()  # another store of the same tiles differs
-    return hashlib.blake2b(store + np.packbits(done).tobytes(), digest_size=16).hexdigest()

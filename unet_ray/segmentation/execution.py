@@ -17,7 +17,7 @@ from unet_ray.engine.rounds import Progress, Rounds, stopped
 from unet_ray.engine.stages import Deadline, Receipt, Stage
 from unet_ray.errors import RunError
 from unet_ray.machine import memory_available
-from unet_ray.segmentation.chain import Link, chain_of, source_of
+from unet_ray.segmentation.chain import Link, chain_of
 from unet_ray.segmentation.memory import (
     helper_bytes,
     in_flight,
@@ -38,7 +38,7 @@ from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import begin, committed, newest_below
 from unet_ray.storage.places import remove_partial
 from unet_ray.storage.stores import Store, create_store, remove_deleted
-from unet_ray.storage.written import ONE_TASK
+from unet_ray.storage.written import ONE_TASK, source_of
 from unet_ray.units import format_bytes, warn
 
 JOIN_SECONDS = 86400.0  # limit of a task that unites all tiles of a volume

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from unet_ray.errors import DamageError, InputError
 from unet_ray.scores.seams import instance_seams
-from unet_ray.segmentation.chain import Link, chain_of, source_of
+from unet_ray.segmentation.chain import Link, chain_of
 from unet_ray.segmentation.checked_stage import CheckedStage
 from unet_ray.segmentation.repair import (
     Recomputed,
@@ -35,6 +35,7 @@ from unet_ray.storage.layout import INSTANCES, LEDGERS, PRIVATE
 from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import newest_below
 from unet_ray.storage.places import PathOrUrl, Place, place_of
+from unet_ray.storage.written import source_of
 
 
 @dataclass(frozen=True)

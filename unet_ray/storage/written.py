@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.errors import DamageError
-from unet_ray.storage.layout import TABLE, ledger_of
+from unet_ray.storage.layout import LEDGER, TABLE, ledger_of
+from unet_ray.storage.ledger import committed, creation_epoch, recorded_provenance, skipped
 from unet_ray.storage.parsing import ContentError, read_file
 from unet_ray.storage.places import Place
 from unet_ray.storage.records import LARGEST_RECORD, Records
@@ -87,6 +88,35 @@ class Written:
         for number in range(self.files):
             digest.update(records.read(number, LARGEST_RECORD))
         return digest.hexdigest()
+
+
+def source_of(out: Place, plan: TilePlan) -> str | None:
+    """Returns a digest of the predicted tiles of a store; None while tiles are missing."""
+    done = committed(out / LEDGER, len(plan))
+    if not (done | skipped(out / LEDGER, len(plan))).all():
+        return None
+    store = f"{creation_epoch(out / LEDGER)}:".encode()  # another store of the same tiles differs
+    return hashlib.blake2b(store + np.packbits(done).tobytes(), digest_size=16).hexdigest()
+
+
+def origin_of(stage: str, source: str) -> dict[str, str]:
+    """Returns what the ledger of a stage records of the predicted tiles; see `source_of`."""
+    return {"stage": stage, "tiles": source}
+
+
+def is_made(out: Place, stage: str, plan: TilePlan, tasks: int) -> bool:
+    """Returns whether a stage after the prediction has all results, from the current tiles.
+
+    Args:
+        out: the store.
+        stage: name of the stage.
+        plan: the predicted tiles.
+        tasks: number of tiles of the stage.
+    """
+    source, ledger = source_of(out, plan), out / ledger_of(stage)
+    if source is None or recorded_provenance(ledger) != origin_of(stage, source):
+        return False
+    return bool(committed(ledger, tasks).all())
 
 
 def read_table(out: Place) -> bytes:
