@@ -230,6 +230,22 @@ def on_border(labels):
     return np.unique(np.concatenate([face.ravel() for face in faces]))
 
 
+def test_a_tile_that_a_mask_skips_is_no_hole(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(run.TileWorker, "predict", thresholded)
+    image = np.full((1, 96, 96), 255, np.uint8)
+    image[0, 40:70, 60:80] = 0  # reaches the skipped tile
+    image[0, 10:12, 10:12] = 0
+    mask = np.ones(image.shape, np.uint8)
+    mask[0, 32:64, 32:64] = 0
+    volume = write_stack(tmp_path / "volume.tif", image)
+    rules = {"outputs": ("instances",), "fill_holes": True, "tile": (1, 32, 32)}
+    settings = dataclasses.replace(FLOAT32, mask=write_stack(tmp_path / "mask.tif", mask), **rules)
+    store = segment(volume, model, tmp_path / "out.zarr", settings)
+    expected = (image > 0) & (mask > 0)
+    expected[0, 10:12, 10:12] = True
+    np.testing.assert_array_equal(array(store, "labels/instances/0"), expected)
+
+
 def test_ids_by_first_voxel_need_no_order(tmp_path, model, volume, made):
     rules = {"ids": "first-voxel", "pyramid": False}
     store = segment(volume, model, tmp_path / "out.zarr", dataclasses.replace(OBJECTS, **rules))

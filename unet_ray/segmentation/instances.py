@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,9 @@ from unet_ray.segmentation.run import Segmentation, finite
 from unet_ray.segmentation.table import TileRows, merge_rows, write_table
 from unet_ray.segmentation.unions import holes, unite
 from unet_ray.segmentation.watershed import BasinRecord, label_basins, window
-from unet_ray.storage.layout import PRIVATE, TABLE
+from unet_ray.storage.layout import LEDGER, PRIVATE, TABLE
 from unet_ray.storage.lease import Fence
+from unet_ray.storage.ledger import skipped
 from unet_ray.storage.places import Guard, write_whole
 from unet_ray.storage.records import IDS, LABELS, ROWS, Records
 from unet_ray.storage.shards import CHECKSUM_BYTES, checksum_of
@@ -41,6 +43,7 @@ class _Labeller:
         self._plan, self._split = run.plan, rules.split
         self._connection = Connection(rules.connect, rules.connectivity)
         self._foreground = Foreground(run, rules)
+        self._skipped = skipped(run.out / LEDGER, len(run.plan))
 
     def objects(self, tile: int) -> tuple[NDArray[np.int32], TileRecord]:
         """Returns the labels of a tile's own voxels, (z, y, x) from 1, and their record."""
@@ -56,7 +59,9 @@ class _Labeller:
         """Returns the record of the background of a tile."""
         labels, count = self._foreground.background(tile)
         write, shape = self._plan[tile].write, self._plan.shape
-        return TileRecord.of(labels, count, write, shape, self._connection.complement)
+        record = TileRecord.of(labels, count, write, shape, self._connection.complement)
+        # Nobody knows the voxels of a skipped tile, so nothing that reaches it is a hole.
+        return replace(record, border=record.border | self._skipped[tile])
 
 
 class LabelWorker(Whole):
