@@ -19,6 +19,7 @@ from tests.helper import (
     noise,
     random_model,
     state_of,
+    stop_after,
     write_stack,
 )
 from unet_ray.errors import InputError
@@ -147,6 +148,26 @@ def test_tiles_added_after_a_mask_make_the_later_stages_again(tmp_path, model, v
     arrays = [bytes_of(folder / "out.zarr") for folder in (tmp_path, made)]
     for files in arrays:
         files.pop("zarr.json")
+    assert arrays[0] == arrays[1]
+
+
+def test_a_shard_that_a_killed_run_left_in_a_skipped_tile_is_background(
+    tmp_path, model, volume, made
+):
+    mask = np.zeros(LARGE, np.uint8)
+    mask[:, :200] = 1
+    masked = dataclasses.replace(OBJECTS, mask=write_stack(tmp_path / "mask.tif", mask))
+    stores = [tmp_path / "out.zarr", tmp_path / "left.zarr"]
+    segment(volume, model, stores[0], masked)
+    with pytest.raises(StoppedError):
+        segment(volume, model, stores[1], masked, stop_after(1))
+    left = [f"{name}/1/8/1" for name in ("0/c/0", "labels/classes/0/c")]
+    for name in left:
+        (stores[1] / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(made / "out.zarr" / name, stores[1] / name)
+    segment(volume, model, stores[1], masked)
+    arrays = [bytes_of(store) for store in stores]
+    assert [arrays[1].pop(name) for name in left]
     assert arrays[0] == arrays[1]
 
 

@@ -45,10 +45,17 @@ class Source:
         Raises:
             RunError: if a shard is missing or empty; names the file.
         """
-        for tile in self.plan.within(box):
-            if self._skipped is None or not self._skipped[tile]:
+        tiles = [*self.plan.within(box)]
+        left_out = [tile for tile in tiles if self._skipped is not None and self._skipped[tile]]
+        for tile in tiles:
+            if tile not in left_out:
                 self._store.require(name, self.plan[tile])
-        return np.asarray(self._store.read(name)[(..., *box.slices)])
+        voxels: NDArray[Any] = np.array(self._store.read(name)[(..., *box.slices)])
+        for tile in left_out:  # a killed run may have left a shard
+            part = self.plan[tile].write.intersect(box)
+            z, y, x = part.relative_to(box.start).slices
+            voxels[..., z, y, x] = 0
+        return voxels
 
 
 class LevelWorker(Whole):
