@@ -407,6 +407,20 @@ def test_verify_names_and_repairs_damage_of_every_stage(tmp_path, made, model, n
     assert verify(store, tiles=0).sound
 
 
+@pytest.mark.parametrize("name", ["1/c/0/0/1", "labels/instances/0/c/0/1"])
+def test_a_repair_does_not_follow_links_into_another_store(tmp_path, made, name):
+    shutil.copytree(made, tmp_path / "copy")
+    shutil.copystat(made / "volume.tif", tmp_path / "copy" / "volume.tif")
+    store, other = tmp_path / "copy" / "out.zarr", tmp_path / "other.zarr"
+    shutil.copytree(store, other)
+    shutil.rmtree(store / name)
+    (store / name).symlink_to(other / name)
+    before = state_of(other)
+    report = verify(store, tiles=0, repair=True)
+    assert any("cannot be repaired: it is behind a symbolic link" in line for line in report.damage)
+    assert state_of(other) == before
+
+
 def test_a_lost_shard_of_a_later_stage_is_made_again(tmp_path, made, model):
     store = tmp_path / "out.zarr"
     shutil.copytree(made / "out.zarr", store)

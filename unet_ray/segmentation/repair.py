@@ -163,14 +163,14 @@ def repair_shards(
 
 
 def repair_link(
-    link: Link, run: Segmentation, tiles: Iterable[int], lease: Lease
+    link: Link, run: Segmentation, damaged: Mapping[int, Iterable[Place]], lease: Lease
 ) -> tuple[list[int], list[str]]:
     """Makes tiles of a later stage again from the sound results of the stages before it.
 
     Args:
         link: the stage.
         run: the run that made the store.
-        tiles: their numbers.
+        damaged: paths of the damaged files by tile number.
         lease: lease of the store.
 
     Returns:
@@ -180,7 +180,14 @@ def repair_link(
         RunError: if the disk is full or read-only.
         LostError: if another run has taken over the store.
     """
-    written, failed = [], []
+    tiles, written, failed = [], [], []
+    for tile, paths in sorted(damaged.items()):
+        try:
+            for path in paths:
+                refuse_link(run.out, path.parent)  # a link may lead into another store
+            tiles.append(tile)
+        except DamageError as error:
+            failed.append(f"{path}: cannot be repaired: it {error}.")
     name, make = link.written.stage, partial(link.make_worker, replace(run, fence=lease.fence))
     with closing(tries(Stage(name, make, "cpu"), tiles)) as receipts:
         for receipt, will_retry in receipts:

@@ -183,7 +183,11 @@ class _Check:
         self._failed += failed
         self._repaired += stage.check_again(written)
         for link, stage in self._links:  # each needs the sound results of those before
-            written, failed = repair_link(link, run, sorted(stage.damage), lease)
+            paths = {
+                tile: [stage.audit.shard(name, tile) for name in damage]
+                for tile, damage in stage.damage.items()
+            }
+            written, failed = repair_link(link, run, paths, lease)
             self._failed += failed
             stage.check_again(written)
 
