@@ -370,7 +370,12 @@ def test_a_run_stopped_in_any_stage_resumes_to_the_same_bytes(tmp_path, made, mo
     volume = made / "volume.tif"
     with pytest.raises(StoppedError):
         segment(volume, model, tmp_path / "out.zarr", OBJECTS, stop)
+    order = ("pyramid-1", "label", "join", "instances", "instances-pyramid-1", "table")
+    later = ", ".join(order[order.index(stage) + 1 :])
+    notes = [line for line in verify(tmp_path / "out.zarr", 0).notes if "not made" in line]
+    assert len(notes) == bool(later) and all(f"tiles: {later};" in line for line in notes)
     segment(volume, model, tmp_path / "out.zarr", OBJECTS)
+    assert not any("not made" in line for line in verify(tmp_path / "out.zarr", 0).notes)
     assert bytes_of(tmp_path / "out.zarr") == bytes_of(made / "out.zarr")
     before = state_of(tmp_path / "out.zarr")
     segment(volume, model, tmp_path / "out.zarr", OBJECTS)

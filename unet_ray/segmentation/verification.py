@@ -118,7 +118,7 @@ class _Check:
     def __init__(self, inspection: Found, scratch: Path, lease: Lease | None) -> None:
         self._audit = Audit(inspection, scratch)
         self._predicted = CheckedStage(self._audit.predicted)
-        self._links = [*_links(self._audit)]
+        self._links, self._unmade = _links(self._audit)
         self._path = self._audit.path
         self._lease = lease  # None without repair
         self._metadata_damage: dict[Place, str] = {}  # damage by file
@@ -135,6 +135,11 @@ class _Check:
             stage.check()
         self._metadata_damage = self._audit.metadata_damage()
         self._notes = [line for stage in self._stages for line in stage.audit.remarks()]
+        if self._unmade:
+            self._notes.append(
+                f"stages that are not made from the current tiles: {', '.join(self._unmade)}; the "
+                "same `unet-ray segment` command makes them."
+            )
         if sample or (self._lease and any(self._sentences())):
             self._recompute_and_repair(sample)
         if not any(self._sentences()):
@@ -211,11 +216,19 @@ class _Check:
             yield from stage.sentences()
 
 
-def _links(audit: Audit) -> Iterator[tuple[Link, CheckedStage]]:
-    """Yields the stages after the prediction whose results are those of the predicted tiles."""
+def _links(audit: Audit) -> tuple[list[tuple[Link, CheckedStage]], list[str]]:
+    """Returns the stages after the prediction that are made of the predicted tiles.
+
+    Returns:
+        These stages, and the names of the others; no names while predicted tiles are missing.
+    """
     made = audit.provenance
     source = source_of(audit.path, made.plan)
     rules = Rules.from_json(made.objects) if made.objects else None
-    for link in chain_of(made.plan, made.outputs, made.factors, rules):
+    links, unmade = [], []
+    for link in chain_of(made.plan, made.outputs, made.factors, rules) if source else ():
         if source and link.continues(audit.path, source):
-            yield link, CheckedStage(audit.of(link.written))
+            links.append((link, CheckedStage(audit.of(link.written))))
+        else:
+            unmade.append(link.written.stage)
+    return links, unmade
