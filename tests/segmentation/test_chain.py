@@ -426,6 +426,19 @@ def test_a_repair_does_not_follow_links_into_another_store(tmp_path, made, name)
     assert state_of(other) == before
 
 
+@pytest.mark.parametrize("stage", ["pyramid-1", "join", "instances"])
+def test_a_stage_with_a_damaged_record_of_its_source_is_made_again(tmp_path, made, model, stage):
+    store = tmp_path / "out.zarr"
+    shutil.copytree(made / "out.zarr", store)
+    (born,) = (store / ".unet_ray/ledger" / stage).glob("*.born")
+    born.write_bytes(b"{" + born.read_bytes())
+    assert any(f"tiles: {stage};" in line for line in verify(store, tiles=0).notes)
+    segment(made / "volume.tif", model, store, OBJECTS)
+    assert verify(store, tiles=0).sound
+    assert not any("not made" in line for line in verify(store, tiles=0).notes)
+    assert bytes_of(store) == bytes_of(made / "out.zarr")
+
+
 def test_a_lost_shard_of_a_later_stage_is_made_again(tmp_path, made, model):
     store = tmp_path / "out.zarr"
     shutil.copytree(made / "out.zarr", store)

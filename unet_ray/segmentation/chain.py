@@ -21,10 +21,10 @@ from unet_ray.engine.stages import Worker
 from unet_ray.segmentation.rules import Rules
 from unet_ray.segmentation.run import Segmentation
 from unet_ray.storage.layout import PREDICTED
-from unet_ray.storage.ledger import committed, recorded_provenance
+from unet_ray.storage.ledger import committed
 from unet_ray.storage.places import Place
 from unet_ray.storage.records import IDS, LABELS, ROWS
-from unet_ray.storage.written import ONE_TASK, Written, origin_of
+from unet_ray.storage.written import ONE_TASK, Written, is_made_from, origin_of
 from unet_ray.tiling.boxes import Ints
 from unet_ray.tiling.pyramid import level_plan
 from unet_ray.tiling.tiles import TilePlan
@@ -46,7 +46,7 @@ class Link:
 
     def continues(self, out: Place, source: str) -> bool:
         """Returns whether the results so far were made from the predicted tiles of `source`."""
-        return recorded_provenance(out / self.written.ledger) == self.origin(source)
+        return is_made_from(out, self.written.stage, source)
 
     def origin(self, source: str) -> dict[str, str]:
         """Returns the record of the predicted tiles for the ledger."""

@@ -99,6 +99,17 @@ def source_of(out: Place, plan: TilePlan) -> str | None:
     return hashlib.blake2b(store + np.packbits(done).tobytes(), digest_size=16).hexdigest()
 
 
+def is_made_from(out: Place, stage: str, source: str) -> bool:
+    """Returns whether a stage was begun from the predicted tiles of `source`; see `source_of`.
+
+    False if the record of that is damaged, since the stage can be made again.
+    """
+    try:
+        return recorded_provenance(out / ledger_of(stage)) == origin_of(stage, source)
+    except DamageError:
+        return False
+
+
 def origin_of(stage: str, source: str) -> dict[str, str]:
     """Returns what the ledger of a stage records of the predicted tiles; see `source_of`."""
     return {"stage": stage, "tiles": source}
@@ -113,10 +124,10 @@ def is_made(out: Place, stage: str, plan: TilePlan, tasks: int) -> bool:
         plan: the predicted tiles.
         tasks: number of tiles of the stage.
     """
-    source, ledger = source_of(out, plan), out / ledger_of(stage)
-    if source is None or recorded_provenance(ledger) != origin_of(stage, source):
+    source = source_of(out, plan)
+    if source is None or not is_made_from(out, stage, source):
         return False
-    return bool(committed(ledger, tasks).all())
+    return bool(committed(out / ledger_of(stage), tasks).all())
 
 
 def read_table(out: Place) -> bytes:
