@@ -22,7 +22,7 @@ from tests.helper import (
     stop_after,
     write_stack,
 )
-from unet_ray.errors import InputError
+from unet_ray.errors import InputError, QuarantinedError
 from unet_ray.report.export import export
 from unet_ray.report.results import open_result
 from unet_ray.scores.evaluation import evaluate
@@ -437,6 +437,18 @@ def test_a_stage_with_a_damaged_record_of_its_source_is_made_again(tmp_path, mad
     assert verify(store, tiles=0).sound
     assert not any("not made" in line for line in verify(store, tiles=0).notes)
     assert bytes_of(store) == bytes_of(made / "out.zarr")
+
+
+def test_ids_of_another_tile_are_refused_with_a_remedy(tmp_path, made, model):
+    store = tmp_path / "out.zarr"
+    shutil.copytree(made / "out.zarr", store)
+    ids = {n: store / ".unet_ray/objects/ids" / str(n) for n in range(8)}
+    other = max(ids, key=lambda n: ids[n].stat().st_size)
+    tile = min(ids, key=lambda n: ids[n].stat().st_size)
+    shutil.copy(ids[other], ids[tile])
+    shutil.rmtree(store / "labels/instances/0/c")
+    with pytest.raises(QuarantinedError, match=r"ids for \d+ labels.*verify --repair"):
+        segment(made / "volume.tif", model, store, OBJECTS)
 
 
 def test_a_lost_shard_of_a_later_stage_is_made_again(tmp_path, made, model):

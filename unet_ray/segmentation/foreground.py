@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from unet_ray.errors import DamageError
 from unet_ray.segmentation.components import Connection, label_components
 from unet_ray.segmentation.packing import pack, unpack
 from unet_ray.segmentation.pyramid import Source
@@ -53,8 +54,9 @@ class Foreground:
         return label_components(background, self._outside)
 
     def _holes(self, tile: int) -> NDArray[np.bool_]:
-        ids = read_ids(self._out, tile, background=True)
-        holes: NDArray[np.bool_] = (ids != 0)[self.background(tile)[0]]
+        labels, count = self.background(tile)
+        ids = read_ids(self._out, tile, count, background=True)
+        holes: NDArray[np.bool_] = (ids != 0)[labels]
         return holes
 
 
@@ -63,12 +65,17 @@ def ids_to_bytes(ids: NDArray[np.uint64]) -> bytes:
     return pack(_KIND, [ids.astype("<u8")])
 
 
-def read_ids(out: Place, tile: int, background: bool) -> NDArray[np.uint64]:
+def read_ids(out: Place, tile: int, labels: int, background: bool) -> NDArray[np.uint64]:
     """Returns the final id of each label of a tile, as the join has written it, (labels + 1,).
 
     Raises:
-        DamageError: if the record is missing or damaged; names it.
+        DamageError: if the record is missing, damaged or of other labels; names it.
     """
-    records = Records(out, IDS[background])
-    (ids,) = records.parsed(tile, lambda data: unpack(_KIND, ["<u8"], data))
-    return ids
+
+    def parse(data: bytes) -> NDArray[np.uint64]:
+        (ids,) = unpack(_KIND, ["<u8"], data)
+        if len(ids) != labels + 1:
+            raise DamageError(f"it has {len(ids)} ids for {labels} labels and the background")
+        return ids
+
+    return Records(out, IDS[background]).parsed(tile, parse)

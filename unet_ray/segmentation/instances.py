@@ -140,7 +140,8 @@ class InstanceWorker(Whole):
 
     def _write(self, tile: int) -> str:
         planned = self._run.plan[tile]
-        ids = read_ids(self._run.out, tile, background=False)[self._labeller.objects(tile)[0]]
+        labels, record = self._labeller.objects(tile)
+        ids = read_ids(self._run.out, tile, record.count, background=False)[labels]
         source = self._probabilities
         rows = TileRows.of(
             ids,

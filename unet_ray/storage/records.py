@@ -78,13 +78,17 @@ class Records:
             parse: decodes the bytes; raises DamageError if they are damaged.
 
         Raises:
-            DamageError: if the file is missing or damaged; names it.
+            DamageError: if the file is missing or damaged; names it and the remedy.
         """
-        data = self.read(tile, LARGEST_RECORD)
+        remedy = "repair the store with `unet-ray verify --repair`."
+        try:
+            data = self.read(tile, LARGEST_RECORD)
+        except DamageError as error:
+            raise DamageError(f"{str(error).rstrip('.')}; {remedy}") from error
         try:
             return parse(data)
         except DamageError as error:
-            raise DamageError(f"{self.path(tile)}: is damaged ({error}).") from error
+            raise DamageError(f"{self.path(tile)}: is damaged ({error}); {remedy}") from error
 
     def present(self, tiles: int) -> NDArray[np.bool_]:
         """Returns which tiles have a file that is not empty, bool, shape (tiles,).
