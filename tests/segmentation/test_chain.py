@@ -458,6 +458,9 @@ def test_a_lost_shard_of_a_later_stage_is_made_again(tmp_path, made, model):
         (store / name).unlink()
     segment(made / "volume.tif", model, store, OBJECTS)
     assert bytes_of(store) == bytes_of(made / "out.zarr")
+    (store / "objects.parquet").write_bytes(b"")
+    segment(made / "volume.tif", model, store, OBJECTS)
+    assert bytes_of(store) == bytes_of(made / "out.zarr")
 
 
 def test_an_overwritten_store_makes_all_stages_again(tmp_path, made, model):

@@ -15,7 +15,7 @@ from unet_ray.errors import DamageError
 from unet_ray.storage.layout import LEDGER, TABLE, ledger_of
 from unet_ray.storage.ledger import committed, creation_epoch, recorded_provenance, skipped
 from unet_ray.storage.parsing import ContentError, read_file
-from unet_ray.storage.places import Place
+from unet_ray.storage.places import Place, stats_of
 from unet_ray.storage.records import LARGEST_RECORD, Records
 from unet_ray.storage.shards import CHECKSUM_BYTES, checksum_of
 from unet_ray.storage.stores import Store
@@ -64,7 +64,8 @@ class Written:
             files = Records(out, self.records).present(self.files)
             tiles &= files.all() if self.plan == ONE_TASK else files
         if self.table:
-            tiles &= (out / TABLE).is_file()
+            table = stats_of(out, [str(out / TABLE)])[str(out / TABLE)]
+            tiles &= table is not None and table.size > 0
         return tiles
 
     def path(self, out: Place) -> Place:
