@@ -27,6 +27,7 @@ from unet_ray.report.export import export
 from unet_ray.report.results import open_result
 from unet_ray.scores.evaluation import evaluate
 from unet_ray.segmentation import run
+from unet_ray.segmentation.outlook import plan
 from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.verification import verify
 from unet_ray.storage.ledger import committed
@@ -313,6 +314,18 @@ def test_other_rules_are_refused_for_a_finished_store(made, model):
                 made / "out.zarr",
                 dataclasses.replace(OBJECTS, **changed),
             )
+
+
+@pytest.mark.parametrize("rule", [{"min_size": 9}, {"split": True}, {"connect": "slice"}], ids=str)
+def test_rules_without_objects_are_refused(tmp_path, model, volume, rule):
+    settings = dataclasses.replace(FLOAT32, **rule)
+    for refused in (
+        lambda: segment(volume, model, tmp_path / "out.zarr", settings),
+        lambda: plan(volume, model, settings),
+    ):
+        with pytest.raises(InputError, match=f"{next(iter(rule))}=.* add instances to --outputs"):
+            refused()
+    assert not (tmp_path / "out.zarr").exists()
 
 
 def thresholded(worker, tile, voxels):

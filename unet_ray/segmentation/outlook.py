@@ -146,7 +146,7 @@ def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -
     outputs = checked_outputs(settings.outputs)
     values = stored_values(network.classes, outputs)
     size = network_size(network, precision, settings.tta)
-    rules = settings.rules if "instances" in outputs else None
+    rules = settings.rules_for(outputs)
     objects = rules is not None
     factors = () if settings.pyramid is False else factors_of(volume.shape[1:], volume.voxel_size)
     later = objects or bool(factors)

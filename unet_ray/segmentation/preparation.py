@@ -95,7 +95,7 @@ def prepare(
         stored_values(network.classes, outputs),
     )
     refuse_threshold(settings.threshold, network.classes)
-    rules = settings.rules if "instances" in outputs else None
+    rules = settings.rules_for(outputs)
     factors = _factors(volume, stored, settings.pyramid)
     later = rules is not None or bool(factors)
     if stored and not settings.tile:

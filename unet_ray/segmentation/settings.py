@@ -104,6 +104,22 @@ class Settings:
         """
         return Rules(**{field.name: getattr(self, field.name) for field in fields(Rules)})
 
+    def rules_for(self, outputs: tuple[str, ...]) -> Rules | None:
+        """The rules of the objects; None without ``instances`` among the `outputs`.
+
+        Raises:
+            InputError: if a rule is set without instances; names it.
+        """
+        if "instances" in outputs:
+            return self.rules
+        for field in fields(Rules):
+            if (value := getattr(self, field.name)) != field.default:
+                raise InputError(
+                    f"{field.name}={value!r} applies to objects, but the outputs are "
+                    f"{' and '.join(outputs)}: add instances to --outputs."
+                )
+        return None
+
 
 def open_inputs(
     source: PathOrUrl, model: str | os.PathLike[str], settings: Settings
