@@ -158,7 +158,13 @@ def _object_bytes(plan: TilePlan, rules: Rules, input_bytes: int) -> int:
 
 
 def driver_bytes(
-    workers: int, engine: str, device: str, tiles: int, measuring: int = 0, index: int = 0
+    workers: int,
+    engine: str,
+    device: str,
+    tiles: int,
+    measuring: int = 0,
+    index: int = 0,
+    later: int = 0,
 ) -> int:
     """Memory of the process that starts a run; on the local engine it includes all workers.
 
@@ -169,8 +175,9 @@ def driver_bytes(
         tiles: number of tiles in the plan.
         measuring: bytes for measuring the grey values, which ends before the workers start.
         index: upper bound of the bytes needed to open the input.
+        later: memory that the stages after the prediction add; see `WorkerMemory`.
     """
-    running = workers if engine == "local" else DRIVER_BYTES[device] + index
+    running = workers if engine == "local" else DRIVER_BYTES[device] + index + later
     return DRIVER_BYTES_PER_TILE * tiles + max(running, PROCESS_BYTES[engine] + index + measuring)
 
 

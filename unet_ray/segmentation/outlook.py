@@ -175,6 +175,7 @@ def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -
             len(tiles),
             measured_bytes(volume),
             volume.index_bytes,
+            memory.later,
         ),
         engine=settings.engine,
         workers=workers,
