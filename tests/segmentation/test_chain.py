@@ -328,6 +328,13 @@ def test_rules_without_objects_are_refused(tmp_path, model, volume, rule):
     assert not (tmp_path / "out.zarr").exists()
 
 
+def test_the_disk_of_objects_in_small_tiles_is_within_the_plan(tmp_path, model, volume):
+    settings = dataclasses.replace(OBJECTS, tile=(1, 16, 20), outputs=("instances",))
+    store = segment(volume, model, tmp_path / "out.zarr", settings)
+    used = sum(512 * path.lstat().st_blocks for path in store.rglob("*"))
+    assert used <= plan(volume, model, settings).disk_bytes
+
+
 def thresholded(worker, tile, voxels):
     """Returns the class map of grey values above 127, in place of the network."""
     plan = worker._run.plan

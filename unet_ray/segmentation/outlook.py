@@ -51,6 +51,7 @@ SAMPLE = 64
 CHUNK_BYTES, SHARD_BYTES = 128, 64
 # Of a voxel for its id, the record of its tile and its row in the table; all are compressed.
 OBJECT_DISK_BYTES = 2
+OBJECT_RECORDS = 5  # files of a tile: labels and ids of objects and of holes, and rows
 # File systems allocate whole blocks. Each tile adds an event to the log and entries to its folders;
 # each store has metadata, a ledger and a lease.
 DISK_BLOCK, TILE_RECORD_BYTES, STORE_BYTES = 4096, 256, 128 << 10
@@ -261,5 +262,6 @@ def max_disk_bytes(
     content = values * math.prod(tiles.core) * 257 // 256 + chunks * CHUNK_BYTES + SHARD_BYTES
     layers, rows, _ = tiles.counts
     folders = shards * min(layers * (1 + rows), 2 * count)
-    blocks = DISK_BLOCK * (shards * count + folders)  # a last, partial block each
+    files = shards + OBJECT_RECORDS * objects
+    blocks = DISK_BLOCK * (files * count + folders)  # a last, partial block each
     return (content + TILE_RECORD_BYTES) * count + blocks + STORE_BYTES
