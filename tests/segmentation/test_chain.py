@@ -26,8 +26,9 @@ from unet_ray.errors import InputError, QuarantinedError
 from unet_ray.report.export import export
 from unet_ray.report.results import open_result
 from unet_ray.scores.evaluation import evaluate
-from unet_ray.segmentation import run
+from unet_ray.segmentation import run, unions
 from unet_ray.segmentation.outlook import plan
+from unet_ray.segmentation.outlook import plan as planned
 from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.verification import verify
 from unet_ray.storage.ledger import committed
@@ -376,6 +377,27 @@ def test_tiles_without_objects_leave_the_table_valid(tmp_path, model, monkeypatc
     assert table["id"] == [1] * objects and table["voxels"] == [20] * objects
     assert table.get("mean_grey_0", []) == [200.0] * objects
     assert verify(store, tiles=0).sound
+
+
+def test_more_objects_than_memory_are_refused_with_the_remedy(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(unions, "WINDOW_BYTES", 1 << 40)
+    volume = write_stack(tmp_path / "volume.tif", noise((2, 61, 75)))
+    settings = dataclasses.replace(OBJECTS, outputs=("instances",))
+    with pytest.raises(QuarantinedError, match=r"need.* --memory \d+MiB or more"):
+        segment(volume, model, tmp_path / "out.zarr", settings)
+    monkeypatch.undo()
+    segment(volume, model, tmp_path / "out.zarr", settings)
+    assert verify(tmp_path / "out.zarr", tiles=0).sound
+
+
+def test_a_plan_states_how_many_objects_fit(tmp_path, model):
+    volume = write_stack(tmp_path / "volume.tif", noise((2, 61, 75)))
+    few, many = (
+        planned(volume, model, dataclasses.replace(OBJECTS, memory=memory)).most_objects
+        for memory in (1 << 30, 4 << 30)
+    )
+    assert 1e6 < few < many / 4
+    assert planned(volume, model, FLOAT32).most_objects is None
 
 
 # Interruption and damage

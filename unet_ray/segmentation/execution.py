@@ -187,7 +187,7 @@ def _run_link(
         settings.engine,
         settings.workers,
         watch,
-        process_bytes(run.memory, "cpu", settings),
+        settings.memory if written.plan == ONE_TASK else process_bytes(run.memory, "cpu", settings),
         partial(_memory_remedy, run),
     )
     tiles = np.ones(len(written.plan), bool)

@@ -106,7 +106,11 @@ class JoinWorker(Whole):
         return digest.hexdigest()
 
     def _united(self) -> Iterator[tuple[int, NDArray[Any]]]:
-        plan, rules, limit = self._run.plan, self._rules, self._run.memory_limit
+        plan, rules, limit = (
+            self._run.plan,
+            self._rules,
+            self._run.join_memory,
+        )
         connection = Connection(rules.connect, rules.connectivity)
         if self._background:
             return holes(plan, self._record, connection, limit)
@@ -165,7 +169,7 @@ class TableWorker(Whole):
     def _merge(self, task: int) -> str:
         run = self._run
         rows = (self._rows.parsed(tile, TileRows.from_bytes) for tile in range(len(run.plan)))
-        table = write_table(merge_rows(rows, run.volume.voxel_size, run.memory_limit))
+        table = write_table(merge_rows(rows, run.volume.voxel_size, run.join_memory))
         write_whole(run.out / TABLE, table, run.out / PRIVATE, _guard_of(run.fence))
         return checksum_of(np.frombuffer(table, np.uint8))
 

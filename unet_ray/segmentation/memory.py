@@ -31,6 +31,9 @@ ALLOCATOR_FACTOR = 2.1
 SCRATCH_BYTES = 96 << 20
 # Anonymous memory of the compiled code and the libraries of the stages after the prediction.
 LATER_BYTES = 80 << 20
+# Least memory to unite the labels of tiles and to merge their rows; more objects need more, and a
+# run refuses more than fit into ``--memory``.
+JOIN_BYTES = 128 << 20
 # Of a voxel while ids are written: class, mask, label, id, and the id's copy in the encoder.
 OBJECT_BYTES = 1 + 1 + 4 + 8 + 8
 # Of a voxel while the holes of a tile are filled: its class, mask, label of the background, hole.
@@ -73,6 +76,10 @@ class WorkerMemory:
         """Memory of the whole worker, including the allocator's overhead."""
         return self.shared_by(1)
 
+    def left_of(self, limit: int) -> int:
+        """Returns the bytes of `limit` that a task can use which unites all tiles."""
+        return max(0, limit - self.process - self.later - self.index)
+
     def on(self, engine: str) -> WorkerMemory:
         """The memory of a worker on `engine`, ``local`` or ``ray``."""
         return replace(self, process=PROCESS_BYTES[engine])
@@ -91,7 +98,8 @@ class WorkerMemory:
         allocated = SCRATCH_BYTES + int(ALLOCATOR_FACTOR * live)
         # Memory that is freed after loading is kept, but its pieces may not fit the first passes.
         objects = SCRATCH_BYTES + int(ALLOCATOR_FACTOR * threads * self.objects)
-        largest = max(self.load + transient, allocated, objects)
+        join = JOIN_BYTES * (self.objects > 0)
+        largest = max(self.load + transient, allocated, objects, join)
         return self.process + self.later + self.index + largest
 
     def helper(self, tiles: int) -> int:

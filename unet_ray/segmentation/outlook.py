@@ -188,21 +188,21 @@ def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -
         device=device,
         halo_overhead=halo_overhead(size, tiles),
         disk_bytes=max_disk_bytes(tiles, values, len(outputs), len(selected), objects, factors),
-        most_objects=_most_objects(settings, volume.shape[0]) if objects else None,
+        most_objects=_most_objects(settings, memory, volume.shape[0]) if objects else None,
         read_amplification=read_amplification(tiles, volume.chunk),
     )
 
 
-def _most_objects(settings: Settings, channels: int) -> int:
+def _most_objects(settings: Settings, memory: WorkerMemory, channels: int) -> int:
     """Objects that fit into the memory limit, if all of them touch a face of a tile."""
     from unet_ray.segmentation.table import table_bytes
     from unet_ray.segmentation.unions import join_bytes
 
-    few, many = 0, 1 << 48
+    few, many, limit = 0, 1 << 48, memory.left_of(settings.memory)
     while few < many:
         middle = (few + many + 1) // 2
         needed = max(join_bytes(middle, middle, settings.ids), table_bytes(middle, channels))
-        few, many = (middle, many) if needed <= settings.memory else (few, middle - 1)
+        few, many = (middle, many) if needed <= limit else (few, middle - 1)
     return few
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.engine.stages import Whole
+from unet_ray.errors import RunError, reason
 from unet_ray.segmentation.downsampling import mean_of, most_frequent
 from unet_ray.segmentation.run import Segmentation
 from unet_ray.storage.layout import LEDGER, chunk_of
@@ -43,14 +44,21 @@ class Source:
         """Returns the voxels of `box`, (..., z, y, x).
 
         Raises:
-            RunError: if a shard is missing or empty; names the file.
+            RunError: if a shard is missing, empty or damaged; names the file.
         """
         tiles = [*self.plan.within(box)]
         left_out = [tile for tile in tiles if self._skipped is not None and self._skipped[tile]]
         for tile in tiles:
             if tile not in left_out:
                 self._store.require(name, self.plan[tile])
-        voxels: NDArray[Any] = np.array(self._store.read(name)[(..., *box.slices)])
+        try:
+            voxels: NDArray[Any] = np.array(self._store.read(name)[(..., *box.slices)])
+        except Exception as error:  # each codec raises its own errors
+            shards = self._store.shard(name, self.plan[tiles[0]]).parent
+            raise RunError(
+                f"{shards}: {name} at {box} cannot be read ({reason(error)}); repair it with "
+                "`unet-ray verify --repair`."
+            ) from error
         for tile in left_out:  # a killed run may have left a shard
             part = self.plan[tile].write.intersect(box)
             z, y, x = part.relative_to(box.start).slices

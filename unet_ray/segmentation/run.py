@@ -92,6 +92,11 @@ class Segmentation:
         """Names of the outputs that the network predicts; the others are made from them."""
         return tuple(name for name in self.outputs if name in PREDICTED)
 
+    @property
+    def join_memory(self) -> int:
+        """Bytes for the arrays of a task that unites all tiles."""
+        return self.memory.left_of(self.memory_limit)
+
     @cached_property
     def absent(self) -> NDArray[np.bool_]:
         """Which tiles of an existing store lack a shard, bool, shape (tiles,).
