@@ -219,13 +219,17 @@ def test_ids_are_those_of_the_whole_volume(tmp_path, model, volume, rules):
 
 
 @pytest.mark.ray
-def test_both_engines_store_the_same_objects(tmp_path, model, volume, made):
-    on_ray = dataclasses.replace(OBJECTS, engine="ray")
-    segment(volume, model, tmp_path / "out.zarr", on_ray)
-    arrays = [bytes_of(folder / "out.zarr") for folder in (tmp_path, made)]
-    for files in arrays:
-        files.pop("zarr.json")
-    assert arrays[0] == arrays[1]
+@pytest.mark.parametrize("pyramid", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_both_engines_store_the_same_objects(tmp_path, model, volume, pyramid):
+    settings = dataclasses.replace(OBJECTS, outputs=("classes", "instances"))
+    settings = dataclasses.replace(settings, pyramid=pyramid)
+    local, on_ray = (
+        segment(
+            volume, model, tmp_path / f"{engine}.zarr", dataclasses.replace(settings, engine=engine)
+        )
+        for engine in ("local", "ray")
+    )
+    assert bytes_of(local) == bytes_of(on_ray)
 
 
 def test_small_and_border_objects_and_holes_are_decided_on_whole_objects(tmp_path, model, volume):
