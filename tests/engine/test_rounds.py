@@ -53,7 +53,9 @@ def until(condition, seconds=120):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.ray)])
+@pytest.mark.parametrize(
+    "engine", ["local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])]
+)
 def test_a_second_stage_is_killed_and_resumed_by_its_own_records(tmp_path, engine):
     out, folder = tmp_path / "out", tmp_path / "tiles"
     folder.mkdir()

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow
 import pytest
 import tifffile
-import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,11 +21,12 @@ from tests.helper import anonymous
 from unet_ray.errors import DamageError, InputError, RunError
 from unet_ray.report import tiff
 from unet_ray.report.export import TABLE, export
-from unet_ray.storage.layout import ARRAYS, LEDGER, StoreLayout, chunk_of, ledger_of
+from unet_ray.storage.layout import LEDGER, StoreLayout, ledger_of
 from unet_ray.storage.ledger import Ledger, begin
 from unet_ray.storage.places import place_of, write_whole
 from unet_ray.storage.provenance import Provenance
 from unet_ray.storage.stores import Store, create_store
+from unet_ray.storage.written import ONE_TASK, origin_of, source_of
 from unet_ray.tiling.tiles import Context, TilePlan
 
 CONTEXT = Context((0, 8, 8), (0, 12, 12), (1, 2, 2))
@@ -34,13 +34,6 @@ PLAN = TilePlan((5, 70, 100), (2, 32, 64), CONTEXT, (1, 32, 64))  # cut tiles on
 SMALL = TilePlan((1, 4, 6), (1, 4, 4), CONTEXT, (1, 4, 4))
 VOXEL_SIZE = (0.05, 0.004, 0.008)
 ALL = ("probabilities", "classes", "instances")
-
-
-@pytest.fixture(autouse=True)
-def instances(monkeypatch):
-    """Allows the array of instances, which no stage writes yet."""
-    monkeypatch.setitem(ARRAYS, "instances", "labels/instances/0")
-    monkeypatch.setattr(Store, "require_plan", lambda store, plan: None)
 
 
 def make_store(path, outputs=ALL[:2], values=(0, 7, 255), plan=PLAN, voxel_size=VOXEL_SIZE):
@@ -58,18 +51,13 @@ def make_store(path, outputs=ALL[:2], values=(0, 7, 255), plan=PLAN, voxel_size=
         nan="error",
         kind={},
     )
-    made = [name for name in outputs if name != "instances"]
     begin(path / LEDGER, 1, provenance.json)
-    create_store(path, StoreLayout(plan, values, made, voxel_size), provenance)
-    if "instances" in outputs:
-        shape, core = plan.shape, plan.core
-        place = path / "labels/instances/0"
-        zarr.create_array(place, shape=shape, shards=core, chunks=chunk_of(core), dtype="uint64")
+    create_store(path, StoreLayout(plan, values, outputs, voxel_size), provenance)
     return Store(path, outputs)
 
 
-def commit(path, tiles, plan=PLAN, stage="segment"):
-    with Ledger(path / ledger_of(stage), len(plan)) as ledger:
+def commit(path, tiles, plan=PLAN, stage="segment", epoch=1):
+    with Ledger(path / ledger_of(stage), len(plan), epoch) as ledger:
         for tile in tiles:
             ledger.commit(tile)
 
@@ -90,19 +78,20 @@ def fill(store, plan=PLAN, largest_id=9, seed=0):
             core[(..., *box.crop.slices)] = voxels[(..., *box.write.slices)]
             results[name] = core
         store.write(box, results)
-    for stage in ("segment", *(["instances"] if "instances" in whole else [])):
-        commit(store.path, range(len(plan)), plan, stage)
+    commit(store.path, range(len(plan)), plan)
+    for stage, tasks in {"instances": plan, "table": ONE_TASK}.items():
+        if "instances" in whole:
+            source = source_of(store.path, plan)
+            begin(store.path / ledger_of(stage), 2, origin_of(stage, source))
+            commit(store.path, range(len(tasks)), tasks, stage, epoch=2)
     return whole
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A store with all outputs, and its arrays. Read-only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ARRAYS, "instances", "labels/instances/0")
-        path = tmp_path_factory.mktemp("export") / "out.zarr"
-        whole = fill(make_store(path, ALL))
-    return path, whole
+    path = tmp_path_factory.mktemp("export") / "out.zarr"
+    return path, fill(make_store(path, ALL))
 
 
 def table_of(ids):
@@ -427,10 +416,10 @@ def test_unfinished_tiles_are_refused(tmp_path):
         export(store.path, tmp_path / "a.tif", "classes")
     commit(store.path, range(10, 18))
     commit(store.path, range(3), stage="instances")
-    with pytest.raises(InputError, match="15 of 18 tiles of its instances are not done"):
+    with pytest.raises(InputError, match="its instances are not finished; run the same"):
         export(store.path, tmp_path / "a.tif")
     parquet.write_table(table_of([1]), store.path / TABLE)
-    with pytest.raises(InputError, match="15 of 18 tiles of its objects are not done"):
+    with pytest.raises(InputError, match="its objects are not finished; run the same"):
         export(store.path, tmp_path / "a.csv")
 
 

@@ -407,7 +407,9 @@ def test_a_plan_states_how_many_objects_fit(tmp_path, model):
 # Interruption and damage
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage", [*STAGES[:3], *(pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES[3:])]
+)
 def test_a_run_stopped_in_any_stage_resumes_to_the_same_bytes(tmp_path, made, model, stage):
     def stop(progress):
         if progress.stage == stage:
@@ -432,13 +434,13 @@ def test_a_run_stopped_in_any_stage_resumes_to_the_same_bytes(tmp_path, made, mo
     "name",
     [
         "1/c/0/0/1/0",
-        "labels/classes/1/c/0/2/0",
+        pytest.param("labels/classes/1/c/0/2/0", marks=pytest.mark.slow),
         "labels/instances/0/c/1/3/1",
-        "labels/instances/1/c/0/1/0",
+        pytest.param("labels/instances/1/c/0/1/0", marks=pytest.mark.slow),
         "objects.parquet",
-        ".unet_ray/objects/labels/5",
+        pytest.param(".unet_ray/objects/labels/5", marks=pytest.mark.slow),
         ".unet_ray/objects/ids/7",
-        ".unet_ray/objects/rows/3",
+        pytest.param(".unet_ray/objects/rows/3", marks=pytest.mark.slow),
     ],
 )
 def test_verify_names_and_repairs_damage_of_every_stage(tmp_path, made, model, name):

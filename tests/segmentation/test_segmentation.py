@@ -548,7 +548,7 @@ def test_the_error_for_a_too_large_tile_names_one_that_fits(tmp_path, model, wri
     opened, (network, _) = open_volume(volume), read_model(model)
     half = dataclasses.replace(FLOAT32, tile=(3, 452, 1000))
     _, need = choose_plan(opened, network, network_size(network, "float32"), half, 2)
-    settings = dataclasses.replace(FLOAT32, tile=(3, 900, 1000), memory=need.total)
+    settings = dataclasses.replace(FLOAT32, tile=(3, 900, 1000), memory=need.total, pyramid=False)
     with pytest.raises(InputError, match=r"tile=3,900,1000 needs .* allowed; tile=") as refused:
         segment(volume, model, tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()

@@ -34,6 +34,7 @@ from unet_ray.storage.places import Guard, write_whole
 from unet_ray.storage.records import IDS, LABELS, ROWS, Records
 from unet_ray.storage.shards import CHECKSUM_BYTES, checksum_of
 from unet_ray.storage.stores import Store
+from unet_ray.tiling.tiles import Tile
 
 
 class _Labeller:
@@ -152,11 +153,19 @@ class InstanceWorker(Whole):
             planned.write,
             self._run.plan.shape,
             source.read("probabilities", planned.write) if source else None,
-            finite(self._run.volume.read(planned.write)) if ids.any() else None,
+            self._grey(planned) if ids.any() else self._no_grey(planned),
             Connection(self._rules.connect, self._rules.connectivity),
         )
         checksum = self._rows.write(tile, rows.to_bytes())
         return self._store.write(planned, {"instances": ids}) + checksum
+
+    def _grey(self, tile: Tile) -> NDArray[Any]:
+        return finite(self._run.volume.read(tile.write))
+
+    def _no_grey(self, tile: Tile) -> NDArray[Any]:
+        """Zeros, of one voxel in memory, for a tile without objects, which is not read."""
+        volume = self._run.volume
+        return np.broadcast_to(volume.dtype.type(0), (volume.shape[0], *tile.write.shape))
 
 
 class TableWorker(Whole):

@@ -234,7 +234,7 @@ def _total(parts: Iterator[TileRows], max_bytes: int) -> TileRows:
     batch: list[TileRows] = []  # the merged rows, then new ones
     new = 0
     for part in parts:
-        if not len(part):  # it may have been made without an image
+        if batch and not len(part):
             continue
         batch.append(part)
         new += len(part)
