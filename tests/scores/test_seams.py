@@ -266,8 +266,8 @@ def slices_of(cells):
     """Cells of each slice, 4-connected; ids do not repeat."""
     labels, last = np.zeros(cells.shape, np.int64), 0
     for z, plane in enumerate(cells):
-        found, count = ndimage.label(plane)
-        labels[z], last = np.where(found, found + last, 0), last + count
+        parts, count = ndimage.label(plane)
+        labels[z], last = np.where(parts, parts + last, 0), last + count
     return labels
 
 

@@ -60,7 +60,7 @@ class Contact:
 def contacts(connection: Connection) -> list[Contact]:
     """Returns the contacts of a tile with the neighbours before it."""
     steps = np.argwhere(connection.structure) - 1
-    found = []
+    before = []
     for offset in itertools.product((-1, 0, 1), repeat=3):
         differs = np.flatnonzero(offset)
         across = steps[(steps[:, differs] == np.array(offset)[differs]).all(1)]
@@ -68,8 +68,8 @@ def contacts(connection: Connection) -> list[Contact]:
             axis = int(differs[0])
             # Along an axis of `offset` both planes are cut to one voxel.
             inside = np.delete(across * (np.array(offset) == 0), axis, 1)
-            found.append(Contact(offset, axis, inside))
-    return found
+            before.append(Contact(offset, axis, inside))
+    return before
 
 
 class Forest:

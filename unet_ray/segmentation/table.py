@@ -312,13 +312,13 @@ def _sums(
 
 def _ids_in(ids: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Returns the distinct ids of a tile, ascending, without 0."""
-    voxels, found = ids.reshape(-1), [np.zeros(0, np.uint64)]
+    voxels, id_parts = ids.reshape(-1), [np.zeros(0, np.uint64)]
     changes = np.empty(min(len(voxels), _PIECE), np.uint64)
     for low in range(0, len(voxels), _PIECE):
         # Ids form runs of voxels: few are left to sort.
         count = _starts_of_runs(voxels[low : low + _PIECE], changes)
-        found.append(np.unique(changes[:count]))
-    return np.unique(np.concatenate(found))
+        id_parts.append(np.unique(changes[:count]))
+    return np.unique(np.concatenate(id_parts))
 
 
 @compiled

@@ -67,7 +67,7 @@ def heights(foreground: NDArray[np.bool_], connection: Connection) -> NDArray[np
     """Returns the smoothed distance of each voxel to the background.
 
     Args:
-        foreground: (z, y, x), True in objects. What lies outside is unknown, not background.
+        foreground: (z, y, x), True in objects. Voxels outside are unknown, not background.
         connection: with ``slice``, distances are measured within each slice.
 
     Returns:
