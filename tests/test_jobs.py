@@ -45,6 +45,7 @@ def on_ray(files, out, recipe, workers, reports, seconds=60):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_one_worker_of_ray_trains_the_same_model_as_the_local_engine(files, tmp_path, monkeypatch):
     reports = []

@@ -98,6 +98,7 @@ def test_a_private_ray_that_does_not_start_is_reported(commands):
     assert sentence.endswith("or set --engine local.")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU of this machine")
 def test_a_machine_whose_gpu_torch_cannot_use_is_named(commands):
     program = f"""

@@ -454,6 +454,7 @@ def test_two_workers_of_ray_resume_a_run_of_the_local_engine(task, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_new_process_resumes_with_ray(task, tmp_path):
     volume, model, settings, local = task
     first = prepare(volume, model, tmp_path / "both", settings).plan[3].write
@@ -530,6 +531,7 @@ def test_a_tile_is_never_done_again_after_the_driver_has_its_receipt(folder):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_tile_that_hangs_ends_its_worker_and_the_others_are_done(folder):
     hanging = dataclasses.replace(marked(folder, hanging=[5]), deadline=SOON)

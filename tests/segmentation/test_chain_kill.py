@@ -92,7 +92,7 @@ def finish(folder, out, engine):
 @pytest.mark.parametrize(
     "stages",
     [
-        ("pyramid-1", "label", "instances"),
+        ("label", "instances"),
         pytest.param(tuple(FIRST_FILES), marks=pytest.mark.slow),
     ],
     ids=len,

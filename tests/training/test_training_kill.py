@@ -297,6 +297,7 @@ def test_training_time_before_a_kill_counts(files, tmp_path, start):
     assert read_model(out / MODEL)[1].training["steps"] == steps[-1]
 
 
+@pytest.mark.slow
 def test_a_paused_training_loses_its_folder_only_to_takeover(files, tmp_path, start, monkeypatch):
     made, out = tiny(steps=200), tmp_path / "run"
     whole = uninterrupted(files, tmp_path / "whole", made, monkeypatch)

@@ -175,6 +175,7 @@ def train_together(rank, started, files, run, chosen):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_workers_wait_for_a_validation_longer_than_their_time_limit(files, tmp_path):
     chosen = {"val": "4:6", "best_by": "iou"}
     spawn = multiprocessing.get_context("spawn")
