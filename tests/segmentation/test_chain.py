@@ -522,3 +522,14 @@ def test_an_overwritten_store_makes_all_stages_again(tmp_path, made, model):
     for ledger in (store / ".unet_ray/ledger").iterdir():
         assert committed(ledger, len([*ledger.parent.iterdir()])) is not None
     assert verify(store, tiles=0).sound
+
+
+@pytest.mark.parametrize("rules", [{"shape": 1}, {"connectivity": 7}, [5], "volume"], ids=str)
+def test_damaged_rules_of_objects_are_named(tmp_path, made, rules):
+    store = tmp_path / "out.zarr"
+    shutil.copytree(made / "out.zarr", store)
+    root = json.loads((store / "zarr.json").read_text())
+    root["attributes"]["unet_ray"]["objects"] = rules
+    (store / "zarr.json").write_text(json.dumps(root))
+    (damage,) = verify(store, tiles=0).damage
+    assert str(store / "zarr.json") in damage and "rules of objects are damaged" in damage

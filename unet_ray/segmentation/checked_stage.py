@@ -6,7 +6,7 @@ Knows how to check all tiles in parallel. Does not know how a tile is computed a
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 
 from unet_ray.engine.rounds import numbers_of, tries
@@ -58,7 +58,7 @@ class CheckedStage:
                     chosen[slot] = receipt.tile
         return chosen
 
-    def check_again(self, tiles: Iterable[int]) -> list[int]:
+    def check_again(self, tiles: Sequence[int]) -> list[int]:
         """Checks tiles that were repaired; returns the sound ones."""
         for tile in tiles:
             self._check(tile)

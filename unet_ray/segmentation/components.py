@@ -17,6 +17,7 @@ from scipy import ndimage
 from unet_ray.compiled import compiled
 from unet_ray.errors import DamageError
 from unet_ray.segmentation.packing import pack, unpack
+from unet_ray.segmentation.rules import Connect
 from unet_ray.segmentation.runs import label_runs
 from unet_ray.tiling.boxes import Box, Ints
 
@@ -34,7 +35,7 @@ class Connection:
             plane; 18 and 26 mean all 8.
     """
 
-    connect: Literal["volume", "slice"] = "volume"
+    connect: Connect = "volume"
     connectivity: Literal[6, 18, 26] = 6
 
     @property

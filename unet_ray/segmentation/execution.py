@@ -1,7 +1,7 @@
-"""Execution of a prepared run: opens or creates its store and runs its stage under a lease.
+"""Execution of a prepared run: opens or creates its store and runs its stages under a lease.
 
-Knows what `segment` adds to a stage. Does not know how the engine retries tiles, or how a tile is
-computed.
+Knows what `segment` adds to a stage, and the order of stages. Does not know how the engine retries
+tiles, or how a tile is computed.
 """
 
 from __future__ import annotations

@@ -135,7 +135,6 @@ def repair_shards(
         RunError: if the disk is full or read-only.
         LostError: if another run has taken over the store.
     """
-    repaired, failed = [], []
 
     def write(tile: int, result: Results) -> None:
         z, y, x = audit.predicted.plan[tile].crop.slices
@@ -147,19 +146,8 @@ def repair_shards(
             audit.predicted.plan[tile], result
         )
 
-    with closing(_recompute_each("repair", audit, run, sorted(damaged), write)) as receipts:
-        for receipt, will_retry in receipts:
-            lease.check(now=receipt.verdict == "stop")
-            if receipt.verdict == "stop":
-                raise RunError(f"{audit.path}: {receipt.error}; free disk space and repair again.")
-            if not receipt.error:
-                repaired.append(receipt.tile)
-            elif not will_retry:
-                failed.append(
-                    f"{audit.path}: tile {receipt.tile} cannot be repaired: {receipt.error}"
-                )
-    lease.check(now=True)
-    return repaired, failed
+    attempts = _recompute_each("repair", audit, run, sorted(damaged), write)
+    return _repaired(attempts, audit.path, lease)
 
 
 def repair_link(
@@ -180,26 +168,38 @@ def repair_link(
         RunError: if the disk is full or read-only.
         LostError: if another run has taken over the store.
     """
-    tiles, written, failed = [], [], []
+    tiles, refused = [], []
     for tile, paths in sorted(damaged.items()):
         try:
             for path in paths:
                 refuse_link(run.out, path.parent)  # a link may lead into another store
             tiles.append(tile)
         except DamageError as error:
-            failed.append(f"{path}: cannot be repaired: it {error}.")
+            refused.append(f"{path}: cannot be repaired: it {error}.")
     name, make = link.written.stage, partial(link.make_worker, replace(run, fence=lease.fence))
-    with closing(tries(Stage(name, make, "cpu"), tiles)) as receipts:
+    written, failed = _repaired(
+        tries(Stage(name, make, "cpu"), tiles), run.out, lease, f" of {name}"
+    )
+    return written, [*refused, *failed]
+
+
+def _repaired(
+    attempts: Tries, out: Place, lease: Lease, of_stage: str = ""
+) -> tuple[list[int], list[str]]:
+    """Returns the tiles that were written, and an error message for each other; see above."""
+    written, failed = [], []
+    with closing(attempts) as receipts:
         for receipt, will_retry in receipts:
             lease.check(now=receipt.verdict == "stop")
             if receipt.verdict == "stop":
-                raise RunError(f"{run.out}: {receipt.error}; free disk space and repair again.")
+                raise RunError(f"{out}: {receipt.error}; free disk space and repair again.")
             if not receipt.error:
                 written.append(receipt.tile)
             elif not will_retry:
                 failed.append(
-                    f"{run.out}: tile {receipt.tile} of {name} cannot be repaired: {receipt.error}"
+                    f"{out}: tile {receipt.tile}{of_stage} cannot be repaired: {receipt.error}"
                 )
+    lease.check(now=True)
     return written, failed
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +20,9 @@ from unet_ray.errors import RunError
 from unet_ray.segmentation.basins import BasinForest
 from unet_ray.segmentation.components import Connection, TileRecord
 from unet_ray.segmentation.forest import TOUCHING_BYTES, WINDOW_BYTES, Forest, ReadRecord
+from unet_ray.segmentation.rules import Ids
 from unet_ray.tiling.tiles import TilePlan
 from unet_ray.units import format_bytes
-
-Ids = Literal["dense", "first-voxel"]
 
 # Bytes of a label of a slab: its id, and its first voxel among the sorted ones.
 LABEL_BYTES = 16

@@ -31,7 +31,7 @@ from unet_ray.segmentation.rules import Rules
 from unet_ray.segmentation.run import Segmentation
 from unet_ray.storage.audit import Audit, sound_provenance
 from unet_ray.storage.inspection import Found, inspect, refuse_links
-from unet_ray.storage.layout import INSTANCES, LEDGERS, PRIVATE
+from unet_ray.storage.layout import INSTANCES, LEDGERS, PRIVATE, ROOT
 from unet_ray.storage.lease import Lease
 from unet_ray.storage.ledger import newest_below
 from unet_ray.storage.places import PathOrUrl, Place, place_of
@@ -221,10 +221,18 @@ def _links(audit: Audit) -> tuple[list[tuple[Link, CheckedStage]], list[str]]:
 
     Returns:
         These stages, and the names of the others; no names while predicted tiles are missing.
+
+    Raises:
+        DamageError: if the rules of the objects are damaged.
     """
     made = audit.provenance
     source = source_of(audit.path, made.plan)
-    rules = Rules.from_json(made.objects) if made.objects else None
+    try:
+        rules = Rules.from_json(made.objects) if made.objects else None
+    except (InputError, TypeError, ValueError) as error:  # the provenance may contain anything
+        raise DamageError(
+            f"{audit.path / ROOT}: its rules of objects are damaged ({error})."
+        ) from error
     links, unmade = [], []
     for link in chain_of(made.plan, made.outputs, made.factors, rules) if source else ():
         if source and link.continues(audit.path, source):
