@@ -107,11 +107,7 @@ class JoinWorker(Whole):
         return digest.hexdigest()
 
     def _united(self) -> Iterator[tuple[int, NDArray[Any]]]:
-        plan, rules, limit = (
-            self._run.plan,
-            self._rules,
-            self._run.join_memory,
-        )
+        plan, rules, limit = self._run.plan, self._rules, self._run.join_memory
         connection = Connection(rules.connect, rules.connectivity)
         if self._background:
             return holes(plan, self._record, connection, limit)
