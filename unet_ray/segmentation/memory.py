@@ -29,8 +29,9 @@ PROCESS_BYTES = {"local": 165 << 20, "ray": 250 << 20}
 # between two others does not fit the next buffer of the same size. Measured: up to 1.9.
 ALLOCATOR_FACTOR = 2.1
 SCRATCH_BYTES = 96 << 20
-# Anonymous memory of the compiled code and the libraries of the stages after the prediction.
-LATER_BYTES = 80 << 20
+# Anonymous memory of the compiled code and the libraries of the stages after the prediction: of
+# pyramid levels alone (measured: 40 MiB), and of objects, too.
+PYRAMID_BYTES, LATER_BYTES = 48 << 20, 80 << 20
 # Least memory to unite the labels of tiles and to merge their rows; more objects need more, and a
 # run refuses more than fit into ``--memory``.
 JOIN_BYTES = 128 << 20
@@ -145,7 +146,7 @@ def worker_bytes(
         copy=max(write, read, overhead),  # for mirroring and encoding
         forward=forward,
         objects=_object_bytes(plan, rules, outputs + voxel_bytes) if rules else 0,
-        later=LATER_BYTES * later,
+        later=(LATER_BYTES if rules else PYRAMID_BYTES) * later,
     )
 
 
