@@ -221,8 +221,7 @@ def test_ids_are_those_of_the_whole_volume(tmp_path, model, volume, rules):
 @pytest.mark.ray
 @pytest.mark.parametrize("pyramid", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_both_engines_store_the_same_objects(tmp_path, model, volume, pyramid):
-    settings = dataclasses.replace(OBJECTS, outputs=("classes", "instances"))
-    settings = dataclasses.replace(settings, pyramid=pyramid)
+    settings = dataclasses.replace(OBJECTS, outputs=("classes", "instances"), pyramid=pyramid)
     local, on_ray = (
         segment(
             volume, model, tmp_path / f"{engine}.zarr", dataclasses.replace(settings, engine=engine)
@@ -348,6 +347,7 @@ def thresholded(worker, tile, voxels):
     return {"classes": bright.astype(np.uint8)}
 
 
+@pytest.mark.slow
 def test_objects_split_at_their_necks_are_the_same_for_any_tiles(tmp_path, model, monkeypatch):
     monkeypatch.setattr(run.TileWorker, "predict", thresholded)
     rng = np.random.default_rng(0)

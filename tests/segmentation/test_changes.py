@@ -34,6 +34,7 @@ from unet_ray.volumes.volume import Volume
 
 IMAGE, OTHER = noise((3, 61, 75)), noise((3, 61, 75), seed=1)
 ENGINES = ["local", pytest.param("ray", marks=pytest.mark.ray)]
+SLOW_ON_RAY = ["local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])]
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def replace_file(file, kind, folder, how="new"):
 # While a run goes on
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", SLOW_ON_RAY)
 def test_a_model_that_is_replaced_stops_the_run(tmp_path, model, engine, request):
     if engine == "ray":
         request.getfixturevalue("local_ray")

@@ -416,6 +416,7 @@ def test_ray_data_draws_the_same_samples_in_order(drawers, data, local_ray, monk
     assert drawers_end()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_ray_data_ends_after_the_last_slot(data, local_ray, monkeypatch):
     recipe = Recipe(depth=2, patch=(60, 60), seed=5)
