@@ -131,9 +131,9 @@ class Bench:
                 self.print_scores(validator, step + 1)
 
     def print_scores(self, validator, step):
-        row = {"step": step, **shown(validator(self.network)[0])}
+        row = {"step": step, **shown(validator(self.network).scores)}
         if self.average:
-            row["average"] = shown(validator(self.average.module)[0])
+            row["average"] = shown(validator(self.average.module).scores)
         print(json.dumps(row), flush=True)
 
 

@@ -253,7 +253,9 @@ class Model:
         volume = open_volume(image)
         report_omissions(volume.path, volume.omissions, strict=False)
         with TilesBar("predict", quiet=not progress, limit=False) as watch:
-            plan, maps = predict_volume(volume, self._network, str(self.path), settings, watch)
+            plan, maps = predict_volume(
+                volume, self._network, str(self.path), self.header.threshold, settings, watch
+            )
         probabilities, classes = maps["probabilities"], maps["classes"]
         if getattr(image, "ndim", 0) == 2:
             probabilities, classes = probabilities[:, 0], classes[0]
@@ -465,7 +467,7 @@ def plan(
     return Plan(outlook.plan(source, model, settings), settings)
 
 
-@_with_keywords(Recipe, "recipe", "optimiser", "decay", "clip")
+@_with_keywords(Recipe, "recipe", "optimiser", "decay", "clip", "averaged")
 def train(
     images: Image | Sequence[Image],
     labels: Image | Sequence[Image],

@@ -96,6 +96,7 @@ def test_the_header_is_plain_json_with_all_fields(path):
         "training": {"steps": 12, "loss": 0.1 + 0.2, "recipe": "paper"},
         "data": {"images": {"name": "noyaux d'été.tif", "hash": "ab"}},
         "versions": {"torch": "2.9"},
+        "threshold": None,
     }
 
 
@@ -227,6 +228,7 @@ MISFITS = {
     "word for a number": {"architecture": {**ARCHITECTURE, "depth": "four"}},
     "no architecture": {"architecture": None},
     "a class without a value": {"class_values": [0, 255]},
+    "a threshold for three classes": {"threshold": 0.5},
 }
 
 
@@ -234,6 +236,14 @@ MISFITS = {
 def test_a_header_that_does_not_match_the_weights_is_refused(path, network, kind):
     write_model(path, network, replace(HEADER, **MISFITS[kind]))
     assert "header and weights do not match" in refusal(path)
+
+
+@pytest.mark.parametrize("threshold", [1.0, -0.1, float("nan"), "0.5"])
+def test_a_threshold_that_is_not_a_probability_is_refused(threshold):
+    two = {"architecture": {**ARCHITECTURE, "classes": 2}, "class_values": [0, 255]}
+    replace(HEADER, **two, threshold=0.0).check()
+    with pytest.raises((ValueError, TypeError), match=r"threshold|not supported"):
+        replace(HEADER, **two, threshold=threshold).check()
 
 
 @pytest.mark.parametrize(

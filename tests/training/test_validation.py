@@ -119,7 +119,7 @@ def test_a_validation_equals_segmenting_and_scoring(files, tmp_path):
     data = load([files[0]], [files[1]], val="4:6")
     network = UNet(**header["architecture"]).eval()
     network.load_state_dict(tensors)
-    scores = Validator(data.held_out, 2, None, "float32", "cpu")(network)[0]
+    scores = Validator(data.held_out, 2, None, "float32", "cpu")(network).scores
     assert scores == pytest.approx(logged)
     # The mean grey value of two slices differs a little from that of all six.
     store = segment(
@@ -212,7 +212,7 @@ def scored(scores):
 
     def call(self, network):
         predictions = [np.zeros((1, *each.targets.shape), np.uint8) for each in self._held_out]
-        return {"iou": next(scores)}, predictions
+        return validation.Validated({"iou": next(scores)}, predictions, 0.5)
 
     return call
 
@@ -276,8 +276,8 @@ def test_cells_are_scored_slice_by_slice(monkeypatch):
     )
     validator = Validator([slices], 2, None, "float32", "cpu")
     stored = np.where(cells != 0, 255, 0).astype(np.uint8)[None]
-    monkeypatch.setattr(validator, "_predict", lambda network, held_out: stored)
-    assert validator(UNet(1, 2, 2, 1))[0] == {"dice": 1.0, "iou": 1.0, "seg": 1.0, "ap50": 1.0}
+    monkeypatch.setattr(validation, "predicted", lambda *given: stored)
+    assert validator(UNet(1, 2, 2, 1)).scores == {"dice": 1.0, "iou": 1.0, "seg": 1.0, "ap50": 1.0}
     assert ndimage.label(stored[0, 0])[1] == 2
 
 
@@ -303,8 +303,10 @@ def test_slices_of_different_sizes_are_weighted_by_their_voxels():
     large.targets[:, :16] = 0
     validator = Validator([small, large], 2, None, "float32", "cpu")
     right, wrong = np.where(small.targets, 255, 0)[None], np.full((1, 1, 32, 8), 255)
-    together = validator._scores([right.astype(np.uint8), wrong.astype(np.uint8)])
-    large_only = Validator([large], 2, None, "float32", "cpu")._scores([wrong.astype(np.uint8)])
+    together = validator._scores([right.astype(np.uint8), wrong.astype(np.uint8)], None)
+    large_only = Validator([large], 2, None, "float32", "cpu")._scores(
+        [wrong.astype(np.uint8)], None
+    )
     assert together["pixel_error"] == pytest.approx(large_only["pixel_error"] * 256 / 320)
 
 
@@ -316,5 +318,5 @@ def test_cells_predicted_without_annotation_are_not_errors():
     slices = HeldOut(np.zeros((1, 1, 8, 8), np.uint8), targets, cells, held_out().intensity)
     stored = np.where(cells != 0, 255, 0).astype(np.uint8)[None]
     stored[0, 0, 6:, 6:] = 255
-    scores = Validator([slices], 2, None, "float32", "cpu")._scores([stored])
+    scores = Validator([slices], 2, None, "float32", "cpu")._scores([stored], None)
     assert (scores["ap50"], scores["seg"]) == (1.0, 1.0)

@@ -42,6 +42,8 @@ class ModelHeader:
         training: settings and results of the training run.
         data: identity of the training images and labels.
         versions: versions of the software that wrote the file.
+        threshold: probability above which a voxel is of class 1, for two classes; None for the most
+            probable class. Training chooses it on slices with labels.
     """
 
     architecture: dict[str, Any]
@@ -51,6 +53,7 @@ class ModelHeader:
     training: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    threshold: float | None = None
 
     def check(self) -> None:
         """Checks that this version supports every field, since a file may hold any JSON.
@@ -72,6 +75,8 @@ class ModelHeader:
         sizes = self.voxel_size or (1.0, 1.0, 1.0)
         if len(sizes) != 3 or not all(0 < size < math.inf for size in sizes):
             raise ValueError(f"voxel size {sizes!r:.100} is not three lengths")
+        if self.threshold is not None and not (len(values) == 2 and 0 <= self.threshold < 1):
+            raise ValueError(f"threshold {self.threshold!r:.100} is not a probability of class 1")
         for name in ("training", "data", "versions"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"{name} is not a JSON object")

@@ -40,6 +40,7 @@ def predict_volume(
     volume: Volume,
     network: UNet,
     model: str,
+    threshold: float | None,
     settings: Settings,
     watch: Callable[[Progress], None],
 ) -> tuple[TilePlan, Maps]:
@@ -51,6 +52,7 @@ def predict_volume(
         volume: the input.
         network: in inference mode.
         model: name of the model, for messages.
+        threshold: of the class map; see `Predictor`.
         settings: tile, memory, workers, precision, tta and nan are used.
         watch: called after each tile.
 
@@ -70,7 +72,9 @@ def predict_volume(
     values = stored_values(network.classes, OUTPUTS)
     plan, memory = choose_plan(volume, network, size, settings, values)
     check_memory(Path(volume.path), memory, device, settings)
-    predictor = Predictor(network, plan, measure(volume), precision, device, settings.tta)
+    predictor = Predictor(
+        network, plan, measure(volume), precision, device, settings.tta, threshold
+    )
     worker = _ArrayWorker(volume, plan, predictor, settings.nan, network.classes)
     stage = Stage(
         STAGE,

@@ -95,6 +95,7 @@ def prepare(
         stored_values(network.classes, outputs),
     )
     refuse_threshold(settings.threshold, network.classes)
+    threshold = header.threshold if settings.threshold is None else settings.threshold
     rules = settings.rules_for(outputs)
     factors = _factors(volume, stored, settings.pyramid)
     later = rules is not None or bool(factors)
@@ -121,7 +122,7 @@ def prepare(
         tta=settings.tta,
         nan=settings.nan,
         outputs=outputs,
-        threshold=settings.threshold,
+        threshold=threshold,
         factors=factors,
         rules=rules,
         class_values=tuple(header.class_values),

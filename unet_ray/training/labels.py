@@ -85,6 +85,7 @@ class TrainingData:
         identity: names, shapes and checksums of images and labels; serialisable as JSON.
         unlabelled: slices of the images without labels.
         held_out: slices for validation; empty if no slices are held out.
+        instances: whether the labels number objects.
     """
 
     volumes: tuple[TrainingVolume, ...]
@@ -93,6 +94,7 @@ class TrainingData:
     identity: dict[str, Any]
     held_out: tuple[HeldOut, ...] = ()
     unlabelled: int = 0
+    instances: bool = False
 
     @property
     def channels(self) -> int:
@@ -179,6 +181,7 @@ def load_training_data(
         identity,
         tuple(HeldOut(image, truth.targets, truth.cells, grey) for image, truth, grey in held_out),
         sum(pair.image.shape[1] - len(pair.planes) for pair in pairs),
+        recipe.labels_are == "instances",
     )
 
 

@@ -42,6 +42,8 @@ class Recipe:
             the loss is a mean over voxels. It is the same for any number of workers.
         decay: the learning rate falls as (1 - progress) ** decay; 0 keeps it constant.
         clip: maximum norm of the gradient; 0 for no clipping.
+        averaged: the model is a moving average of the weights over about this many steps; 0 for the
+            weights of the last step.
         momentum: momentum of SGD, from 0 to below 1; AdamW ignores it.
         labels_are: ``classes``, or ``instances`` if the labels number the cells. The network then
             learns two classes, cell and background.
@@ -70,6 +72,7 @@ class Recipe:
     learning_rate: float = 1e-3
     decay: float = 0.9
     clip: float = 5.0
+    averaged: int = 500
     momentum: float = 0.9
     labels_are: LabelsAre = "classes"
     ignore_label: int | None = None
@@ -122,7 +125,8 @@ class Recipe:
         refuse_unknown("norm", self.norm, ("none", "weight", "batch"))
         refuse_unknown("optimiser", self.optimiser, ("adamw", "sgd"))
         refuse_unknown("precision", self.precision, ("auto", "float32", "bfloat16"))
-        for name in ("depth", "base_channels", "batch", "steps", "patience", "seed"):
+        whole = "depth", "base_channels", "batch", "steps", "averaged", "patience", "seed"
+        for name in whole:
             value = getattr(self, name)
             if value is not None and not isinstance(value, int):
                 raise InputError(f"{name}={value!r} must be a whole number.")
@@ -131,6 +135,7 @@ class Recipe:
             "steps": (self.steps is None or self.steps >= 1, "at least 1"),
             "minutes": (self.minutes is None or 0 < self.minutes < math.inf, "above 0"),
             "learning_rate": (0 < self.learning_rate < math.inf, "above 0"),
+            "averaged": (self.averaged >= 0, "at least 0"),
             "momentum": (0 <= self.momentum < 1, "at least 0 and below 1"),
             "w0": (0 <= self.w0 < math.inf, "at least 0"),
             "sigma": (0 < self.sigma < math.inf, "above 0"),
@@ -172,7 +177,8 @@ class Recipe:
         return network.output_extent(self.patch[0]), network.output_extent(self.patch[1])
 
 
-# "paper": one large patch per step, momentum 0.99, dropout, no norm, no decay (sec. 3).
+# "paper": one large patch per step, momentum 0.99, dropout, no norm, no decay (sec. 3). It has no
+# average of weights either.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
@@ -183,5 +189,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "momentum": 0.99,
         "decay": 0.0,
         "clip": 0.0,
+        "averaged": 0,
     },
 }

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from unet_ray.errors import InputError, RunError
 from unet_ray.machine import keep_freed_memory
@@ -54,12 +55,13 @@ from unet_ray.training.run_folder import (
     OnMeasure,
     RunFolder,
 )
-from unet_ray.training.validation import Validator
+from unet_ray.training.validation import Validator, calibrated
 from unet_ray.versions import versions
 
 VALIDATIONS = 10
 CALIBRATION_PATCHES = 8
 NO_LIMIT = timedelta(days=365)
+LAST = "last."  # prefix of the weights of the last step, if those of the model are averages
 Draw = Callable[[Iterator[SampleSlot]], Iterator[Sample]]
 
 
@@ -220,6 +222,7 @@ class Training:
         self._network = recipe.network(data.channels, len(data.class_values))
         self._network.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._optimiser = optimiser_for(recipe, self._network)
+        self._average: Average | None = None
         state = self._restore() or self._begin()
         self.step = state.step
         self.precision: Precision = state.precision or precision_for(recipe, world)
@@ -234,6 +237,8 @@ class Training:
         self._clock, self._saved = _Clock(recipe, state.seconds), time.monotonic()
         self._log = self._validation = None
         self._unlimited, self._last_tenth = world.group_without_limit(), -1
+        if world.first and recipe.averaged and self._average is None:
+            self._average = Average(self._network, recipe.averaged)
         if world.first and not run.checkpoints():
             self._save()  # its header lets later runs refuse another recipe or other data
         if world.first:
@@ -280,6 +285,8 @@ class Training:
             batch = list(islice(samples, self._recipe.batch))
             loss = self._learner.step(batch, self.step, progress)
             self.step += 1
+            if self._average:
+                self._average.add(self._network)
             loss, progress = self._world.agree(loss, self._clock.progress(self.step))
             if not math.isfinite(loss):
                 raise self._diverged(f"the loss is {loss}")
@@ -299,7 +306,7 @@ class Training:
                 self._save()  # so that a kill during validation loses no step
                 header, rate = self._header(), self._learner.rate
                 self._validation.run(
-                    self._network, header, self.step, rate, self._clock.seconds, progress
+                    self._model, header, self.step, rate, self._clock.seconds, progress
                 )
             # Progress is equal on all workers, so the others come here in the same step.
             self._world.meet(self._unlimited)
@@ -331,7 +338,7 @@ class Training:
                 "steps": self.step,
             },
             data=self._data.identity,
-            versions={**versions(), **gpu_versions(cast(Device, self._world.device.type))},
+            versions={**versions(), **gpu_versions(self._device)},
         )
 
     def _save(self) -> None:
@@ -339,7 +346,9 @@ class Training:
         weights = self._network.state_dict()
         if nonfinite := [name for name, t in weights.items() if not t.isfinite().all()]:
             raise self._diverged(f"weight {nonfinite[0]!r} is no longer finite")
-        tensors = {WEIGHT + name: t for name, t in weights.items()}
+        tensors = {WEIGHT + name: t for name, t in self._model.state_dict().items()}
+        if self._average:
+            tensors |= {LAST + name: t for name, t in weights.items()}
         for index, values in self._optimiser.state_dict()["state"].items():
             for name, value in values.items():
                 if value is not None:
@@ -368,9 +377,11 @@ class Training:
             return None
         tensors, header = newest.tensors, newest.header
         self._run.refuse_header(header, dataclasses.asdict(self._recipe), self._data.identity)
-        self._network.load_state_dict(
-            {n.removeprefix(WEIGHT): t for n, t in tensors.items() if n.startswith(WEIGHT)}
-        )
+        model, last = _named(tensors, WEIGHT), _named(tensors, LAST)
+        self._network.load_state_dict(last or model)
+        if self._world.first and last:
+            self._average = Average(self._network, self._recipe.averaged, header["step"])
+            self._average.network.load_state_dict(model)
         optimiser_state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimiser."):
@@ -387,8 +398,19 @@ class Training:
         if self._validation and best.exists():
             write_whole(model, best.read_bytes(), guard=self._run.guard)
         else:
-            header = dataclasses.asdict(self._header())
-            write_tensors(model, self._network.state_dict(), header, self._run.guard)
+            network = self._model.eval()
+            threshold = calibrated(network, self._data, self.precision, self._device)
+            header = dataclasses.asdict(replace(self._header(), threshold=threshold))
+            write_tensors(model, network.state_dict(), header, self._run.guard)
+
+    @property
+    def _model(self) -> UNet:
+        """The network that is validated and stored."""
+        return self._average.network if self._average else self._network
+
+    @property
+    def _device(self) -> Device:
+        return cast(Device, self._world.device.type)
 
 
 class _Validation:
@@ -441,14 +463,16 @@ class _Validation:
         progress: float,
     ) -> None:
         """Scores the network, stores it if it is the best so far, and logs the scores."""
-        network.eval()
-        scores, predictions = self._validator(network)
-        network.train()
-        store_predictions(self._predictions_file, step, self._held_out, predictions, self._guard)
+        training = network.training
+        result = self._validator(network.eval())
+        network.train(training)
+        scores, pictures = result.scores, result.predictions
+        store_predictions(self._predictions_file, step, self._held_out, pictures, self._guard)
         self._last_tenth = _tenth(progress)
         if self._record(scores):
-            fields = dataclasses.asdict(header)
-            fields["training"] = {**fields["training"], "validation": scores}
+            facts = {**header.training, "validation": scores}
+            best = replace(header, training=facts, threshold=result.threshold)
+            fields = dataclasses.asdict(best)
             write_tensors(self._best_file, network.state_dict(), fields, self._guard)
         self._log.flush(step, rate, seconds, progress, scores)
 
@@ -468,6 +492,34 @@ class _Validation:
 def _tenth(progress: float) -> int:
     # A rounding error just below a whole tenth must not delay a validation.
     return math.floor(progress * VALIDATIONS + 1e-9)
+
+
+class Average:
+    """A moving average of the weights of a network.
+
+    Its predictions vary less between two validations than those of the last weights.
+
+    Args:
+        network: whose weights are averaged; copied.
+        steps: the average extends over about this many steps, at the start over fewer.
+        done: averages that the weights of `network` already contain.
+
+    Attributes:
+        network: the copy with the averaged weights, in inference mode.
+    """
+
+    def __init__(self, network: UNet, steps: int, done: int = 0) -> None:
+        def average(averaged: Any, current: Any, count: Any) -> None:
+            share = max(1 / steps, 9 / (10 + int(count)))
+            torch._foreach_lerp_(list(averaged), list(current), min(1.0, share))
+
+        self._averaged = AveragedModel(network, multi_avg_fn=average)
+        self._averaged.n_averaged.fill_(done)
+        self.network = cast(UNet, self._averaged.module).requires_grad_(False).eval()
+
+    def add(self, network: UNet) -> None:
+        """Adds the weights after a step."""
+        self._averaged.update_parameters(network)
 
 
 class Learner:
@@ -522,6 +574,11 @@ class Learner:
         image = stacked([s.image for s in samples]).contiguous(memory_format=torch.channels_last)
         targets = stacked([s.targets for s in samples]).long()
         return image, targets, stacked([s.weights for s in samples])
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Returns the tensors whose names start with a prefix, without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def optimiser_for(recipe: Recipe, network: UNet) -> torch.optim.Optimizer:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from unet_ray.errors import InputError
 from unet_ray.network.prediction import Device, Precision, Predictor
@@ -23,11 +23,28 @@ from unet_ray.scores.totals import MEANINGS, class_scores, instance_scores, isbi
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.mirror import read_mirrored
 from unet_ray.tiling.tiles import TilePlan, equal_core
-from unet_ray.training.labels import IGNORED, HeldOut
+from unet_ray.training.calibration import best_threshold, numbered, stacked
+from unet_ray.training.labels import IGNORED, HeldOut, TrainingData
 
 LARGEST_CORE = 512
+CALIBRATION_SLICES = 8
 MEMBRANES = ("pixel_error", "warping_error", "v_rand", "v_info")
 CELLS = ("seg", "ap50")
+
+
+@dataclass(frozen=True)
+class Validated:
+    """The result of one validation.
+
+    Attributes:
+        scores: by name, without undefined ones.
+        predictions: of each volume, 255 p of the classes above 0, (classes - 1, z, y, x).
+        threshold: of the class map; None for more than two classes. See `best_threshold`.
+    """
+
+    scores: dict[str, float]
+    predictions: list[NDArray[np.uint8]]
+    threshold: float | None
 
 
 class Validator:
@@ -58,15 +75,15 @@ class Validator:
         self.names = score_names(held_out, classes)
         self.best_by = checked_score(held_out, classes, best_by)
 
-    def __call__(self, network: UNet) -> tuple[dict[str, float], list[NDArray[np.uint8]]]:
-        """Scores `network`.
-
-        Returns:
-            The scores by name, without undefined ones, and the prediction of each volume: 255 p of
-            the classes above 0, (classes - 1, z, y, x).
-        """
-        stored = [self._predict(network, held_out) for held_out in self._held_out]
-        return self._defined(self._scores(stored)), stored
+    def __call__(self, network: UNet) -> Validated:
+        """Scores `network`, with the class map of the best threshold."""
+        predictions = [
+            predicted(network, each, self._precision, self._device) for each in self._held_out
+        ]
+        threshold = best_threshold(predictions, self._held_out)
+        return Validated(
+            self._defined(self._scores(predictions, threshold)), predictions, threshold
+        )
 
     def _defined(self, scores: Mapping[str, float]) -> dict[str, float]:
         return {name: value for name, value in scores.items() if not math.isnan(value)}
@@ -80,29 +97,11 @@ class Validator:
         sign = 1 if MEANINGS[self.best_by][0] == 1 else -1
         return sign * scores[self.best_by] > sign * than[self.best_by]
 
-    def _predict(self, network: UNet, held_out: HeldOut) -> NDArray[np.uint8]:
-        """Predicts probabilities of classes 1 and above, 0 to 255, (classes - 1, z, y, x)."""
-        shape = held_out.image.shape[1:]
-        core = (
-            1,
-            *(
-                equal_core(n, LARGEST_CORE, s)
-                for n, s in zip(shape[1:], network.context.step[1:], strict=True)
-            ),
-        )
-        plan = TilePlan(shape, core, network.context, core)
-        predictor = Predictor(network, plan, held_out.intensity, self._precision, self._device)
-        stored = np.zeros((self._classes - 1, *shape), np.uint8)
-        for number in range(len(plan)):
-            tile = plan[number]
-            voxels = read_mirrored(partial(_crop, held_out.image), shape, tile.read)
-            shares = predictor(tile, voxels, ("probabilities",))["probabilities"]
-            stored[(slice(None), *tile.write.slices)] = shares[(slice(None), *tile.crop.slices)]
-        return stored
-
-    def _scores(self, stored: Sequence[NDArray[np.uint8]]) -> dict[str, float]:
+    def _scores(
+        self, stored: Sequence[NDArray[np.uint8]], threshold: float | None
+    ) -> dict[str, float]:
         """Scores the stored probabilities of all volumes together."""
-        classes = [_classes(probabilities) for probabilities in stored]
+        classes = [_classes(probabilities, threshold) for probabilities in stored]
         tables = [
             _annotated(Overlaps.of(held_out.targets, predicted))
             for held_out, predicted in zip(self._held_out, classes, strict=True)
@@ -113,10 +112,10 @@ class Validator:
             scores |= self._isbi([probabilities[0] / 255 for probabilities in stored])
         if "seg" in self.names:
             masks = [held_out.targets != IGNORED for held_out in self._held_out]
-            predicted_cells = _stacked(
-                [_numbered(array * mask) for array, mask in zip(classes, masks, strict=True)]
+            predicted_cells = stacked(
+                [numbered((array != 0) & mask) for array, mask in zip(classes, masks, strict=True)]
             )
-            cells = _stacked([each.cells for each in self._held_out if each.cells is not None])
+            cells = stacked([each.cells for each in self._held_out if each.cells is not None])
             objects = instance_scores(predicted_cells, cells, True, CELLS)
             scores |= {name: score.value for name, score in objects.items()}
         return scores
@@ -134,6 +133,71 @@ class Validator:
             voxels.append(truth.size)
             scores.append([group_scores[name].value for name in MEMBRANES])
         return dict(zip(MEMBRANES, np.average(scores, 0, voxels).tolist(), strict=True))
+
+
+def predicted(
+    network: UNet, held_out: HeldOut, precision: Precision, device: Device
+) -> NDArray[np.uint8]:
+    """Predicts held-out slices.
+
+    Args:
+        network: in inference mode.
+        held_out: the slices.
+        precision: number format of the network's arithmetic.
+        device: device of the network.
+
+    Returns:
+        255 p of the classes above 0, (classes - 1, z, y, x).
+    """
+    shape = held_out.image.shape[1:]
+    extents = zip(shape[1:], network.context.step[1:], strict=True)
+    core = (1, *(equal_core(n, LARGEST_CORE, step) for n, step in extents))
+    plan = TilePlan(shape, core, network.context, core)
+    predictor = Predictor(network, plan, held_out.intensity, precision, device)
+    stored = np.zeros((network.classes - 1, *shape), np.uint8)
+    for number in range(len(plan)):
+        tile = plan[number]
+        voxels = read_mirrored(partial(_crop, held_out.image), shape, tile.read)
+        shares = predictor(tile, voxels, ("probabilities",))["probabilities"]
+        stored[(slice(None), *tile.write.slices)] = shares[(slice(None), *tile.crop.slices)]
+    return stored
+
+
+def calibrated(
+    network: UNet, data: TrainingData, precision: Precision, device: Device
+) -> float | None:
+    """Returns the threshold of the class map, chosen on slices that the network has learned.
+
+    Args:
+        network: in inference mode.
+        data: the labelled volumes; at most `CALIBRATION_SLICES` of their slices are predicted.
+        precision: number format of the network's arithmetic.
+        device: device of the network.
+
+    Returns:
+        See `best_threshold`.
+    """
+    if network.classes > 2:
+        return None
+    slices = _some_slices(data)
+    predictions = [predicted(network, each, precision, device) for each in slices]
+    return best_threshold(predictions, slices)
+
+
+def _some_slices(data: TrainingData) -> list[HeldOut]:
+    """Returns evenly spaced slices of all volumes; voxels without weight are not annotated."""
+    depths = [len(volume.targets) for volume in data.volumes]
+    total = sum(depths)
+    count = min(total, CALIBRATION_SLICES)
+    places, first, chosen = (np.arange(count) * total + total // 2) // count, 0, []
+    for volume, depth in zip(data.volumes, depths, strict=True):
+        z = places[(first <= places) & (places < first + depth)] - first
+        first += depth
+        if len(z):
+            targets = np.where(volume.weights[z] > 0, volume.targets[z], IGNORED).astype(np.uint8)
+            cells = numbered(targets == 1) if data.instances else None
+            chosen.append(HeldOut(volume.image[:, z], targets, cells, volume.intensity))
+    return chosen
 
 
 def _foreground(held_out: HeldOut) -> NDArray[np.bool_]:
@@ -186,8 +250,11 @@ def checked_score(held_out: Sequence[HeldOut], classes: int, best_by: str | None
     return best_by or names[-1]
 
 
-def _classes(stored: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Returns the most probable class from stored probabilities, (z, y, x)."""
+def _classes(stored: NDArray[np.uint8], threshold: float | None) -> NDArray[np.uint8]:
+    """Returns the class map of stored probabilities, (z, y, x)."""
+    if threshold is not None:
+        above: NDArray[np.uint8] = (stored[0] > 255 * threshold).astype(np.uint8)
+        return above
     first = 255 - stored.sum(0, dtype=np.int64, keepdims=True)
     classes: NDArray[np.int64] = np.concatenate([first, stored]).argmax(0)
     return classes.astype(np.uint8)
@@ -195,16 +262,3 @@ def _classes(stored: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _annotated(table: Overlaps) -> Overlaps:
     return table.where(table.truth != IGNORED)
-
-
-def _numbered(classes: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Numbers the 4-connected components of the foreground in each slice, (z, y, x)."""
-    return np.stack([ndimage.label(plane != 0)[0] for plane in classes]).astype(np.int64)
-
-
-def _stacked(stacks: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Concatenates stacks along z, padding smaller slices with 0 at the end of y and x."""
-    height, width = (max(s.shape[axis] for s in stacks) for axis in (1, 2))
-    return np.concatenate(
-        [np.pad(s, ((0, 0), (0, height - s.shape[1]), (0, width - s.shape[2]))) for s in stacks]
-    )
