@@ -669,6 +669,9 @@ def _announce(run: Segmentation, settings: Settings) -> None:
         f"{verb} {run.out.name}: {len(tiles)} tiles of {commas(tiles.core)}, {run.precision} on "
         f"{run.device}, engine {settings.engine}, {_memory(run, settings)}"
     )
+    if run.threshold is not None:
+        source = "of the model" if settings.threshold is None else "of --threshold"
+        say(f"A voxel is of class 1 above a probability of {run.threshold:.3f} {source}.")
 
 
 def _memory(run: Segmentation, settings: Settings) -> str:

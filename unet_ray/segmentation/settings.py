@@ -36,7 +36,7 @@ class Settings:
             stored with them.
         pyramid: store coarser levels for viewers; None to keep an existing store's, else True.
         threshold: probability above which a voxel is of class 1, for two classes; None for the
-            likelier class.
+            threshold of the model, or the likelier class if the model has none.
         connect, connectivity, split, min_size, fill_holes, exclude_border, ids: see `Rules`.
         region: part of the volume to segment, (z, y, x); None for the whole volume.
         mask: path of a volume that is nonzero where tiles are requested; see `masks`.

@@ -116,11 +116,14 @@ def _steps(recipe: Recipe, step_seconds: float | None) -> str:
 
 
 def model_line(model: Path) -> str:
-    """Says which step a finished model is from, with its validation scores."""
-    training = read_tensors(model)[1]["training"]
+    """Says which step a finished model is from, with its validation scores and threshold."""
+    header = read_tensors(model)[1]
+    training, threshold = header["training"], header.get("threshold")
     scores = training.get("validation", {})
     line = f"step {training['steps']}"
-    return f"{line}, the best of the run: {_listed(scores)}" if scores else line
+    if scores:
+        line += f", the best of the run: {_listed(scores)}"
+    return line if threshold is None else f"{line}; class 1 above a probability of {threshold:.3f}"
 
 
 def _listed(scores: Mapping[str, float]) -> str:
