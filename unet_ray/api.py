@@ -47,7 +47,7 @@ from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import TilePlan
 from unet_ray.training import train as training
 from unet_ray.training.recipes import Recipe
-from unet_ray.training.run_folder import OnMeasure
+from unet_ray.training.run_folder import OnMeasure, time_of_model
 from unet_ray.units import (
     parse_bytes,
     parse_patch,
@@ -514,7 +514,7 @@ def train(
         if isinstance(flags.get("patch"), str | int):
             flags["patch"] = parse_patch(flags["patch"])
         settings = Recipe.of(recipe, **flags)
-    finished = (Path(out) / "model.safetensors").exists()
+    before = time_of_model(out)
     together = parse_workers(workers) if isinstance(workers, str) else workers
     with TrainingBar("train", quiet=not progress) as bar:
         path = training.train(
@@ -530,6 +530,7 @@ def train(
             any_classes=any_classes,
             strict=strict,
         )
+    finished = before is not None and time_of_model(out) == before
     if not finished or not (Path(out) / "report.html").exists():
         write_report(out)
     return Model(path)

@@ -171,7 +171,12 @@ def demo(out: str) -> None:
         help="2-D or 3-D network; only 2 is built.",
     ),
     flag("--depth", group=NETWORK, type=int, help="Number of pooling steps. [4]"),
-    flag("--base-channels", group=NETWORK, type=int, help="Channels at full resolution. [64]"),
+    flag(
+        "--base-channels",
+        group=NETWORK,
+        type=int,
+        help="Channels at full resolution. [16 to 64, by device and time; paper: 64]",
+    ),
     flag(
         "--norm",
         group=NETWORK,
@@ -248,6 +253,13 @@ def demo(out: str) -> None:
         metavar="VOXELS",
         help="Standard deviation of the elastic deformation. [10]",
     ),
+    flag(
+        "--from",
+        "start",
+        group=TRAINING,
+        metavar="RUN|FILE",
+        help="Start from the weights of this model, with a learning rate of 0.0003.",
+    ),
     flag("--seed", group=TRAINING, type=int, metavar="N", help="Random seed. [0]"),
     flag(
         "--workers",
@@ -269,6 +281,7 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
         raise InputError("dims=3 is not built; set --dims 2, which segments stacks by slices.")
     patch = parse_patch(flags.pop("patch"))
     from unet_ray.training.recipes import Recipe
+    from unet_ray.training.run_folder import time_of_model
     from unet_ray.training.train import train
 
     images, labels, out, engine, workers, recipe, takeover, strict, quiet = (
@@ -279,7 +292,7 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
         )
     )
     settings, together = Recipe.of(recipe, patch=patch, **flags), parse_workers(workers)
-    finished = (Path(out) / "model.safetensors").exists()
+    before = time_of_model(out)
     with TrainingBar("train", quiet) as watch:
         model = train(
             list(images),
@@ -294,6 +307,7 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
             any_classes=flags["labels_are"] == "classes",
             strict=strict,
         )
+    finished = before is not None and time_of_model(out) == before
     if finished:
         say(f"{out}: training is finished; nothing to do.")
     if not finished or not (Path(out) / "report.html").exists():

@@ -289,7 +289,7 @@ TILING = (
         group=OBJECTS,
         type=float,
         metavar="T",
-        help="Probability above which a voxel is foreground; for 2 classes. Default: that of the model.",
+        help="Probability above which a voxel is foreground, for 2 classes. [that of the model]",
     ),
     flag(
         "--connect",

@@ -199,9 +199,10 @@ class TrainingBar(ProgressBar):
         if measure.validation is not None:
             scores = ", ".join(f"{name} {v:.4f}" for name, v in measure.validation.items())
             self.say(f"step {measure.step}: validation {scores}")
+        loss = f"loss {measure.loss:.4f}, " if measure.step else ""
         self.show(
             measure.progress,
-            f"step {measure.step}, loss {measure.loss:.4f}, "
+            f"step {measure.step}, {loss}"
             f"{measure.step / max(seconds, 1e-9):.2f} steps/s, {format_seconds(left)} left",
         )
 

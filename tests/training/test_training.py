@@ -1,6 +1,7 @@
 """Training on the local engine: it learns, repeats exactly, resumes, and refuses other runs."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from unet_ray.training import labels as annotations
 from unet_ray.training import trainer as training
 from unet_ray.training.labels import load_training_data
 from unet_ray.training.patches import Sampler
-from unet_ray.training.recipes import Recipe
+from unet_ray.training.recipes import Recipe, channels_for
 from unet_ray.training.run_folder import (
     METRICS,
     PATCHES,
@@ -294,14 +295,12 @@ def test_a_model_removed_after_the_last_step_is_rewritten(files, tmp_path):
 
 
 OTHER = {
-    "steps": 9,
     "depth": 2,
     "base_channels": 3,
     "norm": "none",
     "dropout": 0.2,
     "patch": (48, 48),
     "batch": 2,
-    "minutes": 5.0,
     "learning_rate": 0.5,
     "w0": 2.0,
     "sigma": 2.0,
@@ -699,3 +698,107 @@ def test_checkpoints_of_another_program_are_not_changed(files, tmp_path):
     with pytest.raises(InputError, match="is not a training run"):
         run(files, tmp_path / "thesis")
     assert (tmp_path / "thesis" / "checkpoints" / ".x.partial").exists()
+
+
+# Going on
+
+
+def test_a_finished_run_goes_on_with_more_steps(files, tmp_path):
+    whole = run(files, tmp_path / "whole", steps=40, val_fraction=0.5)
+    model = run(files, tmp_path / "run", steps=20, val_fraction=0.5)
+    assert run(files, tmp_path / "run", steps=40, val_fraction=0.5) == model
+    steps = [line.step for line in read_measures(tmp_path / "run" / METRICS) if line.validation]
+    # A tenth of 20 steps is 2, and one of 40 is 4.
+    assert steps == [*range(2, 21, 2), *range(24, 41, 4)]
+    tensors, header = read_tensors(model)
+    assert header["training"]["recipe"]["steps"] == 40
+    assert tensors.keys() == read_tensors(whole)[0].keys()
+    content = model.read_bytes()
+    assert run(files, tmp_path / "run", steps=40, val_fraction=0.5).read_bytes() == content
+
+
+def test_a_run_that_went_on_and_was_stopped_resumes(files, tmp_path):
+    def model(name):
+        return run(files, tmp_path / name, steps=40, checkpoint_seconds=0, val_fraction=0.5)
+
+    for name in ("whole", "run"):
+        run(files, tmp_path / name, steps=20, val_fraction=0.5)
+    with pytest.raises(StoppedError):
+        run(files, tmp_path / "run", stop_at(30), 0, steps=40, val_fraction=0.5)
+    assert model_content(model("run")) == model_content(model("whole"))
+    assert (tmp_path / "run" / METRICS).exists()
+
+
+def test_fewer_steps_than_a_finished_run_has_are_refused(files, tmp_path):
+    model = run(files, tmp_path / "run", steps=20)
+    content = model.read_bytes()
+    for steps in (10, 19):
+        with pytest.raises(InputError, match=rf"steps={steps} is too few .* for 20 steps"):
+            run(files, tmp_path / "run", steps=steps)
+    assert model.read_bytes() == content
+
+
+# Starting from a model
+
+
+def test_a_training_starts_from_the_weights_of_a_model(files, tmp_path):
+    start = run(files, tmp_path / "first", steps=20)
+    # With a rate of nearly 0 the weights stay as they were.
+    tuned = run(files, tmp_path / "tuned", steps=1, start=str(start), learning_rate=1e-12)
+    before, after = read_tensors(start)[0], read_tensors(tuned)[0]
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    training = read_tensors(tuned)[1]["training"]
+    assert training["start_sha256"] == hashlib.sha256(start.read_bytes()).hexdigest()
+    assert training["recipe"]["start"] == str(start)
+
+
+def test_a_model_to_start_from_is_scored_before_the_first_step(files, tmp_path):
+    start = run(files, tmp_path / "first", steps=30)
+    chosen = {"start": str(tmp_path / "first"), "val_fraction": 0.5, "steps": 10}
+    # A rate that destroys the weights: the model to start from remains the best one.
+    tuned = run(files, tmp_path / "tuned", **chosen, learning_rate=10.0)
+    first = read_measures(tmp_path / "tuned" / METRICS)[0]
+    assert (first.step, math.isnan(first.loss)) == (0, True)
+    assert read_tensors(tuned)[1]["training"]["steps"] == 0
+    before, after = read_tensors(start)[0], read_tensors(tuned)[0]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_training_has_the_network_of_its_start_and_a_lower_rate(files, tmp_path):
+    start = str(run(files, tmp_path / "first", steps=2, base_channels=3))
+    given = Recipe.of("default", start=start, steps=1)
+    assert (given.base_channels, given.depth, given.learning_rate) == (3, 1, 3e-4)
+    with pytest.raises(InputError, match=r"depth=2 does not fit .*model\.safetensors.* has 1"):
+        Recipe.of("default", start=start, steps=1, depth=2)
+    with pytest.raises(InputError, match="no such model file"):
+        Recipe.of("default", start=str(tmp_path / "missing"), steps=1)
+
+
+def test_a_start_with_other_classes_is_refused(files, tmp_path):
+    start = str(run(files, tmp_path / "first", steps=2))
+    labels = tifffile.imread(files[1])
+    labels[0, :10] = 100
+    tifffile.imwrite(tmp_path / "labels.tif", labels)
+    with pytest.raises(InputError, match="has 2 classes, but the labels have 3"):
+        run((files[0], str(tmp_path / "labels.tif")), tmp_path / "run", steps=2, start=start)
+
+
+# Channels by device and time
+
+
+@pytest.mark.parametrize(
+    ("device", "minutes", "channels"),
+    [("cuda", 5.0, 64), ("mps", None, 64), ("cpu", None, 16), ("cpu", 20.0, 16), ("cpu", 60.0, 32)],
+)
+def test_channels_suit_the_device_and_the_time(device, minutes, channels):
+    assert channels_for(device, minutes) == channels
+
+
+def test_a_run_keeps_the_channels_that_it_chose(files, tmp_path, monkeypatch):
+    chosen = {"base_channels": None, "depth": 1, "patch": (28, 28), "checkpoint_seconds": 0}
+    with pytest.raises(StoppedError):
+        run(files, tmp_path / "run", stop_at(10), steps=20, **chosen)
+    monkeypatch.setattr("unet_ray.training.train.channels_for", lambda *given: 5)
+    header = read_tensors(run(files, tmp_path / "run", steps=20, **chosen))[1]
+    assert header["architecture"]["base_channels"] == 16
+    assert header["training"]["recipe"]["base_channels"] == 16

@@ -58,7 +58,7 @@ def about_run(run: Path) -> Facts:
         "measures": measures,
         "left_out": len(lines) - len(measures),
         "finished": (run / MODEL).exists(),
-        "loss": _loss_chart(measures) if measures else None,
+        "loss": _loss_chart(measures) if any(m["step"] for m in measures) else None,
         "validation": _validation_charts(measures),
         "header": header,
         "patches": patches,
@@ -68,9 +68,9 @@ def about_run(run: Path) -> Facts:
 
 
 def _is_measure(line: Facts) -> bool:
-    """Whether a line of the log has all its numbers."""
-    numbers = (measured(line.get(name)) for name in ("step", "seconds", "progress"))
-    return _finite(line.get("loss")) is not None and None not in numbers
+    """Whether a line of the log has all its numbers; before the first step there is no loss."""
+    numbers = [measured(line.get(name)) for name in ("step", "seconds", "progress")]
+    return None not in numbers and (numbers[0] == 0 or _finite(line.get("loss")) is not None)
 
 
 def _finite(value: object) -> float | None:
@@ -85,7 +85,7 @@ def _header(run: Path) -> Facts:
 
 
 def _loss_chart(measures: Sequence[Facts]) -> Markup:
-    steps, losses = [m["step"] for m in measures], [m["loss"] for m in measures]
+    steps, losses = zip(*((m["step"], m["loss"]) for m in measures if m["step"]), strict=True)
     line = charts.binned_series("loss", steps, losses)
     return Markup(charts.line_chart("Training loss", [line], "step", "loss", log=True))
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from unet_ray.errors import InputError, refuse_unknown
+from unet_ray.network.checkpoints import find_model, read_model
 from unet_ray.network.prediction import Precision
 from unet_ray.network.unet import Norm, UNet
 
@@ -31,7 +32,8 @@ class Recipe:
     Attributes:
         recipe: name of the recipe that supplies the defaults.
         depth, base_channels, norm, dropout: settings of the network. Every norm computes the same
-            function in training and in prediction.
+            function in training and in prediction. Without `base_channels`, training chooses them
+            by `channels_for`.
         patch: size of the network's input along y and x, in voxels; (0, 0) selects the recipe's
             default at this depth.
         batch: number of patches per step and worker. N workers see N times this many per step.
@@ -54,6 +56,8 @@ class Recipe:
         patience: stop after this many validations without a better score; None for no limit.
         w0, sigma: weight and width in voxels of the border term of the weight map (eq. 2).
         elastic: standard deviation of the deformation at its nodes, in voxels (sec. 3.1).
+        start: RUN folder or file of a model whose weights the training starts from; None for random
+            weights.
         seed: random seed.
         precision: number format of the arithmetic; ``auto`` is bfloat16 if the hardware supports
             it, else float32.
@@ -61,7 +65,7 @@ class Recipe:
 
     recipe: Literal["default", "paper"] = "default"
     depth: int = 4
-    base_channels: int = 64
+    base_channels: int | None = None
     norm: Norm = "weight"
     dropout: float = 0.0
     patch: tuple[int, int] = (0, 0)
@@ -83,6 +87,7 @@ class Recipe:
     w0: float = 10.0
     sigma: float = 5.0
     elastic: float = 10.0
+    start: str | None = None
     seed: int = 0
     precision: Precision | Literal["auto"] = "auto"
 
@@ -93,14 +98,17 @@ class Recipe:
         Args:
             name: ``default`` or ``paper``.
             **chosen: fields of `Recipe`; None selects the recipe's default. Without `steps` and
-                `minutes`, training lasts 15 minutes.
+                `minutes`, training lasts 15 minutes. With `start`, depth, channels and norm are
+                those of that model, and the default of the learning rate is 0.0003.
 
         Raises:
             InputError: if a number is out of range, if the recipe does not use a chosen setting, or
                 if the patch does not fit the network.
         """
         refuse_unknown("recipe", name, RECIPES)
-        settings = {**RECIPES[name], **{k: v for k, v in chosen.items() if v is not None}}
+        given = {k: v for k, v in chosen.items() if v is not None}
+        start = _settings_of_start(given)
+        settings = {**RECIPES[name], **start, **given}
         if settings.get("steps") is None and settings.get("minutes") is None:
             settings["minutes"] = 15.0
         recipe = cls(recipe=name, **settings)  # type: ignore[arg-type]
@@ -154,7 +162,7 @@ class Recipe:
                 "best_by and patience need held-out slices; set --val or --val-fraction."
             )
         with torch.device("meta"):  # checks the network's settings without allocating memory
-            network = self.network(1, 2)
+            network = self.with_channels(1).network(1, 2)
         smallest = network.context.halo[-1] + network.context.step[-1]
         for extent in self.patch:
             try:
@@ -166,8 +174,20 @@ class Recipe:
                     f"patch={extent} is too small for this network; it must be at least {smallest}."
                 )
 
+    def with_channels(self, base_channels: int) -> Recipe:
+        """Returns this recipe with `base_channels`, unless it has channels of its own."""
+        if self.base_channels is not None:
+            return self
+        return dataclasses.replace(self, base_channels=base_channels)
+
     def network(self, channels: int, classes: int) -> UNet:
-        """Creates an untrained network with these settings."""
+        """Creates an untrained network with these settings.
+
+        Raises:
+            ValueError: if the recipe has no channels; see `with_channels`.
+        """
+        if self.base_channels is None:
+            raise ValueError("a recipe without base_channels has no network")
         return UNet(channels, classes, self.base_channels, self.depth, self.norm, self.dropout)
 
     @property
@@ -177,11 +197,54 @@ class Recipe:
         return network.output_extent(self.patch[0]), network.output_extent(self.patch[1])
 
 
+# Channels at full resolution on a GPU, and on a CPU by the minutes of training. With twice as many
+# channels a step takes about four times as long, and learns more only if there are enough steps.
+GPU_CHANNELS, CPU_CHANNELS, LONG_CPU_CHANNELS, LONG_MINUTES = 64, 16, 32, 45.0
+
+
+def channels_for(device: str, minutes: float | None) -> int:
+    """Returns the channels of the default recipe.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``mps``.
+        minutes: limit of the training; None for no limit.
+    """
+    if device != "cpu":
+        return GPU_CHANNELS
+    return LONG_CPU_CHANNELS if minutes and minutes >= LONG_MINUTES else CPU_CHANNELS
+
+
+# Of the network: a training that starts from a model has those of that model.
+ARCHITECTURE = "depth", "base_channels", "norm", "dropout"
+FINE_TUNING_RATE = 3e-4  # a higher one destroys what the model has learned
+
+
+def _settings_of_start(given: dict[str, Any]) -> dict[str, Any]:
+    """Returns the defaults of a training that starts from a model; none without such a model.
+
+    Raises:
+        InputError: if the model cannot be read, or has another setting than the given one.
+    """
+    if "start" not in given:
+        return {}
+    path = find_model(given["start"])
+    architecture = read_model(path)[1].architecture
+    for name in ARCHITECTURE:
+        if name != "dropout" and given.get(name, architecture[name]) != architecture[name]:
+            raise InputError(
+                f"{name}={given[name]} does not fit {path}, which has {architecture[name]}; leave "
+                f"out {name}, or train without --from."
+            )
+    given["start"] = str(path)
+    return {"learning_rate": FINE_TUNING_RATE, **{n: architecture[n] for n in ARCHITECTURE}}
+
+
 # "paper": one large patch per step, momentum 0.99, dropout, no norm, no decay (sec. 3). It has no
 # average of weights either.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
+        "base_channels": 64,
         "norm": "none",
         "dropout": 0.5,
         "optimiser": "sgd",

@@ -30,6 +30,7 @@ from unet_ray.units import warn
 MODEL, BEST, METRICS = "model.safetensors", "best.safetensors", "metrics.jsonl"
 PATCHES, WEIGHTS = "patches.safetensors", "weights.safetensors"
 KEPT_CHECKPOINTS = 2
+LIMITS = "steps", "minutes"  # settings that may be raised to go on with a training
 REPORT_STEPS = 10
 LARGEST = 1e300  # bound of the numbers in a log or a checkpoint
 CHECKPOINTS = "checkpoints"  # this folder also contains the lease
@@ -41,7 +42,8 @@ class Measure:
 
     Attributes:
         step: number of completed steps.
-        loss: mean weighted loss over all workers and all steps since the previous line.
+        loss: mean weighted loss over all workers and all steps since the previous line; NaN before
+            the first step.
         learning_rate: learning rate of the last step.
         seconds: training time so far, excluding interruptions.
         progress: completed share of the training, 0 to 1.
@@ -79,6 +81,12 @@ class Checkpoint:
     path: Path
     tensors: dict[str, Tensor]
     header: dict[str, Any]
+
+
+def time_of_model(out: str | os.PathLike[str]) -> int | None:
+    """Returns when the model of a RUN folder was written, in nanoseconds; None without a model."""
+    model = Path(out) / MODEL
+    return model.stat().st_mtime_ns if model.exists() else None
 
 
 class RunFolder:
@@ -188,7 +196,7 @@ class RunFolder:
     def refuse_header(
         self, header: Mapping[str, Any], recipe: Mapping[str, Any], data: Mapping[str, Any]
     ) -> None:
-        """Refuses the header of a run with another recipe or other data.
+        """Refuses the header of a run with another recipe or other data; its limits may differ.
 
         Raises:
             InputError: if a field differs; names the field.
@@ -202,12 +210,49 @@ class RunFolder:
         current = json.loads(json.dumps({"recipe": recipe, "data": data}, allow_nan=False))
         for part in current:
             for field, value in current[part].items():
-                if stored[part].get(field) != value:
+                if field not in LIMITS and stored[part].get(field) != value:
                     before, now = _short(stored[part].get(field)), _short(value)
+                    flag = {"start": "from"}.get(field, field.replace("_", "-"))
                     raise InputError(
-                        f"{self.path}: was trained with --{field.replace('_', '-')} {before}, not "
+                        f"{self.path}: was trained with --{flag} {before}, not "
                         f"{now}; choose another --out."
                     )
+
+    def is_finished(self, recipe: Mapping[str, Any]) -> bool:
+        """Returns whether the folder contains a model of a training with these limits.
+
+        Args:
+            recipe: all settings; those besides the limits are those of the run.
+
+        Raises:
+            InputError: if a training with other limits is already beyond these.
+        """
+        if not self.contains(MODEL):
+            return False
+        before = read_tensors(self.path / MODEL)[1]["training"]["recipe"]
+        if all(before.get(name) == recipe[name] for name in LIMITS):
+            return True
+        newest = self.newest()
+        if newest is None:
+            raise InputError(f"{self.path}: has no checkpoint to go on from; choose another --out.")
+        done = {"steps": newest.header["step"], "minutes": newest.header["seconds"] / 60}
+        for name in LIMITS:
+            if recipe[name] is not None and recipe[name] <= done[name]:
+                raise InputError(
+                    f"{name}={recipe[name]:g} is too few to go on: {self.path} was trained for "
+                    f"{done['steps']} steps and {done['minutes']:.1f} minutes; set more, or choose "
+                    "another --out."
+                )
+        return False
+
+    def channels(self) -> int | None:
+        """Returns the channels of the network of this run; None if the run has not begun.
+
+        So a run goes on with the channels that it chose, on a machine with another device as well.
+        """
+        architecture = (self._header() or {}).get("architecture")
+        channels = architecture.get("base_channels") if isinstance(architecture, dict) else None
+        return channels if type(channels) is int else None
 
     def _header(self) -> dict[str, Any] | None:
         if self.contains(MODEL):
@@ -341,12 +386,14 @@ def read_measures(path: Path) -> list[Measure]:
 def _measure(line: str) -> Measure | None:
     """Parses a line of the log; returns None if it is damaged or not a measure."""
     try:
-        measure = Measure(**parse_json(line))
+        measure = Measure(**{"loss": math.nan, **parse_json(line)})
         scores = dict(measure.validation or {})
     except (ValueError, TypeError):
         return None
     fields = dataclasses.asdict(measure)
     del fields["validation"]
+    if not measure.step:
+        del fields["loss"]
     numbers = [*fields.values(), *scores.values()]
     finite = all(measured(number, -LARGEST, LARGEST) is not None for number in numbers)
     return measure if finite and type(measure.step) is int else None

@@ -61,6 +61,8 @@ def summary(
             f"{_count(weights)} weights, {where}",
         )
     )
+    if recipe.start:
+        rows.append(("starts from", recipe.start))
     batch = f", {workers * recipe.batch} patches per step" if workers * recipe.batch > 1 else ""
     rows.append(
         ("patch", f"{_by(recipe.patch)} voxels, of which {_by(recipe.output)} are predicted{batch}")

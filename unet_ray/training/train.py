@@ -25,7 +25,7 @@ from unet_ray.errors import InputError, RunError, UnetRayError
 from unet_ray.network.checkpoints import write_tensors
 from unet_ray.training.labels import TrainingData, load_training_data, store_weights
 from unet_ray.training.patches import Sampler, ahead, sample_slots
-from unet_ray.training.recipes import Recipe
+from unet_ray.training.recipes import Recipe, channels_for
 from unet_ray.training.run_folder import (
     METRICS,
     MODEL,
@@ -67,6 +67,8 @@ def train(
 ) -> Path:
     """Trains a network on labelled volumes; resumes an interrupted run.
 
+    A finished run goes on if `recipe` has more steps or minutes than before.
+
     Args:
         images: paths of the images.
         labels: paths of the labels, in the same order.
@@ -96,17 +98,20 @@ def train(
         count = ":".join(map(str, workers)) if isinstance(workers, tuple) else workers
         raise InputError(f"workers={count} needs --engine ray; the local engine has one worker.")
     data = load_training_data(images, labels, recipe, run.path / WEIGHTS, any_classes, strict)
+    if recipe.base_channels is None:
+        kind = cluster.find_device(engine, workers[0] if isinstance(workers, tuple) else workers)
+        recipe = recipe.with_channels(run.channels() or channels_for(kind, recipe.minutes))
     if data.held_out:
         checked_score(data.held_out, len(data.class_values), recipe.best_by)
     run.refuse_other(dataclasses.asdict(recipe), data.identity)
-    model = run.path / MODEL
-    if model.exists():
+    model, limits = run.path / MODEL, dataclasses.asdict(recipe)
+    if run.is_finished(limits):
         return model
     # Ray is set up before the lease is taken, and the first attempt runs under the same lease.
     on_ray = _OnRay(recipe, data, run, workers, checkpoint_seconds) if engine == "ray" else None
     with run.owned(takeover) as owned:
-        if model.exists():  # written by the previous owner of the folder in the meantime
-            run.refuse_other(dataclasses.asdict(recipe), data.identity)
+        if run.is_finished(limits):  # written by the previous owner of the folder in the meantime
+            run.refuse_other(limits, data.identity)
             return model
         store_weights(data, recipe, run.path / WEIGHTS, owned.guard)
         _store_patches(owned, recipe, data)

@@ -32,6 +32,7 @@ from unet_ray.network.checkpoints import (
     WEIGHT,
     ModelHeader,
     architecture_of,
+    read_hashed_model,
     read_tensors,
     write_tensors,
 )
@@ -43,7 +44,6 @@ from unet_ray.network.prediction import (
     settle_arithmetic,
 )
 from unet_ray.network.unet import UNet
-from unet_ray.storage.places import write_whole
 from unet_ray.training.gallery import PREDICTIONS, store_predictions
 from unet_ray.training.labels import TrainingData
 from unet_ray.training.patches import Sample, Sampler, SampleSlot, sample_slots
@@ -166,9 +166,13 @@ class _Clock:
 
     def progress(self, step: int) -> float:
         """Returns the larger of the completed shares of steps and minutes, 0 to 1."""
-        minutes = self.seconds / 60 / self._recipe.minutes if self._recipe.minutes else 0.0
-        steps = step / self._recipe.steps if self._recipe.steps else 0.0
-        return min(1.0, max(minutes, steps))
+        return _progress(self._recipe, step, self.seconds)
+
+
+def _progress(recipe: Recipe, step: int, seconds: float) -> float:
+    minutes = seconds / 60 / recipe.minutes if recipe.minutes else 0.0
+    steps = step / recipe.steps if recipe.steps else 0.0
+    return min(1.0, max(minutes, steps))
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,7 @@ class Training:
         self._network.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._optimiser = optimiser_for(recipe, self._network)
         self._average: Average | None = None
+        self._start = ""  # SHA-256 of the model that the training starts from
         state = self._restore() or self._begin()
         self.step = state.step
         self.precision: Precision = state.precision or precision_for(recipe, world)
@@ -336,6 +341,7 @@ class Training:
                 "recipe": dataclasses.asdict(self._recipe),
                 "precision": self.precision,
                 "steps": self.step,
+                **({"start_sha256": self._start} if self._start else {}),
             },
             data=self._data.identity,
             versions={**versions(), **gpu_versions(self._device)},
@@ -363,12 +369,36 @@ class Training:
         self._saved = time.monotonic()
 
     def _begin(self) -> _State:
-        """Calibrates batch norm, if the network has one, on the same patches on every worker."""
-        if self._recipe.norm == "batch":
+        """Loads the weights to start from, or calibrates batch norm, if the network has one.
+
+        Every worker calibrates on the same patches.
+        """
+        if self._recipe.start:
+            start, header, self._start = read_hashed_model(self._recipe.start)
+            self._refuse_start(header)
+            self._network.load_state_dict(start.state_dict())
+        elif self._recipe.norm == "batch":
             sampler = Sampler(self._data, self._recipe)
             images = [sampler[step, 0].image for step in range(CALIBRATION_PATCHES)]
             self._network.calibrate(torch.from_numpy(np.stack(images)).to(self._world.device))
         return _State()
+
+    def _refuse_start(self, header: ModelHeader) -> None:
+        """Refuses a model to start from that has other channels or classes.
+
+        Raises:
+            InputError: if they differ.
+        """
+        fits = {
+            "in_channels": ("channels", "images", self._data.channels),
+            "classes": ("classes", "labels", len(self._data.class_values)),
+        }
+        for name, (what, whose, count) in fits.items():
+            if header.architecture[name] != count:
+                raise InputError(
+                    f"{self._recipe.start}: has {header.architecture[name]} {what}, but the "
+                    f"{whose} have {count}; train without --from."
+                )
 
     def _restore(self) -> _State | None:
         """Loads the newest checkpoint and returns its state; returns None if there is none."""
@@ -389,6 +419,7 @@ class Training:
                 optimiser_state.setdefault(int(index), {})[key] = tensor
         groups = self._optimiser.state_dict()["param_groups"]
         self._optimiser.load_state_dict({"state": optimiser_state, "param_groups": groups})
+        self._start = header["training"].get("start_sha256", "")
         names = "step", "seconds", "learning_rate", "pending_losses"
         return _State(header["training"]["precision"], **{name: header[name] for name in names})
 
@@ -396,7 +427,10 @@ class Training:
         """Writes the best model, or the current one if no validation has stored a best model."""
         best, model = self._run.path / BEST, self._run.path / MODEL
         if self._validation and best.exists():
-            write_whole(model, best.read_bytes(), guard=self._run.guard)
+            tensors, header = read_tensors(best)
+            # The best model may be older than the present limits.
+            header["training"]["recipe"] = dataclasses.asdict(self._recipe)
+            write_tensors(model, tensors, header, self._run.guard)
         else:
             network = self._model.eval()
             threshold = calibrated(network, self._data, self.precision, self._device)
@@ -432,10 +466,13 @@ class _Validation:
         classes = len(data.class_values)
         self._validator = Validator(data.held_out, classes, recipe.best_by, precision, device)
         self._best: Mapping[str, float] | None = None
-        self._since_best, self._last_tenth = 0, 0
+        # A model to start from is scored before the first step, and may remain the best one.
+        self._since_best, self._last_tenth = 0, -1 if recipe.start else 0
         for measure in log.measures():
             if measure.validation is not None:
-                self._last_tenth = _tenth(measure.progress)
+                # Limits that were raised have made the progress smaller than it was then.
+                now = _progress(recipe, measure.step, measure.seconds)
+                self._last_tenth = _tenth(min(measure.progress, now))
                 self._record(measure.validation)
 
     def forget_after(self, step: int) -> None:
