@@ -1,0 +1,222 @@
+"""The lab book of the default recipe: one change at a time, scored on held-out slices.
+
+python -m tests.bench_quality CHANGE [CPU_MINUTES [SEED]]
+
+CHANGE is a key of `CHANGES`; ``none`` is the recipe without any. Reads ISBI 2012 from
+../shared/data. Training stops after the CPU time of this process, so that other programs on the
+machine do not matter. After each fifth of the time it prints a line of JSON for each kind of
+weights: the last ones, and averages over about 500 and 2,000 steps. At the end there are also the
+scores of the mean over the 8 symmetries of the square.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import tifffile
+import torch
+from scipy import ndimage
+from torch.optim.swa_utils import AveragedModel
+
+from unet_ray.machine import keep_freed_memory
+from unet_ray.network.prediction import Predictor
+from unet_ray.scores.totals import isbi_scores
+from unet_ray.tiling.mirror import read_mirrored
+from unet_ray.tiling.tiles import TilePlan
+from unet_ray.training.labels import load_training_data
+from unet_ray.training.patches import Sampler, ahead, sample_slots
+from unet_ray.training.recipes import Recipe
+from unet_ray.training.trainer import Learner, World, optimiser_for
+from unet_ray.training.weights import weight_map
+
+STACK = Path(__file__).parents[2] / "shared" / "data" / "isbi2012"
+HELD_OUT = "9:12,21:24"  # three slices of each half of the stack: see its slices.json
+SCORES = ("pixel_error", "rand_error_foreground", "v_rand", "v_info")
+AVERAGES = {"500": 500, "2000": 2000}  # steps
+
+# Fields of `Recipe`, or the name of a method of `Bench` with its argument.
+CHANGES = {
+    "none": {},
+    "bfloat16": {"precision": "bfloat16"},
+    "channels-8": {"base_channels": 8},
+    "channels-32": {"base_channels": 32},
+    "channels-64": {"base_channels": 64},
+    "depth-3": {"depth": 3},
+    "patch-284": {"patch": (284, 284)},
+    "patch-572": {"patch": (572, 572)},
+    "batch-4": {"batch": 4},
+    "elastic-0": {"elastic": 0.0},
+    "elastic-20": {"elastic": 20.0},
+    "dropout-0.2": {"dropout": 0.2},
+    "rate-0.002": {"learning_rate": 2e-3},
+    "rate-0.0005": {"learning_rate": 5e-4},
+    "w0-0": {"w0": 0.0},
+    "w0-5": {"w0": 5.0},
+    "cosine": {"schedule": "cosine"},
+    "unbalanced": {"balance": 0.0},
+    "half-balanced": {"balance": 0.5},
+    "unweighted": {"balance": 0.0, "w0": 0.0},
+    "blur-noise": {"degrade": 1.0},
+    "slices-3": {"slices": 1},
+    "slices-5": {"slices": 2},
+    "by-weight": {"reduction": "weight"},
+}
+
+
+class Scheduled(Learner):
+    """Steps with another schedule of the learning rate, or another reduction of the loss."""
+
+    schedule, reduction = "", ""
+
+    def step(self, samples, number, progress):
+        if self.schedule == "cosine":
+            # `Learner` computes (1 - progress) ** decay; this progress gives a half cosine.
+            wave = (1 + np.cos(np.pi * progress)) / 2
+            progress = 1 - wave ** (1 / self._recipe.decay)
+        if self.reduction == "weight":
+            samples = [replace(s, weights=s.weights / s.weights.mean()) for s in samples]
+        return super().step(samples, number, progress)
+
+
+class Degraded(Sampler):
+    """Patches with random blur or noise, since the halves of the stack differ in sharpness."""
+
+    strength = 0.0
+
+    def __getitem__(self, slot):
+        sample = super().__getitem__(slot)
+        rng = np.random.default_rng([self._seed, *slot, 1])
+        image = sample.image
+        if rng.random() < 0.5:
+            sigma = self.strength * rng.uniform(0, 1.5)
+            image = np.stack([ndimage.gaussian_filter(plane, sigma) for plane in image])
+        if rng.random() < 0.5:
+            image = image + rng.normal(0, self.strength * rng.uniform(0, 0.3), image.shape)
+        return replace(sample, image=image.astype(np.float32))
+
+
+class Bench:
+    """One training with scores on held-out slices."""
+
+    def __init__(self, change, seconds, seed):
+        settings = {"base_channels": 16, "precision": "float32", "val": HELD_OUT}
+        settings |= {"steps": 10**6, "seed": seed}
+        fields = dict(CHANGES[change])
+        ours = {name: fields.pop(name, None) for name in OURS}
+        self.recipe, self.seconds = Recipe.of("default", **settings | fields), seconds
+        self.data = loaded(self.recipe, ours["slices"] or 0, ours["balance"])
+        self.sampler = Degraded(self.data, self.recipe)
+        self.sampler.strength = ours["degrade"] or 0.0
+        torch.manual_seed(seed)
+        self.network = self.recipe.network(self.data.channels, 2)
+        self.network.to(memory_format=torch.channels_last)
+        world = World(0, 1, torch.device("cpu"), torch.get_num_threads())
+        optimiser = optimiser_for(self.recipe, self.network)
+        precision = self.recipe.precision
+        self.learner = Scheduled(self.recipe, self.network, optimiser, world, precision, 0.0)
+        self.learner.schedule, self.learner.reduction = ours["schedule"], ours["reduction"]
+        self.averages = {
+            name: AveragedModel(self.network, avg_fn=averaging(steps))
+            for name, steps in AVERAGES.items()
+        }
+
+    def train(self):
+        slots = sample_slots(0, 0, self.recipe.batch)
+        draw = self.sampler.__getitem__ if self.sampler.strength else self.plain
+        samples, step, used, fifth = ahead(draw, slots), 0, 0.0, 0
+        while used < self.seconds:
+            start = time.process_time()
+            batch = list(islice(samples, self.recipe.batch))
+            self.learner.step(batch, step, min(1.0, used / self.seconds))
+            for average in self.averages.values():
+                average.update_parameters(self.network)
+            step, used = step + 1, used + time.process_time() - start
+            if int(5 * used / self.seconds) > fifth and used < self.seconds:
+                fifth = int(5 * used / self.seconds)
+                self.show(step, used)
+        self.show(step, used, last=True)
+
+    def plain(self, slot):
+        return Sampler.__getitem__(self.sampler, slot)
+
+    def show(self, step, used, last=False):
+        """Prints the scores of each way of predicting."""
+        for name, network in [("last", self.network), *self.averages.items()]:
+            model = getattr(network, "module", network).eval()
+            for tta in (False, True) if last else (False,):
+                row = {"step": step, "cpu_minutes": round(used / 60, 1), "weights": name}
+                print(json.dumps(row | {"tta": tta} | scores_of(model, self.data.held_out, tta)))
+        sys.stdout.flush()
+        self.network.train()
+
+
+OURS = ("schedule", "reduction", "balance", "degrade", "slices")
+
+
+def averaging(steps):
+    """A moving average over about `steps` steps, and over fewer at the start."""
+
+    def average(old, new, count):
+        return old.lerp(new, max(1 / steps, 9 / (10 + float(count))))
+
+    return average
+
+
+def loaded(recipe, neighbours, balance):
+    """The data, with neighbouring slices as channels and other weights of classes if set."""
+    images, labels = (tifffile.imread(STACK / f"train-{n}.tif") for n in ("volume", "labels"))
+    shifts = range(-neighbours, neighbours + 1)
+    places = np.arange(len(images))
+    planes = [np.abs(places + n) for n in shifts]
+    planes = [np.where(p < len(images), p, 2 * len(images) - 2 - p) for p in planes]
+    data = load_training_data([np.stack([images[p] for p in planes])], [labels[None]], recipe)
+    if balance is None:
+        return data
+    (volume,) = data.volumes
+    shares = np.bincount(volume.targets.ravel()) / volume.targets.size
+    factors = (1 / (2 * shares)) ** balance
+    factors = (factors / (factors * shares).sum()).astype(np.float32)
+    weights = weight_map(volume.targets, 2, recipe.w0, recipe.sigma, factors)
+    return replace(data, volumes=(replace(volume, weights=weights),))
+
+
+def scores_of(network, held_out, tta):
+    """Scores, the threshold with the fewest wrong voxels, and the share of voxels right there."""
+    (slices,) = held_out
+    shape = slices.image.shape[1:]
+    core = (1, *shape[1:])
+    plan = TilePlan(shape, core, network.context, core)
+    predictor = Predictor(network, plan, slices.intensity, "float32", "cpu", tta)
+    planes = [predict(predictor, plan, number, slices.image) for number in range(len(plan))]
+    p = np.concatenate(planes) / 255
+    scores = {n: s.value for n, s in isbi_scores(p, slices.targets, SCORES).items()}
+    cuts = np.arange(5, 255, 5) / 255
+    right = [((p > cut) == slices.targets).mean() for cut in cuts]
+    half = ((p > 0.5) == slices.targets).mean()
+    scores |= {"threshold": cuts[np.argmax(right)], "accuracy": max(right), "at_half": half}
+    return {name: round(float(value), 4) for name, value in scores.items()}
+
+
+def predict(predictor, plan, number, image):
+    tile = plan[number]
+    voxels = read_mirrored(lambda box: image[(slice(None), *box.slices)], plan.shape, tile.read)
+    return predictor(tile, voxels, ("probabilities",))["probabilities"][0][tile.crop.slices]
+
+
+def main(change="", minutes=10, seed=1):
+    if change not in CHANGES:
+        raise SystemExit(f"CHANGE={change!r} is one of {', '.join(CHANGES)}.")
+    if not STACK.is_dir():
+        raise SystemExit(f"no real images at {STACK}")
+    keep_freed_memory()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    Bench(change, 60 * float(minutes), int(seed)).train()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
