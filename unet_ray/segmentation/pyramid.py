@@ -16,7 +16,7 @@ from unet_ray.engine.stages import Whole
 from unet_ray.errors import RunError, reason
 from unet_ray.segmentation.downsampling import mean_of, most_frequent
 from unet_ray.segmentation.run import Segmentation
-from unet_ray.storage.layout import LEDGER, chunk_of
+from unet_ray.storage.layout import LEDGER
 from unet_ray.storage.ledger import skipped
 from unet_ray.storage.stores import Store
 from unet_ray.tiling.boxes import Box
@@ -52,7 +52,7 @@ class Source:
             if tile not in left_out:
                 self._store.require(name, self.plan[tile])
         try:
-            voxels: NDArray[Any] = np.array(self._store.read(name)[(..., *box.slices)])
+            voxels: NDArray[Any] = self._store.read(name)[(..., *box.slices)]  # a new array
         except Exception as error:  # each codec raises its own errors
             shards = self._store.shard(name, self.plan[tiles[0]]).parent
             raise RunError(
@@ -90,11 +90,18 @@ class LevelWorker(Whole):
         return self._store.write(planned, results)
 
     def _reduced(self, name: str, write: Box) -> NDArray[Any]:
-        """The voxels of a shard, made chunk by chunk to bound the memory."""
+        """The voxels of a shard, made part by part.
+
+        Each part covers at most one shard below: zarr reads a whole shard as fast as one chunk of
+        it. The memory holds the new shard and a part, as it holds a shard and its copy when the
+        tile is written.
+        """
         array = self._store.read(name)
+        core = zip(self._source.plan.core, self._ratio, strict=True)
+        extents = tuple(-(-below // ratio) for below, ratio in core)
         reduced = np.empty((*array.shape[:-3], *write.shape), array.dtype)
         reduce = mean_of if name == "probabilities" else most_frequent
-        for part in write.split(chunk_of(self._plan.core)):
+        for part in write.split(extents):
             voxels = self._source.read(name, self._below(part))
             z, y, x = part.relative_to(write.start).slices
             reduced[..., z, y, x] = reduce(voxels, self._ratio)
