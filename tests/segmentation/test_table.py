@@ -21,6 +21,14 @@ ENOUGH = 1 << 30
 CUBE = Connection()
 
 
+def tile_rows(ids, *others):
+    """The rows of a tile, given the id of each voxel. Each run of voxels has a label of its own."""
+    starts = np.diff(ids.reshape(-1), prepend=np.uint64(0)) != 0
+    numbers = np.concatenate([np.zeros(1, np.uint64), ids.reshape(-1)[starts]])
+    labels = np.cumsum(starts, dtype=np.int32).reshape(ids.shape)
+    return TileRows.of(np.where(ids, labels, 0), numbers, *others)
+
+
 def rows_of(plan, ids, probabilities, grey, connection=CUBE):
     """The rows of all tiles, through their bytes."""
     for index in range(len(plan)):
@@ -28,7 +36,7 @@ def rows_of(plan, ids, probabilities, grey, connection=CUBE):
         probabilities_of_tile, grey_of_tile = (
             None if values is None else values[:, *write.slices] for values in (probabilities, grey)
         )
-        rows = TileRows.of(
+        rows = tile_rows(
             ids[write.slices], write, plan.shape, probabilities_of_tile, grey_of_tile, connection
         )
         yield TileRows.from_bytes(rows.to_bytes())
@@ -108,7 +116,7 @@ def sample_rows(seed=0, dtype="u2"):
     ids = random.integers(0, 5, shape).astype(np.uint64)
     grey = drawn_image(random, dtype, (2, *shape))
     probabilities = drawn_image(random, "u1", (1, *shape))
-    return TileRows.of(ids, Box.of(shape), (4, 6, 8), probabilities, grey, CUBE)
+    return tile_rows(ids, Box.of(shape), (4, 6, 8), probabilities, grey, CUBE)
 
 
 def test_a_table_has_units_and_survives_parquet():
@@ -144,7 +152,7 @@ def test_a_large_table_has_several_row_groups(monkeypatch):
 def test_sums_of_integers_are_exact():
     ids = np.ones((1, 1, 3), np.uint64)
     grey = np.array([2**32 - 1, 2**32 - 1, 1], np.uint32).reshape(1, 1, 1, 3)
-    rows = TileRows.of(ids, Box.of(ids.shape), ids.shape, None, grey, CUBE)
+    rows = tile_rows(ids, Box.of(ids.shape), ids.shape, None, grey, CUBE)
     assert rows.greys.tolist() == [[2**33 - 1]]
     merged = TileRows.merged([rows] * 1000)
     assert merged.greys.tolist() == [[1000 * (2**33 - 1)]]
@@ -153,7 +161,7 @@ def test_sums_of_integers_are_exact():
 
 def test_ids_above_2_to_the_53_stay_apart():
     ids = np.array([2**60, 2**60 + 1, 2**64 - 1], np.uint64).reshape(1, 1, 3)
-    rows = TileRows.of(ids, Box.of(ids.shape), ids.shape, None, None, CUBE)
+    rows = tile_rows(ids, Box.of(ids.shape), ids.shape, None, None, CUBE)
     table = merge_rows([rows, rows], None, ENOUGH)
     assert table["id"].to_pylist() == [2**60, 2**60 + 1, 2**64 - 1]
     assert table["voxels"].to_pylist() == [2, 2, 2]

@@ -142,9 +142,10 @@ class InstanceWorker(Whole):
     def _write(self, tile: int) -> str:
         planned = self._run.plan[tile]
         labels, record = self._labeller.objects(tile)
-        ids = read_ids(self._run.out, tile, record.count, background=False)[labels]
+        ids = read_ids(self._run.out, tile, record.count, background=False)
         source = self._probabilities
         rows = TileRows.of(
+            labels,
             ids,
             planned.write,
             self._run.plan.shape,
@@ -153,7 +154,7 @@ class InstanceWorker(Whole):
             Connection(self._rules.connect, self._rules.connectivity),
         )
         checksum = self._rows.write(tile, rows.to_bytes())
-        return self._store.write(planned, {"instances": ids}) + checksum
+        return self._store.write(planned, {"instances": ids[labels]}) + checksum
 
     def _grey(self, tile: Tile) -> NDArray[Any]:
         return finite(self._run.volume.read(tile.write))

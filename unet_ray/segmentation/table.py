@@ -30,7 +30,7 @@ from unet_ray.units import format_bytes
 _KIND = b"objects1"
 _AXES = ("z", "y", "x")
 _MOST_CHANNELS = 1 << 16
-_PIECE = 1 << 20  # voxels that are sorted or converted together
+_PIECE = 1 << 16  # voxels that are converted together; they fit the cache of a core
 ROW_GROUP = 1 << 20  # rows of a part of a Parquet file
 # Tables of tiles are gathered up to this size, or half of the merged table, before a merge.
 BATCH_BYTES = 32 << 20
@@ -70,6 +70,7 @@ class TileRows:
     @classmethod
     def of(
         cls,
+        labels: NDArray[np.int32],
         ids: NDArray[np.uint64],
         write: Box,
         shape: Sequence[int],
@@ -80,42 +81,45 @@ class TileRows:
         """Sums over the objects of a tile.
 
         Args:
-            ids: id of each voxel (z, y, x), 0 outside of objects.
+            labels: label of each voxel (z, y, x), 0 outside of objects.
+            ids: id of each label, shape (labels + 1,), 0 for label 0 and for removed objects.
+                Several labels may have the same id. Each label has voxels.
             write: the voxels of the tile.
             shape: shape of the volume (z, y, x).
             probabilities: of the foreground channels (c, z, y, x), or None.
             grey: the input image (c, z, y, x), of any real dtype, or None.
             connection: decides which axes have a border.
         """
-        ids = np.ascontiguousarray(ids)
-        rows = _ids_in(ids)
-        n = len(rows)
+        labels = np.ascontiguousarray(labels)
+        # Labels count up from 1, so their row needs no search. Row 0 is the background.
+        distinct, rows = np.unique(ids, return_inverse=True)
+        n = len(distinct)
         voxels, positions = np.zeros(n, np.int64), np.zeros((n, 3), np.int64)
         start = np.full((n, 3), np.iinfo(np.int64).max)
         stop = np.zeros((n, 3), np.int64)
-        _measure(ids, rows, np.array(write.start), voxels, positions, start, stop)
+        _measure(labels, rows, np.array(write.start), voxels, positions, start, stop)
         border = np.zeros(n, np.bool_)
         for axis in connection.borders(shape):
             border |= (start[:, axis] == 0) | (stop[:, axis] == shape[axis])
         exact = grey is not None and grey.dtype.kind in "bui" and grey.dtype.itemsize <= 4
-        foreground = _sums(ids, rows, probabilities, np.int64).sum(1, keepdims=True)
+        foreground = _sums(labels, rows, n, probabilities, np.int64).sum(1, keepdims=True)
         return cls(
-            rows,
-            voxels,
-            positions,
-            start,
-            stop,
-            border,
-            foreground if probabilities is not None else foreground[:, :0],
-            _sums(ids, rows, grey if exact else None, np.int64),
-            _sums(ids, rows, None if exact else grey, np.float64),
+            distinct[1:],
+            voxels[1:],
+            positions[1:],
+            start[1:],
+            stop[1:],
+            border[1:],
+            foreground[1:] if probabilities is not None else foreground[1:, :0],
+            _sums(labels, rows, n, grey if exact else None, np.int64)[1:],
+            _sums(labels, rows, n, None if exact else grey, np.float64)[1:],
         )
 
     @classmethod
     def none(cls) -> TileRows:
         """Returns rows of no object, without probabilities and image."""
-        empty = np.zeros((0, 0, 0), np.uint64)
-        return cls.of(empty, Box((0, 0, 0), (0, 0, 0)), (0, 0, 0), None, None, Connection())
+        labels, ids = np.zeros((0, 0, 0), np.int32), np.zeros(1, np.uint64)
+        return cls.of(labels, ids, Box((0, 0, 0), (0, 0, 0)), (0, 0, 0), None, None, Connection())
 
     @property
     def channels(self) -> int:
@@ -293,51 +297,28 @@ def _table(rows: TileRows, voxel_size: Sequence[float] | None) -> pa.Table:
 
 
 def _sums(
-    ids: NDArray[np.uint64],
-    rows: NDArray[np.uint64],
+    labels: NDArray[np.int32],
+    rows: NDArray[np.int64],
+    count: int,
     channels: NDArray[Any] | None,
     dtype: type[np.int64 | np.float64],
 ) -> NDArray[Any]:
-    """Sums the values of each object and channel, in `dtype`; shape (rows, channels)."""
-    sums = np.zeros((0 if channels is None else len(channels), len(rows)), dtype)
-    numbers = ids.reshape(-1)
+    """Sums the values of each of `count` rows and each channel, in `dtype`; (count, channels)."""
+    sums = np.zeros((0 if channels is None else len(channels), count), dtype)
+    flat = labels.reshape(-1)
     for channel, totals in zip(() if channels is None else channels, sums, strict=True):
         values = channel.reshape(-1)
-        for low in range(0, len(numbers), _PIECE):
+        for low in range(0, len(flat), _PIECE):
             piece = slice(low, low + _PIECE)
             # Of one dtype, since each further one would be compiled again.
-            _add(numbers[piece], rows, values[piece].astype(dtype), totals)
+            _add(flat[piece], rows, values[piece].astype(dtype), totals)
     return sums.T
-
-
-def _ids_in(ids: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Returns the distinct ids of a tile, ascending, without 0."""
-    voxels, id_parts = ids.reshape(-1), [np.zeros(0, np.uint64)]
-    changes = np.empty(min(len(voxels), _PIECE), np.uint64)
-    for low in range(0, len(voxels), _PIECE):
-        # Ids form runs of voxels: few are left to sort.
-        count = _starts_of_runs(voxels[low : low + _PIECE], changes)
-        id_parts.append(np.unique(changes[:count]))
-    return np.unique(np.concatenate(id_parts))
-
-
-@compiled
-def _starts_of_runs(voxels: NDArray[np.uint64], changes: NDArray[np.uint64]) -> int:
-    """Writes the id of each run of equal ids to `changes`, without 0; returns their number."""
-    count, last = 0, np.uint64(0)
-    for i in range(len(voxels)):
-        if voxels[i] != last:
-            last = voxels[i]
-            if last:
-                changes[count] = last
-                count += 1
-    return count
 
 
 @compiled
 def _measure(
-    ids: NDArray[np.uint64],
-    rows: NDArray[np.uint64],
+    labels: NDArray[np.int32],
+    rows: NDArray[np.int64],
     origin: NDArray[np.int64],
     voxels: NDArray[np.int64],
     positions: NDArray[np.int64],
@@ -347,25 +328,25 @@ def _measure(
     """Sums voxels and positions of each object, and bounds its box, in place.
 
     Args:
-        ids: id of each voxel (z, y, x).
-        rows: distinct ids, ascending.
+        labels: label of each voxel (z, y, x).
+        rows: row of each label.
         origin: position of the first voxel in the volume.
-        voxels: number of voxels of each object.
+        voxels: number of voxels of each row.
         positions: sums of positions, shape (rows, 3).
         start: lowest positions, likewise.
         stop: highest positions + 1, likewise.
     """
-    width = ids.shape[2]
-    for k in range(ids.shape[0]):
+    width = labels.shape[2]
+    for k in range(labels.shape[0]):
         z = origin[0] + k
-        for j in range(ids.shape[1]):
-            y, low = origin[1] + j, 0
+        for j in range(labels.shape[1]):
+            line, y, low = labels[k, j], origin[1] + j, 0
             while low < width:
-                number, high = ids[k, j, low], low + 1
-                while high < width and ids[k, j, high] == number:
+                label, high = line[low], low + 1
+                while high < width and line[high] == label:
                     high += 1
-                if number:
-                    row, n = np.searchsorted(rows, number), high - low
+                if label:
+                    row, n = rows[label], high - low
                     first, last = origin[2] + low, origin[2] + high - 1
                     voxels[row] += n
                     positions[row, 0] += n * z
@@ -382,23 +363,26 @@ def _measure(
 
 @compiled
 def _add(
-    ids: NDArray[np.uint64],
-    rows: NDArray[np.uint64],
+    labels: NDArray[np.int32],
+    rows: NDArray[np.int64],
     values: NDArray[Any],
     sums: NDArray[Any],
 ) -> None:
-    """Adds the values of the voxels of each object to its sum, in place.
+    """Adds the values of the voxels of each object to its sum, in place, in their order.
 
     Args:
-        ids: id of each voxel, 1-D.
-        rows: distinct ids, ascending.
+        labels: label of each voxel, 1-D.
+        rows: row of each label.
         values: of each voxel, 1-D.
-        sums: of each object, int64 or float64.
+        sums: of each row, int64 or float64.
     """
-    last, row = np.uint64(0), 0
-    for i in range(len(ids)):
-        number = ids[i]
-        if number:
-            if number != last:
-                last, row = number, np.searchsorted(rows, number)
-            sums[row] += values[i]
+    last, row = 0, rows[0]
+    total = sums[row]  # of the object of the last voxels; few voxels change it
+    for i in range(len(labels)):
+        if labels[i] != last:
+            sums[row] = total
+            last = labels[i]
+            row = rows[last]
+            total = sums[row]
+        total += values[i]
+    sums[row] = total
