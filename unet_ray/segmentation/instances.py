@@ -46,15 +46,20 @@ class _Labeller:
         self._foreground = Foreground(run, rules)
         self._skipped = skipped(run.out / LEDGER, len(run.plan))
 
-    def objects(self, tile: int) -> tuple[NDArray[np.int32], TileRecord]:
-        """Returns the labels of a tile's own voxels, (z, y, x) from 1, and their record."""
-        write, shape = self._plan[tile].write, self._plan.shape
+    def objects(self, tile: int) -> tuple[NDArray[np.int32], int]:
+        """Returns the labels of a tile's own voxels, (z, y, x) from 1, and their number."""
         if self._split:
-            read = window(write, shape, self._connection)
-            mask = self._foreground.read(read)
-            return label_basins(mask, read, write, shape, self._connection)
-        labels, count = label_components(self._foreground.read(write), self._connection)
-        return labels, TileRecord.of(labels, count, write, shape, self._connection)
+            labels, record = self._basins(tile)
+            return labels, record.count
+        return label_components(self._foreground.read(self._plan[tile].write), self._connection)
+
+    def record(self, tile: int) -> TileRecord:
+        """Returns the record of the objects of a tile."""
+        if self._split:
+            return self._basins(tile)[1]
+        labels, count = self.objects(tile)
+        write, shape = self._plan[tile].write, self._plan.shape
+        return TileRecord.of(labels, count, write, shape, self._connection)
 
     def background(self, tile: int) -> TileRecord:
         """Returns the record of the background of a tile."""
@@ -63,6 +68,11 @@ class _Labeller:
         record = TileRecord.of(labels, count, write, shape, self._connection.complement)
         # Nobody knows the voxels of a skipped tile, so nothing that reaches it is a hole.
         return replace(record, border=record.border | self._skipped[tile])
+
+    def _basins(self, tile: int) -> tuple[NDArray[np.int32], BasinRecord]:
+        write, shape = self._plan[tile].write, self._plan.shape
+        read = window(write, shape, self._connection)
+        return label_basins(self._foreground.read(read), read, write, shape, self._connection)
 
 
 class LabelWorker(Whole):
@@ -80,7 +90,7 @@ class LabelWorker(Whole):
 
     def _record(self, tile: int) -> str:
         labeller = self._labeller
-        record = labeller.background(tile) if self._background else labeller.objects(tile)[1]
+        record = labeller.background(tile) if self._background else labeller.record(tile)
         return self._records.write(tile, record.to_bytes())
 
 
@@ -141,8 +151,8 @@ class InstanceWorker(Whole):
 
     def _write(self, tile: int) -> str:
         planned = self._run.plan[tile]
-        labels, record = self._labeller.objects(tile)
-        ids = read_ids(self._run.out, tile, record.count, background=False)
+        labels, count = self._labeller.objects(tile)
+        ids = read_ids(self._run.out, tile, count, background=False)
         source = self._probabilities
         rows = TileRows.of(
             labels,
