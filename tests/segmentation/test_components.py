@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from tests.segmentation.test_unions import CONNECTIONS, bordering, cases, every_connection
 from unet_ray.errors import DamageError, RunError
 from unet_ray.segmentation import packing
-from unet_ray.segmentation.components import Connection, TileRecord, label_components
+from unet_ray.segmentation.components import (
+    Connection,
+    TileRecord,
+    TileSummary,
+    label_components,
+)
 from unet_ray.tiling.boxes import Box
 
 
@@ -23,9 +28,9 @@ def record_of(mask, plan, connection, index):
     return labels, TileRecord.of(labels, count, write, plan.shape, connection)
 
 
-def same(first, second):
-    """Whether two records have equal arrays of equal dtypes."""
-    for field in fields(TileRecord):
+def same(first, second, kind=TileRecord):
+    """Whether two records, or their summaries, have equal arrays of equal dtypes."""
+    for field in fields(kind):
         pairs = [(getattr(first, field.name), getattr(second, field.name))]
         if field.name in ("low", "high"):
             pairs = list(zip(*pairs[0], strict=True))
@@ -84,7 +89,12 @@ def test_a_record_has_the_sizes_first_voxels_and_borders_of_its_labels(case, dat
     assert record.sizes.tolist() == [(labels == n).sum() for n in range(1, record.count + 1)]
     at_border = np.unique(whole[bordering(plan.shape, connection)])
     assert (np.flatnonzero(record.border) + 1).tolist() == at_border[at_border > 0].tolist()
+    for axis, (low, high) in enumerate(zip(record.low, record.high, strict=True)):
+        for face, plane in ((low, labels.take(0, axis)), (high, labels.take(-1, axis))):
+            touching = np.concatenate([[0], record.touching])
+            np.testing.assert_array_equal(touching[face], plane if face.size else face)
     assert same(TileRecord.from_bytes(record.to_bytes()), record)
+    assert same(TileSummary.from_bytes(record.to_bytes()), record, TileSummary)
 
 
 @every_connection
@@ -139,14 +149,15 @@ def test_a_block_of_another_kind_is_damage():
 
 
 def hostile(lengths, content):
-    """A block whose checksum is right."""
+    """A record whose checksum is right."""
     rest = struct.pack(f"<{len(lengths)}Q", *lengths) + content
-    return b"labels-1" + struct.pack("<I", zlib.crc32(rest)) + rest
+    block = b"summary1" + struct.pack("<I", zlib.crc32(rest)) + rest
+    return packing.pack_pair(b"labels-2", block, b"")
 
 
 @pytest.mark.parametrize(
     "lengths",
-    [[2**63] + [0] * 9, [2**64 - 8] * 10, [packing.LARGEST + 8] + [0] * 9, [7] + [0] * 9],
+    [[2**63] + [0] * 4, [2**64 - 8] * 5, [packing.LARGEST + 8] + [0] * 4, [7] + [0] * 4],
     ids=["one huge", "all huge", "above the limit", "part of a number"],
 )
 def test_impossible_lengths_are_refused_before_memory_is_taken(lengths, monkeypatch):
@@ -159,7 +170,7 @@ def test_more_bytes_than_stated_are_not_decompressed():
     bomb = pa.Codec("zstd").compress(bytes(1 << 24), asbytes=True)
     for size in (72, 1 << 25):
         with pytest.raises(DamageError, match="decompressed"):
-            TileRecord.from_bytes(hostile([size] + [0] * 9, bomb))
+            TileRecord.from_bytes(hostile([size] + [0] * 4, bomb))
 
 
 def test_a_record_beyond_the_limit_is_not_written(monkeypatch):
@@ -185,6 +196,10 @@ RECORD = sample()
         {"first": RECORD.first - RECORD.first[0] - 1},
         {"first": RECORD.first + 12 * 12 * 24},
         {"border": RECORD.border[1:]},
+        {"touching": RECORD.touching[1:]},
+        {"touching": RECORD.touching[::-1].copy()},
+        {"touching": RECORD.touching - RECORD.touching[0]},
+        {"touching": RECORD.touching + np.int32(RECORD.count)},
         {"low": (RECORD.low[0] + np.int32(10_000), *RECORD.low[1:])},
         {"high": (RECORD.high[0] - np.int32(1), *RECORD.high[1:])},
         {"high": (RECORD.high[0][1:], *RECORD.high[1:])},

@@ -362,7 +362,7 @@ def record(near):
 
 
 def test_a_record_survives_its_bytes(record):
-    assert len(record.open) and len(record.necks)
+    assert len(record.touching) and len(record.necks)
     assert (record.targets >= 0).any() and (record.targets < 0).any()
     again = BasinRecord.from_bytes(record.to_bytes())
     for field in fields(record):
@@ -372,19 +372,19 @@ def test_a_record_survives_its_bytes(record):
 def test_a_record_has_the_labels_of_whole_objects_merged():
     cells, _ = discs([(30, 30, 20), (30, 62, 20)], (60, 90))
     (record,) = labelled(plan_of(cells.shape, cells.shape), cells, SLICE)[1].values()
-    assert record.count == 2 and not record.open.size and not record.necks.size
+    assert record.count == 2 and not record.touching.size and not record.necks.size
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        lambda r: {"open": r.open + r.count},
-        lambda r: {"open": r.open[::-1].copy()},
-        lambda r: {"open": r.open[:0], "tops": r.tops[:0], "targets": r.targets[:0]},
+        lambda r: {"touching": r.touching + np.int32(r.count)},
+        lambda r: {"touching": r.touching[::-1].copy()},
+        lambda r: {"touching": r.touching[:0], "tops": r.tops[:0], "targets": r.targets[:0]},
         lambda r: {"tops": r.tops[1:]},
         lambda r: {"targets": r.targets[1:]},
-        lambda r: {"necks": r.necks + len(r.open)},
-        lambda r: {"necks": r.necks - len(r.open)},
+        lambda r: {"necks": r.necks + len(r.touching)},
+        lambda r: {"necks": r.necks - len(r.touching)},
         lambda r: {"low_heights": r.high_heights},
     ],
 )
@@ -440,4 +440,4 @@ def test_a_union_that_exceeds_the_memory_is_refused(near):
 
 def bytes_within_tiles(records):
     """Less than the union needs: it also keeps necks between tiles."""
-    return (64 << 20) + sum(48 * len(r.open) + 80 * len(r.necks) for r in records.values())
+    return (64 << 20) + sum(48 * len(r.touching) + 80 * len(r.necks) for r in records.values())

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from unet_ray.compiled import compiled
 from unet_ray.segmentation.components import Connection, Faces, TileRecord
-from unet_ray.segmentation.forest import Admit, Contact, Forest, ReadRecord, gather, root
+from unet_ray.segmentation.forest import (
+    Admit,
+    Contact,
+    Forest,
+    ReadRecord,
+    ReadSummary,
+    gather,
+    root,
+)
 from unet_ray.segmentation.watershed import BasinRecord, highest_necks, merge, voxel_height
 from unet_ray.tiling.tiles import TilePlan
 
@@ -34,8 +42,14 @@ class BasinForest(Forest):
         targets: voxel of another tile to which its pointers lead, int64; -1 for none.
     """
 
-    def __init__(self, plan: TilePlan, record: ReadRecord, connection: Connection) -> None:
-        super().__init__(plan, record, connection)
+    def __init__(
+        self,
+        plan: TilePlan,
+        record: ReadRecord,
+        connection: Connection,
+        summary: ReadSummary | None = None,
+    ) -> None:
+        super().__init__(plan, record, connection, summary)
         self.tops, self.targets = np.empty(0, np.int32), np.empty(0, np.int64)
         self._pairs: list[NDArray[np.int64]] = []
         self._necks: list[NDArray[np.int32]] = []

@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from unet_ray.compiled import compiled
 from unet_ray.errors import DamageError
-from unet_ray.segmentation.components import Connection, Faces, TileRecord
+from unet_ray.segmentation.components import Connection, Faces, TileRecord, TileSummary
 from unet_ray.tiling.boxes import Ints
 from unet_ray.tiling.tiles import TilePlan
 
 ReadRecord = Callable[[int], TileRecord | None]
+ReadSummary = Callable[[int], TileSummary | None]
 Admit = Callable[[int, int, int, int], None]
 """Takes a tile, its number of labels, and the touching labels of all tiles up to it with their
 bytes."""
@@ -83,6 +84,7 @@ class Forest:
         plan: the tiles.
         record: returns the record of a tile; None if a mask skipped it.
         connection: with which the tiles were labelled.
+        summary: returns the summary of a tile, likewise; by default its record.
 
     Attributes:
         starts: number of the first label of each tile, and of all labels, int64.
@@ -92,8 +94,15 @@ class Forest:
         border: whether the object touches the border of the volume.
     """
 
-    def __init__(self, plan: TilePlan, record: ReadRecord, connection: Connection) -> None:
+    def __init__(
+        self,
+        plan: TilePlan,
+        record: ReadRecord,
+        connection: Connection,
+        summary: ReadSummary | None = None,
+    ) -> None:
         self._plan, self._record, self._connection = plan, record, connection
+        self._summary = summary or record
         self.starts = np.zeros(len(plan) + 1, np.int64)
         self.parents, self.sizes, self.first = (np.empty(0, np.int64) for _ in range(3))
         self.border = np.empty(0, np.bool_)
@@ -101,7 +110,18 @@ class Forest:
         self._bytes = 0  # of these planes
         self._count = 0  # of labels until now
 
-    def read(self, index: int) -> TileRecord | None:
+    def read(self, index: int) -> TileSummary | None:
+        """Returns the summary of a tile; None if a mask skipped it.
+
+        Raises:
+            DamageError: if it belongs to another tile or another plan.
+        """
+        tile = self._summary(index)
+        if tile and (tile.write != self._plan[index].write or tile.shape != self._plan.shape):
+            raise _foreign(index)
+        return tile
+
+    def _faces(self, index: int) -> TileRecord | None:
         """Returns the record of a tile; None if a mask skipped it.
 
         Raises:
@@ -117,7 +137,7 @@ class Forest:
             or any(not tile.low[axis].size for axis in axes if write.start[axis])
             or any(not tile.high[axis].size for axis in axes if write.stop[axis] < shape[axis])
         ):
-            raise DamageError(f"The record of tile {index} belongs to other tiles or labels.")
+            raise _foreign(index)
         return tile
 
     def labels_of(self, index: int) -> slice:
@@ -155,7 +175,7 @@ class Forest:
         """Adds the labels of a tile; returns its first planes, None if it was skipped."""
         start = stop = int(self.starts[index])
         low = None
-        if tile := self.read(index):
+        if tile := self._faces(index):
             stop += len(tile.touching)
             if stop > len(self.parents):
                 self._resize(max(stop, len(self.parents) * 5 // 4))
@@ -176,10 +196,10 @@ class Forest:
         self.border[start:stop] = tile.border[labels]
 
     def _low_planes(self, tile: TileRecord) -> Faces:
-        return _ranked(tile, tile.low)
+        return tile.low
 
     def _high_planes(self, tile: TileRecord) -> Faces:
-        return _ranked(tile, tile.high)
+        return tile.high
 
     def _meet(
         self, contact: Contact, index: int, low: Faces | None, other: int, closed: bool
@@ -204,7 +224,7 @@ class Forest:
     def _high(self, index: int) -> Faces | None:
         """Returns the last planes of an earlier tile, from memory or from its record."""
         if index not in self._planes:
-            self._keep(index, self.read(index))
+            self._keep(index, self._faces(index))
         return self._planes[index]
 
     def _keep(self, index: int, tile: TileRecord | None) -> None:
@@ -224,11 +244,8 @@ def _bytes(faces: Faces | None) -> int:
     return sum(face.nbytes for face in faces or ())
 
 
-def _ranked(tile: TileRecord, faces: Faces) -> Faces:
-    """Numbers the touching labels of a tile on its faces from 1, in the order of the labels."""
-    ranks = np.zeros(tile.count + 1, np.int32)
-    ranks[tile.touching] = np.arange(1, len(tile.touching) + 1)
-    return tuple(ranks[face] for face in faces)
+def _foreign(index: int) -> DamageError:
+    return DamageError(f"The record of tile {index} belongs to other tiles or labels.")
 
 
 @compiled

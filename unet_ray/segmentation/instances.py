@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.engine.stages import Whole
-from unet_ray.segmentation.components import Connection, TileRecord, label_components
+from unet_ray.segmentation.components import Connection, TileRecord, TileSummary, label_components
 from unet_ray.segmentation.foreground import Foreground, ids_to_bytes, read_ids
 from unet_ray.segmentation.pyramid import Source
 from unet_ray.segmentation.rules import Rules
@@ -120,7 +120,7 @@ class JoinWorker(Whole):
         plan, rules, limit = self._run.plan, self._rules, self._run.join_memory
         connection = Connection(rules.connect, rules.connectivity)
         if self._background:
-            return holes(plan, self._record, connection, limit)
+            return holes(plan, self._record, connection, limit, self._summary)
         return unite(
             plan,
             self._record,
@@ -130,11 +130,15 @@ class JoinWorker(Whole):
             exclude_border=rules.exclude_border,
             ids=rules.ids,
             max_bytes=limit,
+            summary=self._summary,
         )
 
     def _record(self, tile: int) -> TileRecord:
         split = self._rules.split and not self._background
         return self._labels.parsed(tile, (BasinRecord if split else TileRecord).from_bytes)
+
+    def _summary(self, tile: int) -> TileSummary:
+        return self._labels.parsed(tile, TileSummary.from_bytes)
 
 
 class InstanceWorker(Whole):

@@ -76,5 +76,29 @@ def unpack(kind: bytes, dtypes: Sequence[str], data: bytes) -> list[NDArray[Any]
     return arrays
 
 
+def pack_pair(kind: bytes, head: bytes, tail: bytes) -> bytes:
+    """Returns two blocks in one, so that the first can be read without the second.
+
+    Args:
+        kind: 8 bytes that name the sort of pair and its version.
+        head: a block of `pack`.
+        tail: likewise.
+    """
+    return kind + struct.pack("<Q", len(head)) + head + tail
+
+
+def unpack_pair(kind: bytes, data: bytes) -> tuple[bytes, bytes]:
+    """Reverses `pack_pair`. A wrong length shows when `unpack` checks the first block.
+
+    Raises:
+        DamageError: if `data` is not of this kind.
+    """
+    start = _KIND + 8
+    if len(data) < start or data[:_KIND] != kind:
+        raise DamageError("it does not start as it should")
+    end = start + struct.unpack_from("<Q", data, _KIND)[0]
+    return data[start:end], data[end:]
+
+
 def _codec() -> pa.Codec:
     return pa.Codec("zstd", compression_level=1)

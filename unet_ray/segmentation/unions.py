@@ -18,8 +18,14 @@ from numpy.typing import NDArray
 
 from unet_ray.errors import RunError
 from unet_ray.segmentation.basins import BasinForest
-from unet_ray.segmentation.components import Connection, TileRecord
-from unet_ray.segmentation.forest import TOUCHING_BYTES, WINDOW_BYTES, Forest, ReadRecord
+from unet_ray.segmentation.components import Connection, TileSummary
+from unet_ray.segmentation.forest import (
+    TOUCHING_BYTES,
+    WINDOW_BYTES,
+    Forest,
+    ReadRecord,
+    ReadSummary,
+)
 from unet_ray.segmentation.rules import Ids
 from unet_ray.tiling.tiles import TilePlan
 from unet_ray.units import format_bytes
@@ -61,6 +67,7 @@ def unite(
     ids: Ids = "dense",
     max_bytes: int,
     split: bool = False,
+    summary: ReadSummary | None = None,
 ) -> Iterator[tuple[int, NDArray[np.uint64]]]:
     """Yields the id of each label of each tile.
 
@@ -75,6 +82,7 @@ def unite(
             1 + the linear index of the first voxel in the volume.
         max_bytes: the available memory; see `join_bytes`.
         split: whether objects are split at their necks. The records are then `BasinRecord`s.
+        summary: returns the summary of a tile, like `record`, but faster; by default its record.
 
     Yields:
         Tile and ids, uint64, shape (n + 1,), in ascending order of the tiles. Label 0 and the
@@ -88,14 +96,14 @@ def unite(
     def kept(sizes: NDArray[np.int64], border: NDArray[np.bool_]) -> NDArray[np.bool_]:
         return (sizes >= min_size) & ~(border & exclude_border)
 
-    budget = _Budget(plan, record, ids, max_bytes)
-    forest = (BasinForest if split else Forest)(plan, record, connection)
+    budget = _Budget(plan, summary or record, ids, max_bytes)
+    forest = (BasinForest if split else Forest)(plan, record, connection, summary)
     forest.grow(budget.admit)
     # The number of an object is 0 if it is removed, -1 - (its first voxel), later its dense id.
     numbers = np.subtract(-1, forest.first, out=forest.first)
     numbers[~kept(forest.sizes, forest.border)] = 0
 
-    def numbers_of(index: int, tile: TileRecord) -> NDArray[np.int64]:
+    def numbers_of(index: int, tile: TileSummary) -> NDArray[np.int64]:
         own = np.where(kept(tile.sizes, tile.border), -1 - tile.first, 0)
         own[tile.touching - 1] = numbers[forest.roots_of(index)]
         return np.concatenate([np.zeros(1, np.int64), own])
@@ -123,7 +131,11 @@ def unite(
 
 
 def holes(
-    plan: TilePlan, record: ReadRecord, connection: Connection, max_bytes: int
+    plan: TilePlan,
+    record: ReadRecord,
+    connection: Connection,
+    max_bytes: int,
+    summary: ReadSummary | None = None,
 ) -> Iterator[tuple[int, NDArray[np.bool_]]]:
     """Yields which background labels of each tile are holes: enclosed by objects.
 
@@ -137,6 +149,7 @@ def holes(
             `connection`; None if a mask skipped it.
         connection: of the foreground.
         max_bytes: the available memory; see `join_bytes` for ids of kind ``first-voxel``.
+        summary: as for `unite`.
 
     Yields:
         Tile and holes, bool, shape (n + 1,), False for label 0, in ascending order of the tiles.
@@ -146,8 +159,9 @@ def holes(
         RunError: if `max_bytes` is too small; names the needed memory and the remedy.
         DamageError: if a record belongs to another tile, another plan or another connection.
     """
-    forest = Forest(plan, record, connection.complement)
-    forest.grow(_Budget(plan, record, "first-voxel", max_bytes).admit, closed=True)
+    forest = Forest(plan, record, connection.complement, summary)
+    budget = _Budget(plan, summary or record, "first-voxel", max_bytes)
+    forest.grow(budget.admit, closed=True)
     bordered = bool(connection.borders(plan.shape))
     for index in range(len(plan)):
         if tile := forest.read(index):
@@ -176,8 +190,8 @@ class _Budget:
         labels: number of labels in each slab.
     """
 
-    def __init__(self, plan: TilePlan, record: ReadRecord, ids: Ids, max_bytes: int) -> None:
-        self._plan, self._record, self._ids, self._max_bytes = plan, record, ids, max_bytes
+    def __init__(self, plan: TilePlan, summary: ReadSummary, ids: Ids, max_bytes: int) -> None:
+        self._plan, self._summary, self._ids, self._max_bytes = plan, summary, ids, max_bytes
         self._tiles = len(next(slabs(plan)))
         self.labels = [0] * (len(plan) // self._tiles)
 
@@ -202,7 +216,7 @@ class _Budget:
         """Returns the message, given the bytes of a touching label."""
         labels, touching = [0] * len(self.labels), 0
         for index in range(len(self._plan)):
-            if tile := self._record(index):
+            if tile := self._summary(index):
                 labels[index // self._tiles] += tile.count
                 touching += len(tile.touching)
         without = join_bytes(0, 0, "first-voxel") + math.ceil(each * touching)

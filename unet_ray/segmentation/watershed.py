@@ -14,21 +14,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.compiled import compiled
 from unet_ray.errors import DamageError
-from unet_ray.segmentation.components import Connection, Faces, TileRecord
+from unet_ray.segmentation.components import (
+    Connection,
+    Faces,
+    TileRecord,
+    TileSummary,
+    face_dtypes,
+    faces_of,
+    packed_faces,
+)
 from unet_ray.segmentation.forest import root
 from unet_ray.segmentation.packing import pack, unpack
 from unet_ray.tiling.boxes import Box, Ints
 
-_KIND = b"basins-1"
+_KIND = b"basins-2"
 
 # Distances are capped here, so that a margin suffices: an object is split only where half the
 # width of its neck is below this. The margin of a volume costs more, so its cap is lower.
@@ -108,76 +115,56 @@ class BasinRecord(TileRecord):
 
     A component of the tile that touches no other tile is already split into whole objects, one
     label each. The labels of all other components are open: each is a basin, or a part of one.
+    The `m` labels in `touching` are the open ones.
 
     Attributes:
-        open: the open labels, int32, shape (m,), ascending.
         tops: height of the highest voxel of each open label, int32, shape (m,).
         targets: linear index, in the whole volume, of the voxel of another tile to which all
             pointers of an open label lead; -1 if they lead to a top in this tile; int64, shape
             (m,).
-        necks: int32, shape (k, 3): two open labels that touch, as positions in `open`, the first
-            lower, and the greatest height of a path between them.
+        necks: int32, shape (k, 3): two open labels that touch, as positions in `touching`, the
+            first lower, and the greatest height of a path between them.
         low_heights: heights of the voxels of `low`, int32, of the same shapes.
         high_heights: heights of the voxels of `high`, likewise.
     """
 
-    open: NDArray[np.int32]
     tops: NDArray[np.int32]
     targets: NDArray[np.int64]
     necks: NDArray[np.int32]
     low_heights: Faces
     high_heights: Faces
 
-    @cached_property
-    def touching(self) -> NDArray[np.int64]:
-        """The labels that may belong to an object of several tiles: the open ones."""
-        return self.open.astype(np.int64)
-
-    def to_bytes(self) -> bytes:
-        """Returns the record as a compressed block with a checksum.
-
-        Raises:
-            RunError: if it exceeds 1 GiB.
-        """
-        labels = np.frombuffer(super().to_bytes(), np.uint8)
-        faces = *self.low_heights, *self.high_heights
-        return pack(_KIND, [labels, self.open, self.tops, self.targets, self.necks, *faces])
+    def _tail(self) -> bytes:
+        planes = *self.low_heights, *self.high_heights
+        arrays = [*packed_faces(self), self.tops, self.targets, self.necks, *planes]
+        return pack(_KIND, arrays)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> BasinRecord:
-        """Reverses `to_bytes`, for bytes from any source.
-
-        Raises:
-            DamageError: if `data` is not the record of a tile. The message continues from a name.
-        """
-        dtypes = ["|u1", "<i4", "<i4", "<i8", *["<i4"] * 7]
-        labels, opened, tops, targets, necks, *faces = unpack(_KIND, dtypes, data)
-        tile = TileRecord.from_bytes(labels.tobytes())
-        planes, m = (*tile.low, *tile.high), len(opened)
+    def _parsed(cls, summary: TileSummary, tail: bytes) -> Self:
+        dtypes = [*face_dtypes(summary), "<i4", "<i8", *["<i4"] * 7]
+        arrays = unpack(_KIND, dtypes, tail)
+        low, high = faces_of(summary, arrays[:6])
+        tops, targets, necks, *planes = arrays[6:]
+        labels, m = (*low, *high), len(summary.touching)
         valid = (
             len(tops) == len(targets) == m
             and len(necks) % 3 == 0
-            and all(a.size == b.size for a, b in zip(faces, planes, strict=True))
-            and (m == 0 or 1 <= opened[0] <= opened[-1] <= tile.count)
-            and bool((opened[1:] > opened[:-1]).all())
+            and all(a.size == b.size for a, b in zip(planes, labels, strict=True))
         )
         pairs = necks.reshape(-1, 3)[:, :2] if valid else necks
         if not valid or not 0 <= pairs.min(initial=0) <= pairs.max(initial=-1) + 1 <= m:
             raise DamageError("it is not the record of a tile with basins")
-        if not np.isin(tile.touching, opened).all():
-            raise DamageError("a label on its faces is not open")
-        shaped = tuple(a.reshape(b.shape) for a, b in zip(faces, planes, strict=True))
-        parts = opened, tops, targets, necks.reshape(-1, 3)
-        return cls(**_values(tile, parts, shaped[:3], shaped[3:]))
-
-
-def _values(
-    tile: TileRecord, parts: Sequence[NDArray[Any]], low: Faces, high: Faces
-) -> dict[str, Any]:
-    """Returns the values of a `BasinRecord` by name; `parts` are those between its faces."""
-    values = {field.name: getattr(tile, field.name) for field in fields(TileRecord)}
-    names = ("open", "tops", "targets", "necks", "low_heights", "high_heights")
-    return values | dict(zip(names, (*parts, low, high), strict=True))
+        shaped = tuple(a.reshape(b.shape) for a, b in zip(planes, labels, strict=True))
+        return cls(
+            **vars(summary),
+            low=low,
+            high=high,
+            tops=tops,
+            targets=targets,
+            necks=necks.reshape(-1, 3),
+            low_heights=shaped[:3],
+            high_heights=shaped[3:],
+        )
 
 
 def label_basins(
@@ -218,12 +205,17 @@ def label_basins(
     _renumber(labels, numbers)
     necks = necks[between_open]
     necks[:, :2] = _ranks(is_open)[necks[:, :2] - 1] - 1
-    record = TileRecord.of(labels, int(numbers.max()), write, shape, connection)
-    inner = height[1:-1, 1:-1, 1:-1]
-    low, high = _faces(inner, record.low, 0), _faces(inner, record.high, -1)
     opened = numbers[1:][is_open].astype(np.int32)
-    parts = opened, tops[is_open], targets[is_open], necks
-    return labels, BasinRecord(**_values(record, parts, low, high))
+    record = TileRecord.of(labels, int(numbers.max()), write, shape, connection, opened)
+    inner = height[1:-1, 1:-1, 1:-1]
+    return labels, BasinRecord(
+        **vars(record),
+        tops=tops[is_open],
+        targets=targets[is_open],
+        necks=necks,
+        low_heights=_faces(inner, record.low, 0),
+        high_heights=_faces(inner, record.high, -1),
+    )
 
 
 def _label(
