@@ -116,6 +116,15 @@ def test_labels_inside_a_tile_touch_no_other():
     assert record.border.tolist() == [True, False, True]
 
 
+def test_faces_with_more_labels_than_16_bits_survive_their_bytes():
+    mask = np.indices((1, 512, 512)).sum(0) % 2 == 0
+    labels, count = label_components(mask, Connection())
+    write = Box((1, 0, 0), (2, 512, 512))
+    record = TileRecord.of(labels, count, write, (3, 512, 512), Connection())
+    assert record.high[0].max() == count == 1 << 17
+    assert same(TileRecord.from_bytes(record.to_bytes()), record)
+
+
 # Bytes from any source
 
 

@@ -1,6 +1,7 @@
 """Objects of the volume from tiles: equal to one call of scipy.ndimage.label on the whole."""
 
 import tracemalloc
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from scipy import ndimage
 
 from unet_ray.errors import DamageError, RunError
 from unet_ray.segmentation import forest as forest_module
-from unet_ray.segmentation.components import Connection, TileRecord, label_components
+from unet_ray.segmentation.components import Connection, TileRecord, TileSummary, label_components
 from unet_ray.segmentation.forest import WINDOW_BYTES
 from unet_ray.segmentation.unions import holes, join_bytes, slabs, unite
 from unet_ray.tiling.tiles import Context, TilePlan
@@ -331,6 +332,33 @@ def test_the_memory_of_a_union_stays_within_what_is_stated(ids, monkeypatch):
     peak()  # compiles
     stated = join_bytes(labels, touching, ids) - WINDOW_BYTES
     assert stated / 2 < peak() < stated + (256 << 10)  # a record of a tile needs 40 KiB
+
+
+def summary_of(record):
+    return TileSummary(**{field.name: getattr(record, field.name) for field in fields(TileSummary)})
+
+
+@pytest.mark.parametrize("ids", ["dense", "first-voxel"])
+def test_the_faces_of_each_tile_are_read_once(ids):
+    mask, connection = checkerboard(), Connection()
+    plan = plan_of(mask.shape, (3, 4, 4))
+    _, read = labelled(plan, mask, connection)
+    calls = []
+
+    def counted(index):
+        calls.append(index)
+        return read(index)
+
+    def summary(index):
+        return summary_of(read(index))
+
+    options = {"ids": ids, "max_bytes": ENOUGH}
+    united = dict(unite(plan, counted, connection, **options, summary=summary))
+    assert calls == list(range(len(plan))) == list(united)
+    for index, expected in unite(plan, read, connection, **options):
+        np.testing.assert_array_equal(united[index], expected)
+    with pytest.raises(DamageError, match="tile 0 belongs to other"):
+        list(unite(plan, read, connection, **options, summary=lambda index: summary(index ^ 1)))
 
 
 def test_a_record_of_another_tile_plan_or_connection_is_damage():
