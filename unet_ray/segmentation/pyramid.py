@@ -47,23 +47,31 @@ class Source:
             RunError: if a shard is missing, empty or damaged; names the file.
         """
         tiles = [*self.plan.within(box)]
-        left_out = [tile for tile in tiles if self._skipped is not None and self._skipped[tile]]
+        if len(tiles) == 1 and self.plan[tiles[0]].write == box:
+            return self._part(name, tiles[0], box)
+        array = self._store.read(name)
+        voxels = np.empty((*array.shape[:-3], *box.shape), array.dtype)
         for tile in tiles:
-            if tile not in left_out:
-                self._store.require(name, self.plan[tile])
-        try:
-            voxels: NDArray[Any] = self._store.read(name)[(..., *box.slices)]  # a new array
-        except Exception as error:  # each codec raises its own errors
-            shards = self._store.shard(name, self.plan[tiles[0]]).parent
-            raise RunError(
-                f"{shards}: {name} at {box} cannot be read ({reason(error)}); repair it with "
-                "`unet-ray verify --repair`."
-            ) from error
-        for tile in left_out:  # a killed run may have left a shard
             part = self.plan[tile].write.intersect(box)
             z, y, x = part.relative_to(box.start).slices
-            voxels[..., z, y, x] = 0
+            voxels[..., z, y, x] = self._part(name, tile, part)
         return voxels
+
+    def _part(self, name: str, tile: int, part: Box) -> NDArray[Any]:
+        """Returns the voxels of `part`, which belongs to one tile."""
+        planned, array = self.plan[tile], self._store.read(name)
+        if self._skipped is not None and self._skipped[tile]:  # a killed run may have left a shard
+            return np.zeros((*array.shape[:-3], *part.shape), array.dtype)
+        self._store.require(name, planned)
+        try:
+            if part == planned.write:
+                return self._store.decoded(name, planned)
+            return np.asarray(array[(..., *part.slices)])
+        except Exception as error:  # each codec raises its own errors
+            raise RunError(
+                f"{self._store.shard(name, planned)}: {name} of tile {tile} cannot be read "
+                f"({reason(error)}); repair it with `unet-ray verify --repair`."
+            ) from error
 
 
 class LevelWorker(Whole):

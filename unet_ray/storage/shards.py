@@ -16,17 +16,18 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+import google_crc32c
 import numpy as np
-import zarr
+import pyarrow
 from numpy.typing import NDArray
-from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import MemoryStore
 
 from unet_ray.errors import DamageError
+from unet_ray.tiling.boxes import Ints
 from unet_ray.tiling.tiles import Tile
 
 ABSENT = 2**64 - 1  # offset and length of a missing chunk in the index of a shard
 INDEX_ENTRY, CHECKSUM = 16, 4  # bytes
+_ZSTD = pyarrow.Codec("zstd")
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 CHECKSUM_BYTES = 8  # of the voxels of a tile in one output
 SLACK = 1024  # bytes added to twice the size of a chunk, as a bound of its compressed size
@@ -37,66 +38,81 @@ class Shards:
 
     Args:
         array: the opened array, or an empty one with the same layout.
-        metadata: its ``zarr.json``.
 
     Attributes:
         max_bytes: upper bound of the bytes of a shard.
     """
 
-    def __init__(self, array: Any, metadata: bytes) -> None:
-        self._metadata = metadata
+    def __init__(self, array: Any) -> None:
         self._chunk: tuple[int, ...] = array.chunks
         self._counts = tuple(n // c for n, c in zip(array.shards, array.chunks, strict=True))
         chunks = math.prod(self._counts)
+        self._leading: Ints = array.shards[:-3]
+        self._dtype = array.dtype.newbyteorder("<")
         self._index = INDEX_ENTRY * chunks + CHECKSUM
         self._chunk_bytes = math.prod(self._chunk) * array.dtype.itemsize
         self.max_bytes = self._index + chunks * (2 * self._chunk_bytes + SLACK)
 
-    def decode(self, data: bytes, tile: Tile, key: str) -> NDArray[Any]:
+    def decode(self, data: bytes, tile: Tile) -> NDArray[Any]:
         """Returns the voxels that `tile` owns, ``(..., z, y, x)``, from its shard.
 
         Args:
             data: all bytes of the shard.
             tile: the tile of the shard.
-            key: name of the shard in the array, such as ``c/0/1/2``.
 
         Raises:
             DamageError: if a byte has changed since it was written.
         """
-        for frame in self._frames(data, tile):
-            declared = declared_size(frame)
-            if declared != self._chunk_bytes:
-                raise DamageError(
-                    f"is damaged: an inner chunk declares {declared} bytes, not {self._chunk_bytes}"
-                )
-        as_buffer = default_buffer_prototype().buffer.from_bytes
-        memory = MemoryStore({"zarr.json": as_buffer(self._metadata), key: as_buffer(data)})
-        box = (..., *tile.write.slices)
+        voxels = np.empty((*self._leading, *tile.write.shape), self._dtype)
+        for position, frame in self._frames(data, tile):
+            places = zip(position, self._chunk, voxels.shape, strict=True)
+            inside = tuple(slice(n * c, min(n * c + c, extent)) for n, c, extent in places)
+            part = voxels[inside]
+            part[:] = self._chunk_of(frame)[tuple(slice(n) for n in part.shape)]
+        return voxels
+
+    def _chunk_of(self, frame: bytes) -> NDArray[Any]:
+        """Decodes an inner chunk after checking its checksum and its declared size."""
+        compressed, checksum = frame[:-CHECKSUM], frame[-CHECKSUM:]
+        declared = declared_size(compressed)
+        if declared != self._chunk_bytes:
+            raise DamageError(
+                f"is damaged: an inner chunk declares {declared} bytes, not {self._chunk_bytes}"
+            )
+        if google_crc32c.value(compressed) != int.from_bytes(checksum, "little"):
+            raise DamageError("is damaged: an inner chunk has a wrong checksum")
         try:
-            return np.asarray(zarr.open_array(memory, mode="r")[box])
-        except Exception as error:  # codecs raise many types for damaged bytes
+            # Never more than the given size, even if several frames follow each other.
+            values = _ZSTD.decompress(compressed, decompressed_size=self._chunk_bytes)
+        except OSError as error:
             raise DamageError(f"is damaged ({str(error).rstrip('.')})") from error
+        return np.frombuffer(values, self._dtype).reshape(self._chunk)
 
-    def _frames(self, data: bytes, tile: Tile) -> Iterator[bytes]:
-        """Returns the inner chunks after checking that they and the index fill the shard.
+    def _frames(self, data: bytes, tile: Tile) -> Iterator[tuple[Ints, bytes]]:
+        """Yields the position of each inner chunk in the shard, and its bytes.
 
-        All chunks are stored except those entirely outside the volume.
+        Checks that they and the index fill the shard. All chunks are stored except those entirely
+        outside the volume.
         """
         end = len(data) - self._index
         if end < 0:
             raise DamageError(f"is truncated: it has {len(data)} bytes, fewer than its index")
+        if google_crc32c.value(data[end:-CHECKSUM]) != int.from_bytes(data[-CHECKSUM:], "little"):
+            raise DamageError("is damaged: its index has a wrong checksum")
         index = np.frombuffer(data[end:-CHECKSUM], "<u8").reshape(-1, 2)
         stored = np.zeros(self._counts, bool)
         extents = zip(tile.write.shape, self._chunk[-3:], strict=True)
         z, y, x = (slice(-(-n // c)) for n, c in extents)
         stored[..., z, y, x] = True
-        spans = sorted(index[stored.ravel()].tolist())
-        starts = itertools.accumulate((length for _, length in spans), initial=0)
-        if [start for start, _ in spans] + [end] != [*starts] or (
+        spans = index[stored.ravel()].tolist()
+        ordered = sorted(spans)
+        starts = itertools.accumulate((length for _, length in ordered), initial=0)
+        if [start for start, _ in ordered] + [end] != [*starts] or (
             index[~stored.ravel()] != ABSENT
         ).any():
             raise DamageError("is truncated or damaged: its index does not match its chunks")
-        return (data[start : start + length] for start, length in spans)
+        for position, (start, length) in zip(np.argwhere(stored).tolist(), spans, strict=True):
+            yield tuple(position), data[start : start + length]
 
 
 def checksum_of(voxels: NDArray[Any]) -> str:

@@ -52,7 +52,7 @@ from unet_ray.storage.places import (
     write_whole,
 )
 from unet_ray.storage.provenance import Provenance
-from unet_ray.storage.shards import checksum_of
+from unet_ray.storage.shards import Shards, checksum_of
 from unet_ray.tiling.tiles import Tile, TilePlan
 
 DELETED = "deleted-"  # prefix of the names of deleted parts of a store in .unet_ray
@@ -282,9 +282,16 @@ class Store:
                 "again, or repair it with `unet-ray verify --repair`."
             )
 
-    def metadata(self, name: str) -> bytes:
-        """Returns the ``zarr.json`` of one output's array, as read when the store was opened."""
-        return self._metadata[name]
+    def decoded(self, name: str, tile: Tile) -> NDArray[Any]:
+        """Returns the voxels that `tile` owns, ``(..., z, y, x)``, after checking its whole shard.
+
+        About twice as fast as a read by zarr, which decodes one inner chunk after the other.
+
+        Raises:
+            DamageError: if a byte of the shard has changed since it was written.
+            OSError: if it cannot be read.
+        """
+        return Shards(self._arrays[name]).decode(self.shard(name, tile).read_bytes(), tile)
 
     def read(self, name: str) -> Any:
         """Returns the Zarr array of one output, which can be indexed like a NumPy array."""

@@ -57,10 +57,7 @@ class TileAudit:
     def expect(self, empty: Path) -> None:
         """Sets the empty store to compare with."""
         self._store = Store(empty, self.outputs, level=self.written.level)
-        self._arrays = {
-            name: Shards(self._store.read(name), self._store.metadata(name))
-            for name in self.outputs
-        }
+        self._arrays = {name: Shards(self._store.read(name)) for name in self.outputs}
 
     def shard(self, name: str, tile: int) -> Place:
         """Returns the path of a tile's shard; for ``records`` that of its records."""
@@ -109,7 +106,7 @@ class TileAudit:
         """
         planned, shards = self.plan[tile], self._arrays[name]
         data = read_checked(self.path, self.shard(name, tile), shards.max_bytes)
-        return shards.decode(data, planned, self._store.key(name, planned))
+        return shards.decode(data, planned)
 
     def ledger_damage(self) -> Iterator[str]:
         """Yields a sentence for each damaged file of the ledger."""
