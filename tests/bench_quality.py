@@ -1,6 +1,7 @@
 """The lab book of the default recipe: one change at a time, scored on held-out slices.
 
-python -m tests.bench_quality CHANGE [CPU_MINUTES [SEED]]
+python -m tests.bench_quality CHANGE [CPU_MINUTES [SEED]] > FOLDER/CHANGE-SEED.json
+python -m tests.bench_quality table FOLDER
 
 CHANGE is a key of `CHANGES`; ``none`` is the recipe without any. Reads ISBI 2012 from
 ../shared/data. Training stops after the CPU time of this process, so that other programs on the
@@ -20,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import tifffile
 import torch
-from scipy import ndimage
 from torch.optim.swa_utils import AveragedModel
 
 from unet_ray.machine import keep_freed_memory
@@ -37,6 +37,14 @@ from unet_ray.training.weights import weight_map
 STACK = Path(__file__).parents[2] / "shared" / "data" / "isbi2012"
 HELD_OUT = "9:12,21:24"  # three slices of each half of the stack: see its slices.json
 SCORES = ("pixel_error", "rand_error_foreground", "v_rand", "v_info")
+COLUMNS = {
+    "pixel error": "pixel_error",
+    "Rand error": "rand_error_foreground",
+    "V_rand": "v_rand",
+    "V_info": "v_info",
+    "accuracy at the best threshold": "accuracy",
+    "accuracy at 0.5": "at_half",
+}
 AVERAGES = {"500": 500, "2000": 2000}  # steps
 
 # Fields of `Recipe`, or the name of a method of `Bench` with its argument.
@@ -61,7 +69,8 @@ CHANGES = {
     "unbalanced": {"balance": 0.0},
     "half-balanced": {"balance": 0.5},
     "unweighted": {"balance": 0.0, "w0": 0.0},
-    "blur-noise": {"degrade": 1.0},
+    "no-blur-noise": {"degrade": 0.0},
+    "blur-noise-2": {"degrade": 2.0},
     "slices-3": {"slices": 1},
     "slices-5": {"slices": 2},
     "by-weight": {"reduction": "weight"},
@@ -83,23 +92,6 @@ class Scheduled(Learner):
         return super().step(samples, number, progress)
 
 
-class Degraded(Sampler):
-    """Patches with random blur or noise, since the halves of the stack differ in sharpness."""
-
-    strength = 0.0
-
-    def __getitem__(self, slot):
-        sample = super().__getitem__(slot)
-        rng = np.random.default_rng([self._seed, *slot, 1])
-        image = sample.image
-        if rng.random() < 0.5:
-            sigma = self.strength * rng.uniform(0, 1.5)
-            image = np.stack([ndimage.gaussian_filter(plane, sigma) for plane in image])
-        if rng.random() < 0.5:
-            image = image + rng.normal(0, self.strength * rng.uniform(0, 0.3), image.shape)
-        return replace(sample, image=image.astype(np.float32))
-
-
 class Bench:
     """One training with scores on held-out slices."""
 
@@ -110,8 +102,7 @@ class Bench:
         ours = {name: fields.pop(name, None) for name in OURS}
         self.recipe, self.seconds = Recipe.of("default", **settings | fields), seconds
         self.data = loaded(self.recipe, ours["slices"] or 0, ours["balance"])
-        self.sampler = Degraded(self.data, self.recipe)
-        self.sampler.strength = ours["degrade"] or 0.0
+        self.sampler = Sampler(self.data, self.recipe)
         torch.manual_seed(seed)
         self.network = self.recipe.network(self.data.channels, 2)
         self.network.to(memory_format=torch.channels_last)
@@ -127,8 +118,7 @@ class Bench:
 
     def train(self):
         slots = sample_slots(0, 0, self.recipe.batch)
-        draw = self.sampler.__getitem__ if self.sampler.strength else self.plain
-        samples, step, used, fifth = ahead(draw, slots), 0, 0.0, 0
+        samples, step, used, fifth = ahead(self.sampler.__getitem__, slots), 0, 0.0, 0
         while used < self.seconds:
             start = time.process_time()
             batch = list(islice(samples, self.recipe.batch))
@@ -141,9 +131,6 @@ class Bench:
                 self.show(step, used)
         self.show(step, used, last=True)
 
-    def plain(self, slot):
-        return Sampler.__getitem__(self.sampler, slot)
-
     def show(self, step, used, last=False):
         """Prints the scores of each way of predicting."""
         for name, network in [("last", self.network), *self.averages.items()]:
@@ -155,7 +142,7 @@ class Bench:
         self.network.train()
 
 
-OURS = ("schedule", "reduction", "balance", "degrade", "slices")
+OURS = ("schedule", "reduction", "balance", "slices")
 
 
 def averaging(steps):
@@ -208,7 +195,24 @@ def predict(predictor, plan, number, image):
     return predictor(tile, voxels, ("probabilities",))["probabilities"][0][tile.crop.slices]
 
 
+def table(folder):
+    """Prints the last scores of all runs of a folder as Markdown, those with averaged weights."""
+    print("| change | seed | steps | TTA | " + " | ".join(COLUMNS) + " |")
+    print("|---" * (4 + len(COLUMNS)) + "|")
+    for path in sorted(Path(folder).glob("*.json")):
+        change, _, seed = path.stem.rpartition("-")
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        finished = any(line["tta"] for line in lines)
+        for line in lines[-6:] if finished else ():
+            if line["weights"] == "500":
+                scores = " | ".join(f"{line[name]:.4f}" for name in COLUMNS.values())
+                step, tta = line["step"], "yes" if line["tta"] else "no"
+                print(f"| {change} | {seed} | {step} | {tta} | {scores} |")
+
+
 def main(change="", minutes=10, seed=1):
+    if change == "table":
+        return table(minutes)
     if change not in CHANGES:
         raise SystemExit(f"CHANGE={change!r} is one of {', '.join(CHANGES)}.")
     if not STACK.is_dir():

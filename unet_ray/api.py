@@ -467,7 +467,7 @@ def plan(
     return Plan(outlook.plan(source, model, settings), settings)
 
 
-@_with_keywords(Recipe, "recipe", "optimiser", "decay", "clip", "averaged")
+@_with_keywords(Recipe, "recipe", "optimiser", "decay", "clip", "averaged", "degrade")
 def train(
     images: Image | Sequence[Image],
     labels: Image | Sequence[Image],

@@ -10,7 +10,14 @@ from scipy import ndimage
 
 from unet_ray.errors import InputError
 from unet_ray.tiling.boxes import Box
-from unet_ray.training.augment import change_grey, deform, draw_deformation, warp_image, warp_labels
+from unet_ray.training.augment import (
+    change_grey,
+    deform,
+    degrade,
+    draw_deformation,
+    warp_image,
+    warp_labels,
+)
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 40))
 IDENTITY = np.eye(2)
@@ -242,3 +249,28 @@ def test_grey_values_depend_on_the_seed_and_stay_at_strength_zero():
     np.testing.assert_array_equal(first, again)
     assert (first != other).all()
     np.testing.assert_array_equal(change_grey(image, np.random.default_rng(1), 0), image)
+
+
+def test_a_patch_is_blurred_or_gets_noise_in_half_of_the_cases():
+    image = np.random.default_rng(0).normal(0, 1, (1, 64, 64)).astype(np.float32)
+    before = image.copy()
+    blurred = noisy = 0
+    for seed in range(400):
+        degraded = degrade(image, np.random.default_rng(seed))
+        assert (degraded.dtype, degraded.shape) == (np.float32, image.shape)
+        again = degrade(image, np.random.default_rng(seed))
+        np.testing.assert_array_equal(degraded, again)
+        draws = np.random.default_rng(seed)
+        (blurs, adds), (blur, noise) = draws.random(2) < 0.5, draws.uniform(0, (1.5, 0.3))
+        expected = ndimage.gaussian_filter(image, (0, blur, blur)) if blurs else image
+        difference = degraded - expected
+        assert difference.std() == pytest.approx(noise if adds else 0, rel=0.1, abs=1e-6)
+        blurred, noisy = blurred + blurs, noisy + adds
+    np.testing.assert_array_equal(image, before)
+    assert 160 < blurred < 240 and 160 < noisy < 240
+
+
+def test_no_strength_leaves_a_patch_unchanged():
+    image = np.random.default_rng(0).normal(0, 1, (2, 9, 8)).astype(np.float32)
+    for seed in range(20):
+        np.testing.assert_array_equal(degrade(image, np.random.default_rng(seed), 0.0), image)

@@ -122,7 +122,8 @@ def test_a_larger_volume_is_drawn_more_often(write):
 
 
 @pytest.mark.parametrize("patch, output", [((60, 60), (20, 20)), ((60, 76), (20, 36))])
-def test_labels_belong_to_the_middle_of_the_image(data, patch, output):
+def test_labels_belong_to_the_middle_of_the_image(data, patch, output, monkeypatch):
+    monkeypatch.setattr(samples, "degrade", lambda image, *given: image)
     sampler = sampler_of(data, patch, seed=1, elastic=0)
     middle = tuple(slice((p - o) // 2, (p + o) // 2) for p, o in zip(patch, output, strict=True))
     compared = 0
@@ -141,6 +142,7 @@ def test_labels_belong_to_the_middle_of_the_image(data, patch, output):
 def test_labels_and_image_come_from_the_same_position(monkeypatch, elastic, axis):
     # Linear interpolation reproduces a ramp; the label is the nearest integer.
     monkeypatch.setattr(samples, "change_grey", lambda image, rng: image)
+    monkeypatch.setattr(samples, "degrade", lambda image, *given: image)
     ramp = np.indices((240, 240))[axis][None].astype(np.uint8)
     data = in_memory(ramp[None].astype(np.float32), ramp)
     sampler = sampler_of(data, (60, 76), seed=3, elastic=elastic)

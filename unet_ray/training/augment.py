@@ -1,8 +1,8 @@
 """Augmentation of training patches: Ronneberger, Fischer, Brox 2015, sec. 3.1.
 
-A patch is deformed, rotated and flipped, and its grey values change. It is sampled from a larger
-window of real voxels, so its corners need no padding. Handles arrays of one slice; independent of
-how the window is read.
+A patch is deformed, rotated and flipped, and its grey values and sharpness change. It is sampled
+from a larger window of real voxels, so its corners need no padding. Handles arrays of one slice;
+independent of how the window is read.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 from scipy.interpolate import CubicSpline
 
 from unet_ray.compiled import compiled
 from unet_ray.errors import InputError
 from unet_ray.tiling.boxes import Box
 
+LARGEST_BLUR = 1.5  # voxels
+LARGEST_NOISE = 0.3  # standard deviations of the grey values
 Value = TypeVar("Value", bound=np.generic)
 
 
@@ -174,6 +177,33 @@ def change_grey(
     gain, offset = rng.uniform(-strength, strength, (2, len(image), 1, 1)).astype(np.float32)
     changed: NDArray[np.float32] = image * np.exp(gain) + offset
     return changed
+
+
+def degrade(
+    image: NDArray[np.float32], rng: np.random.Generator, strength: float = 1.0
+) -> NDArray[np.float32]:
+    """Randomly blurs a patch and adds noise, each with probability 1/2.
+
+    Slices of one stack can differ in sharpness and noise, and slices never seen differ more. Not in
+    the paper.
+
+    Args:
+        image: shape ``(c, y, x)``, normalised to standard deviation 1.
+        rng: random generator.
+        strength: the blur has a standard deviation of up to 1.5 voxels, and the noise of up to 0.3,
+            each times this number; 0 leaves the values unchanged.
+
+    Returns:
+        An image of the same shape; new, if it differs.
+    """
+    # Always drawn, so that later numbers do not depend on the strength.
+    blurred, noisy = rng.random(2) < 0.5
+    blur, noise = strength * rng.uniform(0, (LARGEST_BLUR, LARGEST_NOISE))
+    if blurred and blur:
+        image = ndimage.gaussian_filter(image, (0, blur, blur))
+    if noisy and noise:
+        image = image + np.float32(noise) * rng.standard_normal(image.shape, np.float32)
+    return image
 
 
 @lru_cache(maxsize=8)

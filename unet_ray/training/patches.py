@@ -21,6 +21,7 @@ from unet_ray.tiling.mirror import read_mirrored
 from unet_ray.training.augment import (
     Deformation,
     change_grey,
+    degrade,
     draw_deformation,
     warp_image,
     warp_labels,
@@ -63,7 +64,8 @@ class Sampler:
     """
 
     def __init__(self, data: TrainingData, recipe: Recipe) -> None:
-        self._data, self._seed, self._elastic = data, recipe.seed, recipe.elastic
+        self._data, self._seed = data, recipe.seed
+        self._elastic, self._degrade = recipe.elastic, recipe.degrade
         self._patch, self._output = recipe.patch, recipe.output
         sizes = np.array([v.targets.size for v in data.volumes], float)
         self._shares = sizes / sizes.sum()
@@ -80,11 +82,9 @@ class Sampler:
         label_box = inner.reach(centre)
         targets = _window(volume.targets, z, label_box)
         weights = _window(volume.weights, z, label_box)
+        warped = warp_image(image, _relative_to(deformation.reach(centre), centre), deformation)
         return Sample(
-            change_grey(
-                warp_image(image, _relative_to(deformation.reach(centre), centre), deformation),
-                rng,
-            ),
+            degrade(change_grey(warped, rng), rng, self._degrade),
             warp_labels(targets, _relative_to(label_box, centre), inner),
             warp_labels(weights, _relative_to(label_box, centre), inner),
         )

@@ -56,6 +56,7 @@ class Recipe:
         patience: stop after this many validations without a better score; None for no limit.
         w0, sigma: weight and width in voxels of the border term of the weight map (eq. 2).
         elastic: standard deviation of the deformation at its nodes, in voxels (sec. 3.1).
+        degrade: strength of random blur and noise; 0 for none.
         start: RUN folder or file of a model whose weights the training starts from; None for random
             weights.
         seed: random seed.
@@ -87,6 +88,7 @@ class Recipe:
     w0: float = 10.0
     sigma: float = 5.0
     elastic: float = 10.0
+    degrade: float = 1.0
     start: str | None = None
     seed: int = 0
     precision: Precision | Literal["auto"] = "auto"
@@ -147,6 +149,7 @@ class Recipe:
             "momentum": (0 <= self.momentum < 1, "at least 0 and below 1"),
             "w0": (0 <= self.w0 < math.inf, "at least 0"),
             "sigma": (0 < self.sigma < math.inf, "above 0"),
+            "degrade": (0 <= self.degrade < math.inf, "at least 0"),
             "elastic": (0 <= self.elastic < math.inf, "at least 0"),
             "val_fraction": (0 <= self.val_fraction < 1, "at least 0 and below 1"),
             "patience": (self.patience is None or self.patience >= 1, "at least 1"),
@@ -239,8 +242,8 @@ def _settings_of_start(given: dict[str, Any]) -> dict[str, Any]:
     return {"learning_rate": FINE_TUNING_RATE, **{n: architecture[n] for n in ARCHITECTURE}}
 
 
-# "paper": one large patch per step, momentum 0.99, dropout, no norm, no decay (sec. 3). It has no
-# average of weights either.
+# "paper": one large patch per step, momentum 0.99, dropout, no norm, no decay (sec. 3). It has
+# neither blur and noise nor an average of weights.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
@@ -253,5 +256,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "decay": 0.0,
         "clip": 0.0,
         "averaged": 0,
+        "degrade": 0.0,
     },
 }
