@@ -100,8 +100,7 @@ class LevelWorker(Whole):
     def _reduced(self, name: str, write: Box) -> NDArray[Any]:
         """The voxels of a shard, made part by part.
 
-        Each part covers at most one shard below: zarr reads a whole shard as fast as one chunk of
-        it. The memory holds the new shard and a part, as it holds a shard and its copy when the
+        Each part covers at most one shard below, which is decoded as a whole. The memory holds the new shard and a part, as it holds a shard and its copy when the
         tile is written.
         """
         array = self._store.read(name)
