@@ -100,8 +100,8 @@ class LevelWorker(Whole):
     def _reduced(self, name: str, write: Box) -> NDArray[Any]:
         """The voxels of a shard, made part by part.
 
-        Each part covers at most one shard below, which is decoded as a whole. The memory holds the new shard and a part, as it holds a shard and its copy when the
-        tile is written.
+        Each part covers at most one shard below, which is decoded as a whole. The memory holds the
+        new shard and a part, as it holds a shard and its copy when the tile is written.
         """
         array = self._store.read(name)
         core = zip(self._source.plan.core, self._ratio, strict=True)

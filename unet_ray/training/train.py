@@ -25,7 +25,13 @@ from unet_ray.errors import InputError, RunError, UnetRayError
 from unet_ray.network.checkpoints import write_tensors
 from unet_ray.training.labels import TrainingData, load_training_data, store_weights
 from unet_ray.training.patches import Sampler, ahead, sample_slots
-from unet_ray.training.recipes import Recipe, channels_for
+from unet_ray.training.recipes import (
+    CPU_CHANNELS,
+    LONG_CPU_CHANNELS,
+    LONG_MINUTES,
+    Recipe,
+    channels_for,
+)
 from unet_ray.training.run_folder import (
     METRICS,
     MODEL,
@@ -98,9 +104,13 @@ def train(
         count = ":".join(map(str, workers)) if isinstance(workers, tuple) else workers
         raise InputError(f"workers={count} needs --engine ray; the local engine has one worker.")
     data = load_training_data(images, labels, recipe, run.path / WEIGHTS, any_classes, strict)
+    choice: Rows = []
     if recipe.base_channels is None:
         kind = cluster.find_device(engine, workers[0] if isinstance(workers, tuple) else workers)
         recipe = recipe.with_channels(run.channels() or channels_for(kind, recipe.minutes))
+        if kind == "cpu" and recipe.base_channels == CPU_CHANNELS:
+            more = f"a CPU; {LONG_CPU_CHANNELS} are better from {LONG_MINUTES:g} minutes on"
+            choice = [("channels", f"{CPU_CHANNELS}, chosen for a short training on {more}")]
     if data.held_out:
         checked_score(data.held_out, len(data.class_values), recipe.best_by)
     run.refuse_other(dataclasses.asdict(recipe), data.identity)
@@ -116,7 +126,7 @@ def train(
         store_weights(data, recipe, run.path / WEIGHTS, owned.guard)
         _store_patches(owned, recipe, data)
         if on_ray:
-            announce(on_ray.summary(owned))
+            announce(on_ray.summary(owned) + choice)
             on_ray.attempt(owned, watch)
         else:
             device = torch.device(cluster.local_device())
@@ -125,7 +135,7 @@ def train(
             training = Training(recipe, data, owned, world, draw, watch, checkpoint_seconds)
             seconds = training.step_seconds() if recipe.minutes else None
             where = f"{training.precision} on {device.type}"
-            announce(summary(data, recipe, 1, where, training.step, seconds))
+            announce(summary(data, recipe, 1, where, training.step, seconds) + choice)
             with interrupts_between_steps() as interrupted:
                 training.go(interrupted)
     if on_ray:
