@@ -276,6 +276,24 @@ def test_zero_may_mean_not_annotated_but_near_a_cell(write):
     np.testing.assert_array_equal(volume.targets[0][counted], cells[0][counted] > 0)
 
 
+@pytest.mark.parametrize(("stem", "partial"), [("man_seg", True), ("mask", False)])
+def test_a_gold_frame_with_few_cells_is_annotated_in_part(tmp_path, capsys, stem, partial):
+    rng = np.random.default_rng(0)
+    cells = np.zeros((3, 60, 60), np.uint16)
+    for number, corner in enumerate([(4, 4), (4, 40), (40, 4), (40, 40)], 1):
+        z = slice(None) if number == 1 else slice(2)  # the last frame has one cell of four
+        cells[z, corner[0] : corner[0] + 8, corner[1] : corner[1] + 8] = number
+    for z, frame in enumerate(cells):
+        write_slice(tmp_path / "01" / f"t{z}.tif", rng.integers(0, 255, frame.shape).astype("u1"))
+        write_slice(tmp_path / "SEG" / f"{stem}{z}.tif", frame)
+    data = load([str(tmp_path / "01")], [str(tmp_path / "SEG")], labels_are="instances")
+    counted = data.volumes[0].weights > 0
+    assert counted[:2].all()
+    away = ndimage.distance_transform_edt(cells[2] == 0)
+    np.testing.assert_array_equal(counted[2], (away <= 5) | (not partial))
+    assert ("man_seg2.tif: far fewer cells" in capsys.readouterr().err) == partial
+
+
 def test_frames_are_paired_with_their_labels_by_number(tmp_path):
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 255, (5, 40, 40)).astype(np.uint8)

@@ -34,6 +34,8 @@ from unet_ray.volumes.volume import Volume
 MOST_CLASSES = 32
 # Labels with fewer values may still number cells: nearly each value is one object on each slice.
 FEWEST_CELLS, SINGLE_OBJECTS = 5, 0.9
+# Gold labels with less than this share of the median number of cells are annotated in part.
+GOLD, FEW_CELLS = "man_seg", 0.5
 RING = 5  # voxels around a cell that are background where 0 means not annotated
 # Shares of voxels that equal a neighbour, in an image and in labels that seem to be exchanged.
 EXCHANGED = (0.9, 0.6)
@@ -157,7 +159,12 @@ def load_training_data(
         _refuse_exchanged(pair.image.path, pair.label.path, voxels, label_voxels)
     if recipe.labels_are == "classes" and not any_classes:
         _refuse_cell_numbers(paths, labelled, recipe.ignore_label)
-    values, truths = _truths(paths, labelled, recipe)
+    cells = recipe.labels_are == "instances" and recipe.ignore_label is None
+    partial = [
+        _partial(pair.label, array) if cells else np.zeros(len(array), bool)
+        for pair, array in zip(pairs, labelled, strict=True)
+    ]
+    values, truths = _truths(paths, labelled, partial, recipe)
     intensities = [measure(pair.image) for pair in pairs]
     masks = _held_out([len(t.targets) for t in truths], recipe.val, recipe.val_fraction)
     identity = {
@@ -250,10 +257,44 @@ def _identity(volume: Volume, voxels: NDArray[Any]) -> dict[str, Any]:
     return {**{name: properties[name] for name in names}, "sha256": digest}
 
 
+def _partial(volume: Volume, labels: NDArray[Any]) -> NDArray[np.bool_]:
+    """Returns which slices of gold labels of the Cell Tracking Challenge lack most cells.
+
+    Its organisers have annotated only some cells of a few frames. Slices of other labels may
+    really have few objects.
+
+    Args:
+        volume: the labels.
+        labels: their voxels, (z, y, x).
+    """
+    files = volume.slice_files()
+    if not files or not all(name.startswith(GOLD) for name in files):
+        return np.zeros(len(labels), bool)
+    counts = np.array([np.count_nonzero(np.unique(plane)) for plane in labels])
+    partial: NDArray[np.bool_] = counts < FEW_CELLS * np.median(counts)
+    if partial.any():
+        names = ", ".join(files[z] for z in np.flatnonzero(partial))
+        warn(
+            f"{volume.path}: {names}: far fewer cells than in the other frames, so background is "
+            f"learned there within {RING} voxels of a cell only."
+        )
+    return partial
+
+
 def _truths(
-    paths: Sequence[str], labels: Sequence[NDArray[Any]], recipe: Recipe
+    paths: Sequence[str],
+    labels: Sequence[NDArray[Any]],
+    partial: Sequence[NDArray[np.bool_]],
+    recipe: Recipe,
 ) -> tuple[list[int], list[_Truth]]:
-    """Returns the label value of each class, and the truth of each volume."""
+    """Returns the label value of each class, and the truth of each volume.
+
+    Args:
+        paths: of the labels.
+        labels: their voxels, (z, y, x).
+        partial: which slices lack most cells; matters if the labels are instances.
+        recipe: sets the kind of labels and the label of voxels without annotation.
+    """
     arrays, ignored = [_signed(*pair) for pair in zip(paths, labels, strict=True)], None
     if recipe.ignore_label is not None:
         ignored = recipe.ignore_label
@@ -264,6 +305,9 @@ def _truths(
     if recipe.labels_are == "instances":
         if ignored == 0:
             annotated = [_with_ring(mask) for mask in annotated]
+        for mask, array, few in zip(annotated, arrays, partial, strict=True):
+            if few.any():
+                mask[few] &= _with_ring(array[few] != 0)
         values = np.array([0, 1])
         separated = [
             _separated(path, a, m) for path, a, m in zip(paths, arrays, annotated, strict=True)
