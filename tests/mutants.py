@@ -47,6 +47,8 @@ TESTS = {
     "storage/stores.py": "tests/storage/test_stores.py",
     "storage/lease.py": "tests/storage/test_lease.py",
     "storage/audit.py": "tests/segmentation/test_verification.py",
+    "storage/tile_audit.py": "tests/segmentation/test_verification.py",
+    "storage/shards.py": "tests/segmentation/test_verification.py tests/storage/test_stores.py",
     "storage/provenance.py": "tests/segmentation/test_changes.py",
     "volumes/fingerprint.py": "tests/segmentation/test_changes.py",
     "volumes/volume.py": "tests/segmentation/test_changes.py",
@@ -65,6 +67,8 @@ TESTS = {
     "training/weights.py": "tests/training/test_weights.py",
     "training/augment.py": "tests/training/test_augment.py",
     "training/trainer.py": "tests/training/test_learner.py",
+    "training/calibration.py": "tests/training/test_calibration.py",
+    "training/run_folder.py": "tests/training/test_training.py",
 }
 
 
@@ -217,8 +221,12 @@ MUTANTS = [
         "if path.stat().st_size and not cls._ends_with_newline(path):",
         "if False:",
     ),
-    Mutant("storage/places.py", "os.fsync(file.fileno())", "pass"),
-    Mutant("storage/places.py", "    sync_folder(path.parent)\n", ""),
+    Mutant("storage/places.py", "file.flush()\n            os.fsync(file.fileno())", "pass"),
+    Mutant(
+        "storage/places.py",
+        "    sync_folder(path.parent)\n\n\ndef _put_whole",
+        "\n\n\ndef _put_whole",
+    ),
     Mutant("storage/places.py", "with guard() if guard else nullcontext():", "with nullcontext():"),
     Mutant("storage/places.py", '{".", ".."} & {*key.split("/")} or', ""),
     Mutant(
@@ -242,8 +250,8 @@ MUTANTS = [
     Mutant("storage/stores.py", '"write_empty_chunks": True', '"write_empty_chunks": False'),
     Mutant(
         "storage/stores.py",
-        "if layout != (np.uint8, plan.shape, plan.core):",
-        "if layout[:2] != (np.uint8, plan.shape):",
+        "if layout != (DTYPES[name], plan.shape, plan.core):",
+        "if layout[:2] != (DTYPES[name], plan.shape):",
     ),
     Mutant(
         "storage/stores.py", 'damage = "" if stat_of(shard).size else "is empty"', 'damage = ""'
@@ -257,8 +265,15 @@ MUTANTS = [
     Mutant("storage/ledger.py", "and first + bits <= tiles", "and first <= tiles"),
     Mutant("storage/ledger.py", 'hexdigest() == record["sha256"]', 'hexdigest() != ""'),
     Mutant(
-        "storage/audit.py", "if self.is_foreign(name, tile, self.decode(name, tile)):", "if False:"
+        "storage/tile_audit.py",
+        "if self.is_foreign(name, tile, self.decode(name, tile)):",
+        "if self.decode(name, tile) is None:",
     ),
+    Mutant("storage/shards.py", "if google_crc32c.value(compressed) !=", "if False and 0 !="),
+    Mutant(
+        "storage/shards.py", "if google_crc32c.value(data[end:-CHECKSUM]) !=", "if False and 0 !="
+    ),
+    Mutant("storage/shards.py", "decompressed_size=self._chunk_bytes", "decompressed_size=1 << 20"),
     Mutant("storage/audit.py", "recorded.json else ()", "False else ()"),
     Mutant("storage/provenance.py", "if own != original:", "if False:"),
     Mutant("volumes/fingerprint.py", "and hashes[place] == number", ""),
@@ -267,8 +282,8 @@ MUTANTS = [
     Mutant("segmentation/run.py", "if sha256 != run.provenance.model_sha256:", "if False:"),
     Mutant(
         "segmentation/run.py",
-        "return ~Store(self.out, self.outputs)",
-        "return False & Store(self.out, self.outputs)",
+        "return ~Store(self.out, self.predicted).present(self.plan)",
+        "return False & Store(self.out, self.predicted).present(self.plan)",
     ),
     Mutant(
         "storage/lease.py",
@@ -438,6 +453,12 @@ MUTANTS = [
     ),
     Mutant("training/augment.py", "if reach.intersect(Box.of(window)) != reach:", "if False:"),
     Mutant("training/augment.py", "image * np.exp(gain) + offset", "image * np.exp(gain)"),
+    Mutant("training/augment.py", "if noisy and noise:", "if noise:"),
+    Mutant("training/augment.py", "(0, blur, blur)", "(blur, blur, blur)"),
+    Mutant("training/calibration.py", "counts[0].cumsum() + above", "counts[0].cumsum()"),
+    Mutant("training/calibration.py", "(level + 0.5) / 255", "level / 255"),
+    Mutant("training/calibration.py", "if held_out[0].cells is None:", "if True:"),
+    Mutant("training/run_folder.py", "recipe[name] <= done[name]", "recipe[name] < 0"),
     Mutant(
         "training/trainer.py",
         "(losses * weights).mean()",

@@ -252,7 +252,7 @@ def test_grey_values_depend_on_the_seed_and_stay_at_strength_zero():
 
 
 def test_a_patch_is_blurred_or_gets_noise_in_half_of_the_cases():
-    image = np.random.default_rng(0).normal(0, 1, (1, 64, 64)).astype(np.float32)
+    image = np.random.default_rng(0).normal(0, 1, (2, 64, 64)).astype(np.float32)
     before = image.copy()
     blurred = noisy = 0
     for seed in range(400):
