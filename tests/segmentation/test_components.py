@@ -157,6 +157,14 @@ def test_a_block_of_another_kind_is_damage():
         TileRecord.from_bytes(b"objects1" + sample().to_bytes()[8:])
 
 
+@pytest.mark.parametrize("kind", [b"labels-1", b"basins-1"])
+@pytest.mark.parametrize("read", [TileRecord.from_bytes, TileSummary.from_bytes])
+def test_a_record_of_an_older_version_is_no_damage(kind, read):
+    with pytest.raises(RunError, match=r"older version .* --overwrite") as refused:
+        read(kind + sample().to_bytes()[8:])
+    assert not isinstance(refused.value, DamageError)  # repair would not help
+
+
 def hostile(lengths, content):
     """A record whose checksum is right."""
     rest = struct.pack(f"<{len(lengths)}Q", *lengths) + content

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from unet_ray.compiled import compiled
-from unet_ray.errors import DamageError
+from unet_ray.errors import DamageError, RunError
 from unet_ray.segmentation.packing import pack, pack_pair, unpack, unpack_pair
 from unet_ray.segmentation.rules import Connect
 from unet_ray.segmentation.runs import label_runs
 from unet_ray.tiling.boxes import Box, Ints
 
 _KIND, _SUMMARY, _FACES = b"labels-2", b"summary1", b"faces--1"
+_OLDER = b"labels-1", b"basins-1"  # kinds of older versions
 Faces = tuple[NDArray[np.int32], ...]
 
 
@@ -108,8 +109,9 @@ class TileSummary:
 
         Raises:
             DamageError: if there is none. The message continues from a name.
+            RunError: if an older version wrote them.
         """
-        return _summary(unpack_pair(_KIND, data)[0])
+        return _summary(_blocks(data)[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,8 +195,9 @@ class TileRecord(TileSummary):
 
         Raises:
             DamageError: if `data` is not such a record. The message continues from a name.
+            RunError: if an older version wrote it.
         """
-        head, tail = unpack_pair(_KIND, data)
+        head, tail = _blocks(data)
         return cls._parsed(_summary(head), tail)
 
     @classmethod
@@ -202,6 +205,17 @@ class TileRecord(TileSummary):
         """Reverses `_tail`."""
         low, high = faces_of(summary, unpack(_FACES, face_dtypes(summary), tail))
         return cls(**vars(summary), low=low, high=high)
+
+
+def _blocks(data: bytes) -> tuple[bytes, bytes]:
+    """Returns summary and faces of a record, whose bytes may be from any source."""
+    if data.startswith(_OLDER):
+        # Its checksum is right, so `verify --repair` finds no damage.
+        raise RunError(
+            "An older version of unet-ray has labelled the objects; start over with --overwrite, "
+            "or finish the store with that version."
+        )
+    return unpack_pair(_KIND, data)
 
 
 def _summary(head: bytes) -> TileSummary:
