@@ -17,7 +17,7 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unet_ray.errors import InputError, RunError
+from unet_ray.errors import DamageError, InputError, RunError
 from unet_ray.storage.inspection import inspect, refuse_links, refuse_others
 from unet_ray.storage.layout import (
     ARRAYS,
@@ -478,6 +478,16 @@ def test_a_flipped_bit_anywhere_is_detected_by_reading(path, name):
             zarr.open_array(path / ARRAYS[name], mode="r")[where]
     shard.write_bytes(sound)
     zarr.open_array(path / ARRAYS[name], mode="r")[where]
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_shard_that_is_too_large_is_not_read(path, name, monkeypatch):
+    store = write_all(path, predicted())
+    with open(store.shard(name, PLAN[5]), "ab") as file:
+        file.truncate(1 << 30)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("it was read"))
+    with pytest.raises(DamageError, match=r"it has 1073741824 bytes, but at most"):
+        store.decoded(name, PLAN[5])
 
 
 def test_a_tile_is_on_disk_when_write_returns(path, monkeypatch):

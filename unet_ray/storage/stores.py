@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from unet_ray.errors import RunError
+from unet_ray.errors import DamageError, RunError
 from unet_ray.storage.inspection import refuse_others
 from unet_ray.storage.layout import (
     DTYPES,
@@ -291,7 +291,12 @@ class Store:
             DamageError: if a byte of the shard has changed since it was written.
             OSError: if it cannot be read.
         """
-        return Shards(self._arrays[name]).decode(self.shard(name, tile).read_bytes(), tile)
+        shards, shard = Shards(self._arrays[name]), self.shard(name, tile)
+        if (size := stat_of(shard).size) > shards.max_bytes:  # the memory is not planned for it
+            raise DamageError(
+                f"is damaged: it has {size} bytes, but at most {shards.max_bytes} are valid"
+            )
+        return shards.decode(shard.read_bytes(), tile)
 
     def read(self, name: str) -> Any:
         """Returns the Zarr array of one output, which can be indexed like a NumPy array."""
