@@ -328,6 +328,15 @@ def test_other_settings_are_refused_by_name(files, finished, field):
     assert files_in(finished) == before
 
 
+def test_a_run_of_an_older_version_is_named_as_such(files, tmp_path):
+    model = run(files, tmp_path / "run", steps=2)
+    tensors, header = read_tensors(model)
+    del header["training"]["recipe"]["averaged"]
+    write_tensors(model, tensors, header)
+    with pytest.raises(InputError, match=r"run: an older version of .* without 'averaged'; choose"):
+        run(files, tmp_path / "run", steps=2)
+
+
 def test_momentum_is_refused_for_an_optimiser_without_it(files, tmp_path):
     with pytest.raises(InputError, match=r"momentum=0\.5 applies only to SGD"):
         run(files, tmp_path / "run", momentum=0.5)

@@ -210,6 +210,11 @@ class RunFolder:
         current = json.loads(json.dumps({"recipe": recipe, "data": data}, allow_nan=False))
         for part in current:
             for field, value in current[part].items():
+                if part == "recipe" and field not in stored[part]:
+                    raise InputError(
+                        f"{self.path}: an older version of unet-ray trained it, without "
+                        f"{field!r}; choose another --out, or go on with that version."
+                    )
                 if field not in LIMITS and stored[part].get(field) != value:
                     before, now = _short(stored[part].get(field)), _short(value)
                     flag = {"start": "from"}.get(field, field.replace("_", "-"))
