@@ -23,6 +23,7 @@ from unet_ray.network.checkpoints import (
     write_model,
     write_tensors,
 )
+from unet_ray.report.page import write_report
 from unet_ray.scores.metrics import iou
 from unet_ray.training import labels as annotations
 from unet_ray.training import trainer as training
@@ -768,6 +769,8 @@ def test_a_model_to_start_from_is_scored_before_the_first_step(files, tmp_path):
     tuned = run(files, tmp_path / "tuned", **chosen, learning_rate=10.0)
     first = read_measures(tmp_path / "tuned" / METRICS)[0]
     assert (first.step, math.isnan(first.loss)) == (0, True)
+    page = write_report(tmp_path / "tuned").read_text()  # the first line of its log has no loss
+    assert "Loss, first and last" in page
     assert read_tensors(tuned)[1]["training"]["steps"] == 0
     before, after = read_tensors(start)[0], read_tensors(tuned)[0]
     assert all(torch.equal(before[name], after[name]) for name in before)
