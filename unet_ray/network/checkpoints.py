@@ -75,7 +75,9 @@ class ModelHeader:
         sizes = self.voxel_size or (1.0, 1.0, 1.0)
         if len(sizes) != 3 or not all(0 < size < math.inf for size in sizes):
             raise ValueError(f"voxel size {sizes!r:.100} is not three lengths")
-        if self.threshold is not None and not (len(values) == 2 and 0 <= self.threshold < 1):
+        share = 0 if self.threshold is None else self.threshold
+        of_class_1 = type(share) in (int, float) and 0 <= share < 1
+        if not of_class_1 or (self.threshold is not None and len(values) != 2):
             raise ValueError(f"threshold {self.threshold!r:.100} is not a probability of class 1")
         for name in ("training", "data", "versions"):
             if not isinstance(getattr(self, name), dict):
