@@ -216,7 +216,7 @@ def find_model(path: str | os.PathLike[str]) -> Path:
     if checkpoints and not model.exists():
         raise InputError(
             f"{absolute}: its training has not finished; run the same `train` again to resume it, "
-            f"or use --model {checkpoints[-1]}."
+            f"or pass {checkpoints[-1]}."
         )
     return model
 
