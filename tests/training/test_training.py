@@ -750,6 +750,16 @@ def test_fewer_steps_than_a_finished_run_has_are_refused(files, tmp_path):
     assert model.read_bytes() == content
 
 
+def test_limits_that_a_stopped_run_is_beyond_are_refused(files, tmp_path):
+    with pytest.raises(StoppedError):
+        run(files, tmp_path / "run", stop_at(20), 0, steps=40)
+    before = files_in(tmp_path / "run")
+    with pytest.raises(InputError, match=r"steps=5 is too few to go on: .* was trained for \d+ s"):
+        run(files, tmp_path / "run", steps=5)
+    assert files_in(tmp_path / "run") == before
+    run(files, tmp_path / "run", steps=30)
+
+
 # Starting from a model
 
 

@@ -230,13 +230,14 @@ class RunFolder:
             recipe: all settings; those besides the limits are those of the run.
 
         Raises:
-            InputError: if a training with other limits is already beyond these.
+            InputError: if a training with other limits, finished or not, is already beyond these.
         """
-        if not self.contains(MODEL):
+        header = self._header()
+        if header is None:
             return False
-        before = read_tensors(self.path / MODEL)[1]["training"]["recipe"]
+        before = header["training"]["recipe"]
         if all(before.get(name) == recipe[name] for name in LIMITS):
-            return True
+            return self.contains(MODEL)
         newest = self.newest()
         if newest is None:
             raise InputError(f"{self.path}: has no checkpoint to go on from; choose another --out.")
