@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -35,6 +35,12 @@ def test_a_threshold_separates_every_stored_probability():
         assert 0 < between(level) < 1
 
 
+@pytest.mark.parametrize("truth", [0, 1])
+def test_one_class_alone_gives_no_other_threshold_than_one_half(truth):
+    stored = np.full((1, *SHAPE), 200, np.uint8)
+    assert best_threshold([stored], [slices(np.full(SHAPE, truth))]) == 0.5
+
+
 @given(arrays(np.uint8, SHAPE), arrays(np.uint8, SHAPE, elements=st.sampled_from([0, 1, IGNORED])))
 def test_the_threshold_has_the_fewest_wrong_voxels(stored, targets):
     annotated = targets != IGNORED
@@ -42,12 +48,14 @@ def test_the_threshold_has_the_fewest_wrong_voxels(stored, targets):
     def errors(threshold):
         return ((stored > 255 * threshold) != targets)[annotated].sum()
 
+    assume({0, 1} <= {*targets.ravel().tolist()})
     threshold = best_threshold([stored[None]], [slices(targets)])
     assert errors(threshold) == min(errors(between(level)) for level in range(255))
 
 
 def test_volumes_count_together():
     small, large = np.full((1, 2, 2), 1), np.zeros((1, 8, 8))
+    large[0, 0, 0] = 1
     predictions = [np.full((1, 1, 2, 2), 100, np.uint8), np.full((1, 1, 8, 8), 100, np.uint8)]
     assert best_threshold(predictions, [slices(small), slices(large)]) > 100 / 255
 

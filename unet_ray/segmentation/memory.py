@@ -31,7 +31,7 @@ ALLOCATOR_FACTOR = 2.1
 SCRATCH_BYTES = 96 << 20
 # Anonymous memory of the compiled code and the libraries of the stages after the prediction: of
 # pyramid levels alone (measured: 40 MiB), and of objects, too.
-PYRAMID_BYTES, LATER_BYTES = 48 << 20, 80 << 20
+PYRAMID_BYTES, LATER_BYTES = 48 << 20, 88 << 20
 # Least memory to unite the labels of tiles and to merge their rows; more objects need more, and a
 # run refuses more than fit into ``--memory``.
 JOIN_BYTES = 128 << 20

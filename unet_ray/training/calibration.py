@@ -51,11 +51,16 @@ def between(level: int) -> float:
 
 
 def _fewest_errors(stored: Sequence[NDArray[np.uint8]], truths: Sequence[NDArray[np.uint8]]) -> int:
-    """Returns the highest stored probability of class 0 with the fewest wrong voxels."""
+    """Returns the highest stored probability of class 0 with the fewest wrong voxels.
+
+    It is the one below 1/2 if only one class occurs.
+    """
     counts = np.zeros((2, 256), np.int64)  # voxels of each class with each stored probability
     for probabilities, truth in zip(stored, truths, strict=True):
         for number in range(2):
             counts[number] += np.bincount(probabilities[truth == number], minlength=256)
+    if not counts.sum(1).all():  # a class that does not occur says nothing about the other
+        return 127
     above = counts[1].sum() - counts[1].cumsum()
     right = (counts[0].cumsum() + above)[:-1]
     best = np.flatnonzero(right == right.max())
