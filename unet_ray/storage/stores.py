@@ -285,7 +285,8 @@ class Store:
     def decoded(self, name: str, tile: Tile) -> NDArray[Any]:
         """Returns the voxels that `tile` owns, ``(..., z, y, x)``, after checking its whole shard.
 
-        About twice as fast as a read by zarr, which decodes one inner chunk after the other.
+        Measured for whole shards, it takes half the time of a read by zarr for bytes, and 0.8 times
+        for ids; tiles that are decoded side by side do not wait for each other.
 
         Raises:
             DamageError: if a byte of the shard has changed since it was written.

@@ -109,7 +109,7 @@ def train(
         kind = cluster.find_device(engine, workers[0] if isinstance(workers, tuple) else workers)
         recipe = recipe.with_channels(run.channels() or channels_for(kind, recipe.minutes))
         if kind == "cpu" and recipe.base_channels == CPU_CHANNELS:
-            more = f"a CPU; {LONG_CPU_CHANNELS} are better from {LONG_MINUTES:g} minutes on"
+            more = f"a CPU; {LONG_CPU_CHANNELS} from {LONG_MINUTES:g} minutes on"
             choice = [("channels", f"{CPU_CHANNELS}, chosen for a short training on {more}")]
     if data.held_out:
         checked_score(data.held_out, len(data.class_values), recipe.best_by)
