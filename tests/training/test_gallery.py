@@ -52,6 +52,16 @@ def test_places_go_from_the_worst_to_the_best(held_out, tmp_path):
     assert wrong == sorted(wrong, reverse=True) and wrong[-1] == 0
 
 
+def test_places_are_wrong_by_the_threshold_of_the_class_map(held_out, tmp_path):
+    prediction = np.where(held_out[0].targets, 60, 20).astype(np.uint8)[None]  # right above 40
+    prediction[0, 0, PLACE:, PLACE:] = 50  # wrong in half of the voxels
+    path = tmp_path / PREDICTIONS
+    store_predictions(path, 1, held_out, [prediction], nullcontext, 40 / 255)
+    tensors = read_tensors(path)[0]
+    values = [set(tensors[f"place.{n}.prediction"].flatten().tolist()) for n in range(2 * PLACES)]
+    assert values == [{50}] * PLACES + [{20, 60}] * PLACES
+
+
 def test_voxels_without_annotation_are_never_wrong(held_out, tmp_path):
     held_out[0].targets[0, :PLACE, :PLACE] = IGNORED
     prediction = np.zeros((1, 1, SIDE, SIDE), np.uint8)

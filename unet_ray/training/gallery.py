@@ -31,6 +31,7 @@ def store_predictions(
     held_out: Sequence[HeldOut],
     predictions: Sequence[NDArray[np.uint8]],
     guard: Guard,
+    threshold: float | None = None,
 ) -> None:
     """Adds the predictions of one validation to the file, and drops those of later steps.
 
@@ -45,16 +46,22 @@ def store_predictions(
         held_out: the held-out slices.
         predictions: of each volume, 255 p of the classes above 0, (classes - 1, z, y, x).
         guard: held while the file takes its place.
+        threshold: of the class map, by which places are right or wrong; None for 1/2.
     """
     window = _middle(held_out[0].targets.shape)
     tensors = {name: tensor for name, tensor in _stored(path).items() if 0 <= _step_of(name) < step}
     shown = [_shown(prediction) for prediction in predictions]
     tensors |= _windows("", held_out[0], window)
     tensors[f"step.{step}"] = _tensor(shown[0][window.slices][0])
-    for number, (volume, box) in enumerate(_places(held_out, shown, len(predictions[0]) + 1)):
+    classes = len(predictions[0]) + 1
+    wrong = [
+        _wrong(each, prediction, classes, threshold)
+        for each, prediction in zip(held_out, shown, strict=True)
+    ]
+    for number, (volume, box) in enumerate(_places(held_out, wrong)):
         tensors |= _windows(f"place.{number}.", held_out[volume], box)
         tensors[f"place.{number}.prediction"] = _tensor(shown[volume][box.slices][0])
-    write_tensors(path, tensors, {"classes": len(predictions[0]) + 1}, guard)
+    write_tensors(path, tensors, {"classes": classes}, guard)
 
 
 def _stored(path: Path) -> dict[str, Tensor]:
@@ -97,18 +104,26 @@ def _middle(shape: Sequence[int]) -> Box:
     return Box((z, y, x), (z + 1, min(shape[1], y + WINDOW), min(shape[2], x + WINDOW)))
 
 
+def _wrong(
+    held_out: HeldOut, shown: NDArray[np.uint8], classes: int, threshold: float | None
+) -> NDArray[np.bool_]:
+    """Returns which annotated voxels have the wrong class, (z, y, x)."""
+    cut = 255 * (0.5 if threshold is None else threshold)
+    predicted = shown > cut if classes == 2 else shown
+    wrong: NDArray[np.bool_] = (predicted != held_out.targets) & (held_out.targets != IGNORED)
+    return wrong
+
+
 def _places(
-    held_out: Sequence[HeldOut], shown: Sequence[NDArray[np.uint8]], classes: int
+    held_out: Sequence[HeldOut], wrong: Sequence[NDArray[np.bool_]]
 ) -> list[tuple[int, Box]]:
     """Returns the windows with the largest and the smallest shares of errors, worst first."""
     shares: list[tuple[float, int, Box]] = []
-    for number, (each, prediction) in enumerate(zip(held_out, shown, strict=True)):
-        predicted = prediction > 127 if classes == 2 else prediction
+    for number, (each, errors) in enumerate(zip(held_out, wrong, strict=True)):
         annotated = each.targets != IGNORED
-        wrong = (predicted != each.targets) & annotated
-        for box in Box.of(wrong.shape).split((1, PLACE, PLACE)):
+        for box in Box.of(errors.shape).split((1, PLACE, PLACE)):
             if count := int(annotated[box.slices].sum()):
-                shares.append((int(wrong[box.slices].sum()) / count, number, box))
+                shares.append((int(errors[box.slices].sum()) / count, number, box))
     shares.sort(key=lambda share: -share[0])
     chosen = shares if len(shares) <= 2 * PLACES else shares[:PLACES] + shares[-PLACES:]
     return [(number, box) for _, number, box in chosen]

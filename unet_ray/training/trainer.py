@@ -503,8 +503,15 @@ class _Validation:
         training = network.training
         result = self._validator(network.eval())
         network.train(training)
-        scores, pictures = result.scores, result.predictions
-        store_predictions(self._predictions_file, step, self._held_out, pictures, self._guard)
+        scores = result.scores
+        store_predictions(
+            self._predictions_file,
+            step,
+            self._held_out,
+            result.predictions,
+            self._guard,
+            result.threshold,
+        )
         self._last_tenth = _tenth(progress)
         if self._record(scores):
             facts = {**header.training, "validation": scores}
