@@ -47,7 +47,8 @@ COLUMNS = {
 }
 AVERAGES = {"500": 500, "2000": 2000}  # steps
 
-# Fields of `Recipe`, or the name of a method of `Bench` with its argument.
+# Fields of `Recipe`, or of what this file changes besides (`OURS`).
+OURS = ("schedule", "reduction", "balance", "slices")
 CHANGES = {
     "none": {},
     "bfloat16": {"precision": "bfloat16"},
@@ -140,9 +141,6 @@ class Bench:
                 print(json.dumps(row | {"tta": tta} | scores_of(model, self.data.held_out, tta)))
         sys.stdout.flush()
         self.network.train()
-
-
-OURS = ("schedule", "reduction", "balance", "slices")
 
 
 def averaging(steps):

@@ -46,10 +46,10 @@ class BasinForest(Forest):
         self,
         plan: TilePlan,
         record: ReadRecord,
+        summary: ReadSummary,
         connection: Connection,
-        summary: ReadSummary | None = None,
     ) -> None:
-        super().__init__(plan, record, connection, summary)
+        super().__init__(plan, record, summary, connection)
         self.tops, self.targets = np.empty(0, np.int32), np.empty(0, np.int64)
         self._pairs: list[NDArray[np.int64]] = []
         self._necks: list[NDArray[np.int32]] = []

@@ -83,8 +83,8 @@ class Forest:
     Args:
         plan: the tiles.
         record: returns the record of a tile; None if a mask skipped it.
+        summary: returns the summary of a tile, likewise.
         connection: with which the tiles were labelled.
-        summary: returns the summary of a tile, likewise; by default its record.
 
     Attributes:
         starts: number of the first label of each tile, and of all labels, int64.
@@ -98,11 +98,11 @@ class Forest:
         self,
         plan: TilePlan,
         record: ReadRecord,
+        summary: ReadSummary,
         connection: Connection,
-        summary: ReadSummary | None = None,
     ) -> None:
-        self._plan, self._record, self._connection = plan, record, connection
-        self._summary = summary or record
+        self._plan, self._record, self._summary = plan, record, summary
+        self._connection = connection
         self.starts = np.zeros(len(plan) + 1, np.int64)
         self.parents, self.sizes, self.first = (np.empty(0, np.int64) for _ in range(3))
         self.border = np.empty(0, np.bool_)

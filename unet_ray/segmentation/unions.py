@@ -96,8 +96,9 @@ def unite(
     def kept(sizes: NDArray[np.int64], border: NDArray[np.bool_]) -> NDArray[np.bool_]:
         return (sizes >= min_size) & ~(border & exclude_border)
 
-    budget = _Budget(plan, summary or record, ids, max_bytes)
-    forest = (BasinForest if split else Forest)(plan, record, connection, summary)
+    summary = summary or record
+    budget = _Budget(plan, summary, ids, max_bytes)
+    forest = (BasinForest if split else Forest)(plan, record, summary, connection)
     forest.grow(budget.admit)
     # The number of an object is 0 if it is removed, -1 - (its first voxel), later its dense id.
     numbers = np.subtract(-1, forest.first, out=forest.first)
@@ -159,8 +160,9 @@ def holes(
         RunError: if `max_bytes` is too small; names the needed memory and the remedy.
         DamageError: if a record belongs to another tile, another plan or another connection.
     """
-    forest = Forest(plan, record, connection.complement, summary)
-    budget = _Budget(plan, summary or record, "first-voxel", max_bytes)
+    summary = summary or record
+    forest = Forest(plan, record, summary, connection.complement)
+    budget = _Budget(plan, summary, "first-voxel", max_bytes)
     forest.grow(budget.admit, closed=True)
     bordered = bool(connection.borders(plan.shape))
     for index in range(len(plan)):

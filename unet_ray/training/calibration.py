@@ -69,11 +69,11 @@ def _fewest_errors(stored: Sequence[NDArray[np.uint8]], truths: Sequence[NDArray
 
 def _best_cut(stored: Sequence[NDArray[np.uint8]], held_out: Sequence[HeldOut]) -> int:
     """Returns the candidate with the best SEG, of several the one next to 1/2."""
-    scores = {cut: seg_at(stored, held_out, cut) for cut in OBJECT_CUTS}
+    scores = {cut: _seg_at(stored, held_out, cut) for cut in OBJECT_CUTS}
     return max(OBJECT_CUTS, key=lambda cut: (scores[cut], -abs(cut - 127)))
 
 
-def seg_at(stored: Sequence[NDArray[np.uint8]], held_out: Sequence[HeldOut], cut: int) -> float:
+def _seg_at(stored: Sequence[NDArray[np.uint8]], held_out: Sequence[HeldOut], cut: int) -> float:
     """Returns SEG of the objects of voxels with a stored probability above `cut`."""
     proposals = [
         numbered((array > cut) & (each.targets != IGNORED))
