@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.strategies import flat_levels
+from tests.strategies import cubic_levels, flat_levels
 from unet_ray.network.arithmetic import (
     NetworkSize,
     core_multiplications,
@@ -18,6 +18,7 @@ from unet_ray.network.arithmetic import (
     read_amplification,
 )
 from unet_ray.network.unet import UNet
+from unet_ray.segmentation.memory import network_size
 from unet_ray.tiling.mirror import read_mirrored
 from unet_ray.tiling.tiles import Context, TilePlan
 
@@ -54,6 +55,17 @@ def test_the_cost_of_the_halo(extent, ratio):
     )
 
 
+@pytest.mark.parametrize(
+    ("extents", "ratio"),
+    [((116, 132, 132), 13.4), ((196,) * 3, 2.57), ((260,) * 3, 1.79), ((164,) * 3, 3.86)],
+)
+def test_the_cost_of_the_halo_in_3d(extents, ratio):
+    net = NetworkSize(1, 2, 32, cubic_levels(3), weights=0, itemsize=4)
+    core = [n - 92 for n in extents]
+    total = pass_multiplications(net, extents)
+    assert total / core_multiplications(net, core) == pytest.approx(ratio, rel=0.01)
+
+
 @pytest.mark.parametrize(("base_channels", "kiloflops"), [(64, 1467.8), (32, 367.3)])
 def test_the_cost_of_a_voxel_without_halo(base_channels, kiloflops):
     # A multiplication and an addition are two operations.
@@ -62,31 +74,31 @@ def test_the_cost_of_a_voxel_without_halo(base_channels, kiloflops):
 
 
 @pytest.mark.parametrize(
-    ("options", "y", "x"),
+    ("options", "extents"),
     [
-        ({}, 572, 572),
-        ({"in_channels": 3, "classes": 5, "base_channels": 7, "depth": 3}, 100, 132),
-        ({"depth": 1}, 20, 30),
+        ({}, (572, 572)),
+        ({"in_channels": 3, "classes": 5, "base_channels": 7, "depth": 3}, (100, 132)),
+        ({"depth": 1}, (20, 30)),
+        ({"depth": 2, "z_levels": ((3, 2),) * 3}, (44, 44, 52)),
+        ({"depth": 2, "z_levels": ((1, 1), (3, 1), (3, 1)), "doubling": "before"}, (20, 44, 52)),
     ],
 )
-def test_multiplications_are_those_of_the_layers(options, y, x):
+def test_multiplications_are_those_of_the_layers(options, extents):
     counted = 0
 
     def count(layer, given, output):
         nonlocal counted
-        taps = layer.kernel_size[0] ** 2 if isinstance(layer, nn.Conv2d) else 1
+        taps = math.prod(layer.kernel_size) if isinstance(layer, nn.Conv2d | nn.Conv3d) else 1
         counted += layer.in_channels * taps * output.numel()
 
     with torch.device("meta"):  # shapes only
         network = UNet(**options)
         for layer in network.modules():
-            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            if isinstance(layer, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
                 layer.register_forward_hook(count)
-        network(torch.empty(1, network.in_channels, y, x))
-    size = NetworkSize(
-        network.in_channels, network.classes, network.base_channels, network.levels, 0, 4
-    )
-    assert pass_multiplications(size, (1, y, x)) == counted
+        network(torch.empty(1, network.in_channels, *extents))
+    size = network_size(network, "float32")
+    assert pass_multiplications(size, (1, *extents)[-3:]) == counted
 
 
 def test_the_overhead_of_a_plan_that_fits_the_volume():

@@ -6,10 +6,17 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import conv2d, conv_transpose2d, max_pool2d
+from torch.nn.functional import (
+    conv2d,
+    conv3d,
+    conv_transpose2d,
+    conv_transpose3d,
+    max_pool2d,
+    max_pool3d,
+)
 
 from unet_ray.errors import InputError
-from unet_ray.network.unet import StandardisedConv2d, UNet
+from unet_ray.network.unet import StandardisedConv2d, StandardisedConv3d, UNet
 from unet_ray.tiling.levels import Level
 from unet_ray.tiling.tiles import Context
 
@@ -40,17 +47,18 @@ def noise(*shape, seed=1):
 
 
 def convolutions(network):
-    return [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    kinds = nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d
+    return [m for m in network.modules() if isinstance(m, kinds)]
 
 
 def with_random_norms(network):
     """Sets the norms to random values, as after training."""
     for layer in network.modules():
-        if isinstance(layer, StandardisedConv2d):
+        if isinstance(layer, StandardisedConv2d | StandardisedConv3d):
             nn.init.normal_(layer.weight, 0.1, 0.3)
             nn.init.normal_(layer.gain, 1.0, 0.3)
             nn.init.normal_(layer.bias)
-        if isinstance(layer, nn.BatchNorm2d):
+        if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm3d):
             nn.init.normal_(layer.running_mean)
             nn.init.uniform_(layer.running_var, 0.2, 3.0)
             nn.init.normal_(layer.weight, 1.0, 0.3)
@@ -111,6 +119,90 @@ def test_the_scores_are_those_of_the_papers_figure(double):
     network, image = small(depth=3, in_channels=2, classes=3), noise(1, 2, 100, 116)
     nn.init.normal_(network.head.bias)
     torch.testing.assert_close(network(image), as_in_the_paper(network, image), rtol=0, atol=1e-12)
+
+
+# In 3-D: Çiçek, Abdulkadir, Lienkamp, Brox, Ronneberger 2016.
+
+CUBIC, ANISOTROPIC = ((3, 2),) * 3, ((1, 1), (3, 1), (3, 2), (1, 1))
+
+
+def test_the_network_of_the_paper_in_3d():
+    with torch.device("meta"):
+        network = UNet(3, 3, 32, 3, "none", 0.0, ((3, 2),) * 4, "before")
+        assert network(torch.empty(1, 3, 116, 132, 132)).shape == (1, 3, 28, 44, 44)
+    assert sum(p.numel() for p in network.parameters()) == 19_069_955  # stated in its section 2
+    assert len(convolutions(network)) == 18
+    widths = [layer.out_channels for layer in convolutions(network.down)]
+    assert widths == [32, 64, 64, 128, 128, 256, 256, 512]
+    assert network.context == Context((44,) * 3, (48,) * 3, (8,) * 3)
+
+
+def in_3d(network, x):
+    """The network of any levels along z, implemented independently from the weights."""
+    weights = {name: p.detach() for name, p in network.named_parameters()}
+
+    def pair(x, name):
+        for layer in (0, 2):
+            x = conv3d(x, weights[f"{name}.{layer}.weight"], weights[f"{name}.{layer}.bias"]).relu()
+        return x
+
+    def level(x, number):
+        x = pair(x, f"down.{number}")
+        if number == network.depth:
+            return x
+        pool = (network.z_levels[number][1], 2, 2)
+        up = weights[f"up.{number}.weight"], weights.get(f"up.{number}.bias")
+        below = conv_transpose3d(level(max_pool3d(x, pool), number + 1), *up, stride=pool)
+        for axis in (2, 3, 4):
+            x = x.narrow(axis, (x.shape[axis] - below.shape[axis]) // 2, below.shape[axis])
+        return pair(torch.cat([x, below], dim=1), f"join.{number}")
+
+    return conv3d(level(x, 0), weights["head.weight"], weights["head.bias"])
+
+
+@pytest.mark.parametrize("doubling", ["after", "before"])
+@pytest.mark.parametrize(
+    ("z_levels", "z"), [(CUBIC, 44), (ANISOTROPIC, 20), (((1, 1), (1, 1), (3, 1)), 6)]
+)
+def test_the_scores_in_3d_are_those_of_the_layers(double, z_levels, z, doubling):
+    depth = len(z_levels) - 1
+    network = small(z_levels=z_levels, doubling=doubling, depth=depth, classes=3)
+    nn.init.normal_(network.head.bias)
+    image = noise(1, 1, z, 92, 100)
+    scores = network(image)
+    torch.testing.assert_close(scores, in_3d(network, image), rtol=0, atol=1e-12)
+    lost = network.context.halo[0] - (z - scores.shape[2])
+    assert 0 <= lost < 4 + network.context.step[0]  # the excess, which tiles drop
+
+
+def test_a_network_of_width_1_along_z_is_the_one_in_2d():
+    assert small(z_levels=((1, 1),) * 3).z_levels is None
+
+
+@pytest.mark.parametrize("wrong", [((3, 2),), ((3, 2),) * 4, ((2, 2),) * 3, ((3, 3),) * 3])
+def test_levels_along_z_that_do_not_exist_are_refused(wrong):
+    with pytest.raises(InputError, match="must be 3 pairs of a kernel, 1 or 3"):
+        small(z_levels=wrong)
+
+
+def test_a_size_in_3d_is_checked_along_each_axis():
+    network = small(z_levels=CUBIC)
+    with pytest.raises(InputError, match=r"size=43 does not fit.*nearest are 48 and 52\."):
+        network(noise(1, 1, 43, 44, 44).float())
+
+
+@pytest.mark.parametrize("norm", ["weight", "batch"])
+def test_norms_in_3d_are_folded_into_the_weights(double, norm):
+    network = with_random_norms(small(z_levels=ANISOTROPIC, depth=3, norm=norm))
+    image = noise(1, 1, 20, 92, 92)
+    torch.testing.assert_close(network.folded()(image), network(image), rtol=0, atol=1e-10)
+
+
+def test_inference_in_3d_equals_training(double):
+    network, image = small(z_levels=CUBIC, dropout=0.0), noise(1, 1, 44, 44, 52)
+    learned = network.train()(image)
+    with torch.inference_mode():
+        torch.testing.assert_close(network(image), learned, rtol=0, atol=1e-12)
 
 
 def test_he_initialisation():

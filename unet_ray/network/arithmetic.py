@@ -8,16 +8,54 @@ area to the halo than the input does.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from unet_ray.tiling.levels import Level, layers
+from unet_ray.tiling.boxes import Ints
+from unet_ray.tiling.levels import Layer, Level, layers
 from unet_ray.tiling.tiles import TilePlan, round_up
 
 # Cached results of passes over constant voxels; empty background has one value, rarely two.
 CONSTANTS = 2
+
+Doubling = Literal["after", "before"]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Channels of the layers of a U-Net at level n; 0 is the finest.
+
+    Attributes:
+        base: channels of the first convolution.
+        doubling: whether channels double ``after`` a pooling, or already ``before`` it; see `UNet`.
+    """
+
+    base: int
+    doubling: Doubling = "after"
+
+    def down(self, n: int) -> Ints:
+        """Channels of both convolutions of the contracting path; the last ones are the skip's."""
+        first = self.base << n
+        return first, first << (self.doubling == "before")
+
+    def below(self, n: int) -> int:
+        """Channels that enter level `n` of the contracting path; 0 for the image."""
+        return self.down(n - 1)[-1] if n else 0
+
+    def up(self, n: int) -> int:
+        """Channels of the up-convolution to level `n`."""
+        return self.down(n + 1)[-1] if self.doubling == "before" else self.base << n
+
+    def joined(self, n: int) -> int:
+        """Channels of skip connection and up-convolution together."""
+        return self.down(n)[-1] + self.up(n)
+
+    def join(self, n: int) -> Ints:
+        """Channels of both convolutions of the expanding path."""
+        return (self.down(n)[-1],) * 2
 
 
 @dataclass(frozen=True)
@@ -30,6 +68,7 @@ class NetworkSize:
         weights: number of parameters.
         itemsize: bytes of one activation: 4 for float32, 2 for bfloat16.
         tta: whether passes are averaged over the symmetries of the square.
+        doubling: see `UNet`.
     """
 
     in_channels: int
@@ -39,10 +78,30 @@ class NetworkSize:
     weights: int
     itemsize: int
     tta: bool = False
+    doubling: Doubling = "after"
 
-    def width(self, level: int) -> int:
-        """Number of channels of a level."""
-        return self.base_channels << level
+    @property
+    def widths(self) -> Widths:
+        """Channels of the layers."""
+        return Widths(self.base_channels, self.doubling)
+
+    def layers(
+        self, extents: Sequence[float], valid: bool = True
+    ) -> Iterator[tuple[Layer, int, int]]:
+        """Yields each layer with the channels of its input and output; see `levels.layers`."""
+        inputs, up, second = self.in_channels, False, False
+        for layer in layers(self.levels, extents, valid):
+            outputs = inputs
+            if layer.kind == "head":
+                outputs = self.classes
+            elif layer.kind == "up-convolution":
+                outputs, up = self.widths.up(layer.level), True
+            elif layer.kind == "convolution":
+                pair = (self.widths.join if up else self.widths.down)(layer.level)
+                outputs, second = pair[second], not second
+            yield layer, inputs, outputs
+            joined = layer.kind == "up-convolution"
+            inputs = self.widths.joined(layer.level) if joined else outputs
 
 
 def pass_multiplications(net: NetworkSize, extents: Sequence[float]) -> float:
@@ -56,16 +115,12 @@ def core_multiplications(net: NetworkSize, extents: Sequence[float]) -> float:
 
 
 def _multiplications(net: NetworkSize, extents: Sequence[float], valid: bool) -> float:
-    total, channels = 0.0, net.in_channels
-    for layer in layers(net.levels, extents, valid):
-        width = net.classes if layer.kind == "head" else net.width(layer.level)
+    total = 0.0
+    for layer, inputs, outputs in net.layers(extents, valid):
         # An up-convolution computes each output voxel from one input voxel.
         taps = math.prod(net.levels[layer.level].kernel) if layer.kind == "convolution" else 1
         if layer.kind != "pooling":
-            total += taps * channels * width * layer.voxels
-            channels = width
-        if layer.kind == "up-convolution":
-            channels = 2 * width  # concatenated with the skip connection
+            total += taps * inputs * outputs * layer.voxels
     return total
 
 
@@ -76,9 +131,9 @@ def halo_overhead(net: NetworkSize, plan: TilePlan) -> float:
     """
     slices = round_up(plan.shape[0], plan.passes[0])
     passes_per_core = math.prod(c // p for c, p in zip(plan.core[1:], plan.passes[1:], strict=True))
-    passes = math.prod(plan.counts[1:]) * passes_per_core
-    total = slices * passes * pass_multiplications(net, (1, *plan.pass_shape[1:]))
-    return total / core_multiplications(net, (1, *plan.shape[1:])) / plan.shape[0] - 1
+    passes = math.prod(plan.counts[1:]) * passes_per_core * slices // plan.passes[0]
+    total = passes * pass_multiplications(net, plan.pass_shape)
+    return total / core_multiplications(net, plan.shape) - 1
 
 
 def read_amplification(plan: TilePlan, chunk: Sequence[int]) -> float:
@@ -109,29 +164,31 @@ def pass_bytes(net: NetworkSize, pass_shape: tuple[int, ...]) -> int:
 
     Args:
         net: size of the network.
-        pass_shape: shape of the input, (slices in the batch, y, x).
+        pass_shape: shape of the input, (z, y, x); z is a batch of slices for a 2-D network.
     """
     voxels = math.prod(pass_shape)
-    steps = [*layers(net.levels, pass_shape)]
-    joined = {step.level: step.voxels for step in steps if step.kind == "up-convolution"}
+    steps = [*net.layers(pass_shape)]
+    joined = {layer.level: layer.voxels for layer, *_ in steps if layer.kind == "up-convolution"}
 
     def skips(level: int) -> float:
         """Bytes of the cropped skip connections above a level."""
-        return sum(net.width(n) * joined[n] for n in range(level)) * net.itemsize
+        return sum(net.widths.down(n)[-1] * joined[n] for n in range(level)) * net.itemsize
 
     peak, input_bytes, up = 0.0, float(net.in_channels * voxels * net.itemsize), False
     previous = ""
-    for step in steps[:-1]:
-        features = net.width(step.level) * step.voxels * net.itemsize
-        up = up or step.kind == "up-convolution"
+    for layer, _, outputs in steps[:-1]:
+        features = outputs * layer.voxels * net.itemsize
+        up = up or layer.kind == "up-convolution"
         if not up:
-            above = skips(step.level + (step.kind == "pooling"))
+            above = skips(layer.level + (layer.kind == "pooling"))
             peak = max(peak, above + input_bytes + features)
-        elif previous == step.kind:  # the second convolution
-            # The joined buffer is twice a skip; the skip is freed before the up-convolution runs.
-            skip = net.width(step.level) * joined[step.level] * net.itemsize
-            peak = max(peak, skips(step.level) + 3 * skip + features)
-        input_bytes, previous = features, step.kind
+        elif previous == layer.kind:  # the second convolution
+            # The joined buffer and the up-convolution's result are in memory together; the skip is
+            # freed before the up-convolution runs.
+            buffers = net.widths.joined(layer.level) + net.widths.up(layer.level)
+            buffers_bytes = buffers * joined[layer.level] * net.itemsize
+            peak = max(peak, skips(layer.level) + buffers_bytes + features)
+        input_bytes, previous = features, layer.kind
     image = voxels * net.in_channels * (4 + net.itemsize)
     scores = voxels * net.classes * (net.itemsize + 4 + 4)
     if net.tta:  # the rotated image and the sum of previous passes are in memory too

@@ -263,4 +263,5 @@ def network_size(network: UNet, precision: Precision, tta: bool = False) -> Netw
         sum(p.numel() for p in network.parameters()),
         {"float32": 4, "bfloat16": 2}[precision],
         tta,
+        network.doubling,
     )
