@@ -3,9 +3,9 @@
 python -m tests.bench_quality CHANGE [CPU_MINUTES [SEED]] > FOLDER/CHANGE-SEED.json
 python -m tests.bench_quality table FOLDER
 
-CHANGE is a key of `CHANGES`; ``none`` is the recipe without any. Reads ISBI 2012 from
-../shared/data. Training stops after the CPU time of this process, so that other programs on the
-machine do not matter. After each fifth of the time it prints a line of JSON for each kind of
+CHANGE is a key of `CHANGES`, or several joined by +; ``none`` is the recipe without any. Reads ISBI
+2012 from ../shared/data. Training stops after the CPU time of this process, so that other programs
+on the machine do not matter. After each fifth of the time it prints a line of JSON for each kind of
 weights: the last ones, and averages over about 500 and 2,000 steps. At the end there are also the
 scores of the mean over the 8 symmetries of the square.
 """
@@ -99,7 +99,7 @@ class Bench:
     def __init__(self, change, seconds, seed):
         settings = {"base_channels": 16, "precision": "float32", "val": HELD_OUT}
         settings |= {"steps": 10**6, "seed": seed}
-        fields = dict(CHANGES[change])
+        fields = {k: v for name in change.split("+") for k, v in CHANGES[name].items()}
         ours = {name: fields.pop(name, None) for name in OURS}
         self.recipe, self.seconds = Recipe.of("default", **settings | fields), seconds
         self.data = loaded(self.recipe, ours["slices"] or 0, ours["balance"])
@@ -211,8 +211,8 @@ def table(folder):
 def main(change="", minutes=10, seed=1):
     if change == "table":
         return table(minutes)
-    if change not in CHANGES:
-        raise SystemExit(f"CHANGE={change!r} is one of {', '.join(CHANGES)}.")
+    if not {*change.split("+")} <= {*CHANGES}:
+        raise SystemExit(f"CHANGE={change!r} must be of {', '.join(CHANGES)}.")
     if not STACK.is_dir():
         raise SystemExit(f"no real images at {STACK}")
     keep_freed_memory()

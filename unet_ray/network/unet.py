@@ -188,14 +188,21 @@ class UNet(nn.Module):
             raise InputError(self._size_rule(extent, axis))
         return outputs[0]
 
-    def _skip_sizes(self, image: Tensor) -> list[Ints]:
-        """Size of the cropped skip connection of each level along the axes of an image."""
-        extents = image.shape[-self.axes :]
-        for axis, extent in zip(range(-self.axes, 0), extents, strict=True):
+    def skip_extents(self, extents: Sequence[int]) -> list[Ints]:
+        """Extents of the cropped skip connection of each level.
+
+        Args:
+            extents: of the image, along its last axes.
+
+        Raises:
+            InputError: if the network does not support them.
+        """
+        axes = range(-len(extents), 0)
+        for axis, extent in zip(axes, extents, strict=True):
             self.output_extent(extent, axis)
-        steps = layers(self.levels, (1, 1, *extents)[-3:])
-        sizes = [step.extents[-self.axes :] for step in steps if step.kind == "up-convolution"]
-        return [tuple(map(int, size)) for size in reversed(sizes)]
+        levels = [Level(v.kernel[axes.start :], v.pool[axes.start :]) for v in self.levels]
+        steps = [step for step in layers(levels, extents) if step.kind == "up-convolution"]
+        return [tuple(map(int, step.extents)) for step in reversed(steps)]
 
     def _size_rule(self, extent: int, axis: int) -> str:
         """Error message for an unsupported size."""
@@ -221,11 +228,11 @@ class UNet(nn.Module):
         Raises:
             InputError: if the network does not support the size of the image.
         """
-        skip_sizes = self._skip_sizes(image)
+        skip_sizes = self.skip_extents(image.shape[-self.axes :])
         skips, x = [], image
         for level, stack in enumerate(self.down):
             for layer in _layers(stack):
-                x = _applied(layer, x)
+                x = applied(layer, x)
             if level >= self.depth - 1:
                 x = self.drop(x)
             if level < self.depth:
@@ -234,8 +241,8 @@ class UNet(nn.Module):
         for level in reversed(range(self.depth)):
             x = _concatenated(skips, self.up[level], x)
             for layer in _layers(self.join[level]):
-                x = _applied(layer, x)
-        return _applied(self.head, x)
+                x = applied(layer, x)
+        return applied(self.head, x)
 
     def folded(self) -> UNet:
         """Returns an equivalent network for inference, with its norms folded into the weights.
@@ -407,11 +414,11 @@ def _concatenated(skips: list[Tensor], up: nn.Module, x: Tensor) -> Tensor:
     )
     both[:, :channels] = skip
     del skip
-    both[:, channels:] = _applied(up, x)
+    both[:, channels:] = applied(up, x)
     return both
 
 
-def _applied(layer: nn.Module, x: Tensor) -> Tensor:
+def applied(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)``; at inference in bounded memory where oneDNN has no convolution for `x`."""
     plain = type(layer) in get_args(Convolution)  # a subclass has other weights
     if not plain or torch.is_grad_enabled() or x.device.type != "cpu" or has_convolutions(x.dtype):

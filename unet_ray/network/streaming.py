@@ -1,0 +1,113 @@
+"""A network that streams along z: slabs of planes in, the scores of as many planes out.
+
+Knows the planes that each layer keeps between two slabs. Does not know tiles or volumes. Nothing is
+computed twice along z, and every call has the same shapes, so a result does not depend on the slab
+with which a stream began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from unet_ray.network.unet import UNet, applied, memory_format, middle, pooled
+from unet_ray.tiling.boxes import Ints
+from unet_ray.tiling.streaming import Stream, stream_along
+
+Kept = dict[tuple[str, int, int], Tensor]  # planes of a layer: its part, level and number
+
+
+class StreamedUNet:
+    """Streams slabs through a network, whose norms are folded into its weights.
+
+    Args:
+        network: a network in 3-D, at inference.
+        slab: planes per call, a multiple of the step along z.
+
+    Attributes:
+        stream: planes that the layers keep, and how far the output is behind.
+
+    Raises:
+        InputError: if `slab` is not a multiple of the step.
+    """
+
+    def __init__(self, network: UNet, slab: int) -> None:
+        self._network = network
+        self.stream: Stream = stream_along(network.levels, slab)
+
+    def __call__(self, slab: Tensor, kept: Kept) -> Tensor:
+        """Class scores of a slab, `stream.warm_up` slabs behind the input.
+
+        Args:
+            slab: ``(1, in_channels, slab, y, x)``, normalised.
+            kept: planes of the call before, which are replaced in place; empty at the start of a
+                stream, where the scores of the first `stream.warm_up` calls are meaningless. After
+                an error they are of no use.
+
+        Returns:
+            ``(1, classes, slab, y - m, x - m)``; see `UNet.forward`.
+        """
+        with torch.inference_mode():
+            skips = self._network.skip_extents(slab.shape[-2:])
+            scores = applied(self._network.head, self._level(0, slab, skips, kept))
+            return _delayed(scores, kept, ("output", 0, 0), self.stream.output)
+
+    def _level(self, number: int, x: Tensor, skips: Sequence[Ints], kept: Kept) -> Tensor:
+        """The features of a level, after the levels below it."""
+        network, stream = self._network, self.stream
+        x = self._convolved(network.down[number], x, kept, ("down", number))
+        if number == network.depth:
+            return x
+        skip = _delayed(middle(x, skips[number]), kept, ("skip", number, 0), stream.skips[number])
+        x = pooled(
+            _delayed(x, kept, ("pool", number, 0), stream.pools[number]),
+            network.levels[number].pool,
+        )
+        x = applied(network.up[number], self._level(number + 1, x, skips, kept))
+        return self._convolved(
+            network.join[number], torch.cat([skip, x], dim=1), kept, ("join", number)
+        )
+
+    def _convolved(self, stack: nn.Module, x: Tensor, kept: Kept, key: tuple[str, int]) -> Tensor:
+        for number, layer in enumerate(cast(nn.Sequential, stack)):
+            if isinstance(layer, nn.Conv3d):
+                x = _after(x, kept, (*key, number), layer.kernel_size[0] - 1)
+            x = applied(layer, x)
+        return x
+
+
+def _after(x: Tensor, kept: Kept, key: tuple[str, int, int], count: int) -> Tensor:
+    """The kept planes, zeros at first, then `x`; keeps the last `count` planes in their place."""
+    if not count:
+        return x
+    x = torch.cat([_planes_of(x, kept, key, count), x], dim=2)
+    kept[key].copy_(x[:, :, -count:])
+    return x
+
+
+def _delayed(x: Tensor, kept: Kept, key: tuple[str, int, int], count: int) -> Tensor:
+    """As many planes as `x` has, `count` planes late; keeps those that wait, in place."""
+    if not count:
+        return x
+    before, planes = _planes_of(x, kept, key, count), x.shape[2]
+    if count < planes:
+        late = torch.cat([before, x[:, :, : planes - count]], dim=2)
+        before.copy_(x[:, :, planes - count :])
+        return late
+    late = before[:, :, :planes].clone()
+    for plane in range(count - planes):  # one by one, since source and target overlap
+        before[:, :, plane] = before[:, :, plane + planes]
+    before[:, :, count - planes :] = x
+    return late
+
+
+def _planes_of(x: Tensor, kept: Kept, key: tuple[str, int, int], count: int) -> Tensor:
+    """The `count` planes that a layer has kept, which are zeros at the start of a stream."""
+    if key not in kept:
+        kept[key] = torch.zeros(
+            (*x.shape[:2], count, *x.shape[3:]), dtype=x.dtype, device=x.device
+        ).contiguous(memory_format=memory_format(x))
+    return kept[key]
