@@ -179,3 +179,26 @@ def test_failed_allocations_are_those_of_the_gpu(network, monkeypatch):
     predictor._device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_ooms": 3})
     assert predictor._failed_allocations() == 3
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_tiles_of_a_network_in_3d_are_parts_of_the_whole_volume(tta):
+    torch.manual_seed(0)
+    network = UNet(1, 3, 4, 2, "weight", 0.0, ((1, 1), (3, 2), (3, 1))).eval()
+    step = network.context.step
+    volume = np.random.default_rng(0).integers(0, 99, (12, 40, 48)).astype(np.uint8)
+    extents = tuple(-(-n // s) * s for n, s in zip(volume.shape, step, strict=True))
+    core = tuple(2 * s for s in step)
+    whole, parts = ({name: np.zeros((2, *extents)) for name in OUTPUTS} for _ in range(2))
+    for results, size in ((whole, extents), (parts, core)):
+        plan = TilePlan(volume.shape, size, network.context, size)
+        for tile, result in zip(plan, predicted(network, plan, volume, tta=tta)[0], strict=True):
+            start = tuple(n - c for n, c in zip(tile.write.start, tile.crop.start, strict=True))
+            box = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
+            for name in OUTPUTS:
+                results[name][(slice(None), *box)] = result[name]
+    assert len(plan) > 20
+    inside = (slice(None), *(slice(n) for n in volume.shape))
+    for name, most in (("probabilities", 1), ("classes", 0)):
+        np.testing.assert_allclose(parts[name][inside], whole[name][inside], rtol=0, atol=most)
+    assert len(np.unique(whole["probabilities"])) > 50

@@ -114,8 +114,10 @@ class Predictor:
         self._lock = threading.Lock()
         self._device = torch.device(device)
         self._dtype = getattr(torch, precision)
+        self._axes = network.axes
+        self._format = torch.channels_last if self._axes == 2 else torch.channels_last_3d
         self._network = (
-            network.folded().to(self._device, self._dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.folded().to(self._device, self._dtype).to(memory_format=self._format)  # type: ignore[call-overload]
         )
 
     def __call__(
@@ -174,30 +176,38 @@ class Predictor:
     def _forward(
         self, window: NDArray[np.generic], tile: Tile, outputs: tuple[str, ...]
     ) -> dict[str, NDArray[np.uint8]]:
-        # The network may return more voxels than the pass has, since its sizes have a step.
-        inside = (..., slice(self._plan.passes[-2]), slice(self._plan.passes[-1]))
         results = {}
         with torch.inference_mode(), self._same_algorithms():
             image = self._image(window)
             if self._tta:
-                scores = probabilities = self._averaged(image, tile)[inside]
+                scores = probabilities = self._inside(self._averaged(image, tile))
             else:
-                scores = self._scores(image, tile)[inside]
+                scores = self._inside(self._scores(image, tile))
                 probabilities = scores.softmax(dim=1)
             rounded = None
             if "probabilities" in outputs or self._threshold is not None:
                 rounded = probabilities[:, 1:].mul(255).round_().byte()
             if "probabilities" in outputs and rounded is not None:
-                results["probabilities"] = rounded.transpose(0, 1).cpu().numpy()
+                results["probabilities"] = self._channels_first(rounded).cpu().numpy()
             if "classes" in outputs:
                 results["classes"] = self._class_map(scores, rounded).cpu().numpy()
         return results
 
+    def _inside(self, scores: torch.Tensor) -> torch.Tensor:
+        """The voxels of a pass; the network may return more, since its sizes have a step."""
+        for axis in range(-self._axes, 0):
+            scores = scores.narrow(axis, 0, self._plan.passes[axis])
+        return scores
+
     def _class_map(self, scores: torch.Tensor, rounded: torch.Tensor | None) -> torch.Tensor:
         """Class of each voxel, uint8 ``(z, y, x)``, from its scores or its stored probability."""
         if rounded is None or self._threshold is None:
-            return scores.argmax(dim=1).byte()
-        return (rounded[:, 0].double() > 255 * self._threshold).byte()
+            return self._channels_first(scores.argmax(dim=1, keepdim=True))[0].byte()
+        return (self._channels_first(rounded)[0].double() > 255 * self._threshold).byte()
+
+    def _channels_first(self, batch: torch.Tensor) -> torch.Tensor:
+        """``(c, z, y, x)``, from a batch of slices ``(z, c, y, x)`` or one volume in 3-D."""
+        return batch.transpose(0, 1) if self._axes == 2 else batch[0]
 
     @contextmanager
     def _same_algorithms(self) -> Iterator[None]:
@@ -227,16 +237,16 @@ class Predictor:
         return int(torch.cuda.memory_stats(self._device).get("num_ooms", 0))
 
     def _image(self, window: NDArray[np.generic]) -> torch.Tensor:
-        """Normalised input of one pass on the device, ``(z, c, y, x)``."""
-        image = self._intensity.normalise(window)
-        batch = torch.from_numpy(image).transpose(0, 1)
+        """Normalised input of one pass on the device, ``(z, c, y, x)``, or ``(1, c, z, y, x)``."""
+        image = torch.from_numpy(self._intensity.normalise(window))
+        batch = image.transpose(0, 1) if self._axes == 2 else image[None]
         if self._device.type == "cuda":
             batch = batch.pin_memory()
         return batch.to(self._device, self._dtype, non_blocking=True)
 
     def _scores(self, image: torch.Tensor, tile: Tile) -> torch.Tensor:
-        """Scores of one pass in float32, ``(z, classes, y, x)``."""
-        scores = self._network(image.contiguous(memory_format=torch.channels_last)).float()
+        """Scores of one pass in float32, ``(z, classes, y, x)`` or ``(1, classes, z, y, x)``."""
+        scores = self._network(image.contiguous(memory_format=self._format)).float()
         if not torch.isfinite(scores).all():
             raise RunError(
                 f"tile {tile.index} ({tile.write}): the network returns scores that are not "
@@ -245,17 +255,17 @@ class Predictor:
         return cast(torch.Tensor, scores)
 
     def _averaged(self, image: torch.Tensor, tile: Tile) -> torch.Tensor:
-        """Mean probabilities ``(z, classes, y, x)`` over rotations and mirrorings.
+        """Mean probabilities over the rotations and mirrorings of (y, x), shaped as the scores.
 
         The order of the sum is fixed, so its rounding is too.
         """
         total = torch.zeros(())
         for turns in range(4):
             for mirrored in (False, True):
-                turned = image.rot90(turns, (2, 3))
-                scores = self._scores(turned.flip(3) if mirrored else turned, tile)
+                turned = image.rot90(turns, (-2, -1))
+                scores = self._scores(turned.flip(-1) if mirrored else turned, tile)
                 softmax = scores.softmax(dim=1)
-                upright = (softmax.flip(3) if mirrored else softmax).rot90(-turns, (2, 3))
+                upright = (softmax.flip(-1) if mirrored else softmax).rot90(-turns, (-2, -1))
                 total = total + upright
         return total / 8
 
