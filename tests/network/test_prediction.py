@@ -13,6 +13,8 @@ from unet_ray.engine.attempts import failure
 from unet_ray.network import prediction
 from unet_ray.network.prediction import Predictor, constant_value, gpu_versions, instructions
 from unet_ray.network.unet import UNet
+from unet_ray.tiling.mirror import read_mirrored
+from unet_ray.tiling.streaming import stream_along
 from unet_ray.tiling.tiles import TilePlan
 from unet_ray.volumes.intensity import Intensity
 
@@ -27,19 +29,16 @@ def network():
     return network
 
 
-def predicted(network, plan, volume, monkeypatch=None, tta=False):
+def predicted(network, plan, volume, tta=False, order=None):
     """Results of all tiles of a volume (z, y, x), and the number of computed passes."""
     predictor = Predictor(network, plan, Intensity((9.0,), (30.0,)), "float32", "cpu", tta)
     calls, forward = [], predictor._forward
     predictor._forward = lambda *args: calls.append(1) or forward(*args)
-    results = []
-    for tile in plan:
-        before, after = plan.context.before, plan.context.after
-        padded = np.pad(volume, [*zip(before, after, strict=True)], mode="reflect")
-        window = padded[tuple(slice(a + b, c + b) for a, b, c in zip(
-            tile.read.start, before, tile.read.stop, strict=True))]  # fmt: skip
-        results.append(predictor(tile, window[None], OUTPUTS))
-    return results, len(calls)
+    results = {}
+    for tile in map(plan.__getitem__, range(len(plan)) if order is None else order.tolist()):
+        window = read_mirrored(lambda box: volume[box.slices], volume.shape, tile.read)
+        results[tile.index] = predictor(tile, window[None], OUTPUTS)
+    return [results[number] for number in sorted(results)], len(calls)
 
 
 @pytest.mark.parametrize("tta", [False, True])
@@ -154,10 +153,10 @@ def test_an_algorithm_replaced_for_lack_of_memory_ends_the_process(
     counts, scores = iter([5, 5 + failed + ended]), predictor._scores
     monkeypatch.setattr(predictor, "_failed_allocations", lambda: next(counts))
 
-    def pass_of(image, tile):
+    def pass_of(image, tile, kept):
         if ended:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return scores(image, tile)
+        return scores(image, tile, kept)
 
     monkeypatch.setattr(predictor, "_scores", pass_of)
     outcome = nullcontext()
@@ -202,3 +201,36 @@ def test_tiles_of_a_network_in_3d_are_parts_of_the_whole_volume(tta):
     for name, most in (("probabilities", 1), ("classes", 0)):
         np.testing.assert_allclose(parts[name][inside], whole[name][inside], rtol=0, atol=most)
     assert len(np.unique(whole["probabilities"])) > 50
+
+
+def whole_of(results, plan):
+    """The results of all tiles, as arrays of the volume."""
+    whole = {name: np.zeros((2, *plan.shape), int) for name in OUTPUTS}
+    for tile, result in zip(plan, results, strict=True):
+        for name in OUTPUTS:
+            box = slice(None), *tile.write.slices
+            whole[name][box] = result[name][(..., *tile.crop.slices)]
+    return whole
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_streamed_tiles_are_those_of_separate_passes(tta):
+    torch.manual_seed(0)
+    network = UNet(1, 3, 4, 2, "weight", 0.0, ((1, 1), (3, 2), (3, 1))).eval()
+    volume = np.random.default_rng(0).integers(0, 99, (22, 40, 24)).astype(np.uint8)
+    separate = TilePlan(volume.shape, (24, 20, 24), network.context, (24, 20, 24))
+    around = stream_along(network.levels, 4).around(network.context)
+    streamed = TilePlan(volume.shape, (8, 20, 24), around, (4, 20, 12), streamed=True)
+    expected = whole_of(predicted(network, separate, volume, tta=tta)[0], separate)
+    results, calls = predicted(network, streamed, volume, tta=tta)
+    got = whole_of(results, streamed)
+    np.testing.assert_allclose(got["probabilities"], expected["probabilities"], rtol=0, atol=1)
+    np.testing.assert_array_equal(got["classes"], expected["classes"])
+    # In ascending order a tile rarely follows the one below it, in the order of columns always.
+    columns = np.arange(len(streamed)).reshape(3, 2, 1).transpose(1, 2, 0).ravel()
+    in_columns, fewer = predicted(network, streamed, volume, tta=tta, order=columns)
+    warm_up = around.halo[0] // 4
+    assert (calls, fewer) == (2 * 2 * (6 + 3 * warm_up), 2 * 2 * (6 + warm_up))
+    for one, two in zip(results, in_columns, strict=True):
+        for name in OUTPUTS:
+            np.testing.assert_array_equal(one[name], two[name])

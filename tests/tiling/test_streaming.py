@@ -81,7 +81,9 @@ def test_the_planes_of_the_network_of_cicek():
     # 16, 40 and 88. Skips are cut by 4, 16 and 40 planes at their start. The output is 92 late.
     stream = stream_along(cubic_levels(3), 32)
     assert (stream.pools, stream.skips) == ((0, 0, 1), (88 - 4 - 40, 40 - 6 - 16, 16 - 7 - 4))
-    assert (stream.output, stream.warm_up, stream.halo) == (4, 3, 96)
+    assert (stream.output, stream.warm_up) == (4, 3)
+    context = stream.around(Context.of_levels(cubic_levels(3)))
+    assert (context.before, context.after) == ((44, 44, 44), (96 - 44, 48, 48))
 
 
 @given(levels(), st.integers(1, 4))

@@ -16,12 +16,14 @@ import numpy as np
 
 from unet_ray.tiling.boxes import Ints
 from unet_ray.tiling.levels import Layer, Level, layers
+from unet_ray.tiling.streaming import Stream
 from unet_ray.tiling.tiles import TilePlan, round_up
 
 # Cached results of passes over constant voxels; empty background has one value, rarely two.
 CONSTANTS = 2
 
 Doubling = Literal["after", "before"]
+STREAMED = (False, True, True)  # the axes along which a pass of a stream loses voxels
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class NetworkSize:
         return Widths(self.base_channels, self.doubling)
 
     def layers(
-        self, extents: Sequence[float], valid: bool = True
+        self, extents: Sequence[float], valid: bool | Sequence[bool] = True
     ) -> Iterator[tuple[Layer, int, int]]:
         """Yields each layer with the channels of its input and output; see `levels.layers`."""
         inputs, up, second = self.in_channels, False, False
@@ -114,7 +116,14 @@ def core_multiplications(net: NetworkSize, extents: Sequence[float]) -> float:
     return _multiplications(net, extents, valid=False)
 
 
-def _multiplications(net: NetworkSize, extents: Sequence[float], valid: bool) -> float:
+def slab_multiplications(net: NetworkSize, extents: Sequence[float]) -> float:
+    """Multiplications of one pass of a stream over ``(z, y, x)`` input voxels."""
+    return _multiplications(net, extents, STREAMED)
+
+
+def _multiplications(
+    net: NetworkSize, extents: Sequence[float], valid: bool | Sequence[bool]
+) -> float:
     total = 0.0
     for layer, inputs, outputs in net.layers(extents, valid):
         # An up-convolution computes each output voxel from one input voxel.
@@ -129,10 +138,14 @@ def halo_overhead(net: NetworkSize, plan: TilePlan) -> float:
 
     A value of 0.39 means 39 % more. It includes the halo and the parts of cores outside the volume.
     """
-    slices = round_up(plan.shape[0], plan.passes[0])
-    passes_per_core = math.prod(c // p for c, p in zip(plan.core[1:], plan.passes[1:], strict=True))
-    passes = math.prod(plan.counts[1:]) * passes_per_core * slices // plan.passes[0]
-    total = passes * pass_multiplications(net, plan.pass_shape)
+    passes = round_up(plan.shape[0], plan.passes[0]) // plan.passes[0]
+    multiplications = pass_multiplications(net, plan.pass_shape)
+    if plan.streamed:  # the first pass of each column needs some before it
+        passes += plan.context.halo[0] // plan.passes[0]
+        multiplications = slab_multiplications(net, plan.pass_shape)
+    columns = math.prod(plan.counts[1:])
+    columns *= math.prod(c // p for c, p in zip(plan.core[1:], plan.passes[1:], strict=True))
+    total = passes * columns * multiplications
     return total / core_multiplications(net, plan.shape) - 1
 
 
@@ -195,3 +208,62 @@ def pass_bytes(net: NetworkSize, pass_shape: tuple[int, ...]) -> int:
         image += voxels * (net.in_channels * net.itemsize + net.classes * 4)
         scores += voxels * net.classes * 4
     return int(image + max(peak, skips(1) + scores))
+
+
+def slab_bytes(net: NetworkSize, pass_shape: tuple[int, ...]) -> int:
+    """Peak memory in bytes of one pass of a stream, without the planes that it keeps.
+
+    Args:
+        net: size of the network.
+        pass_shape: shape of the input, (z, y, x).
+    """
+    steps = [*net.layers(pass_shape, STREAMED)]
+    skip = {
+        layer.level: net.widths.down(layer.level)[-1] * layer.voxels * net.itemsize
+        for layer, *_ in steps
+        if layer.kind == "up-convolution"
+    }
+    peak = skips = 0.0
+    inputs = float(math.prod(pass_shape) * net.in_channels * net.itemsize)
+    for layer, _, outputs in steps:
+        results = outputs * layer.voxels * net.itemsize
+        if layer.kind == "up-convolution":
+            joined = net.widths.joined(layer.level) * layer.voxels * net.itemsize
+            peak = max(peak, skips + inputs + results, skips + results + joined)
+            skips -= skip[layer.level]
+            inputs = joined
+            continue
+        planes = layer.extents[0]
+        kept = 1 + (net.levels[layer.level].kernel[0] - 1) / planes
+        # The input is copied behind the planes that were kept of the one before.
+        peak = max(peak, skips + inputs * (1 + kept), skips + inputs * kept + results)
+        if layer.kind == "pooling":
+            skips += skip[layer.level]
+        inputs = results
+    voxels = math.prod(pass_shape)
+    ends = voxels * (net.in_channels * (4 + net.itemsize) + net.classes * (net.itemsize + 4 + 4))
+    return int(peak + ends)
+
+
+def kept_bytes(net: NetworkSize, stream: Stream, pass_shape: tuple[int, ...]) -> int:
+    """Bytes of the planes that the layers of a stream keep from one pass to the next.
+
+    Args:
+        net: size of the network.
+        stream: numbers of these planes.
+        pass_shape: shape of the input of a pass, (z, y, x).
+    """
+    steps = [*net.layers(pass_shape, STREAMED)]
+    total, plane = 0.0, float(math.prod(pass_shape[1:]))
+    for layer, inputs, _ in steps:
+        planes = 0
+        if layer.kind == "convolution":
+            planes = net.levels[layer.level].kernel[0] - 1
+        elif layer.kind == "pooling":
+            planes = stream.pools[layer.level]
+        total += planes * inputs * plane
+        plane = math.prod(layer.extents[1:])
+        if layer.kind == "up-convolution":
+            total += stream.skips[layer.level] * net.widths.down(layer.level)[-1] * plane
+    total += stream.output * net.classes * plane
+    return int(total * net.itemsize * (8 if net.tta else 1))

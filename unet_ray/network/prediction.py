@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from unet_ray.errors import RunError
 from unet_ray.machine import keep_freed_memory, nvidia_driver
 from unet_ray.network.arithmetic import CONSTANTS
+from unet_ray.network.streaming import Columns, Kept, StreamedUNet
 from unet_ray.network.unet import UNet
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import Tile, TilePlan
@@ -94,6 +95,7 @@ class Predictor:
             pooling, at any position of its tile.
         threshold: a voxel is of class 1 if its stored probability k fulfils k > 255 `threshold`,
             for two classes; None for the most probable class.
+        tiles: tiles that the caller predicts at a time; bounds the planes that streams keep.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Predictor:
         device: Device,
         tta: bool = False,
         threshold: float | None = None,
+        tiles: int = 1,
     ) -> None:
         keep_freed_memory()
         settle_arithmetic()
@@ -112,6 +115,7 @@ class Predictor:
         self._classes, self._threshold = network.classes, threshold
         self._cache: dict[tuple[bytes, tuple[str, ...]], dict[str, NDArray[np.uint8]]] = {}
         self._lock = threading.Lock()
+        self._columns = Columns(plan, tiles)
         self._device = torch.device(device)
         self._dtype = getattr(torch, precision)
         self._axes = network.axes
@@ -119,6 +123,7 @@ class Predictor:
         self._network = (
             network.folded().to(self._device, self._dtype).to(memory_format=self._format)  # type: ignore[call-overload]
         )
+        self._stream = StreamedUNet(self._network, plan.passes[0]) if plan.streamed else None
 
     def __call__(
         self, tile: Tile, voxels: NDArray[np.generic], outputs: Sequence[str]
@@ -145,6 +150,9 @@ class Predictor:
             "classes": self._plan.core,
         }
         results = {name: np.zeros(shapes[name], np.uint8) for name in outputs}
+        if self._stream:
+            self._predict_columns(self._stream, tile, voxels, results)
+            return results
         for part in self._plan.pass_boxes(tile):
             stop = (a + n for a, n in zip(part.start, self._plan.pass_shape, strict=True))
             window = voxels[(slice(None), *Box(part.start, tuple(stop)).slices)]
@@ -152,6 +160,32 @@ class Predictor:
                 z, y, x = part.slices
                 results[name][..., z, y, x] = values
         return results
+
+    def _predict_columns(
+        self,
+        stream: StreamedUNet,
+        tile: Tile,
+        voxels: NDArray[np.generic],
+        results: dict[str, NDArray[np.uint8]],
+    ) -> None:
+        """Fills the results of a tile, whose passes along z continue those of the tile below."""
+        slab, warm_up = self._plan.passes[0], stream.stream.warm_up
+        column = (self._plan.core[0], *self._plan.passes[1:])
+        parts = [p for p in Box.of(self._plan.core).split(column) if p.intersect(tile.crop).size]
+        last = -(-tile.crop.stop[0] // slab)
+        with self._columns.of(tile) as kept:
+            first = 0 if kept else -warm_up  # slabs below the tile fill the layers at first
+            for part in parts:
+                planes = kept.setdefault(part.start, [{} for _ in range(8 if self._tta else 1)])
+                for number in range(first, last):
+                    start = ((number + warm_up) * slab, *part.start[1:])
+                    shape = zip(start, self._plan.pass_shape, strict=True)
+                    box = Box(start, tuple(a + n for a, n in shape))
+                    window = voxels[(slice(None), *box.slices)]
+                    scored = self._forward(window, tile, tuple(results), planes)
+                    z, (_, y, x) = slice(number * slab, (number + 1) * slab), part.slices
+                    for name, values in scored.items() if number >= 0 else ():
+                        results[name][..., z, y, x] = values
 
     def _pass(
         self, window: NDArray[np.generic], tile: Tile, outputs: tuple[str, ...]
@@ -174,15 +208,20 @@ class Predictor:
             return result
 
     def _forward(
-        self, window: NDArray[np.generic], tile: Tile, outputs: tuple[str, ...]
+        self,
+        window: NDArray[np.generic],
+        tile: Tile,
+        outputs: tuple[str, ...],
+        kept: Sequence[Kept | None] = (None,) * 8,
     ) -> dict[str, NDArray[np.uint8]]:
+        """Results of one forward call; `kept` has the planes of a stream, for each symmetry."""
         results = {}
         with torch.inference_mode(), self._same_algorithms():
             image = self._image(window)
             if self._tta:
-                scores = probabilities = self._inside(self._averaged(image, tile))
+                scores = probabilities = self._inside(self._averaged(image, tile, kept))
             else:
-                scores = self._inside(self._scores(image, tile))
+                scores = self._inside(self._scores(image, tile, kept[0]))
                 probabilities = scores.softmax(dim=1)
             rounded = None
             if "probabilities" in outputs or self._threshold is not None:
@@ -244,17 +283,23 @@ class Predictor:
             batch = batch.pin_memory()
         return batch.to(self._device, self._dtype, non_blocking=True)
 
-    def _scores(self, image: torch.Tensor, tile: Tile) -> torch.Tensor:
+    def _scores(self, image: torch.Tensor, tile: Tile, kept: Kept | None) -> torch.Tensor:
         """Scores of one pass in float32, ``(z, classes, y, x)`` or ``(1, classes, z, y, x)``."""
-        scores = self._network(image.contiguous(memory_format=self._format)).float()
+        image = image.contiguous(memory_format=self._format)
+        if self._stream and kept is not None:
+            scores = self._stream(image, kept).float()
+        else:
+            scores = self._network(image).float()
         if not torch.isfinite(scores).all():
             raise RunError(
                 f"tile {tile.index} ({tile.write}): the network returns scores that are not "
                 f"finite; the model or the intensities are damaged."
             )
-        return cast(torch.Tensor, scores)
+        return scores
 
-    def _averaged(self, image: torch.Tensor, tile: Tile) -> torch.Tensor:
+    def _averaged(
+        self, image: torch.Tensor, tile: Tile, kept: Sequence[Kept | None]
+    ) -> torch.Tensor:
         """Mean probabilities over the rotations and mirrorings of (y, x), shaped as the scores.
 
         The order of the sum is fixed, so its rounding is too.
@@ -263,7 +308,8 @@ class Predictor:
         for turns in range(4):
             for mirrored in (False, True):
                 turned = image.rot90(turns, (-2, -1))
-                scores = self._scores(turned.flip(-1) if mirrored else turned, tile)
+                planes = kept[2 * turns + mirrored]
+                scores = self._scores(turned.flip(-1) if mirrored else turned, tile, planes)
                 softmax = scores.softmax(dim=1)
                 upright = (softmax.flip(-1) if mirrored else softmax).rot90(-turns, (-2, -1))
                 total = total + upright

@@ -1,13 +1,16 @@
 """A network that streams along z: slabs of planes in, the scores of as many planes out.
 
-Knows the planes that each layer keeps between two slabs. Does not know tiles or volumes. Nothing is
-computed twice along z, and every call has the same shapes, so a result does not depend on the slab
-with which a stream began.
+Knows the planes that each layer keeps from one slab and one tile to the next. Does not know voxels
+or files. Nothing is computed twice along z, and every call has the same shapes, so a result does
+not depend on the slab with which a stream began.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from unet_ray.network.unet import UNet, applied, memory_format, middle, pooled
 from unet_ray.tiling.boxes import Ints
 from unet_ray.tiling.streaming import Stream, stream_along
+from unet_ray.tiling.tiles import Tile, TilePlan
 
 Kept = dict[tuple[str, int, int], Tensor]  # planes of a layer: its part, level and number
 
@@ -111,3 +115,43 @@ def _planes_of(x: Tensor, kept: Kept, key: tuple[str, int, int], count: int) -> 
             (*x.shape[:2], count, *x.shape[3:]), dtype=x.dtype, device=x.device
         ).contiguous(memory_format=memory_format(x))
     return kept[key]
+
+
+class Columns:
+    """Planes that streams keep between the tiles of a column, in one process.
+
+    A tile above one that this process has just predicted continues its streams. Any other tile
+    begins new ones, which takes longer and gives the same bytes.
+
+    Args:
+        plan: the tiles.
+        tiles: tiles that the process predicts at a time; there are as many streams at most.
+    """
+
+    def __init__(self, plan: TilePlan, tiles: int) -> None:
+        self._counts, self._most = plan.counts, tiles
+        self._waiting: dict[int, dict[Ints, list[Kept]]] = {}  # by the number of the next tile
+        self._busy, self._lock = 0, threading.Lock()
+
+    @contextmanager
+    def of(self, tile: Tile) -> Iterator[dict[Ints, list[Kept]]]:
+        """Yields the planes of the parts of a tile, none for new streams; keeps them afterwards.
+
+        After an error they are dropped.
+        """
+        layer = math.prod(self._counts[1:])
+        with self._lock:
+            kept = self._waiting.pop(tile.index, {})
+            self._busy += 1
+            while self._waiting and len(self._waiting) + self._busy > self._most:
+                del self._waiting[next(iter(self._waiting))]  # the one that has waited longest
+        try:
+            yield kept
+        except BaseException:
+            kept = {}
+            raise
+        finally:
+            with self._lock:
+                self._busy -= 1
+                if kept and tile.index + layer < layer * self._counts[0]:
+                    self._waiting[tile.index + layer] = kept

@@ -77,7 +77,7 @@ class Provenance:
             "model": model,
             "input": source,
             "outputs": list(outputs),
-            "plan": asdict(plan),
+            "plan": plan.to_json(),
             "precision": precision,
             "normalisation": normalisation,
             "device": device,
@@ -107,6 +107,8 @@ class Provenance:
         for sizes in (plan.shape, plan.core, plan.passes, *asdict(context).values()):
             if len(sizes) != 3 or not all(type(n) is int and 0 <= n < 2**53 for n in sizes):
                 raise ValueError(f"a plan with sizes {sizes!r:.100}")
+        if type(plan.streamed) is not bool:
+            raise ValueError(f"a plan that is streamed {plan.streamed!r:.100}")
         if 0 in plan.shape or len(plan) > MOST_TILES:
             raise ValueError(f"a plan of shape {plan.shape} and core {plan.core}")
         return plan

@@ -48,7 +48,7 @@ class Layer:
 
 
 def layers(
-    levels: Sequence[Level], extents: Sequence[float], valid: bool = True
+    levels: Sequence[Level], extents: Sequence[float], valid: bool | Sequence[bool] = True
 ) -> Iterator[Layer]:
     """Yields the layers of a U-Net in the order of a forward pass (Ronneberger 2015, fig. 1).
 
@@ -56,16 +56,17 @@ def layers(
         levels: from full resolution to the coarsest.
         extents: input extents, per axis. If the network does not accept them, some of the
             layers have fractional extents or extents below 1.
-        valid: whether convolutions are unpadded and so lose the border.
+        valid: whether convolutions are unpadded and so lose the border, of all axes or of each.
     """
+    lose = [valid] * len(extents) if isinstance(valid, bool) else valid
     size = tuple(float(n) for n in extents)
     last = len(levels) - 1
 
     def convolved(level: int) -> Iterator[Layer]:
         nonlocal size
         for _ in range(2):
-            if valid:
-                size = tuple(n - k + 1 for n, k in zip(size, levels[level].kernel, strict=True))
+            axes = zip(size, levels[level].kernel, lose, strict=True)
+            size = tuple(n - k + 1 if cut else n for n, k, cut in axes)
             yield Layer("convolution", level, size)
 
     for level in range(last):

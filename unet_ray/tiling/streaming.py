@@ -40,10 +40,10 @@ class Stream:
     output: int
     warm_up: int
 
-    @property
-    def halo(self) -> int:
-        """Planes that the first slab of a stream needs around it."""
-        return self.slab * self.warm_up
+    def around(self, context: Context) -> Context:
+        """Returns the context of a tile: along z as many planes as the slabs of the warm-up."""
+        after = self.slab * self.warm_up - context.before[0]
+        return Context(context.before, (after, *context.after[1:]), context.step)
 
 
 def stream_along(levels: Sequence[Level], slab: int, axis: int = 0) -> Stream:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from unet_ray.errors import InputError
@@ -119,6 +119,8 @@ class TilePlan:
         core: voxels that a tile owns, per axis; multiples of ``context.step``.
         context: voxels that the network needs around a core.
         passes: the part of a core that one forward call computes, per axis; it divides the core.
+        streamed: whether passes stream along z: each continues the one below it, and reads as many
+            planes as it returns. A tile then reads a halo for the first pass of a stream.
 
     Raises:
         InputError: if the core or the pass is not a multiple of the step, or the core is not a
@@ -129,6 +131,7 @@ class TilePlan:
     core: Ints
     context: Context
     passes: Ints
+    streamed: bool = False
 
     def __post_init__(self) -> None:
         for label, sizes, unit_name, units in (
@@ -148,7 +151,15 @@ class TilePlan:
     def from_json(cls, fields: Mapping[str, Any]) -> TilePlan:
         """Returns the plan whose `dataclasses.asdict`, stored as JSON, is `fields`."""
         context = Context(**{name: tuple(sizes) for name, sizes in fields["context"].items()})
-        return cls(tuple(fields["shape"]), tuple(fields["core"]), context, tuple(fields["passes"]))
+        shape, core, passes = (tuple(fields[name]) for name in ("shape", "core", "passes"))
+        return cls(shape, core, context, passes, fields.get("streamed", False))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields for JSON; the one of streams only if there are streams."""
+        fields = asdict(self)
+        if not self.streamed:  # as earlier versions wrote it
+            del fields["streamed"]
+        return fields
 
     @property
     def counts(self) -> Ints:
@@ -166,7 +177,8 @@ class TilePlan:
     @property
     def pass_shape(self) -> Ints:
         """Extents of the input of one forward call, per axis."""
-        return tuple(c + h for c, h in zip(self.passes, self.context.halo, strict=True))
+        shape = tuple(c + h for c, h in zip(self.passes, self.context.halo, strict=True))
+        return (self.passes[0], *shape[1:]) if self.streamed else shape
 
     def __getitem__(self, index: int) -> Tile:
         if not 0 <= index < len(self):
