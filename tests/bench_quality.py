@@ -61,6 +61,7 @@ CHANGES = {
     "batch-4": {"batch": 4},
     "elastic-0": {"elastic": 0.0},
     "elastic-20": {"elastic": 20.0},
+    "elastic-30": {"elastic": 30.0},
     "dropout-0.2": {"dropout": 0.2},
     "rate-0.002": {"learning_rate": 2e-3},
     "rate-0.0005": {"learning_rate": 5e-4},

@@ -15,7 +15,7 @@ from unet_ray.engine import cluster
 from unet_ray.engine.attempts import attempt
 from unet_ray.engine.cluster import EngineName
 from unet_ray.engine.pool import run_on_ray
-from unet_ray.engine.stages import Stage
+from unet_ray.engine.stages import Stage, runs_of
 from unet_ray.engine.threads import Receipts, run_on_threads, worker_of
 from unet_ray.machine import give_back_freed_memory
 
@@ -51,7 +51,7 @@ def run(
             torch.cuda.empty_cache()
     threads = 1 if alone else _threads(stage, workers)
     try_one = partial(attempt, worker_of(stage))
-    return run_on_threads(try_one, stage.device, stage.deadline, iter(tiles), threads)
+    return run_on_threads(try_one, stage.device, stage.deadline, runs_of(tiles, stage), threads)
 
 
 def _threads(stage: Stage, workers: int | None) -> int:

@@ -31,7 +31,7 @@ from unet_ray.engine.cluster import (
     memory_request,
 )
 from unet_ray.engine.parcels import RECEIPT
-from unet_ray.engine.stages import Receipt, Stage
+from unet_ray.engine.stages import Receipt, Stage, runs_of
 from unet_ray.engine.threads import Receipts
 from unet_ray.errors import RunError
 from unet_ray.machine import kept_memory_environment
@@ -85,9 +85,10 @@ def run_on_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: b
         if not wave.size:
             return
         reported = array("q")
-        for receipt in _run_wave(
-            stage, _blocks(wave, block_size, size), size, alone, timeouts.silence
-        ):
+        blocks = _blocks(wave, block_size, size)
+        if stage.layer and not alone:
+            blocks = [*runs_of(wave.tolist(), stage)]
+        for receipt in _run_wave(stage, blocks, size, alone, timeouts.silence):
             reported.append(receipt.tile)
             timeouts.record(receipt)
             seconds = seconds if receipt.error else [*seconds[-SAMPLES:], receipt.seconds]
@@ -97,7 +98,8 @@ def run_on_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: b
                 f"{stage.name}: Ray has lost {wave.size} tiles. Run the same command again to "
                 "resume."
             )
-        pending = np.concatenate([np.setdiff1d(wave, np.frombuffer(reported, np.int64)), pending])
+        left = wave[~np.isin(wave, np.frombuffer(reported, np.int64))]  # in the order of the wave
+        pending = np.concatenate([left, pending])
         if stage.marks:
             _remove_marks(stage.marks)
         if seconds and not alone:

@@ -112,8 +112,17 @@ def tries(
                 yield from one_round(retries, last=alone or number == most, alone=alone)
 
 
-def numbers_of(bits: NDArray[np.bool_]) -> Iterator[int]:
-    """Yields the indices of true `bits` in ascending order, without a list of all of them."""
+def numbers_of(bits: NDArray[np.bool_], layer: int = 0) -> Iterator[int]:
+    """Yields the indices of true `bits`, without a list of all of them.
+
+    Args:
+        bits: of all tiles.
+        layer: yield indices with this distance after each other; 0 for ascending ones.
+    """
+    if layer:
+        for first in range(layer):
+            yield from (first + layer * np.flatnonzero(bits[first::layer])).tolist()
+        return
     for start in range(0, bits.size, BITS_PER_STEP):
         yield from (start + np.flatnonzero(bits[start : start + BITS_PER_STEP])).tolist()
 
@@ -222,7 +231,8 @@ class Rounds:
         self._add("start", engine=self._engine, workers=self._workers, missing=left, **facts)
         self._log.flush()  # `verify` reads the paths of input and model from it
         self._make_marks()
-        attempts = tries(self._stage, numbers_of(missing), self._engine, self._workers)
+        tiles = numbers_of(missing, self._stage.layer)
+        attempts = tries(self._stage, tiles, self._engine, self._workers)
         with closing(attempts):
             for receipt, again in attempts:
                 self._lease.check()

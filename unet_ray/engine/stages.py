@@ -5,7 +5,7 @@ Knows names, verdicts and receipts. Does not know who runs a stage, or what a ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -134,6 +134,9 @@ class Stage:
         helper_memory: bytes that each of its helpers needs; 0 without helpers.
         make_helper: makes the object that reads or writes in processes that do not predict; by
             default a worker.
+        layer: distance between the numbers of two tiles of which the second continues the first; 0
+            if each tile is computed by itself.
+        longest: at most this many tiles that continue each other go to one worker as a run.
         check: called before the end of the stage is recorded; raises if results may be wrong.
     """
 
@@ -147,12 +150,27 @@ class Stage:
     memory: int = 0
     helper_memory: int = 0
     make_helper: Callable[[], Helper] | None = None
+    layer: int = 0
+    longest: int = 1
     check: Callable[[], None] = lambda: None
 
     def make_for(self, steps: Sequence[Step]) -> Helper:
         """Makes a worker if `steps` include ``predict``, else a helper."""
         helper = self.make_helper if "predict" not in steps else None
         return (helper or self.make_worker)()
+
+
+def runs_of(tiles: Iterable[int], stage: Stage) -> Iterator[list[int]]:
+    """Yields the tiles in runs, in their order; each tile of a run continues the one before."""
+    run: list[int] = []
+    for tile in tiles:
+        follows = run and tile == run[-1] + stage.layer and len(run) < stage.longest
+        if run and not follows:
+            yield run
+            run = []
+        run.append(tile)
+    if run:
+        yield run
 
 
 TryOne = Callable[[int, AbstractContextManager[Any]], Receipt]

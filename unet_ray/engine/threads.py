@@ -5,7 +5,6 @@ Knows a function that tries one tile, and time limits. Does not know what a tile
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -54,7 +53,7 @@ def worker_of(stage: Stage, steps: Sequence[Step] = STEPS) -> Helper:
 
 
 def run_on_threads(
-    try_one: TryOne, device: str, deadline: Deadline, tiles: Iterator[int], threads: int
+    try_one: TryOne, device: str, deadline: Deadline, runs: Iterator[list[int]], threads: int
 ) -> Receipts:
     """Tries tiles in parallel and yields a receipt for each attempt that finishes or times out.
 
@@ -62,7 +61,7 @@ def run_on_threads(
         try_one: tries a tile; enters the context manager passed to it while predicting.
         device: ``cpu``, or a GPU, where one pass runs at a time.
         deadline: time limits of an attempt.
-        tiles: their numbers; consumed as threads become free.
+        runs: tiles to run one after the other; consumed as threads become free.
         threads: tiles in flight.
 
     Raises:
@@ -71,7 +70,7 @@ def run_on_threads(
     """
     # On a GPU only reading and writing run in parallel with a pass.
     predict_lock = nullcontext() if device == "cpu" else threading.Lock()
-    run = _ParallelRun(lambda tile: try_one(tile, predict_lock), deadline, tiles, threads)
+    run = _ParallelRun(lambda tile: try_one(tile, predict_lock), deadline, runs, threads)
     return run.receipts()
 
 
@@ -126,14 +125,15 @@ class _ParallelRun:
         self,
         try_one: Callable[[int], Receipt],
         deadline: Deadline,
-        tiles: Iterator[int],
+        runs: Iterator[list[int]],
         threads: int,
     ) -> None:
-        self._try, self._tiles, self._threads = try_one, tiles, threads
+        self._try, self._runs, self._threads = try_one, runs, threads
+        self._begun: list[list[int]] = []  # what is left of runs of which no tile is in flight
         self._timeouts, self._clock = Timeouts(deadline), Clock()
         self._ended: SimpleQueue[tuple[_TileThread, Receipt]] = SimpleQueue()
         self._idle: list[_TileThread] = []
-        self._busy: dict[_TileThread, tuple[int, float]] = {}
+        self._busy: dict[_TileThread, tuple[list[int], float]] = {}
         self._overdue: set[_TileThread] = set()
         self._given_up_in_a_row = 0
 
@@ -157,11 +157,21 @@ class _ParallelRun:
 
     def _start_tiles(self) -> bool:
         """Starts a tile on every free thread. Returns whether any thread is busy."""
-        for tile in itertools.islice(self._tiles, self._threads - len(self._busy)):
+        while len(self._busy) < self._threads:
+            run = self._begun.pop() if self._begun else next(self._runs, None)
+            if run is None:
+                break
             thread = self._idle.pop() if self._idle else _TileThread(self._try, self._ended)
-            self._busy[thread] = tile, self._clock.now()
-            thread.take(tile)
+            self._busy[thread] = run, self._clock.now()
+            thread.take(run[0])
         return bool(self._busy)
+
+    def _end(self, thread: _TileThread) -> int:
+        """Ends the tile of a busy thread, so that its run can go on; returns its number."""
+        (tile, *rest), _ = self._busy.pop(thread)
+        if rest:
+            self._begun.append(rest)
+        return tile
 
     def _wait(self, seconds: float) -> list[Receipt]:
         """Returns new receipts; waits at most `seconds` for the first."""
@@ -171,7 +181,8 @@ class _ParallelRun:
                 thread, receipt = self._ended.get(timeout=seconds)
                 seconds, self._given_up_in_a_row = 0.0, 0
                 self._timeouts.record(receipt)
-                if self._busy.pop(thread, None):
+                if thread in self._busy:
+                    self._end(thread)
                     self._idle.append(thread)
                     receipts.append(receipt)
                 else:
@@ -182,14 +193,12 @@ class _ParallelRun:
 
     def _give_up_overdue(self) -> list[Receipt]:
         now, limit = self._clock.now(), self._timeouts.limit
-        overdue = {thread: busy for thread, busy in self._busy.items() if now - busy[1] > limit}
-        for thread in overdue:
-            del self._busy[thread]
-            self._overdue.add(thread)
-            self._given_up_in_a_row += 1
+        starts = {thread: start for thread, (_, start) in self._busy.items() if now - start > limit}
+        self._overdue |= {*starts}
+        self._given_up_in_a_row += len(starts)
         return [
-            Receipt(tile, now - start, f"did not end within {limit:.0f} s.")
-            for tile, start in overdue.values()
+            Receipt(self._end(thread), now - start, f"did not end within {limit:.0f} s.")
+            for thread, start in starts.items()
         ]
 
     def _refuse_to_hang(self) -> None:

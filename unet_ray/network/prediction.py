@@ -95,7 +95,6 @@ class Predictor:
             pooling, at any position of its tile.
         threshold: a voxel is of class 1 if its stored probability k fulfils k > 255 `threshold`,
             for two classes; None for the most probable class.
-        tiles: tiles that the caller predicts at a time; bounds the planes that streams keep.
     """
 
     def __init__(
@@ -107,7 +106,6 @@ class Predictor:
         device: Device,
         tta: bool = False,
         threshold: float | None = None,
-        tiles: int = 1,
     ) -> None:
         keep_freed_memory()
         settle_arithmetic()
@@ -115,7 +113,7 @@ class Predictor:
         self._classes, self._threshold = network.classes, threshold
         self._cache: dict[tuple[bytes, tuple[str, ...]], dict[str, NDArray[np.uint8]]] = {}
         self._lock = threading.Lock()
-        self._columns = Columns(plan, tiles)
+        self._columns = Columns(plan)
         self._device = torch.device(device)
         self._dtype = getattr(torch, precision)
         self._axes = network.axes

@@ -125,24 +125,26 @@ class Columns:
 
     Args:
         plan: the tiles.
-        tiles: tiles that the process predicts at a time; there are as many streams at most.
     """
 
-    def __init__(self, plan: TilePlan, tiles: int) -> None:
-        self._counts, self._most = plan.counts, tiles
+    def __init__(self, plan: TilePlan) -> None:
+        self._counts = plan.counts
         self._waiting: dict[int, dict[Ints, list[Kept]]] = {}  # by the number of the next tile
-        self._busy, self._lock = 0, threading.Lock()
+        self._busy = self._most = 0  # tiles that are predicted now, and that were at a time
+        self._lock = threading.Lock()
 
     @contextmanager
     def of(self, tile: Tile) -> Iterator[dict[Ints, list[Kept]]]:
         """Yields the planes of the parts of a tile, none for new streams; keeps them afterwards.
 
-        After an error they are dropped.
+        There are at most as many streams as tiles that were predicted at a time. After an error the
+        planes are dropped.
         """
         layer = math.prod(self._counts[1:])
         with self._lock:
             kept = self._waiting.pop(tile.index, {})
             self._busy += 1
+            self._most = max(self._most, self._busy)
             while self._waiting and len(self._waiting) + self._busy > self._most:
                 del self._waiting[next(iter(self._waiting))]  # the one that has waited longest
         try:

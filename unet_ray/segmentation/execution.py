@@ -6,12 +6,14 @@ tiles, or how a tile is computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
+from unet_ray.engine import cluster
 from unet_ray.engine.attempts import DISK_ERRORS, is_out_of_memory
 from unet_ray.engine.rounds import Progress, Rounds, stopped
 from unet_ray.engine.stages import Deadline, Receipt, Stage
@@ -195,7 +197,7 @@ def _run_link(
 
 
 def _stage(run: Segmentation, settings: Settings) -> Stage:
-    return Stage(
+    stage = Stage(
         SEGMENT,
         run.make_worker,
         run.device,
@@ -206,6 +208,18 @@ def _stage(run: Segmentation, settings: Settings) -> Stage:
         make_helper=run.make_helper,
         check=run.refuse_changes,
     )
+    return _in_columns(stage, run, settings)
+
+
+def _in_columns(stage: Stage, run: Segmentation, settings: Settings) -> Stage:
+    """The stage with tiles that continue each other along z, if the plan streams them."""
+    if not run.plan.streamed:
+        return stage
+    depth, *plane = run.plan.counts
+    layer = math.prod(plane)
+    workers = cluster.side_by_side(run.device, settings.engine, settings.workers, stage.memory)
+    parts = max(1, min(depth, workers // layer))  # of each column, so that every worker has one
+    return replace(stage, layer=layer, longest=-(-depth // parts))
 
 
 def _memory_remedy(run: Segmentation, receipt: Receipt) -> str:

@@ -11,12 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from unet_ray.engine import cluster
-from unet_ray.network.arithmetic import CONSTANTS, NetworkSize, pass_bytes
+from unet_ray.network.arithmetic import (
+    CONSTANTS,
+    NetworkSize,
+    kept_bytes,
+    pass_bytes,
+    slab_bytes,
+)
 from unet_ray.network.prediction import Device, Precision
 from unet_ray.network.unet import UNet
 from unet_ray.segmentation.rules import Rules
 from unet_ray.segmentation.settings import Settings
 from unet_ray.tiling.boxes import Box
+from unet_ray.tiling.streaming import stream_along
 from unet_ray.tiling.tiles import TilePlan
 from unet_ray.volumes.volume import Volume
 
@@ -55,7 +62,8 @@ class WorkerMemory:
         index: offsets of the input's strips or tiles; every process that opens the input has them.
         load: peak while the model is loaded: file, network and folded network together.
         weights: weights of the folded network.
-        tile: input voxels and output values of a tile, with the cached constant passes.
+        tile: input voxels and output values of a tile, with the cached constant passes, and the
+            planes that its streams keep.
         copy: copy of voxels or values, or the read overhead, while a tile is read or written.
         forward: peak of one pass.
         objects: arrays of a tile in the stages that make objects; 0 without objects.
@@ -135,14 +143,19 @@ def worker_bytes(
     read = math.prod(plan.read_shape) * voxel_bytes
     write = math.prod(plan.core) * outputs
     constants = CONSTANTS * math.prod(plan.passes) * outputs
-    forward = pass_bytes(net, (plan.pass_shape[0], plan.pass_shape[1], plan.pass_shape[2]))
+    forward, kept = pass_bytes(net, plan.pass_shape), 0
+    if plan.streamed:
+        columns = math.prod(c // p for c, p in zip(plan.core[1:], plan.passes[1:], strict=True))
+        stream = stream_along(net.levels, plan.passes[0])
+        forward = slab_bytes(net, plan.pass_shape)
+        kept = columns * kept_bytes(net, stream, plan.pass_shape)
     return WorkerMemory(
         # The larger of both engines, so that the plan does not depend on the engine.
         process=PROCESS_BYTES["ray"],
         index=index,
         load=net.weights * (3 * 4 + net.itemsize),
         weights=net.weights * net.itemsize,
-        tile=read + write + constants,
+        tile=read + write + constants + kept,
         copy=max(write, read, overhead),  # for mirroring and encoding
         forward=forward,
         objects=_object_bytes(plan, rules, outputs + voxel_bytes) if rules else 0,

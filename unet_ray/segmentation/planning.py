@@ -14,6 +14,7 @@ from unet_ray.network.unet import UNet
 from unet_ray.segmentation.memory import WorkerMemory, needed_memory, worker_bytes
 from unet_ray.segmentation.rules import Rules
 from unet_ray.segmentation.settings import Settings
+from unet_ray.tiling.streaming import stream_along
 from unet_ray.tiling.tiles import Context, TilePlan, equal_core, round_up
 from unet_ray.units import commas, format_bytes
 from unet_ray.volumes.volume import Volume
@@ -34,6 +35,9 @@ RAY_TOLERANCE = 2.0
 SLABS = 8
 # Upper bound of the voxels in a pass that batches several slices.
 BATCH_VOXELS = 1 << 18
+
+# Planes per pass of a stream, and voxels per tile of a network in 3-D.
+SLAB_PLANES, SHARD_VOXELS = 8, 1 << 24
 
 Candidate = tuple[TilePlan, WorkerMemory]
 
@@ -69,25 +73,40 @@ def choose_plan(
     """
     shape, context = volume.shape[1:], network.context
 
-    def planned(core: tuple[int, ...]) -> Candidate:
-        tiles = TilePlan(shape, core, context, (_batch(core, context), *core[1:]))
+    def measured(tiles: TilePlan) -> Candidate:
         return tiles, needed_memory(size, tiles, volume, outputs, rules, later)
+
+    def planned(core: tuple[int, ...]) -> Candidate:
+        if network.axes == 3:
+            return measured(TilePlan(shape, core, context, core))
+        return measured(TilePlan(shape, core, context, (_batch(core, context), *core[1:])))
 
     def on_engine(candidate: Candidate) -> Candidate:
         return candidate[0], candidate[1].on(settings.engine)
 
     allowed = format_bytes(settings.memory)
-    requested = (
-        on_engine(planned(_fitted(settings.tile, shape, context))) if settings.tile else None
-    )
+    requested = None
+    if settings.tile:
+        core = _fitted(settings.tile, shape, context)
+        both = [planned(core), *map(measured, _streamed(core, shape, network))]
+        fitting = [c for c in map(on_engine, both) if c[1].total <= settings.memory]
+        requested = min(fitting or map(on_engine, both), key=lambda c: _cost(size, c[0], volume))
     if requested and requested[1].total <= settings.memory:
         return requested
 
     def largest_of(slab: int, engine: str) -> Candidate | None:
-        candidates = (
-            planned((slab, *_plane(volume, context, largest)))
+        planes = (
+            _plane(volume, context, largest)
             for largest in range(LARGEST_CORE, 0, -context.step[-1])
         )
+        if slab:
+            candidates = (planned((slab, *plane)) for plane in planes)
+        else:
+            candidates = (
+                measured(tiles)
+                for plane in planes
+                for tiles in _streamed((_column(shape, plane, network), *plane), shape, network)
+            )
         fitting = (c for c in candidates if c[1].on(engine).total <= settings.memory)
         return next(fitting, None)
 
@@ -97,13 +116,14 @@ def choose_plan(
         return memory.on(settings.engine)
 
     def cheapest(engine: str) -> tuple[float, Candidate]:
-        fitting = [candidate for slab in _slabs(volume) if (candidate := largest_of(slab, engine))]
+        slabs = _slabs(volume) if network.axes == 2 else _depths(shape, context)
+        fitting = [candidate for slab in slabs if (candidate := largest_of(slab, engine))]
         costs = [_cost(size, tiles, volume) for tiles, _ in fitting]
         least = min(costs, default=math.inf)
         cheap = (
             c for c, cost in zip(fitting, costs, strict=True) if cost <= DEPTH_TOLERANCE * least
         )
-        return least, next(cheap, planned((1, *context.step[1:])))
+        return least, next(cheap, planned(context.step))
 
     # Tiles must fit into a Ray worker, the larger one, so that both engines store the same bytes.
     # Exception: tiles that would then be nearly all halo.
@@ -147,6 +167,34 @@ def _slabs(volume: Volume) -> list[int]:
     while slabs[-1] > 1:
         slabs.append(slabs[-1] // 2)
     return slabs
+
+
+def _depths(shape: Sequence[int], context: Context) -> list[int]:
+    """Possible numbers of planes per tile of a network in 3-D, descending; 0 for streams."""
+    depths = [round_up(shape[0], context.step[0])]
+    while depths[-1] > context.step[0]:
+        depths.append(round_up(depths[-1] // 2, context.step[0]))
+    return [0, *dict.fromkeys(depths)]
+
+
+def _column(shape: Sequence[int], plane: Sequence[int], network: UNet) -> int:
+    """Planes of a tile that is streamed; its shards have about `SHARD_VOXELS` voxels."""
+    return equal_core(shape[0], SHARD_VOXELS // math.prod(plane), _slab_of(network))
+
+
+def _streamed(core: Sequence[int], shape: Sequence[int], network: UNet) -> list[TilePlan]:
+    """The plan that streams tiles of about `core` along z; none for a 2-D network."""
+    if network.axes == 2:
+        return []
+    slab = _slab_of(network)
+    context = stream_along(network.levels, slab).around(network.context)
+    core = (round_up(core[0], slab), *core[1:])
+    return [TilePlan(tuple(shape), core, context, (slab, *core[1:]), streamed=True)]
+
+
+def _slab_of(network: UNet) -> int:
+    """Planes per pass of a stream."""
+    return round_up(SLAB_PLANES, network.context.step[0])
 
 
 def _cost(size: NetworkSize, tiles: TilePlan, volume: Volume) -> float:
