@@ -243,7 +243,7 @@ def demo(out: str) -> None:
         "--w0",
         group=TRAINING,
         type=float,
-        help="Weight of borders between cells (eq. 2 of the paper). [10]",
+        help="Weight of borders between cells (eq. 2 of the paper). [0; instances: 10]",
     ),
     flag("--sigma", group=TRAINING, type=float, help="Width of these borders in voxels. [5]"),
     flag(
@@ -251,7 +251,7 @@ def demo(out: str) -> None:
         group=TRAINING,
         type=float,
         metavar="VOXELS",
-        help="Standard deviation of the elastic deformation. [10]",
+        help="Standard deviation of the elastic deformation. [20]",
     ),
     flag(
         "--from",

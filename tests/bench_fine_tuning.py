@@ -1,0 +1,82 @@
+"""Fine-tuning with few labels: a model of ISBI 2012 on a part of the VNC stack.
+
+python -m tests.bench_fine_tuning MODEL FOLDER [MINUTES [SEED]]
+
+MODEL has learned ISBI 2012 without slices 9 to 11 and 21 to 23. Slices 0 to 14 of the VNC stack are
+for learning, of which squares with 0.5 % of all voxels are labelled; slices 15 to 19 are for the
+score. Prints a line of JSON for the model before, after fine-tuning on the squares, and after
+fine-tuning on all labels of slices 0 to 14, with scores on both stacks.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import tifffile
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+UNLABELLED, SIDE, SHARE = 100, 64, 0.005
+LEARN, TEST, HELD_OUT = slice(0, 15), slice(15, 20), [9, 10, 11, 21, 22, 23]
+
+
+def write_stacks(folder, seed):
+    """Writes images and labels of both stacks; returns the share of voxels that are labelled."""
+    raw = tifffile.imread(DATA / "vnc_stack1" / "raw.tif")
+    cells = np.where(tifffile.imread(DATA / "vnc_stack1" / "membranes.tif") == 255, 0, 255)
+    few = np.full(cells[LEARN].shape, UNLABELLED)
+    rng = np.random.default_rng(seed)
+    for _ in range(int(SHARE * cells.size / SIDE**2)):
+        z, y, x = (int(rng.integers(n)) for n in np.subtract(few.shape, (0, SIDE, SIDE)))
+        few[z, y : y + SIDE, x : x + SIDE] = cells[z, y : y + SIDE, x : x + SIDE]
+    isbi = DATA / "isbi2012"
+    for name, array in {
+        "learn": raw[LEARN],
+        "few": few,
+        "all": cells[LEARN],
+        "vnc": raw[TEST],
+        "vnc-truth": cells[TEST],
+        "isbi": tifffile.imread(isbi / "train-volume.tif")[HELD_OUT],
+        "isbi-truth": tifffile.imread(isbi / "train-labels.tif")[HELD_OUT],
+    }.items():
+        tifffile.imwrite(folder / f"{name}.tif", array.astype(np.uint8))
+    return (few != UNLABELLED).sum() / cells.size
+
+
+def unet_ray(*words):
+    subprocess.run([sys.executable, "-m", "unet_ray", *map(str, words)], check=True)
+
+
+def scores(folder, model):
+    """Scores of a model on slices of both stacks that it has not seen."""
+    result = {}
+    for stack in ("vnc", "isbi"):
+        store, file = folder / f"{stack}.zarr", folder / "scores.json"
+        out = "--out", store, "--overwrite", "--no-pyramid"
+        unet_ray("segment", folder / f"{stack}.tif", "--model", model, *out)
+        truth = folder / f"{stack}-truth.tif"
+        unet_ray("evaluate", store, truth, "--as", "isbi", "--json", file)
+        values = json.loads(file.read_text())
+        for name in ("pixel_error", "v_rand", "v_info"):
+            result[f"{stack}_{name}"] = round(values[name]["value"], 4)
+    return result
+
+
+def main(model, folder, minutes=5, seed=1):
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    share = write_stacks(folder, int(seed))
+    print(json.dumps({"labels": "none", **scores(folder, model)}), flush=True)
+    for labels in ("few", "all"):
+        run, pair = folder / labels, ("--images", folder / "learn.tif")
+        flags = ["--labels", folder / f"{labels}.tif", "--minutes", minutes, "--seed", seed]
+        if labels == "few":
+            flags += ["--ignore-label", UNLABELLED]
+        unet_ray("train", *pair, *flags, "--from", model, "--out", run)
+        facts = {"labels": labels, "share": round(share, 4) if labels == "few" else 0.75}
+        print(json.dumps(facts | scores(folder, run)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
