@@ -831,7 +831,9 @@ def test_memory_that_is_too_little_is_refused(unet_ray, files):
 
 
 BAD_TRAINING = {
-    "--dims": ["3", "4"],
+    "--dims": ["1", "4"],
+    "--anisotropy": ["some"],
+    "--voxel-size": ["1,2", "a,b,c", "0,1,1", "1,inf,1"],
     "--depth": ["0", "9", "deep"],
     "--base-channels": ["0", "-2"],
     "--dropout": ["1", "-0.5"],
@@ -864,8 +866,11 @@ def test_a_range_of_workers_is_passed_on(unet_ray, files, trained):
     assert trained[0][5] == (2, 8)
 
 
-def test_three_dimensions_are_not_built_yet(unet_ray, files):
-    refused(unet_ray, files, train(files, "--dims", "3"), "dims=3 is not built", "--dims 2")
+def test_a_network_in_3d_is_passed_on(unet_ray, files, trained):
+    unet_ray(*train(files, "--dims", "3", "--voxel-size", "4,1,1", "--patch", "20,44,44"))
+    recipe = trained[0][3]
+    assert (recipe.dims, recipe.depth, recipe.voxel_size) == (3, 1, (4.0, 1.0, 1.0))
+    assert recipe.patch == (20, 44, 44)
 
 
 def broken_file(files, kind):

@@ -53,6 +53,7 @@ from unet_ray.units import (
     parse_patch,
     parse_region,
     parse_tile,
+    parse_voxel_size,
     parse_workers,
 )
 from unet_ray.volumes.omissions import report_omissions
@@ -513,6 +514,8 @@ def train(
     else:
         if isinstance(flags.get("patch"), str | int):
             flags["patch"] = parse_patch(flags["patch"])
+        if isinstance(flags.get("voxel_size"), str):
+            flags["voxel_size"] = parse_voxel_size(flags["voxel_size"])
         settings = Recipe.of(recipe, **flags)
     before = time_of_model(out)
     together = parse_workers(workers) if isinstance(workers, str) else workers

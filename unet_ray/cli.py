@@ -62,6 +62,7 @@ from unet_ray.units import (
     parse_patch,
     parse_region,
     parse_tile,
+    parse_voxel_size,
     parse_workers,
 )
 from unet_ray.versions import VERSION
@@ -168,9 +169,21 @@ def demo(out: str) -> None:
         type=click.IntRange(2, 3),
         default=2,
         show_default=True,
-        help="2-D or 3-D network; only 2 is built.",
+        help="2: segments slice by slice. 3: a network in 3-D.",
     ),
-    flag("--depth", group=NETWORK, type=int, help="Number of pooling steps. [4]"),
+    flag(
+        "--anisotropy",
+        group=NETWORK,
+        type=click.Choice(["auto", "none"]),
+        help="In 3-D: leave out z where voxels are much longer along it, or never. [auto]",
+    ),
+    flag(
+        "--voxel-size",
+        group=NETWORK,
+        metavar="Z,Y,X",
+        help="Size of a voxel in micrometres. [of the images]",
+    ),
+    flag("--depth", group=NETWORK, type=int, help="Number of pooling steps. [4; in 3-D 3]"),
     flag(
         "--base-channels",
         group=NETWORK,
@@ -216,7 +229,7 @@ def demo(out: str) -> None:
         "--patch",
         group=TRAINING,
         metavar="N|Z,Y,X",
-        help="Size of a patch in voxels, as the network reads it. [380; paper: 572]",
+        help="Size of a patch in voxels, as the network reads it. [by the network; 2-D: 380]",
     ),
     flag(
         "--batch",
@@ -277,9 +290,8 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
 
     The same command resumes an interrupted training.
     """
-    if flags.pop("dims") == 3:
-        raise InputError("dims=3 is not built; set --dims 2, which segments stacks by slices.")
-    patch = parse_patch(flags.pop("patch"))
+    flags["dims"] = int(flags["dims"])
+    patch, size = parse_patch(flags.pop("patch")), parse_voxel_size(flags.pop("voxel_size"))
     from unet_ray.training.recipes import Recipe
     from unet_ray.training.run_folder import time_of_model
     from unet_ray.training.train import train
@@ -291,7 +303,8 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
             "quiet",
         )
     )
-    settings, together = Recipe.of(recipe, patch=patch, **flags), parse_workers(workers)
+    settings = Recipe.of(recipe, patch=patch, voxel_size=size, **flags)
+    together = parse_workers(workers)
     before = time_of_model(out)
     with TrainingBar("train", quiet) as watch:
         model = train(

@@ -113,8 +113,8 @@ def parse_tile(text: str, flag: str = "tile") -> tuple[int, int, int]:
     return numbers[0], numbers[1], numbers[2]
 
 
-def parse_patch(text: str | int | None) -> tuple[int, int] | None:
-    """A patch ``(y, x)`` from ``572`` or ``1,572,572``; None stays None.
+def parse_patch(text: str | int | None) -> tuple[int, ...] | None:
+    """A patch ``(y, x)`` from ``572`` or ``1,572,572``, or ``(z, y, x)``; None stays None.
 
     Raises:
         InputError: if the text is neither.
@@ -124,11 +124,31 @@ def parse_patch(text: str | int | None) -> tuple[int, int] | None:
     numbers = _integers(str(text).split(","))
     if numbers and len(numbers) == 1:
         numbers = [1, *numbers, *numbers]
-    if numbers is None or len(numbers) != 3 or numbers[0] != 1 or min(numbers) < 1:
+    if numbers is None or len(numbers) != 3 or min(numbers) < 1:
         raise InputError(
-            f"patch={text!r} must be one number, as in 380, or 1,Y,X, as in 1,380,572."
+            f"patch={text!r} must be one number, as in 380, or Z,Y,X, as in 1,380,572; in 2-D, Z "
+            "is 1."
         )
-    return numbers[1], numbers[2]
+    return tuple(numbers) if numbers[0] > 1 else (numbers[1], numbers[2])
+
+
+def parse_voxel_size(text: str | None) -> tuple[float, float, float] | None:
+    """A voxel size ``(z, y, x)`` from ``0.05,0.004,0.004``; None stays None.
+
+    Raises:
+        InputError: if the text is not three numbers above 0.
+    """
+    if text is None:
+        return None
+    try:
+        z, y, x = (float(number) for number in text.split(","))
+    except ValueError:
+        z = y = x = 0.0
+    if not all(0 < size < math.inf for size in (z, y, x)):
+        raise InputError(
+            f"voxel_size={text!r} must be three sizes above 0, as in 0.05,0.004,0.004."
+        )
+    return z, y, x
 
 
 def parse_region(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -20,7 +20,7 @@ from unet_ray.errors import RunError
 from unet_ray.machine import keep_freed_memory, nvidia_driver
 from unet_ray.network.arithmetic import CONSTANTS
 from unet_ray.network.streaming import Columns, Kept, StreamedUNet
-from unet_ray.network.unet import UNet
+from unet_ray.network.unet import UNet, channels_last
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import Tile, TilePlan
 from unet_ray.volumes.intensity import Intensity
@@ -117,7 +117,7 @@ class Predictor:
         self._device = torch.device(device)
         self._dtype = getattr(torch, precision)
         self._axes = network.axes
-        self._format = torch.channels_last if self._axes == 2 else torch.channels_last_3d
+        self._format = channels_last(self._axes)
         self._network = (
             network.folded().to(self._device, self._dtype).to(memory_format=self._format)  # type: ignore[call-overload]
         )

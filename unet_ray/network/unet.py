@@ -426,11 +426,15 @@ def applied(layer: nn.Module, x: Tensor) -> Tensor:
     return convolved_by_strips(cast(Convolution, layer), x)
 
 
+def channels_last(axes: int) -> torch.memory_format:
+    """The memory format of images of 2 or 3 axes with the channels last."""
+    return torch.channels_last if axes == 2 else torch.channels_last_3d
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format of `x`: with the channels last, or contiguous."""
-    channels_last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    last = x.is_contiguous(memory_format=channels_last)
-    return channels_last if last else torch.contiguous_format
+    last = channels_last(x.ndim - 2)
+    return last if x.is_contiguous(memory_format=last) else torch.contiguous_format
 
 
 def _folded(layers: Iterable[nn.Module]) -> Iterator[tuple[Tensor, Tensor]]:

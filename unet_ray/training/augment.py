@@ -8,6 +8,7 @@ independent of how the window is read.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -41,7 +42,7 @@ class Deformation:
 
     offsets: NDArray[np.float32]
 
-    def reach(self, centre: tuple[float, float]) -> Box:
+    def reach(self, centre: Sequence[float]) -> Box:
         """Returns the box (y, x) of voxels needed to sample the patch about `centre`.
 
         Relative to a window with these voxels, the centre is `centre` minus the start of the box.
@@ -52,7 +53,7 @@ class Deformation:
 
 
 def draw_deformation(
-    shape: tuple[int, int],
+    shape: Sequence[int],
     rng: np.random.Generator,
     elastic: float = 10.0,
     rotate: bool = True,
@@ -85,7 +86,7 @@ def draw_deformation(
 
 
 def deform(
-    shape: tuple[int, int], matrix: NDArray[np.floating[Any]], nodes: NDArray[np.floating[Any]]
+    shape: Sequence[int], matrix: NDArray[np.floating[Any]], nodes: NDArray[np.floating[Any]]
 ) -> Deformation:
     """Computes the deformation ``source = matrix @ position + displacement`` of a patch.
 
@@ -101,15 +102,15 @@ def deform(
     _fill_offsets(
         matrix.astype(np.float64),
         nodes.astype(np.float64),
-        _spline(shape[0]),
-        _spline(shape[1]),
+        spline(shape[0]),
+        spline(shape[1]),
         offsets,
     )
     return Deformation(offsets)
 
 
 def warp_image(
-    window: NDArray[np.float32], centre: tuple[float, float], deformation: Deformation
+    window: NDArray[np.float32], centre: Sequence[float], deformation: Deformation
 ) -> NDArray[np.float32]:
     """Samples a patch of an image with linear interpolation.
 
@@ -132,7 +133,7 @@ def warp_image(
 
 
 def warp_labels(
-    window: NDArray[Value], centre: tuple[float, float], deformation: Deformation
+    window: NDArray[Value], centre: Sequence[float], deformation: Deformation
 ) -> NDArray[Value]:
     """Samples a patch of labels or weights from the nearest voxels.
 
@@ -165,7 +166,7 @@ def change_grey(
     """Randomly changes contrast and brightness of each channel: ``image * gain + offset``.
 
     Args:
-        image: shape ``(c, y, x)``, normalised to mean 0 and standard deviation 1, so that the
+        image: shape ``(c, ..., y, x)``, normalised to mean 0 and standard deviation 1, so that the
             gain leaves the mean unchanged.
         rng: random generator.
         strength: offset and logarithm of the gain are uniform in [-strength, strength]; 0 leaves
@@ -174,7 +175,8 @@ def change_grey(
     Returns:
         A new image of the same shape.
     """
-    gain, offset = rng.uniform(-strength, strength, (2, len(image), 1, 1)).astype(np.float32)
+    gain, offset = rng.uniform(-strength, strength, (2, len(image))).astype(np.float32)
+    gain, offset = (each.reshape(-1, *(1,) * (image.ndim - 1)) for each in (gain, offset))
     changed: NDArray[np.float32] = image * np.exp(gain) + offset
     return changed
 
@@ -188,7 +190,8 @@ def degrade(
     the paper.
 
     Args:
-        image: shape ``(c, y, x)``, normalised to standard deviation 1.
+        image: shape ``(c, ..., y, x)``, normalised to standard deviation 1. The blur is along y and
+            x.
         rng: random generator.
         strength: the blur has a standard deviation of up to 1.5 voxels, and the noise of up to 0.3,
             each times this number; 0 leaves the values unchanged.
@@ -200,15 +203,15 @@ def degrade(
     blurred, noisy = rng.random(2) < 0.5
     blur, noise = strength * rng.uniform(0, (LARGEST_BLUR, LARGEST_NOISE))
     if blurred and blur:
-        image = ndimage.gaussian_filter(image, (0, blur, blur))
+        image = ndimage.gaussian_filter(image, (blur, blur), axes=(-2, -1))
     if noisy and noise:
         image = image + np.float32(noise) * rng.standard_normal(image.shape, np.float32)
     return image
 
 
 @lru_cache(maxsize=8)
-def _spline(length: int) -> NDArray[np.float32]:
-    """Computes the weights of 3 nodes for each of `length` voxels, shape ``(3, length)``.
+def spline(length: int) -> NDArray[np.float32]:
+    """Returns the weights of 3 nodes for each of `length` voxels, shape ``(3, length)``.
 
     The nodes are the first voxel, the middle and the last voxel. The natural end condition sets the
     curvature to 0 at the patch's border, which avoids overshoot near it.
@@ -219,7 +222,7 @@ def _spline(length: int) -> NDArray[np.float32]:
 
 
 def _check_reach(
-    window: tuple[int, ...], centre: tuple[float, float], deformation: Deformation
+    window: tuple[int, ...], centre: Sequence[float], deformation: Deformation
 ) -> None:
     """Checks the window, because the compiled loop does not check array bounds."""
     reach = deformation.reach(centre)

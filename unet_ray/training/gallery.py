@@ -81,7 +81,7 @@ def _tensor(array: NDArray[np.generic]) -> Tensor:
 
 
 def _windows(prefix: str, held_out: HeldOut, box: Box) -> dict[str, Tensor]:
-    image = held_out.image[0][box.slices][0].astype(np.float32)
+    image = held_out.slices[0][box.slices][0].astype(np.float32)
     return {
         f"{prefix}image": _tensor(image),
         f"{prefix}targets": _tensor(held_out.targets[box.slices][0]),

@@ -68,12 +68,21 @@ class HeldOut:
         targets: class numbers, uint8 ``(z, y, x)``; `IGNORED` without annotation.
         cells: cell numbers, ``(z, y, x)``, if the labels are instances.
         intensity: mean and standard deviation of the whole image, for its normalisation.
+        planes: the slices of the image that `targets` hold, for a network in 3-D, which sees their
+            neighbours; None for all.
     """
 
     image: NDArray[Any]
     targets: NDArray[np.uint8]
     cells: NDArray[np.int64] | None
     intensity: Intensity
+    planes: tuple[int, ...] | None = None
+
+    @property
+    def slices(self) -> NDArray[Any]:
+        """Grey values of the slices of `targets`, ``(c, z, y, x)``."""
+        chosen: NDArray[Any] = self.image
+        return chosen if self.planes is None else chosen[:, list(self.planes)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,11 +181,12 @@ def load_training_data(
         "labels": [_identity(pair.label, a) for pair, a in zip(pairs, labelled, strict=True)],
     }
     volumes = list(zip(arrays, truths, intensities, masks, strict=True))
-    learned = [(a[:, ~out], t.of(~out), grey) for a, t, grey, out in volumes if not out.all()]
-    held_out = [(a[:, out], t.of(out), grey) for a, t, grey, out in volumes if out.any()]
+    split = _split_slices if recipe.dims == 2 else _split_volumes
+    learned, held_out = split(volumes)
     learned_truths = [truth for _, truth, _ in learned]
+    voxel_size = recipe.voxel_size or pairs[0].image.voxel_size
     weights = _stored_weights(weights_file, identity, recipe, learned_truths) or _weight_maps(
-        learned_truths, len(values), recipe
+        learned_truths, len(values), recipe, voxel_size
     )
     return TrainingData(
         tuple(
@@ -184,12 +194,46 @@ def load_training_data(
             for (image, truth, grey), weight in zip(learned, weights, strict=True)
         ),
         tuple(values),
-        pairs[0].image.voxel_size,
+        voxel_size,
         identity,
-        tuple(HeldOut(image, truth.targets, truth.cells, grey) for image, truth, grey in held_out),
+        tuple(held_out),
         sum(pair.image.shape[1] - len(pair.planes) for pair in pairs),
         recipe.labels_are == "instances",
     )
+
+
+_Labelled = tuple[NDArray[Any], _Truth, Intensity]
+
+
+def _split_slices(
+    volumes: Sequence[tuple[NDArray[Any], _Truth, Intensity, NDArray[np.bool_]]],
+) -> tuple[list[_Labelled], list[HeldOut]]:
+    """Returns the slices to learn from, and the held-out slices, of volumes with their masks."""
+    learned = [(a[:, ~out], t.of(~out), grey) for a, t, grey, out in volumes if not out.all()]
+    parts = [(a[:, out], t.of(out), grey) for a, t, grey, out in volumes if out.any()]
+    return learned, [HeldOut(image, t.targets, t.cells, grey) for image, t, grey in parts]
+
+
+def _split_volumes(
+    volumes: Sequence[tuple[NDArray[Any], _Truth, Intensity, NDArray[np.bool_]]],
+) -> tuple[list[_Labelled], list[HeldOut]]:
+    """The same for a network in 3-D: the image stays whole, labels that are held out do not count.
+
+    So a patch beside held-out slices sees their grey values, but not their labels.
+    """
+    learned: list[_Labelled] = []
+    held_out = []
+    for image, truth, grey, out in volumes:
+        if not out.all():
+            targets = truth.targets.copy()
+            targets[out] = IGNORED
+            cells = None if truth.cells is None else np.where(out[:, None, None], 0, truth.cells)
+            learned.append((image, _Truth(targets, cells), grey))
+        if out.any():
+            part = truth.of(out)
+            planes = tuple(np.flatnonzero(out).tolist())
+            held_out.append(HeldOut(image, part.targets, part.cells, grey, planes))
+    return learned, held_out
 
 
 def store_weights(data: TrainingData, recipe: Recipe, path: Path, guard: Guard) -> None:
@@ -310,7 +354,8 @@ def _truths(
                 mask[few] &= _with_ring(array[few] != 0)
         values = np.array([0, 1])
         separated = [
-            _separated(path, a, m) for path, a, m in zip(paths, arrays, annotated, strict=True)
+            _separated(path, a, m, recipe.dims)
+            for path, a, m in zip(paths, arrays, annotated, strict=True)
         ]
         targets, cells = [(numbers != 0).astype(np.uint8) for numbers in separated], [*separated]
     else:
@@ -387,7 +432,10 @@ def _read_finite(pair: _Pair) -> NDArray[Any]:
 
 
 def _weight_maps(
-    truths: Sequence[_Truth], classes: int, recipe: Recipe
+    truths: Sequence[_Truth],
+    classes: int,
+    recipe: Recipe,
+    voxel_size: tuple[float, float, float] | None,
 ) -> list[NDArray[np.float32]]:
     """Computes the weight map of each volume, with class weights balanced over all volumes."""
     balance = class_weights(np.concatenate([t.targets.ravel() for t in truths]), classes)
@@ -396,14 +444,19 @@ def _weight_maps(
             f"The slices that are not held out contain only {np.count_nonzero(balance)} of "
             f"{classes} classes; hold out other slices, or none."
         )
+    spacing = None  # slices are weighted one by one
+    if recipe.dims == 3:
+        z, y, x = voxel_size if voxel_size and recipe.anisotropy == "auto" else (1.0, 1.0, 1.0)
+        spacing = (z / x, y / x, 1.0)
     return [
-        weight_map(t.targets, classes, recipe.w0, recipe.sigma, balance, t.cells) for t in truths
+        weight_map(t.targets, classes, recipe.w0, recipe.sigma, balance, t.cells, spacing)
+        for t in truths
     ]
 
 
 def _weights_header(identity: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Returns everything that weight maps depend on, as it is read back from JSON."""
-    names = "labels_are", "ignore_label", "val", "val_fraction", "w0", "sigma"
+    names = "labels_are", "ignore_label", "val", "val_fraction", "w0", "sigma", "dims", "anisotropy"
     fields = {"labels": identity["labels"], **{name: getattr(recipe, name) for name in names}}
     as_read: dict[str, Any] = json.loads(json.dumps(fields, allow_nan=False))
     return as_read
@@ -503,12 +556,14 @@ def _class_values(
     return values
 
 
-def _separated(path: str, labels: NDArray[Any], annotated: NDArray[np.bool_]) -> NDArray[np.int64]:
+def _separated(
+    path: str, labels: NDArray[Any], annotated: NDArray[np.bool_], dims: int
+) -> NDArray[np.int64]:
     """Returns cell numbers with background between touching cells, and 0 without annotation."""
     cells = np.where(annotated, labels, 0)
     if (cells < 0).any():
         raise InputError(f"{path}: contains {cells.min()}; cell numbers must be at least 0.")
-    separated = np.where(separate(cells), cells, 0)
+    separated = np.where(separate(cells, dims), cells, 0)
     if not separated.any():
         raise InputError(
             f"{path}: contains no cell"

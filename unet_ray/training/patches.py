@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.mirror import read_mirrored
+from unet_ray.training import volumetric
 from unet_ray.training.augment import (
     Deformation,
     change_grey,
@@ -26,25 +27,32 @@ from unet_ray.training.augment import (
     warp_image,
     warp_labels,
 )
-from unet_ray.training.labels import TrainingData
+from unet_ray.training.labels import TrainingData, TrainingVolume
 from unet_ray.training.recipes import Recipe
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One training patch.
+    """One training patch, of a slice or of a volume.
 
     The targets and weights cover the middle of the image, which is what the network returns.
 
     Attributes:
-        image: normalised, float32 ``(c, y, x)``.
-        targets: class numbers, uint8 ``(y', x')``.
-        weights: weights of the loss, float32 ``(y', x')``.
+        image: normalised, float32 ``(c, y, x)`` or ``(c, z, y, x)``.
+        targets: class numbers, uint8 ``(y', x')`` or ``(z', y', x')``.
+        weights: weights of the loss, float32, of the shape of the targets.
     """
 
     image: NDArray[np.float32]
     targets: NDArray[np.uint8]
     weights: NDArray[np.float32]
+
+    def in_the_middle(self) -> Sample:
+        """Returns the middle plane of a patch of a volume; a patch of a slice as it is."""
+        if self.targets.ndim == 2:
+            return self
+        z, label_z = self.image.shape[1] // 2, len(self.targets) // 2
+        return Sample(self.image[:, z], self.targets[label_z], self.weights[label_z])
 
 
 Item = TypeVar("Item")
@@ -66,7 +74,9 @@ class Sampler:
     def __init__(self, data: TrainingData, recipe: Recipe) -> None:
         self._data, self._seed = data, recipe.seed
         self._elastic, self._degrade = recipe.elastic, recipe.degrade
-        self._patch, self._output = recipe.patch, recipe.output
+        self._patch, self._output, self._dims = recipe.patch, recipe.output, recipe.dims
+        z, y, x = data.voxel_size or (1.0, 1.0, 1.0)
+        self._spacing = (z / x, y / x, 1.0) if recipe.anisotropy == "auto" else (1.0, 1.0, 1.0)
         sizes = np.array([v.targets.size for v in data.volumes], float)
         self._shares = sizes / sizes.sum()
 
@@ -74,20 +84,36 @@ class Sampler:
         """Draws the sample of a step and slot; it depends only on these and the seed."""
         rng = np.random.default_rng([self._seed, *slot])
         volume = self._data.volumes[rng.choice(len(self._shares), p=self._shares)]
+        return self._of_slice(volume, rng) if self._dims == 2 else self._of_volume(volume, rng)
+
+    def _of_slice(self, volume: TrainingVolume, rng: np.random.Generator) -> Sample:
         z = int(rng.integers(volume.targets.shape[0]))
         centre = self._draw_centre(volume.targets.shape[1:], rng)
         deformation = draw_deformation(self._patch, rng, self._elastic)
         inner = Deformation(deformation.offsets[(slice(None), *self._inner)])
-        image = volume.intensity.normalise(_window(volume.image, z, deformation.reach(centre)))
-        label_box = inner.reach(centre)
-        targets = _window(volume.targets, z, label_box)
-        weights = _window(volume.weights, z, label_box)
-        warped = warp_image(image, _relative_to(deformation.reach(centre), centre), deformation)
-        return Sample(
-            degrade(change_grey(warped, rng), rng, self._degrade),
-            warp_labels(targets, _relative_to(label_box, centre), inner),
-            warp_labels(weights, _relative_to(label_box, centre), inner),
+        box, label_box = deformation.reach(centre), inner.reach(centre)
+        image = volume.intensity.normalise(_window(volume.image[..., z, :, :], box))
+        warped = warp_image(image, _relative_to(box, centre), deformation)
+        targets, weights = (
+            warp_labels(_window(array[z], label_box), _relative_to(label_box, centre), inner)
+            for array in (volume.targets, volume.weights)
         )
+        return Sample(degrade(change_grey(warped, rng), rng, self._degrade), targets, weights)
+
+    def _of_volume(self, volume: TrainingVolume, rng: np.random.Generator) -> Sample:
+        centre = self._draw_centre(volume.targets.shape, rng)
+        warp = volumetric.draw_warp(self._patch, rng, self._elastic, self._spacing)
+        inner = volumetric.Warp(warp.offsets[(slice(None), *self._inner)])
+        box, label_box = warp.reach(centre), inner.reach(centre)
+        image = volume.intensity.normalise(_window(volume.image, box))
+        warped = volumetric.warp_image(image, _relative_to(box, centre), warp)
+        targets, weights = (
+            volumetric.warp_labels(
+                _window(array, label_box), _relative_to(label_box, centre), inner
+            )
+            for array in (volume.targets, volume.weights)
+        )
+        return Sample(degrade(change_grey(warped, rng), rng, self._degrade), targets, weights)
 
     @property
     def _inner(self) -> tuple[slice, ...]:
@@ -95,7 +121,7 @@ class Sampler:
         margins = ((p - o) // 2 for p, o in zip(self._patch, self._output, strict=True))
         return tuple(slice(m, m + o) for m, o in zip(margins, self._output, strict=True))
 
-    def _draw_centre(self, shape: Sequence[int], rng: np.random.Generator) -> tuple[float, float]:
+    def _draw_centre(self, shape: Sequence[int], rng: np.random.Generator) -> tuple[float, ...]:
         """Draws a patch centre such that the network's output is inside the volume if it fits.
 
         A start is drawn up to half an output beyond either face and then clipped to the volume.
@@ -106,22 +132,23 @@ class Sampler:
             start = int(rng.integers(-(output // 2), max(1, extent - output // 2)))
             start = min(max(start, 0), max(0, extent - output))
             centre.append(start + (output - 1) / 2)
-        return centre[0], centre[1]
+        return tuple(centre)
 
 
-def _window(array: NDArray[Any], z: int, box: Box) -> NDArray[Any]:
-    """Crops a box (y, x) from slice `z`, mirrored at the faces; keeps the axes before z."""
-    plane = array[..., z, :, :]
+def _window(array: NDArray[Any], box: Box) -> NDArray[Any]:
+    """Crops a box along the last axes of an array, mirrored at its faces."""
+    shape = array.shape[-len(box.start) :]
 
     def read(inside: Box) -> NDArray[Any]:
-        rows, columns = inside.slices
-        return plane[..., rows, columns]
+        index: tuple[Any, ...] = (..., *inside.slices)
+        part: NDArray[Any] = array[index]
+        return part
 
-    return read_mirrored(read, plane.shape[-2:], box)
+    return read_mirrored(read, shape, box)
 
 
-def _relative_to(box: Box, centre: tuple[float, float]) -> tuple[float, float]:
-    return centre[0] - box.start[0], centre[1] - box.start[1]
+def _relative_to(box: Box, centre: Sequence[float]) -> tuple[float, ...]:
+    return tuple(c - start for c, start in zip(centre, box.start, strict=True))
 
 
 def sample_slots(step: int, rank: int, batch: int) -> Iterator[SampleSlot]:

@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from unet_ray.errors import InputError, refuse_unknown
+from unet_ray.network.arithmetic import Doubling
 from unet_ray.network.checkpoints import find_model, read_model
 from unet_ray.network.prediction import Precision
 from unet_ray.network.unet import Norm, UNet
+from unet_ray.tiling.tiles import round_up
 
 LabelsAre = Literal["classes", "instances"]
 
-# Default output extent of a patch, in multiples of the network's step.
+# Default output extent of a patch along y and x, in multiples of the network's step; in 3-D along
+# each axis, in voxels.
 PATCH_STEPS = {"default": 12, "paper": 24}
+PATCH_EXTENTS = (16, 64, 64)
+# A level convolves and pools along z if a voxel is at most this much longer along z than along x.
+NEARLY_ISOTROPIC = 1.5
 
 
 @dataclass(frozen=True)
@@ -31,11 +38,16 @@ class Recipe:
 
     Attributes:
         recipe: name of the recipe that supplies the defaults.
+        dims: 2 for a network that segments each slice by itself, 3 for one in 3-D.
+        anisotropy: ``auto`` leaves out the third dimension of levels where voxels are much longer
+            along z than along x; see `levels_along_z`. ``none`` treats all axes alike.
+        z_levels: see `UNet`; computed by `fitted` in 3-D.
+        voxel_size: of the images, (z, y, x) in micrometres; None for what the files state.
         depth, base_channels, norm, dropout: settings of the network. Every norm computes the same
             function in training and in prediction. Without `base_channels`, training chooses them
             by `channels_for`.
-        patch: size of the network's input along y and x, in voxels; (0, 0) selects the recipe's
-            default at this depth.
+        patch: size of the network's input in voxels, along y and x, in 3-D along z, y and x; zeros
+            select the recipe's default at this depth.
         batch: number of patches per step and worker. N workers see N times this many per step.
         steps: stop after this number of steps; None for no limit.
         minutes: stop after this many minutes of training; None for no limit.
@@ -67,11 +79,15 @@ class Recipe:
     """
 
     recipe: Literal["default", "paper"] = "default"
+    dims: Literal[2, 3] = 2
+    anisotropy: Literal["auto", "none"] = "auto"
+    z_levels: tuple[tuple[int, int], ...] | None = None
+    voxel_size: tuple[float, float, float] | None = None
     depth: int = 4
     base_channels: int | None = None
     norm: Norm = "weight"
     dropout: float = 0.0
-    patch: tuple[int, int] = (0, 0)
+    patch: tuple[int, ...] = (0, 0)
     batch: int = 1
     steps: int | None = None
     minutes: float | None = None
@@ -117,10 +133,12 @@ class Recipe:
             settings.setdefault("w0", 0.0)
         if settings.get("steps") is None and settings.get("minutes") is None:
             settings["minutes"] = 15.0
+        if settings.get("dims") == 3:
+            settings = {"depth": 3, "patch": (0, 0, 0), **settings}
         recipe = cls(recipe=name, **settings)  # type: ignore[arg-type]
-        if not any(recipe.patch):
-            recipe = dataclasses.replace(recipe, patch=recipe._default_patch())
         recipe._check()
+        if recipe.dims == 2:
+            recipe = recipe.fitted(None)
         if recipe.optimiser != "sgd" and chosen.get("momentum") is not None:
             raise InputError(
                 f"momentum={recipe.momentum} applies only to SGD, which recipe={name} does not "
@@ -128,14 +146,42 @@ class Recipe:
             )
         return recipe
 
-    def _default_patch(self) -> tuple[int, int]:
+    def fitted(self, voxel_size: Sequence[float] | None) -> Recipe:
+        """Returns this recipe with the levels along z, and with a patch that fits the network.
+
+        Args:
+            voxel_size: of the images, (z, y, x) in any unit; None if unknown, for equal sizes.
+
+        Raises:
+            InputError: if the patch does not fit the network.
+        """
+        recipe = self
+        if self.dims == 3 and self.z_levels is None:
+            size = voxel_size if self.anisotropy == "auto" else None
+            levels = levels_along_z(self.depth, size or (1.0, 1.0, 1.0))
+            recipe = dataclasses.replace(self, z_levels=levels)
+        if not any(self.patch):
+            recipe = dataclasses.replace(recipe, patch=recipe._default_patch())
+        recipe._check_patch()
+        return recipe
+
+    def _default_patch(self) -> tuple[int, ...]:
         """Returns 380 voxels at depth 4 (paper: 572), and the same number of steps at others."""
-        context = UNet(1, 2, 1, self.depth).context
+        context = self._smallest_network().context
+        if self.dims == 3:
+            axes = zip(context.halo, context.step, PATCH_EXTENTS, strict=True)
+            return tuple(halo + round_up(extent, step) for halo, step, extent in axes)
         extent = context.halo[-1] + PATCH_STEPS[self.recipe] * context.step[-1]
         return extent, extent
 
+    def _smallest_network(self) -> UNet:
+        """The network with one channel, for the arithmetic of its levels; without memory."""
+        with torch.device("meta"):
+            return dataclasses.replace(self, base_channels=1).network(1, 2)
+
     def _check(self) -> None:
         refuse_unknown("labels_are", self.labels_are, ("classes", "instances"))
+        refuse_unknown("anisotropy", self.anisotropy, ("auto", "none"))
         refuse_unknown("norm", self.norm, ("none", "weight", "batch"))
         refuse_unknown("optimiser", self.optimiser, ("adamw", "sgd"))
         refuse_unknown("precision", self.precision, ("auto", "float32", "bfloat16"))
@@ -158,6 +204,8 @@ class Recipe:
             "val_fraction": (0 <= self.val_fraction < 1, "at least 0 and below 1"),
             "patience": (self.patience is None or self.patience >= 1, "at least 1"),
             "seed": (0 <= self.seed < 2**63, "at least 0 and below 2**63"),
+            "dims": (self.dims in (2, 3), "2 or 3"),
+            "voxel_size": (all(0 < n < math.inf for n in self.voxel_size or ()), "sizes above 0"),
         }
         for name, (valid, rule) in rules.items():
             if not valid:
@@ -169,13 +217,19 @@ class Recipe:
                 "best_by and patience need held-out slices; set --val or --val-fraction."
             )
         with torch.device("meta"):  # checks the network's settings without allocating memory
-            network = self.with_channels(1).network(1, 2)
-        smallest = network.context.halo[-1] + network.context.step[-1]
-        for extent in self.patch:
+            self.with_channels(1).network(1, 2)
+
+    def _check_patch(self) -> None:
+        if len(self.patch) != self.dims:
+            form = "Y,X" if self.dims == 2 else "Z,Y,X"
+            raise InputError(f"patch={self.patch} must be {form} for a network in {self.dims}-D.")
+        network = self._smallest_network()
+        for axis, extent in zip(range(-self.dims, 0), self.patch, strict=True):
             try:
-                network.output_extent(extent)
+                network.output_extent(extent, axis)
             except InputError as error:
                 raise InputError(str(error).replace("size=", "patch=", 1)) from None
+            smallest = network.context.halo[axis] + network.context.step[axis]
             if extent < smallest:
                 raise InputError(
                     f"patch={extent} is too small for this network; it must be at least {smallest}."
@@ -195,13 +249,35 @@ class Recipe:
         """
         if self.base_channels is None:
             raise ValueError("a recipe without base_channels has no network")
-        return UNet(channels, classes, self.base_channels, self.depth, self.norm, self.dropout)
+        doubling: Doubling = "before" if self.dims == 3 else "after"
+        same = self.base_channels, self.depth, self.norm, self.dropout
+        return UNet(channels, classes, *same, self.z_levels, doubling)
 
     @property
-    def output(self) -> tuple[int, int]:
-        """Size of the network's output for a patch along y and x, in voxels."""
-        network = UNet(1, 2, 1, self.depth)
-        return network.output_extent(self.patch[0]), network.output_extent(self.patch[1])
+    def output(self) -> tuple[int, ...]:
+        """Size of the network's output for a patch along the same axes, in voxels."""
+        network = self._smallest_network()
+        axes = zip(range(-self.dims, 0), self.patch, strict=True)
+        return tuple(network.output_extent(extent, axis) for axis, extent in axes)
+
+
+def levels_along_z(depth: int, voxel_size: Sequence[float]) -> tuple[tuple[int, int], ...]:
+    """Returns the widths along z of the convolutions and the pooling of each level.
+
+    A level convolves and pools along z if its voxels are at most 1.5 times as long along z as along
+    x. Above, only y and x are pooled, so that voxels become more alike.
+
+    Args:
+        depth: number of poolings.
+        voxel_size: of the images, (z, y, x) in any unit.
+    """
+    z, _, x = voxel_size
+    levels = []
+    for _ in range(depth + 1):
+        near = z <= NEARLY_ISOTROPIC * x
+        levels.append((3, 2) if near else (1, 1))
+        z, x = z * (2 if near else 1), 2 * x
+    return tuple(levels)
 
 
 # Channels at full resolution on a GPU, and on a CPU by the minutes of training. With twice as many
@@ -222,7 +298,7 @@ def channels_for(device: str, minutes: float | None) -> int:
 
 
 # Of the network: a training that starts from a model has those of that model.
-ARCHITECTURE = "depth", "base_channels", "norm", "dropout"
+ARCHITECTURE = "dims", "depth", "base_channels", "norm", "dropout"
 FINE_TUNING_RATE = 3e-4  # a higher one destroys what the model has learned
 
 
@@ -235,7 +311,9 @@ def _settings_of_start(given: dict[str, Any]) -> dict[str, Any]:
     if "start" not in given:
         return {}
     path = find_model(given["start"])
-    architecture = read_model(path)[1].architecture
+    architecture = dict(read_model(path)[1].architecture)
+    z_levels = architecture.get("z_levels")
+    architecture["dims"] = 3 if z_levels else 2
     for name in ARCHITECTURE:
         if name != "dropout" and given.get(name, architecture[name]) != architecture[name]:
             raise InputError(
@@ -243,7 +321,9 @@ def _settings_of_start(given: dict[str, Any]) -> dict[str, Any]:
                 f"out {name}, or train without --from."
             )
     given["start"] = str(path)
-    return {"learning_rate": FINE_TUNING_RATE, **{n: architecture[n] for n in ARCHITECTURE}}
+    levels = {"z_levels": tuple(map(tuple, z_levels))} if z_levels else {}
+    same = {name: architecture[name] for name in ARCHITECTURE}
+    return {"learning_rate": FINE_TUNING_RATE, **same, **levels}
 
 
 # "paper": one large patch per step, momentum 0.99, dropout, no norm, no decay (sec. 3). It has

@@ -57,10 +57,13 @@ def summary(
     rows.append(
         (
             "network",
-            f"2-D, depth {recipe.depth}, {recipe.base_channels} channels, norm {recipe.norm}, "
-            f"{_count(weights)} weights, {where}",
+            f"{recipe.dims}-D, depth {recipe.depth}, {recipe.base_channels} channels, norm "
+            f"{recipe.norm}, {_count(weights)} weights, {where}",
         )
     )
+    for number, level in enumerate(network.levels if recipe.dims == 3 else ()):
+        pool = f", pools {_by(level.pool)}" if number < recipe.depth else ""
+        rows.append((f"level {number}", f"convolves {_by(level.kernel)}{pool} (z, y, x)"))
     if recipe.start:
         rows.append(("starts from", recipe.start))
     batch = f", {workers * recipe.batch} patches per step" if workers * recipe.batch > 1 else ""

@@ -104,6 +104,7 @@ def train(
         count = ":".join(map(str, workers)) if isinstance(workers, tuple) else workers
         raise InputError(f"workers={count} needs --engine ray; the local engine has one worker.")
     data = load_training_data(images, labels, recipe, run.path / WEIGHTS, any_classes, strict)
+    recipe = recipe.fitted(data.voxel_size)
     choice: Rows = []
     if recipe.base_channels is None:
         kind = cluster.find_device(engine, workers[0] if isinstance(workers, tuple) else workers)
@@ -154,7 +155,7 @@ def _store_patches(run: RunFolder, recipe: Recipe, data: TrainingData) -> None:
     sampler = Sampler(data, recipe)
     tensors = {}
     for number, slot in enumerate(islice(sample_slots(0, 0, recipe.batch), STORED_PATCHES)):
-        sample = sampler[slot]
+        sample = sampler[slot].in_the_middle()
         tensors[f"image.{number}"] = torch.from_numpy(sample.image).half()
         tensors[f"targets.{number}"] = torch.from_numpy(sample.targets)
         tensors[f"weights.{number}"] = torch.from_numpy(sample.weights)

@@ -43,7 +43,7 @@ from unet_ray.network.prediction import (
     gpu_versions,
     settle_arithmetic,
 )
-from unet_ray.network.unet import UNet
+from unet_ray.network.unet import UNet, channels_last
 from unet_ray.training.gallery import PREDICTIONS, store_predictions
 from unet_ray.training.labels import TrainingData
 from unet_ray.training.patches import Sample, Sampler, SampleSlot, sample_slots
@@ -224,7 +224,7 @@ class Training:
         self._recipe, self._data, self._run, self._world = recipe, data, run, world
         self._draw, self._checkpoint_seconds = draw, checkpoint_seconds
         self._network = recipe.network(data.channels, len(data.class_values))
-        self._network.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._network.to(world.device).to(memory_format=channels_last(recipe.dims))  # type: ignore[call-overload]
         self._optimiser = optimiser_for(recipe, self._network)
         self._average: Average | None = None
         self._start = ""  # SHA-256 of the model that the training starts from
@@ -615,7 +615,8 @@ class Learner:
                 tensor = tensor.pin_memory()
             return tensor.to(self._world.device, non_blocking=True)
 
-        image = stacked([s.image for s in samples]).contiguous(memory_format=torch.channels_last)
+        image = stacked([s.image for s in samples])
+        image = image.contiguous(memory_format=channels_last(image.ndim - 2))
         targets = stacked([s.targets for s in samples]).long()
         return image, targets, stacked([s.weights for s in samples])
 

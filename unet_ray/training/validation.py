@@ -27,6 +27,7 @@ from unet_ray.training.calibration import best_threshold, numbered, stacked
 from unet_ray.training.labels import IGNORED, HeldOut, TrainingData
 
 LARGEST_CORE = 512
+LARGEST_VOLUME = (32, 128, 128)  # of a core in 3-D
 CALIBRATION_SLICES = 8
 MEMBRANES = ("pixel_error", "warping_error", "v_rand", "v_info")
 CELLS = ("seg", "ap50")
@@ -150,8 +151,9 @@ def predicted(
         255 p of the classes above 0, (classes - 1, z, y, x).
     """
     shape = held_out.image.shape[1:]
-    extents = zip(shape[1:], network.context.step[1:], strict=True)
-    core = (1, *(equal_core(n, LARGEST_CORE, step) for n, step in extents))
+    largest = (1, LARGEST_CORE, LARGEST_CORE) if network.axes == 2 else LARGEST_VOLUME
+    extents = zip(shape, largest, network.context.step, strict=True)
+    core = tuple(equal_core(n, most, step) for n, most, step in extents)
     plan = TilePlan(shape, core, network.context, core)
     predictor = Predictor(network, plan, held_out.intensity, precision, device)
     stored = np.zeros((network.classes - 1, *shape), np.uint8)
@@ -160,7 +162,7 @@ def predicted(
         voxels = read_mirrored(partial(_crop, held_out.image), shape, tile.read)
         shares = predictor(tile, voxels, ("probabilities",))["probabilities"]
         stored[(slice(None), *tile.write.slices)] = shares[(slice(None), *tile.crop.slices)]
-    return stored
+    return stored if held_out.planes is None else stored[:, list(held_out.planes)]
 
 
 def calibrated(
@@ -179,12 +181,12 @@ def calibrated(
     """
     if network.classes > 2:
         return None
-    slices = _some_slices(data)
+    slices = _some_slices(data, network.axes)
     predictions = [predicted(network, each, precision, device) for each in slices]
     return best_threshold(predictions, slices)
 
 
-def _some_slices(data: TrainingData) -> list[HeldOut]:
+def _some_slices(data: TrainingData, dims: int) -> list[HeldOut]:
     """Returns evenly spaced slices of all volumes; voxels without weight are not annotated."""
     depths = [len(volume.targets) for volume in data.volumes]
     total = sum(depths)
@@ -196,7 +198,11 @@ def _some_slices(data: TrainingData) -> list[HeldOut]:
         if len(z):
             targets = np.where(volume.weights[z] > 0, volume.targets[z], IGNORED).astype(np.uint8)
             cells = numbered(targets == 1) if data.instances else None
-            chosen.append(HeldOut(volume.image[:, z], targets, cells, volume.intensity))
+            if dims == 3:
+                planes = tuple(z.tolist())
+                chosen.append(HeldOut(volume.image, targets, cells, volume.intensity, planes))
+            else:
+                chosen.append(HeldOut(volume.image[:, z], targets, cells, volume.intensity))
     return chosen
 
 

@@ -89,22 +89,24 @@ def border_term(
     return term.reshape(instances.shape)
 
 
-def separate(instances: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
-    """Separates touching cells by a border of background, slice by slice.
+def separate(instances: NDArray[np.integer[Any]], dims: int = 2) -> NDArray[np.bool_]:
+    """Separates touching cells by a border of background, slice by slice or in 3-D.
 
-    A voxel of a cell becomes background if one of its 4 neighbours in the slice belongs to another
-    cell. The border is two voxels wide, one from each cell, so that mirroring the labels mirrors
-    the border. The paper computes it with "morphological operations" (sec. 3).
+    A voxel of a cell becomes background if one of its 4 neighbours in the slice, or of its 6 in the
+    volume, belongs to another cell. The border is two voxels wide, one from each cell, so that
+    mirroring the labels mirrors the border. The paper computes it with "morphological operations"
+    (sec. 3).
 
     Args:
         instances: cell numbers, ``(z, y, x)``; 0 is background. All voxels of one number are one
             cell.
+        dims: 2 for slice by slice, 3 for the volume.
 
     Returns:
         Mask ``(z, y, x)``; True for voxels that remain cell.
     """
     separated: NDArray[np.bool_] = instances != 0
-    for axis in (1, 2):
+    for axis in range(3 - dims, 3):
         numbers = np.moveaxis(instances, axis, 0)
         touching = (numbers[1:] != numbers[:-1]) & (numbers[1:] != 0) & (numbers[:-1] != 0)
         view = np.moveaxis(separated, axis, 0)  # changes `separated` in place
@@ -113,19 +115,21 @@ def separate(instances: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
     return separated
 
 
-def cells_of(targets: NDArray[np.uint8], classes: int) -> NDArray[np.int64]:
-    """Numbers the 4-connected components of every class but 0, slice by slice.
+def cells_of(targets: NDArray[np.uint8], classes: int, dims: int = 2) -> NDArray[np.int64]:
+    """Numbers the connected components of every class but 0: 4-connected in a slice, or 6 in 3-D.
 
     Args:
         targets: class numbers, ``(z, y, x)``; voxels with a number of `classes` or more are
             ignored.
         classes: number of classes.
+        dims: 2 for slice by slice, where each slice counts from 1; 3 for the volume.
 
     Returns:
-        Cell numbers, ``(z, y, x)``; 0 is background, and each slice counts from 1.
+        Cell numbers, ``(z, y, x)``; 0 is background.
     """
     cells = np.zeros(targets.shape, np.int64)
-    for target, numbers in zip(targets, cells, strict=True):
+    parts = zip(targets, cells, strict=True) if dims == 2 else [(targets, cells)]
+    for target, numbers in parts:
         total = 0
         for number in range(1, classes):
             components, count = ndimage.label(target == number)
@@ -141,8 +145,9 @@ def weight_map(
     sigma: float = 5.0,
     balance: NDArray[np.float32] | None = None,
     instances: NDArray[np.integer[Any]] | None = None,
+    spacing: Sequence[float] | None = None,
 ) -> NDArray[np.float32]:
-    """Computes the weights of eq. 2, slice by slice.
+    """Computes the weights of eq. 2, slice by slice or in 3-D.
 
     The border term is added to background voxels only, as in the authors' later software. Inside
     a cell, the paper's "distance to the border of the nearest cell" is ambiguous: it may be 0 or
@@ -157,6 +162,8 @@ def weight_map(
         balance: w_c per class, shape ``(classes,)``, from `class_weights` of all training data; by
             default computed from `targets`.
         instances: cell numbers, shape ``(z, y, x)``; by default `cells_of` the targets.
+        spacing: size of a voxel along z, y and x, in voxels of x, for distances in 3-D; None for
+            slice by slice.
 
     Returns:
         Weights, float32 ``(z, y, x)``.
@@ -167,9 +174,13 @@ def weight_map(
     table = np.zeros(256, np.float32)
     table[:classes] = class_weights(targets, classes) if balance is None else balance
     weights: NDArray[np.float32] = table[targets]
-    cells = cells_of(targets, classes) if instances is None else instances
-    for target, numbers, weight in zip(targets, cells, weights, strict=True):
-        border = border_term(numbers, w0, sigma, inside=False)
+    dims = 2 if spacing is None else 3
+    cells = cells_of(targets, classes, dims) if instances is None else instances
+    parts = [(targets, cells, weights)]
+    if dims == 2:
+        parts = list(zip(targets, cells, weights, strict=True))
+    for target, numbers, weight in parts:
+        border = border_term(numbers, w0, sigma, spacing, inside=False)
         np.add(weight, border, out=weight, where=target == 0)
     return weights
 
