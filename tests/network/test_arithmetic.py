@@ -14,9 +14,12 @@ from unet_ray.network.arithmetic import (
     NetworkSize,
     core_multiplications,
     halo_overhead,
+    kept_bytes,
     pass_multiplications,
     read_amplification,
+    slab_multiplications,
 )
+from unet_ray.network.streaming import StreamedUNet
 from unet_ray.network.unet import UNet
 from unet_ray.segmentation.memory import network_size
 from unet_ray.tiling.mirror import read_mirrored
@@ -64,6 +67,29 @@ def test_the_cost_of_the_halo_in_3d(extents, ratio):
     core = [n - 92 for n in extents]
     total = pass_multiplications(net, extents)
     assert total / core_multiplications(net, core) == pytest.approx(ratio, rel=0.01)
+
+
+@pytest.mark.parametrize(("cross_section", "ratio"), [(132, 3.9), (260, 1.46), (516, 1.17)])
+def test_the_cost_of_the_halo_of_a_stream(cross_section, ratio):
+    net = NetworkSize(1, 2, 32, cubic_levels(3), weights=0, itemsize=4)
+    extents, core = (8, *(cross_section,) * 2), (8, *(cross_section - 92,) * 2)
+    total = slab_multiplications(net, extents)
+    assert total / core_multiplications(net, core) == pytest.approx(ratio, rel=0.04)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.sampled_from(["after", "before"]))
+def test_the_planes_that_a_stream_keeps_are_those_counted(depth, steps, doubling):
+    with torch.device("meta"):
+        network = UNet(2, 3, 4, depth, "none", 0.0, ((1, 1), *((3, 2),) * depth), doubling)
+    network.to_empty(device="cpu")
+    slab = network.context.step[0] * steps
+    streamed, kept = StreamedUNet(network, slab), {}
+    extents = (slab, *(halo + step for halo, step in zip(
+        network.context.halo[1:], network.context.step[1:], strict=True)))  # fmt: skip
+    streamed(torch.zeros(1, 2, *extents), kept)
+    counted = kept_bytes(network_size(network, "float32"), streamed.stream, extents)
+    assert sum(planes.numel() * 4 for planes in kept.values()) == counted
 
 
 @pytest.mark.parametrize(("base_channels", "kiloflops"), [(64, 1467.8), (32, 367.3)])

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from unet_ray.errors import InputError
 from unet_ray.storage.places import place_of
+from unet_ray.tiling.levels import descriptions
 from unet_ray.units import commas, format_bytes, format_seconds, text_of
 
 if TYPE_CHECKING:
@@ -42,9 +43,11 @@ def describe(outlook: Outlook, settings: Settings) -> str:
     )
     shared = settings.engine == "local" and outlook.workers > 1
     rows = [
+        *_level_rows(outlook),
         (
             "halo",
-            f"{100 * outlook.halo_overhead:.0f} % more arithmetic than without halo and padding",
+            f"{100 * outlook.halo_overhead:.0f} % more arithmetic than without halo and padding"
+            + _without_streams(outlook),
         ),
         (
             "reads",
@@ -65,6 +68,18 @@ def describe(outlook: Outlook, settings: Settings) -> str:
     ]
     title = f"{volume.path}: {volume.dtype}, {volume.shape} (c, z, y, x)"
     return "\n".join([title, repr(outlook.plan), table_of(rows)])
+
+
+def _without_streams(outlook: Outlook) -> str:
+    without = outlook.overhead_without_streams
+    return "" if without is None else f"; {100 * without:.0f} % without streaming along z"
+
+
+def _level_rows(outlook: Outlook) -> Rows:
+    """How each level of a network in 3-D convolves and pools."""
+    network = outlook.network
+    levels = descriptions(network.levels) if network.axes == 3 else []
+    return [(f"level {number}", line) for number, line in enumerate(levels)]
 
 
 def table_of(rows: Rows) -> str:

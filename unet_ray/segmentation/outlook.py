@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.engine import cluster
-from unet_ray.network.arithmetic import halo_overhead, read_amplification
+from unet_ray.network.arithmetic import NetworkSize, halo_overhead, read_amplification
 from unet_ray.network.prediction import Device, Precision
 from unet_ray.network.unet import UNet
 from unet_ray.segmentation.memory import (
@@ -40,7 +40,7 @@ from unet_ray.storage.layout import PREDICTED, chunk_of
 from unet_ray.storage.places import PathOrUrl
 from unet_ray.tiling.boxes import Box, Ints
 from unet_ray.tiling.pyramid import factors_of, level_plan
-from unet_ray.tiling.tiles import TilePlan
+from unet_ray.tiling.tiles import TilePlan, round_up
 from unet_ray.volumes.intensity import measured_bytes
 from unet_ray.volumes.masks import open_mask, tiles_under
 from unet_ray.volumes.volume import Volume
@@ -82,6 +82,8 @@ class Outlook:
             are none.
         precision, device: number format and device of the network.
         halo_overhead: extra arithmetic for halo and padding, as a fraction of the cores' own.
+        overhead_without_streams: the same if tiles of this size were computed each by itself; None
+            for a plan without streams.
         disk_bytes: upper bound of the store's size on disk.
         most_objects: objects that the join and the table can hold within ``--memory``; None without
             objects.
@@ -106,6 +108,7 @@ class Outlook:
     precision: Precision
     device: Device
     halo_overhead: float
+    overhead_without_streams: float | None
     disk_bytes: int
     most_objects: int | None
     read_amplification: float
@@ -118,6 +121,7 @@ class Outlook:
             "read": list(self.plan.read_shape),
             "pass": list(self.plan.pass_shape),
             "halo_overhead": round(self.halo_overhead, 4),
+            **self._streams(),
             "worker_memory_bytes": self.worker_memory,
             "helper_memory_bytes": self.helper_memory,
             "driver_memory_bytes": self.driver_memory,
@@ -128,6 +132,10 @@ class Outlook:
             "precision": self.precision,
             "device": self.device,
         }
+
+    def _streams(self) -> dict[str, Any]:
+        without = self.overhead_without_streams
+        return {} if without is None else {"overhead_without_streams": round(without, 4)}
 
 
 def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -> Outlook:
@@ -187,10 +195,19 @@ def plan(source: PathOrUrl, model: str | os.PathLike[str], settings: Settings) -
         precision=precision,
         device=device,
         halo_overhead=halo_overhead(size, tiles),
+        overhead_without_streams=_overhead_without_streams(size, tiles, network),
         disk_bytes=max_disk_bytes(tiles, values, len(outputs), len(selected), objects, factors),
         most_objects=_most_objects(settings, memory, volume.shape[0]) if objects else None,
         read_amplification=read_amplification(tiles, volume.chunk),
     )
+
+
+def _overhead_without_streams(size: NetworkSize, tiles: TilePlan, network: UNet) -> float | None:
+    """Overhead of the same tiles, each computed by itself; None if no tile is streamed."""
+    if not tiles.streamed:
+        return None
+    core = tuple(round_up(n, s) for n, s in zip(tiles.core, network.context.step, strict=True))
+    return halo_overhead(size, TilePlan(tiles.shape, core, network.context, core))
 
 
 def _most_objects(settings: Settings, memory: WorkerMemory, channels: int) -> int:

@@ -87,3 +87,11 @@ def output_extents(levels: Sequence[Level], extents: Sequence[int]) -> Ints | No
     if any(n < 1 or n != int(n) for size in sizes for n in size):
         return None
     return tuple(int(n) for n in sizes[-1])
+
+
+def descriptions(levels: Sequence[Level]) -> list[str]:
+    """Returns a line for each level, such as ``convolves 1 x 3 x 3, pools 1 x 2 x 2 (z, y, x)``."""
+    kernels = [" x ".join(map(str, level.kernel)) for level in levels]
+    pools = [", pools " + " x ".join(map(str, level.pool)) for level in levels[:-1]]
+    pairs = zip(kernels, [*pools, ""], strict=True)
+    return [f"convolves {kernel}{pool} (z, y, x)" for kernel, pool in pairs]

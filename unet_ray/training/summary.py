@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from unet_ray.network.checkpoints import read_tensors
+from unet_ray.tiling.levels import descriptions
 from unet_ray.training.labels import IGNORED, TrainingData
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.validation import checked_score
@@ -61,9 +62,8 @@ def summary(
             f"{recipe.norm}, {_count(weights)} weights, {where}",
         )
     )
-    for number, level in enumerate(network.levels if recipe.dims == 3 else ()):
-        pool = f", pools {_by(level.pool)}" if number < recipe.depth else ""
-        rows.append((f"level {number}", f"convolves {_by(level.kernel)}{pool} (z, y, x)"))
+    if recipe.dims == 3:
+        rows += [(f"level {n}", line) for n, line in enumerate(descriptions(network.levels))]
     if recipe.start:
         rows.append(("starts from", recipe.start))
     batch = f", {workers * recipe.batch} patches per step" if workers * recipe.batch > 1 else ""
