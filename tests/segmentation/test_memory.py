@@ -368,7 +368,7 @@ def test_passes_stay_under_the_plan_on_every_processor(limits):
         assert int(grown) < GAPS_OF_PASSES * int(needs) + (16 << 20), (precision, grown, needs)
 
 
-def make_case(folder, shape, channels, depth=4):
+def make_case(folder, shape, channels, depth=4, z_levels=None):
     """A volume of noise written slab by slab, and a random model."""
     volume = zarr.create_array(
         folder / "volume.zarr", shape=shape, chunks=(16, 256, 256), dtype="uint8"
@@ -376,14 +376,14 @@ def make_case(folder, shape, channels, depth=4):
     noise = np.random.default_rng(0).integers(0, 255, (16, *shape[1:]), dtype=np.uint8)
     for z in range(0, shape[0], 16):
         volume[z : z + 16] = noise[: shape[0] - z]
-    network = UNet(1, 2, channels, depth)
+    network = UNet(1, 2, channels, depth, z_levels=z_levels)
     header = ModelHeader(architecture_of(network), [0, 255], {"method": "mean-std"})
     write_model(folder / "model.safetensors", network, header)
     return folder / "volume.zarr", folder / "model.safetensors"
 
 
-def check_peak(folder, shape, channels, engine):
-    volume, model = make_case(folder, shape, channels)
+def check_peak(folder, shape, channels, engine, **options):
+    volume, model = make_case(folder, shape, channels, **options)
     planned = plan(volume, model, Settings(engine=engine)).memory.total
     peak = measured_peak([volume, "--model", model, "--out", folder / "out.zarr"], engine)
     print(f"{engine}, {channels} channels, {shape}: {peak / planned:.2f} of {planned >> 20} MiB")
@@ -394,6 +394,32 @@ def check_peak(folder, shape, channels, engine):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_stays_under_the_plan(tmp_path):
     check_peak(tmp_path, (32, 1024, 1024), 4, "local")
+
+
+ZS = ((1, 1), (1, 1), (3, 2), (3, 1))  # voxels that are long along z
+IN_3D = {"depth": 1, "z_levels": ((3, 2),) * 2}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "options", [IN_3D, {"depth": 2, "z_levels": ((3, 2),) * 3}, {"depth": 3, "z_levels": ZS}]
+)
+def test_peak_memory_of_streams_stays_under_the_plan(tmp_path, options):
+    check_peak(tmp_path, (96, 512, 512), 4, "local", **options)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_peak_memory_of_streams_does_not_grow_with_the_volume(tmp_path, engine):
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.mkdir()
+    large.mkdir()
+    first = check_peak(small, (48, 2048, 2048), 1, engine, **IN_3D)
+    second = check_peak(large, (480, 2048, 2048), 1, engine, **IN_3D)
+    assert second <= 1.05 * first
 
 
 @pytest.mark.slow

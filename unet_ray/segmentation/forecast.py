@@ -39,6 +39,7 @@ def describe(outlook: Outlook, settings: Settings) -> str:
             "weights": memory.weights,
             "tile": memory.tile,
             "pass": memory.forward,
+            **({"streams": memory.streams} if memory.streams else {}),
         }.items()
     )
     shared = settings.engine == "local" and outlook.workers > 1

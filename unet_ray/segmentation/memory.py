@@ -62,12 +62,12 @@ class WorkerMemory:
         index: offsets of the input's strips or tiles; every process that opens the input has them.
         load: peak while the model is loaded: file, network and folded network together.
         weights: weights of the folded network.
-        tile: input voxels and output values of a tile, with the cached constant passes, and the
-            planes that its streams keep.
+        tile: input voxels and output values of a tile, with the cached constant passes.
         copy: copy of voxels or values, or the read overhead, while a tile is read or written.
         forward: peak of one pass.
         objects: arrays of a tile in the stages that make objects; 0 without objects.
         later: libraries of the stages after the prediction; 0 without such stages.
+        streams: planes that the streams of a tile keep from pass to pass; 0 without streams.
     """
 
     process: int
@@ -79,6 +79,7 @@ class WorkerMemory:
     forward: int
     objects: int = 0
     later: int = 0
+    streams: int = 0
 
     @property
     def total(self) -> int:
@@ -104,7 +105,7 @@ class WorkerMemory:
         # A tile needs either a pass or a copy, since it is never predicted while read or written.
         transient = passes * max(self.forward, self.copy) + (threads - passes) * self.copy
         live = self.weights + threads * self.tile + transient
-        allocated = SCRATCH_BYTES + int(ALLOCATOR_FACTOR * live)
+        allocated = SCRATCH_BYTES + int(ALLOCATOR_FACTOR * live) + threads * self.streams
         # Memory that is freed after loading is kept, but its pieces may not fit the first passes.
         objects = SCRATCH_BYTES + int(ALLOCATOR_FACTOR * threads * self.objects)
         join = JOIN_BYTES * (self.objects > 0)
@@ -155,11 +156,12 @@ def worker_bytes(
         index=index,
         load=net.weights * (3 * 4 + net.itemsize),
         weights=net.weights * net.itemsize,
-        tile=read + write + constants + kept,
+        tile=read + write + constants,
         copy=max(write, read, overhead),  # for mirroring and encoding
         forward=forward,
         objects=_object_bytes(plan, rules, outputs + voxel_bytes) if rules else 0,
         later=(LATER_BYTES if rules else PYRAMID_BYTES) * later,
+        streams=kept,
     )
 
 
