@@ -153,10 +153,10 @@ def test_an_algorithm_replaced_for_lack_of_memory_ends_the_process(
     counts, scores = iter([5, 5 + failed + ended]), predictor._scores
     monkeypatch.setattr(predictor, "_failed_allocations", lambda: next(counts))
 
-    def pass_of(image, tile, kept):
+    def pass_of(image, tile, network, kept):
         if ended:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return scores(image, tile, kept)
+        return scores(image, tile, network, kept)
 
     monkeypatch.setattr(predictor, "_scores", pass_of)
     outcome = nullcontext()
@@ -234,3 +234,29 @@ def test_streamed_tiles_are_those_of_separate_passes(tta):
     for one, two in zip(results, in_columns, strict=True):
         for name in OUTPUTS:
             np.testing.assert_array_equal(one[name], two[name])
+
+
+@pytest.mark.parametrize(
+    ("z_levels", "symmetries"), [(((1, 1), (3, 2), (3, 1)), 16), (((3, 2),) * 3, 48)]
+)
+def test_the_mean_over_symmetries_does_not_depend_on_how_a_volume_lies(z_levels, symmetries):
+    torch.manual_seed(0)
+    network = UNet(1, 3, 2, 2, "weight", 0.0, z_levels).eval()
+    step, halo = network.context.step, network.context.halo
+    core = tuple(2 * s for s in step) if symmetries == 16 else (8,) * 3
+    plan = TilePlan(core, core, network.context, core)
+    predictor = Predictor(network, plan, Intensity((50.0,), (30.0,)), "float32", "cpu", tta=True)
+    extents = [c + h for c, h in zip(core, halo, strict=True)]
+    voxels = np.random.default_rng(0).integers(0, 99, extents).astype(np.uint8)
+    scores, calls = predictor._scores, []
+    predictor._scores = lambda *args: calls.append(1) or scores(*args)
+    whole = predictor._averaged(predictor._image(voxels[None]), plan[0], ())
+    assert len(calls) == symmetries
+    turns = [lambda a: a.flip(-3), lambda a: a.flip(-1), lambda a: a.rot90(1, (-2, -1))]
+    if symmetries == 48:
+        turns += [lambda a: a.rot90(1, (-3, -2)), lambda a: a.transpose(-3, -1)]
+    for turn in turns:
+        view = turn(torch.from_numpy(voxels.astype(np.float32))).numpy()[None]
+        turned = predictor._averaged(predictor._image(view), plan[0], ())
+        torch.testing.assert_close(turned, turn(whole), rtol=0, atol=1e-5)
+    assert whole.std() > 0.01

@@ -69,7 +69,7 @@ class NetworkSize:
         levels: from full resolution to the coarsest, over (z, y, x).
         weights: number of parameters.
         itemsize: bytes of one activation: 4 for float32, 2 for bfloat16.
-        tta: whether passes are averaged over the symmetries of the square.
+        tta: whether passes are averaged over the symmetries of the voxels.
         doubling: see `UNet`.
     """
 
@@ -81,6 +81,11 @@ class NetworkSize:
     itemsize: int
     tta: bool = False
     doubling: Doubling = "after"
+
+    @property
+    def symmetries(self) -> int:
+        """Number of passes that are averaged; see `symmetries_of`."""
+        return symmetries_of(self.levels) if self.tta else 1
 
     @property
     def widths(self) -> Widths:
@@ -104,6 +109,14 @@ class NetworkSize:
             yield layer, inputs, outputs
             joined = layer.kind == "up-convolution"
             inputs = self.widths.joined(layer.level) if joined else outputs
+
+
+def symmetries_of(levels: Sequence[Level]) -> int:
+    """Number of symmetries of a network: 8 of the square, in 3-D 16, and 48 of the cube."""
+    widths = [*(level.kernel for level in levels), *(level.pool for level in levels[:-1])]
+    if all(width[0] == 1 for width in widths):
+        return 8
+    return 48 if all(len({*width}) == 1 for width in widths) else 16
 
 
 def pass_multiplications(net: NetworkSize, extents: Sequence[float]) -> float:
@@ -266,4 +279,4 @@ def kept_bytes(net: NetworkSize, stream: Stream, pass_shape: tuple[int, ...]) ->
         if layer.kind == "up-convolution":
             total += stream.skips[layer.level] * net.widths.down(layer.level)[-1] * plane
     total += stream.output * net.classes * plane
-    return int(total * net.itemsize * (8 if net.tta else 1))
+    return int(total * net.itemsize * net.symmetries)

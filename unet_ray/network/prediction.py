@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from unet_ray.errors import RunError
 from unet_ray.machine import keep_freed_memory, nvidia_driver
-from unet_ray.network.arithmetic import CONSTANTS
+from unet_ray.network.arithmetic import CONSTANTS, symmetries_of
 from unet_ray.network.streaming import Columns, Kept, StreamedUNet
-from unet_ray.network.unet import UNet, channels_last
+from unet_ray.network.unet import UNet, channels_last, turned
 from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import Tile, TilePlan
 from unet_ray.volumes.intensity import Intensity
@@ -91,8 +91,8 @@ class Predictor:
         precision: number format of weights and activations.
         device: device that runs the network.
         tta: whether to average over the 8 symmetries of the square (the paper averages rotations,
-            sec. 3). Tiling stays exact: every pass starts and ends on the same phase of the
-            pooling, at any position of its tile.
+            sec. 3), in 3-D over 16 or 48; see `symmetries_of`. Tiling stays exact: every pass
+            starts and ends on the same phase of the pooling, at any position of its tile.
         threshold: a voxel is of class 1 if its stored probability k fulfils k > 255 `threshold`,
             for two classes; None for the most probable class.
     """
@@ -121,7 +121,18 @@ class Predictor:
         self._network = (
             network.folded().to(self._device, self._dtype).to(memory_format=self._format)  # type: ignore[call-overload]
         )
-        self._stream = StreamedUNet(self._network, plan.passes[0]) if plan.streamed else None
+        self._symmetries = symmetries_of(network.levels) if tta else 1
+        turns = [(0, 1, 2), (1, 0, 2), (2, 1, 0)][: max(1, self._symmetries // 16)]
+        ways = [(order, down) for order in turns for down in (False, True)]
+        self._networks = [
+            self._network,
+            *(
+                turned(self._network, order, down)
+                for order, down in ways[1 : self._symmetries // 8]
+            ),
+        ]
+        slab = plan.passes[0]
+        self._streams = [StreamedUNet(n, slab) for n in self._networks if plan.streamed]
 
     def __call__(
         self, tile: Tile, voxels: NDArray[np.generic], outputs: Sequence[str]
@@ -148,8 +159,8 @@ class Predictor:
             "classes": self._plan.core,
         }
         results = {name: np.zeros(shapes[name], np.uint8) for name in outputs}
-        if self._stream:
-            self._predict_columns(self._stream, tile, voxels, results)
+        if self._streams:
+            self._predict_columns(tile, voxels, results)
             return results
         for part in self._plan.pass_boxes(tile):
             stop = (a + n for a, n in zip(part.start, self._plan.pass_shape, strict=True))
@@ -161,20 +172,19 @@ class Predictor:
 
     def _predict_columns(
         self,
-        stream: StreamedUNet,
         tile: Tile,
         voxels: NDArray[np.generic],
         results: dict[str, NDArray[np.uint8]],
     ) -> None:
         """Fills the results of a tile, whose passes along z continue those of the tile below."""
-        slab, warm_up = self._plan.passes[0], stream.stream.warm_up
+        slab, warm_up = self._plan.passes[0], self._streams[0].stream.warm_up
         column = (self._plan.core[0], *self._plan.passes[1:])
         parts = [p for p in Box.of(self._plan.core).split(column) if p.intersect(tile.crop).size]
         last = -(-tile.crop.stop[0] // slab)
         with self._columns.of(tile) as kept:
             first = 0 if kept else -warm_up  # slabs below the tile fill the layers at first
             for part in parts:
-                planes = kept.setdefault(part.start, [{} for _ in range(8 if self._tta else 1)])
+                planes = kept.setdefault(part.start, [{} for _ in range(self._symmetries)])
                 for number in range(first, last):
                     start = ((number + warm_up) * slab, *part.start[1:])
                     shape = zip(start, self._plan.pass_shape, strict=True)
@@ -210,7 +220,7 @@ class Predictor:
         window: NDArray[np.generic],
         tile: Tile,
         outputs: tuple[str, ...],
-        kept: Sequence[Kept | None] = (None,) * 8,
+        kept: Sequence[Kept] = (),
     ) -> dict[str, NDArray[np.uint8]]:
         """Results of one forward call; `kept` has the planes of a stream, for each symmetry."""
         results = {}
@@ -219,7 +229,7 @@ class Predictor:
             if self._tta:
                 scores = probabilities = self._inside(self._averaged(image, tile, kept))
             else:
-                scores = self._inside(self._scores(image, tile, kept[0]))
+                scores = self._inside(self._scores(image, tile, 0, kept[0] if kept else None))
                 probabilities = scores.softmax(dim=1)
             rounded = None
             if "probabilities" in outputs or self._threshold is not None:
@@ -281,13 +291,16 @@ class Predictor:
             batch = batch.pin_memory()
         return batch.to(self._device, self._dtype, non_blocking=True)
 
-    def _scores(self, image: torch.Tensor, tile: Tile, kept: Kept | None) -> torch.Tensor:
+    def _scores(
+        self, image: torch.Tensor, tile: Tile, network: int, kept: Kept | None
+    ) -> torch.Tensor:
         """Scores of one pass in float32, ``(z, classes, y, x)`` or ``(1, classes, z, y, x)``."""
         image = image.contiguous(memory_format=self._format)
-        if self._stream and kept is not None:
-            scores = self._stream(image, kept).float()
+        scores: torch.Tensor
+        if kept is None:
+            scores = self._networks[network](image).float()
         else:
-            scores = self._network(image).float()
+            scores = self._streams[network](image, kept).float()
         if not torch.isfinite(scores).all():
             raise RunError(
                 f"tile {tile.index} ({tile.write}): the network returns scores that are not "
@@ -295,23 +308,23 @@ class Predictor:
             )
         return scores
 
-    def _averaged(
-        self, image: torch.Tensor, tile: Tile, kept: Sequence[Kept | None]
-    ) -> torch.Tensor:
-        """Mean probabilities over the rotations and mirrorings of (y, x), shaped as the scores.
+    def _averaged(self, image: torch.Tensor, tile: Tile, kept: Sequence[Kept]) -> torch.Tensor:
+        """Mean probabilities over all symmetries, shaped as the scores.
 
-        The order of the sum is fixed, so its rounding is too.
+        The image is rotated and mirrored in its planes; the networks are turned for z. The order of
+        the sum is fixed, so its rounding is too.
         """
-        total = torch.zeros(())
-        for turns in range(4):
-            for mirrored in (False, True):
-                turned = image.rot90(turns, (-2, -1))
-                planes = kept[2 * turns + mirrored]
-                scores = self._scores(turned.flip(-1) if mirrored else turned, tile, planes)
-                softmax = scores.softmax(dim=1)
-                upright = (softmax.flip(-1) if mirrored else softmax).rot90(-turns, (-2, -1))
-                total = total + upright
-        return total / 8
+        total, number = torch.zeros(()), 0
+        for network in range(len(self._networks)):
+            for turns in range(4):
+                for mirrored in (False, True):
+                    view = image.rot90(turns, (-2, -1))
+                    view = view.flip(-1) if mirrored else view
+                    planes = kept[number] if kept else None
+                    softmax = self._scores(view, tile, network, planes).softmax(dim=1)
+                    upright = softmax.flip(-1) if mirrored else softmax
+                    total, number = total + upright.rot90(-turns, (-2, -1)), number + 1
+        return total / number
 
 
 def constant_value(window: NDArray[np.generic]) -> bytes | None:

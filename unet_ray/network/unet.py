@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from itertools import pairwise
 from typing import Literal, cast, get_args
 
@@ -263,6 +264,25 @@ class UNet(nn.Module):
         plain.up.load_state_dict(self.up.state_dict())
         plain.head.load_state_dict(self.head.state_dict())
         return plain.eval()
+
+
+def turned(network: UNet, order: Sequence[int], downwards: bool) -> UNet:
+    """Returns a network that computes for a volume what `network` computes for a turned one.
+
+    Its filters are turned instead of the volume, so it streams along z like `network`.
+
+    Args:
+        network: a network in 3-D. If z changes place, all its axes must have the same levels.
+        order: the axes of a filter that become z, y and x; (0, 1, 2) leaves them.
+        downwards: whether z is mirrored.
+    """
+    copy = deepcopy(network)
+    with torch.no_grad():
+        for layer in copy.modules():
+            if isinstance(layer, get_args(Convolution)):
+                weight = layer.weight.permute(0, 1, *(2 + axis for axis in order))
+                layer.weight.copy_(weight.flip(2) if downwards else weight.clone())
+    return copy
 
 
 def _check(name: str, value: int, low: int, high: int) -> None:

@@ -155,7 +155,7 @@ def worker_bytes(
         process=PROCESS_BYTES["ray"],
         index=index,
         load=net.weights * (3 * 4 + net.itemsize),
-        weights=net.weights * net.itemsize,
+        weights=net.weights * net.itemsize * max(1, net.symmetries // 8),
         tile=read + write + constants,
         copy=max(write, read, overhead),  # for mirroring and encoding
         forward=forward,
