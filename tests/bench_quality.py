@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -48,7 +49,7 @@ COLUMNS = {
 AVERAGES = {"500": 500, "2000": 2000}  # steps
 
 # Fields of `Recipe`, or of what this file changes besides (`OURS`).
-OURS = ("schedule", "reduction", "balance", "slices")
+OURS = ("schedule", "reduction", "balance", "slices", "deep")
 CHANGES = {
     "none": {},
     "bfloat16": {"precision": "bfloat16"},
@@ -76,13 +77,52 @@ CHANGES = {
     "slices-3": {"slices": 1},
     "slices-5": {"slices": 2},
     "by-weight": {"reduction": "weight"},
+    "deep": {"deep": 2},
 }
+
+
+class Deep(torch.nn.Module):
+    """Scores of coarser levels of the expanding path, too: deep supervision (Lee et al. 2015).
+
+    Args:
+        network: the network; forward hooks keep the features of the levels.
+        levels: number of coarser levels.
+    """
+
+    def __init__(self, network, levels):
+        super().__init__()
+        self.features, width = {}, network.base_channels
+        self.heads = torch.nn.ModuleList(
+            torch.nn.Conv2d(width << level, network.classes, 1) for level in range(1, levels + 1)
+        )
+        for level in range(1, levels + 1):
+            network.join[level][-1].register_forward_hook(partial(self.keep, level))
+
+    def keep(self, level, layer, given, features):
+        self.features[level] = features
+
+    def scores(self, extents):
+        """Scores of each level at full resolution, cut to `extents`, with a weight for each."""
+        for level, head in enumerate(self.heads, start=1):
+            scale = 2**level
+            scores = torch.nn.functional.interpolate(
+                head(self.features[level].float()), scale_factor=scale, mode="bilinear"
+            )
+            for axis, extent in zip((2, 3), extents, strict=True):
+                scores = scores.narrow(axis, (scores.shape[axis] - extent) // 2, extent)
+            yield scores, 1 / scale
 
 
 class Scheduled(Learner):
     """Steps with another schedule of the learning rate, or another reduction of the loss."""
 
-    schedule, reduction = "", ""
+    schedule, reduction, deep = "", "", None
+
+    def _loss(self, scores, targets, weights):
+        loss = super()._loss(scores, targets, weights)
+        for coarser, share in self.deep.scores(targets.shape[1:]) if self.deep else ():
+            loss = loss + share * super()._loss(coarser, targets, weights)
+        return loss
 
     def step(self, samples, number, progress):
         if self.schedule == "cosine":
@@ -113,6 +153,9 @@ class Bench:
         precision = self.recipe.precision
         self.learner = Scheduled(self.recipe, self.network, optimiser, world, precision, 0.0)
         self.learner.schedule, self.learner.reduction = ours["schedule"], ours["reduction"]
+        if ours["deep"]:
+            self.learner.deep = Deep(self.network, ours["deep"])
+            optimiser.add_param_group({"params": [*self.learner.deep.parameters()]})
         self.averages = {
             name: AveragedModel(self.network, avg_fn=averaging(steps))
             for name, steps in AVERAGES.items()

@@ -599,14 +599,17 @@ class Learner:
         image, targets, weights = self._tensors(samples)
         with torch.autocast(self._world.device.type, self._dtype, self._dtype != torch.float32):
             scores = self._model(image)
-        losses = nn.functional.cross_entropy(scores.float(), targets, reduction="none")
-        loss = (losses * weights).mean()
+        loss = self._loss(scores, targets, weights)
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if self._recipe.clip:
             nn.utils.clip_grad_norm_(self._network.parameters(), self._recipe.clip)
         self._optimiser.step()
         return float(loss.detach())
+
+    def _loss(self, scores: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        losses = nn.functional.cross_entropy(scores.float(), targets, reduction="none")
+        return (losses * weights).mean()
 
     def _tensors(self, samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
         def stacked(arrays: list[np.ndarray[Any, Any]]) -> Tensor:
