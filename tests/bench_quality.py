@@ -61,6 +61,7 @@ CHANGES = {
     "patch-572": {"patch": (572, 572)},
     "batch-4": {"batch": 4},
     "elastic-0": {"elastic": 0.0},
+    "elastic-10": {"elastic": 10.0},
     "elastic-20": {"elastic": 20.0},
     "elastic-30": {"elastic": 30.0},
     "dropout-0.2": {"dropout": 0.2},

@@ -11,6 +11,7 @@ from scipy import ndimage
 from tests.helper import FLOAT32, measures, noise, write_stack
 from unet_ray.errors import InputError
 from unet_ray.network.checkpoints import read_model
+from unet_ray.report.page import write_report
 from unet_ray.segmentation.segment import segment
 from unet_ray.training.labels import load_training_data
 from unet_ray.training.patches import Sampler
@@ -192,3 +193,22 @@ def test_fine_tuning_keeps_the_levels(pair, tmp_path):
     second = train([pair[0]], [pair[1]], tmp_path / "second", Recipe.of("default", **options))
     levels = [read_model(path)[0].z_levels for path in (model, second)]
     assert levels == [((1, 1), (3, 2))] * 2
+
+
+@pytest.mark.ray
+def test_workers_of_ray_draw_patches_of_a_volume(pair, tmp_path, local_ray):
+    recipe = Recipe.of("default", **TINY | {"steps": 4})
+    models = [
+        train([pair[0]], [pair[1]], tmp_path / engine, recipe, engine=engine)
+        for engine in ("local", "ray")
+    ]
+    local, on_ray = (read_model(model)[0].state_dict() for model in models)
+    for name, weight in local.items():
+        np.testing.assert_allclose(on_ray[name].numpy(), weight.numpy(), atol=1e-4)
+
+
+def test_the_report_shows_the_middle_of_patches(pair, tmp_path):
+    recipe = Recipe.of("default", **TINY | {"steps": 3}, val="8:10")
+    train([pair[0]], [pair[1]], tmp_path / "run", recipe)
+    page = write_report(str(tmp_path / "run")).read_text()
+    assert "The 16 first patches" in page or page.count("<img") > 5
