@@ -232,7 +232,7 @@ class Model:
             memory: bytes that one worker may use.
             workers: tiles side by side; one per core by default.
             precision: number format of the network.
-            tta: average over the 8 symmetries of the square.
+            tta: average over the 8 symmetries of the square, in 3-D over 16 or 48.
             nan: ``zero`` counts voxels that are not finite as 0.
 
         Raises:

@@ -370,7 +370,7 @@ TILING = (
         "--tta",
         group=NETWORK,
         is_flag=True,
-        help="Average over the 8 rotations and mirror images of each tile; takes 8 times as long.",
+        help="Average over 8 symmetries, in 3-D 16 or 48; takes that many times as long.",
     ),
     flag(
         "--tile",

@@ -68,7 +68,7 @@ class Outlook:
         tiles: number of tiles inside region and mask.
         sample: numbers of at most `SAMPLE` of these tiles, evenly spread.
         outputs: names of the predicted outputs.
-        tta: average over the 8 symmetries of the square.
+        tta: average over the 8 symmetries of the square, in 3-D over 16 or 48.
         nan: treatment of non-finite voxels: ``error`` or ``zero``.
         memory: memory of one worker for one tile.
         driver_memory: bytes of the process that starts the run; on the local engine it includes all

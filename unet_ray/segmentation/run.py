@@ -51,7 +51,7 @@ class Segmentation:
         plan: the tiles.
         intensity: mean and standard deviation of the grey values.
         precision, device: number format and device of the network.
-        tta: average over the 8 symmetries of the square.
+        tta: average over the 8 symmetries of the square, in 3-D over 16 or 48.
         nan: treatment of non-finite voxels: ``error`` or ``zero``.
         outputs: names of the stored outputs.
         threshold: probability above which a voxel is of class 1; None for the likelier class.
