@@ -40,7 +40,7 @@ def write_stacks(folder, seed):
         "isbi": tifffile.imread(isbi / "train-volume.tif")[HELD_OUT],
         "isbi-truth": tifffile.imread(isbi / "train-labels.tif")[HELD_OUT],
     }.items():
-        tifffile.imwrite(folder / f"{name}.tif", array.astype(np.uint8))
+        tifffile.imwrite(folder / f"{name}.tif", array.astype(np.uint8), photometric="minisblack")
     return (few != UNLABELLED).mean()
 
 
