@@ -167,9 +167,7 @@ def demo(out: str) -> None:
         "--dims",
         group=NETWORK,
         type=click.IntRange(2, 3),
-        default=2,
-        show_default=True,
-        help="2: segments slice by slice. 3: a network in 3-D.",
+        help="2: segments slice by slice. 3: a network in 3-D. [2]",
     ),
     flag(
         "--anisotropy",
@@ -290,7 +288,6 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
 
     The same command resumes an interrupted training.
     """
-    flags["dims"] = int(flags["dims"])
     patch, size = parse_patch(flags.pop("patch")), parse_voxel_size(flags.pop("voxel_size"))
     from unet_ray.training.recipes import Recipe
     from unet_ray.training.run_folder import time_of_model

@@ -376,7 +376,8 @@ def make_case(folder, shape, channels, depth=4, z_levels=None):
     noise = np.random.default_rng(0).integers(0, 255, (16, *shape[1:]), dtype=np.uint8)
     for z in range(0, shape[0], 16):
         volume[z : z + 16] = noise[: shape[0] - z]
-    network = UNet(1, 2, channels, depth, z_levels=z_levels)
+    doubling = "before" if z_levels else "after"  # as in training
+    network = UNet(1, 2, channels, depth, z_levels=z_levels, doubling=doubling)
     header = ModelHeader(architecture_of(network), [0, 255], {"method": "mean-std"})
     write_model(folder / "model.safetensors", network, header)
     return folder / "volume.zarr", folder / "model.safetensors"

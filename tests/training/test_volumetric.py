@@ -1,9 +1,12 @@
 """Training in 3-D: levels, patches of a volume, held-out slices with their neighbours, weights."""
 
+import dataclasses
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -13,10 +16,11 @@ from unet_ray.errors import InputError
 from unet_ray.network.checkpoints import read_model
 from unet_ray.report.page import write_report
 from unet_ray.segmentation.segment import segment
-from unet_ray.training.labels import load_training_data
+from unet_ray.training.labels import load_training_data, store_weights
 from unet_ray.training.patches import Sampler
 from unet_ray.training.recipes import Recipe, levels_along_z
 from unet_ray.training.train import train
+from unet_ray.training.validation import _some_slices
 from unet_ray.training.volumetric import draw_warp, warp, warp_image, warp_labels
 from unet_ray.training.weights import border_term, separate, weight_map
 
@@ -184,6 +188,41 @@ def test_objects_are_learned_in_3d(pair, tmp_path):
     recipe = Recipe.of("default", **TINY | {"steps": 2}, labels_are="instances")
     model = train([pair[0]], [str(labels)], tmp_path / "cells", recipe)
     assert read_model(model)[1].class_values == [0, 1]
+
+
+def test_voxels_that_are_too_long_along_z_are_refused_before_any_work(pair, tmp_path):
+    recipe = Recipe.of("default", **TINY, voxel_size=(50.0, 4.0, 4.0))
+    with pytest.raises(InputError, match=r"12\.5 times as long along z.* set --dims 2, a larger"):
+        train([pair[0]], [pair[1]], tmp_path / "run", recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weight_maps_of_another_voxel_size_are_not_used_again(pair, tmp_path):
+    recipe = Recipe.of("default", **TINY, w0=10.0)
+    one, two = (dataclasses.replace(recipe, voxel_size=(z, 1.0, 1.0)) for z in (1.0, 3.0))
+    data = load_training_data([pair[0]], [pair[1]], one)
+    store_weights(data, one, tmp_path / "weights.safetensors", nullcontext)
+    again = load_training_data([pair[0]], [pair[1]], two, tmp_path / "weights.safetensors")
+    assert not np.array_equal(again.volumes[0].weights, data.volumes[0].weights)
+
+
+def test_a_threshold_is_chosen_on_labelled_slices(pair):
+    labels = tifffile.imread(pair[1])
+    labels[[n for n in range(24) if n not in (2, 21)]] = 7
+    tifffile.imwrite(pair[1], labels)
+    recipe = Recipe.of("default", **TINY, ignore_label=7).fitted(None)
+    data = load_training_data([pair[0]], [pair[1]], recipe)
+    (chosen,) = _some_slices(data, 3)
+    assert chosen.planes == (2, 21)
+
+
+def test_patches_of_few_labelled_slices_show_them(pair):
+    labels = tifffile.imread(pair[1])
+    labels[[n for n in range(24) if n != 21]] = 7
+    tifffile.imwrite(pair[1], labels)
+    recipe = Recipe.of("default", **TINY | {"elastic": 0.0}, ignore_label=7).fitted(None)
+    sampler = Sampler(load_training_data([pair[0]], [pair[1]], recipe), recipe)
+    assert all(sampler[step, 0].weights.any() for step in range(10))
 
 
 def test_fine_tuning_keeps_the_levels(pair, tmp_path):

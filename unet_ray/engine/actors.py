@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import torch
 
-from unet_ray.engine.attempts import MAX_BLOCK_SECONDS, failure, run_steps
+from unet_ray.engine.attempts import MAX_BLOCK_SECONDS, MAX_RUN_SECONDS, failure, run_steps
 from unet_ray.engine.guard import Guard, is_suspect, limit_restarts
 from unet_ray.engine.parcels import packed, receipts, unpacked
 from unet_ray.engine.stages import STEPS, Receipt, Stage, Step, TileState, Verdict
@@ -34,6 +34,7 @@ class TileActor:
 
     def __init__(self, stage: Stage) -> None:
         self._refusal: UnetRayError | None = None
+        self._in_runs = bool(stage.layer)
         try:
             with limit_restarts(stage.marks, _actor_name()) if stage.marks else nullcontext():
                 self._worker = worker_of(stage, self.steps)
@@ -57,7 +58,8 @@ class TileActor:
         tiles = _tiles_of(table)
         marks = self._guard.marks_of(tiles[0].receipt.tile) if self._guard else None
         done = [
-            tile if tile.receipt.error else self._process(tile, marks) for tile in _in_time(tiles)
+            tile if tile.receipt.error else self._process(tile, marks)
+            for tile in _in_time(tiles, self._in_runs)
         ]
         if self._is_last:
             return receipts(done)
@@ -132,9 +134,9 @@ def _tiles_of(table: pa.Table) -> list[TileState]:
     return [TileState(Receipt(int(tile), 0.0)) for tile in block.split(",")]
 
 
-def _in_time(tiles: Sequence[TileState]) -> Iterator[TileState]:
+def _in_time(tiles: Sequence[TileState], in_runs: bool) -> Iterator[TileState]:
     """Yields the first tile, and further ones until the time of the block is up."""
-    end = time.monotonic() + MAX_BLOCK_SECONDS
+    end = time.monotonic() + (MAX_RUN_SECONDS if in_runs else MAX_BLOCK_SECONDS)
     return itertools.takewhile(lambda tile: tile is tiles[0] or time.monotonic() < end, tiles)
 
 

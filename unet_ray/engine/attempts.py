@@ -46,6 +46,8 @@ SAMPLES, MIN_SAMPLES = 101, 3
 TICK = 1.0  # seconds between two checks of the clock
 # After this time a block starts no further tile: its receipts arrive only when it ends.
 MAX_BLOCK_SECONDS = 60.0
+# The same for tiles that continue each other: a new worker would begin again.
+MAX_RUN_SECONDS = 1200.0
 
 
 def attempt(worker: Helper, tile: int, predict_lock: AbstractContextManager[Any]) -> Receipt:

@@ -87,7 +87,9 @@ def run_on_ray(stage: Stage, tiles: Iterator[int], workers: int | None, alone: b
         reported = array("q")
         blocks = _blocks(wave, block_size, size)
         if stage.layer and not alone:
-            blocks = [*runs_of(wave.tolist(), stage)]
+            most = stage.together if stage.device == "cuda" else LARGEST_BLOCK
+            runs = runs_of(wave.tolist(), stage)
+            blocks = [run[n : n + most] for run in runs for n in range(0, len(run), most)]
         for receipt in _run_wave(stage, blocks, size, alone, timeouts.silence):
             reported.append(receipt.tile)
             timeouts.record(receipt)

@@ -129,7 +129,7 @@ class _ParallelRun:
         threads: int,
     ) -> None:
         self._try, self._runs, self._threads = try_one, runs, threads
-        self._begun: list[list[int]] = []  # what is left of runs of which no tile is in flight
+        self._begun: list[list[int]] = []  # the rest of runs of which no tile is in flight
         self._timeouts, self._clock = Timeouts(deadline), Clock()
         self._ended: SimpleQueue[tuple[_TileThread, Receipt]] = SimpleQueue()
         self._idle: list[_TileThread] = []

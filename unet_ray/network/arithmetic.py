@@ -255,6 +255,8 @@ def slab_bytes(net: NetworkSize, pass_shape: tuple[int, ...]) -> int:
         inputs = results
     voxels = math.prod(pass_shape)
     ends = voxels * (net.in_channels * (4 + net.itemsize) + net.classes * (net.itemsize + 4 + 4))
+    if net.tta:  # the rotated image and the sum of previous passes are in memory too
+        ends += voxels * (net.in_channels * net.itemsize + net.classes * (4 + 4))
     return int(peak + ends)
 
 

@@ -91,7 +91,7 @@ class ModelHeader:
 def architecture_of(network: UNet) -> dict[str, Any]:
     """Returns the arguments of `UNet` that create this architecture."""
     names = ["in_channels", "classes", "base_channels", "depth", "norm", "dropout"]
-    if network.z_levels:  # versions without 3-D read the others
+    if network.z_levels or network.doubling != "after":  # versions without 3-D read the others
         names += ["z_levels", "doubling"]
     return {name: getattr(network, name) for name in names}
 

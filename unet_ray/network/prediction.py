@@ -95,6 +95,7 @@ class Predictor:
             starts and ends on the same phase of the pooling, at any position of its tile.
         threshold: a voxel is of class 1 if its stored probability k fulfils k > 255 `threshold`,
             for two classes; None for the most probable class.
+        in_flight: tiles that the caller has in flight; as many streams may wait.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Predictor:
         device: Device,
         tta: bool = False,
         threshold: float | None = None,
+        in_flight: int = 1,
     ) -> None:
         keep_freed_memory()
         settle_arithmetic()
@@ -113,7 +115,7 @@ class Predictor:
         self._classes, self._threshold = network.classes, threshold
         self._cache: dict[tuple[bytes, tuple[str, ...]], dict[str, NDArray[np.uint8]]] = {}
         self._lock = threading.Lock()
-        self._columns = Columns(plan)
+        self._columns = Columns(plan, in_flight)
         self._device = torch.device(device)
         self._dtype = getattr(torch, precision)
         self._axes = network.axes

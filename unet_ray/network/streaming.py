@@ -56,26 +56,32 @@ class StreamedUNet:
         """
         with torch.inference_mode():
             skips = self._network.skip_extents(slab.shape[-2:])
-            scores = applied(self._network.head, self._level(0, slab, skips, kept))
+            scores = applied(self._network.head, self._level(0, [slab], skips, kept))
             return _delayed(scores, kept, ("output", 0, 0), self.stream.output)
 
-    def _level(self, number: int, x: Tensor, skips: Sequence[Ints], kept: Kept) -> Tensor:
-        """The features of a level, after the levels below it."""
+    def _level(self, number: int, given: list[Tensor], skips: Sequence[Ints], kept: Kept) -> Tensor:
+        """The features of a level, after the levels below it.
+
+        `given` is a list, from which the input is taken: a reference would keep it in memory.
+        """
         network, stream = self._network, self.stream
-        x = self._convolved(network.down[number], x, kept, ("down", number))
+        x = self._convolved(network.down[number], given, kept, ("down", number))
         if number == network.depth:
             return x
-        skip = _delayed(middle(x, skips[number]), kept, ("skip", number, 0), stream.skips[number])
-        x = pooled(
-            _delayed(x, kept, ("pool", number, 0), stream.pools[number]),
-            network.levels[number].pool,
-        )
-        x = applied(network.up[number], self._level(number + 1, x, skips, kept))
-        return self._convolved(
-            network.join[number], torch.cat([skip, x], dim=1), kept, ("join", number)
-        )
+        late, pool_late = stream.skips[number], stream.pools[number]
+        joined = [_delayed(middle(x, skips[number]), kept, ("skip", number, 0), late)]
+        whole = _delayed(x, kept, ("pool", number, 0), pool_late)
+        below = [pooled(whole, network.levels[number].pool)]
+        del x, whole  # before the levels below need memory
+        joined.append(applied(network.up[number], self._level(number + 1, below, skips, kept)))
+        both = [torch.cat(joined, dim=1)]
+        joined.clear()
+        return self._convolved(network.join[number], both, kept, ("join", number))
 
-    def _convolved(self, stack: nn.Module, x: Tensor, kept: Kept, key: tuple[str, int]) -> Tensor:
+    def _convolved(
+        self, stack: nn.Module, given: list[Tensor], kept: Kept, key: tuple[str, int]
+    ) -> Tensor:
+        x = given.pop()
         for number, layer in enumerate(cast(nn.Sequential, stack)):
             if isinstance(layer, nn.Conv3d):
                 x = _after(x, kept, (*key, number), layer.kernel_size[0] - 1)
@@ -125,20 +131,21 @@ class Columns:
 
     Args:
         plan: the tiles.
+        least: streams that may wait or run at a time, or as many as tiles that were predicted at a
+            time if these are more.
     """
 
-    def __init__(self, plan: TilePlan) -> None:
+    def __init__(self, plan: TilePlan, least: int = 1) -> None:
         self._counts = plan.counts
         self._waiting: dict[int, dict[Ints, list[Kept]]] = {}  # by the number of the next tile
-        self._busy = self._most = 0  # tiles that are predicted now, and that were at a time
+        self._busy, self._most = 0, least  # tiles predicted now, and streams at a time
         self._lock = threading.Lock()
 
     @contextmanager
     def of(self, tile: Tile) -> Iterator[dict[Ints, list[Kept]]]:
         """Yields the planes of the parts of a tile, none for new streams; keeps them afterwards.
 
-        There are at most as many streams as tiles that were predicted at a time. After an error the
-        planes are dropped.
+        After an error they are dropped.
         """
         layer = math.prod(self._counts[1:])
         with self._lock:

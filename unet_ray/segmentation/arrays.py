@@ -15,13 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.engine.cluster import side_by_side
-from unet_ray.engine.rounds import Progress, tries
+from unet_ray.engine.rounds import Progress, numbers_of, tries
 from unet_ray.engine.stages import Stage
 from unet_ray.errors import RunError, VoxelError
 from unet_ray.machine import keep_freed_memory
 from unet_ray.network.prediction import Predictor
 from unet_ray.network.unet import UNet
-from unet_ray.segmentation.memory import in_flight, needed_bytes, network_size, stored_values
+from unet_ray.segmentation.memory import (
+    in_columns,
+    in_flight,
+    needed_bytes,
+    network_size,
+    stored_values,
+)
 from unet_ray.segmentation.planning import choose_plan
 from unet_ray.segmentation.preparation import check_memory
 from unet_ray.segmentation.run import read_tile
@@ -83,7 +89,7 @@ def predict_volume(
         in_flight=in_flight(memory, device, settings),
         memory=needed_bytes(memory, device, settings),
     )
-    _run(stage, plan, settings, watch)
+    _run(in_columns(stage, plan, settings), plan, settings, watch)
     return plan, worker.maps
 
 
@@ -92,7 +98,8 @@ def _run(
 ) -> None:
     start, workers = time.monotonic(), side_by_side(stage.device, "local", settings.workers)
     now = Progress(0, len(plan), 0, 0, 0, 0.0, workers=max(1, min(workers, len(plan))))
-    for receipt, again in tries(stage, range(len(plan)), "local", settings.workers):
+    tiles = numbers_of(np.ones(len(plan), bool), stage.layer)
+    for receipt, again in tries(stage, tiles, "local", settings.workers):
         if receipt.error and not again:
             kind = VoxelError if receipt.verdict == "never" else RunError
             raise kind(f"tile {receipt.tile}: {receipt.error}")

@@ -6,14 +6,12 @@ tiles, or how a tile is computed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
-from unet_ray.engine import cluster
 from unet_ray.engine.attempts import DISK_ERRORS, is_out_of_memory
 from unet_ray.engine.rounds import Progress, Rounds, stopped
 from unet_ray.engine.stages import Deadline, Receipt, Stage
@@ -22,6 +20,7 @@ from unet_ray.machine import memory_available
 from unet_ray.segmentation.chain import Link, chain_of
 from unet_ray.segmentation.memory import (
     helper_bytes,
+    in_columns,
     in_flight,
     needed_bytes,
     process_bytes,
@@ -208,18 +207,7 @@ def _stage(run: Segmentation, settings: Settings) -> Stage:
         make_helper=run.make_helper,
         check=run.refuse_changes,
     )
-    return _in_columns(stage, run, settings)
-
-
-def _in_columns(stage: Stage, run: Segmentation, settings: Settings) -> Stage:
-    """The stage with tiles that continue each other along z, if the plan streams them."""
-    if not run.plan.streamed:
-        return stage
-    depth, *plane = run.plan.counts
-    layer = math.prod(plane)
-    workers = cluster.side_by_side(run.device, settings.engine, settings.workers, stage.memory)
-    parts = max(1, min(depth, workers // layer))  # of each column, so that every worker has one
-    return replace(stage, layer=layer, longest=-(-depth // parts))
+    return in_columns(stage, run.plan, settings)
 
 
 def _memory_remedy(run: Segmentation, receipt: Receipt) -> str:

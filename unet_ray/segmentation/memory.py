@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from unet_ray.engine import cluster
+from unet_ray.engine.stages import Stage
 from unet_ray.network.arithmetic import (
     CONSTANTS,
     NetworkSize,
@@ -280,3 +281,13 @@ def network_size(network: UNet, precision: Precision, tta: bool = False) -> Netw
         tta,
         network.doubling,
     )
+
+
+def in_columns(stage: Stage, plan: TilePlan, settings: Settings) -> Stage:
+    """The stage with tiles that continue each other along z, if the plan streams them."""
+    if not plan.streamed:
+        return stage
+    depth, layer = plan.counts[0], math.prod(plan.counts[1:])
+    workers = cluster.side_by_side(stage.device, settings.engine, settings.workers, stage.memory)
+    parts = min(depth, -(-workers // layer))  # of each column, so that every worker has one
+    return replace(stage, layer=layer, longest=-(-depth // parts))

@@ -149,7 +149,7 @@ def _summary(outlook: Outlook, sample: _Sample, worker: _TrialWorker, threads: i
         threads=threads,
         in_flight=outlook.in_flight,
         read=read,
-        predict=predict * passes,
+        predict=predict * _passes_in_a_stream(outlook.plan, passes),
         write=write,
         stored=stored * passes,
         first=first if constant else 0.0,
@@ -158,6 +158,16 @@ def _summary(outlook: Outlook, sample: _Sample, worker: _TrialWorker, threads: i
         failures=sample.failures,
         helpers=cluster.HELPERS if outlook.helper_memory else 0,
     )
+
+
+def _passes_in_a_stream(plan: TilePlan, passes: float) -> float:
+    """How often a tile takes as long as a pass that was tried; of a stream it had a warm-up."""
+    if not plan.streamed:
+        return passes
+    warm_up = plan.context.halo[0] // plan.passes[0]
+    columns = math.prod(c // p for c, p in zip(plan.core[1:], plan.passes[1:], strict=True))
+    # The first tile of a column has the warm-up of all its tiles.
+    return (passes + columns * warm_up / plan.counts[0]) / (1 + warm_up)
 
 
 def _threads(outlook: Outlook, workers: int | None) -> int:
@@ -227,7 +237,8 @@ def _inspect(outlook: Outlook) -> _Sample:
         except RunError as error:
             failures.append(error)
             continue
-        (varied if constant_value(voxels) is None else constant).append(number)
+        alike = constant_value(voxels) is not None and not outlook.plan.streamed
+        (constant if alike else varied).append(number)
         flat = voxels.reshape(len(voxels), -1)
         grey.append(flat[:, :: flat.shape[1] // GREY_VOXELS + 1].copy())
     if not grey:

@@ -89,8 +89,10 @@ def choose_plan(
     if settings.tile:
         core = _fitted(settings.tile, shape, context)
         both = [planned(core), *map(measured, _streamed(core, shape, network))]
-        fitting = [c for c in map(on_engine, both) if c[1].total <= settings.memory]
-        requested = min(fitting or map(on_engine, both), key=lambda c: _cost(size, c[0], volume))
+        # As below, the choice does not depend on the engine, unless the tile fits only locally.
+        on_ray = [c for c in both if c[1].on("ray").total <= settings.memory]
+        fitting = on_ray or [c for c in map(on_engine, both) if c[1].total <= settings.memory]
+        requested = on_engine(min(fitting or both, key=lambda c: _cost(size, c[0], volume)))
     if requested and requested[1].total <= settings.memory:
         return requested
 

@@ -24,7 +24,7 @@ from unet_ray.network.prediction import (
     gpu_versions,
     instructions,
 )
-from unet_ray.segmentation.memory import WorkerMemory
+from unet_ray.segmentation.memory import GPU_TILES, WorkerMemory
 from unet_ray.segmentation.rules import Rules
 from unet_ray.storage.layout import PREDICTED
 from unet_ray.storage.lease import Fence
@@ -161,7 +161,14 @@ class TileWorker(TileHelper):
         if sha256 != run.provenance.model_sha256:
             raise changed(str(run.model))
         self._predictor = Predictor(
-            network, run.plan, run.intensity, run.precision, run.device, run.tta, run.threshold
+            network,
+            run.plan,
+            run.intensity,
+            run.precision,
+            run.device,
+            run.tta,
+            run.threshold,
+            1 if run.device == "cpu" else GPU_TILES,
         )
 
     def _kind(self) -> dict[str, Any]:

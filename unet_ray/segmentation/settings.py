@@ -47,7 +47,7 @@ class Settings:
         engine: ``local`` (threads of this process) or ``ray``.
         precision: number format of the network; None to keep an existing store's, or choose the
             fastest.
-        tta: average over the 8 symmetries of the square (test-time augmentation).
+        tta: average over 8 symmetries, in 3-D over 16 or 48 (test-time augmentation).
         nan: treatment of non-finite voxels: ``error`` quarantines their tile, ``zero`` replaces
             them by 0.
         overwrite: first delete an existing store.

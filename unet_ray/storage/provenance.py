@@ -63,7 +63,7 @@ class Provenance:
             precision: number format of the network.
             normalisation: intensity statistics of the input.
             device: kind of device that runs the network.
-            tta: whether predictions are averaged over the 8 symmetries of the square.
+            tta: whether predictions are averaged over 8 symmetries, in 3-D over 16 or 48.
             nan: treatment of voxels that are not finite.
             kind: instructions and versions of the machine.
             threshold: probability above which a voxel is of class 1; None for the likelier class.
@@ -177,7 +177,7 @@ class Provenance:
 
     @property
     def tta(self) -> bool:
-        """Whether predictions are averaged over the 8 symmetries of the square."""
+        """Whether predictions are averaged over 8 symmetries, in 3-D over 16 or 48."""
         return self.json["tta"]  # type: ignore[no-any-return]
 
     @property

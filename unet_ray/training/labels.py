@@ -159,6 +159,8 @@ def load_training_data(
             invalid, or if there are fewer than two classes.
     """
     pairs = _open_pairs(images, labels)
+    voxel_size = recipe.voxel_size or pairs[0].image.voxel_size
+    recipe.fitted(voxel_size)  # refuses a patch that does not fit before anything is read
     for volume in _all_read(pairs):
         report_omissions(volume.path, volume.omissions, strict)
     labelled = [pair.label.read(Box.of(pair.label.shape[1:]))[0] for pair in pairs]
@@ -184,10 +186,9 @@ def load_training_data(
     split = _split_slices if recipe.dims == 2 else _split_volumes
     learned, held_out = split(volumes)
     learned_truths = [truth for _, truth, _ in learned]
-    voxel_size = recipe.voxel_size or pairs[0].image.voxel_size
-    weights = _stored_weights(weights_file, identity, recipe, learned_truths) or _weight_maps(
-        learned_truths, len(values), recipe, voxel_size
-    )
+    weights = _stored_weights(
+        weights_file, identity, recipe, learned_truths, voxel_size
+    ) or _weight_maps(learned_truths, len(values), recipe, voxel_size)
     return TrainingData(
         tuple(
             TrainingVolume(image, truth.learned, weight, grey)
@@ -245,7 +246,7 @@ def store_weights(data: TrainingData, recipe: Recipe, path: Path, guard: Guard) 
         path: the file.
         guard: entered around the write; raises if the run has lost its lease.
     """
-    header = _weights_header(data.identity, recipe)
+    header = _weights_header(data.identity, recipe, data.voxel_size)
     if not (path.exists() and _read_weights(path)[1] == header):
         maps = {f"weights.{n}": torch.from_numpy(v.weights) for n, v in enumerate(data.volumes)}
         write_tensors(path, maps, header, guard)
@@ -454,23 +455,31 @@ def _weight_maps(
     ]
 
 
-def _weights_header(identity: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+def _weights_header(
+    identity: dict[str, Any], recipe: Recipe, voxel_size: tuple[float, float, float] | None
+) -> dict[str, Any]:
     """Returns everything that weight maps depend on, as it is read back from JSON."""
     names = "labels_are", "ignore_label", "val", "val_fraction", "w0", "sigma", "dims", "anisotropy"
     fields = {"labels": identity["labels"], **{name: getattr(recipe, name) for name in names}}
+    if recipe.dims == 3:
+        fields["voxel_size"] = voxel_size
     as_read: dict[str, Any] = json.loads(json.dumps(fields, allow_nan=False))
     return as_read
 
 
 def _stored_weights(
-    path: Path | None, identity: dict[str, Any], recipe: Recipe, truths: Sequence[_Truth]
+    path: Path | None,
+    identity: dict[str, Any],
+    recipe: Recipe,
+    truths: Sequence[_Truth],
+    voxel_size: tuple[float, float, float] | None,
 ) -> list[NDArray[np.float32]]:
     """Reads stored weight maps; returns ``[]`` if they are missing, damaged or do not fit."""
     if path is None or not path.exists():
         return []
     tensors, header = _read_weights(path)
     names = [f"weights.{n}" for n in range(len(truths))]
-    if header != _weights_header(identity, recipe) or sorted(tensors) != sorted(names):
+    if header != _weights_header(identity, recipe, voxel_size) or sorted(tensors) != sorted(names):
         return []
     maps = [tensors[name].numpy() for name in names]
     fit = all(m.shape == t.targets.shape for m, t in zip(maps, truths, strict=True))

@@ -79,12 +79,15 @@ class Sampler:
         self._spacing = (z / x, y / x, 1.0) if recipe.anisotropy == "auto" else (1.0, 1.0, 1.0)
         sizes = np.array([v.targets.size for v in data.volumes], float)
         self._shares = sizes / sizes.sum()
+        self._labelled = [np.flatnonzero(v.weights.any((1, 2))) for v in data.volumes]
 
     def __getitem__(self, slot: SampleSlot) -> Sample:
         """Draws the sample of a step and slot; it depends only on these and the seed."""
         rng = np.random.default_rng([self._seed, *slot])
-        volume = self._data.volumes[rng.choice(len(self._shares), p=self._shares)]
-        return self._of_slice(volume, rng) if self._dims == 2 else self._of_volume(volume, rng)
+        number = rng.choice(len(self._shares), p=self._shares)
+        if self._dims == 2:
+            return self._of_slice(self._data.volumes[number], rng)
+        return self._of_volume(self._data.volumes[number], self._labelled[number], rng)
 
     def _of_slice(self, volume: TrainingVolume, rng: np.random.Generator) -> Sample:
         z = int(rng.integers(volume.targets.shape[0]))
@@ -100,8 +103,14 @@ class Sampler:
         )
         return Sample(degrade(change_grey(warped, rng), rng, self._degrade), targets, weights)
 
-    def _of_volume(self, volume: TrainingVolume, rng: np.random.Generator) -> Sample:
+    def _of_volume(
+        self, volume: TrainingVolume, planes: NDArray[np.intp], rng: np.random.Generator
+    ) -> Sample:
         centre = self._draw_centre(volume.targets.shape, rng)
+        if 0 < len(planes) < len(volume.targets):  # else most patches would show no label
+            z = int(rng.choice(planes)) - int(rng.integers(self._output[0]))
+            z = min(max(z, 0), max(0, len(volume.targets) - self._output[0]))
+            centre = (z + (self._output[0] - 1) / 2, *centre[1:])
         warp = volumetric.draw_warp(self._patch, rng, self._elastic, self._spacing)
         inner = volumetric.Warp(warp.offsets[(slice(None), *self._inner)])
         box, label_box = warp.reach(centre), inner.reach(centre)

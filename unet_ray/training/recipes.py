@@ -153,13 +153,22 @@ class Recipe:
             voxel_size: of the images, (z, y, x) in any unit; None if unknown, for equal sizes.
 
         Raises:
-            InputError: if the patch does not fit the network.
+            InputError: if the patch does not fit the network, or no level convolves along z.
         """
         recipe = self
         if self.dims == 3 and self.z_levels is None:
-            size = voxel_size if self.anisotropy == "auto" else None
-            levels = levels_along_z(self.depth, size or (1.0, 1.0, 1.0))
-            recipe = dataclasses.replace(self, z_levels=levels)
+            size = self.voxel_size or voxel_size
+            known = size if size and self.anisotropy == "auto" else (1.0, 1.0, 1.0)
+            levels = levels_along_z(self.depth, known)
+            if all(kernel == 1 for kernel, _ in levels):
+                z, x = known[0], known[2]
+                raise InputError(
+                    f"dims=3: voxels are {z / x:.3g} times as long along z as along x, so no level "
+                    f"of depth {self.depth} convolves along z; set --dims 2, a larger --depth, or "
+                    "--anisotropy none."
+                )
+            stated = (size[0], size[1], size[2]) if size else None
+            recipe = dataclasses.replace(self, z_levels=levels, voxel_size=stated)
         if not any(self.patch):
             recipe = dataclasses.replace(recipe, patch=recipe._default_patch())
         recipe._check_patch()
@@ -205,7 +214,12 @@ class Recipe:
             "patience": (self.patience is None or self.patience >= 1, "at least 1"),
             "seed": (0 <= self.seed < 2**63, "at least 0 and below 2**63"),
             "dims": (self.dims in (2, 3), "2 or 3"),
-            "voxel_size": (all(0 < n < math.inf for n in self.voxel_size or ()), "sizes above 0"),
+            "z_levels": (self.dims == 3 or self.z_levels is None, "None in 2-D"),
+            "voxel_size": (
+                self.voxel_size is None
+                or (len(self.voxel_size) == 3 and all(0 < n < math.inf for n in self.voxel_size)),
+                "three sizes above 0",
+            ),
         }
         for name, (valid, rule) in rules.items():
             if not valid:

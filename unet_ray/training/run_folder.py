@@ -30,6 +30,7 @@ from unet_ray.units import warn
 MODEL, BEST, METRICS = "model.safetensors", "best.safetensors", "metrics.jsonl"
 PATCHES, WEIGHTS = "patches.safetensors", "weights.safetensors"
 KEPT_CHECKPOINTS = 2
+IN_2D = {"dims": 2, "anisotropy": "auto", "z_levels": None, "voxel_size": None}
 LIMITS = "steps", "minutes"  # settings that may be raised to go on with a training
 REPORT_STEPS = 10
 LARGEST = 1e300  # bound of the numbers in a log or a checkpoint
@@ -210,6 +211,8 @@ class RunFolder:
         current = json.loads(json.dumps({"recipe": recipe, "data": data}, allow_nan=False))
         for part in current:
             for field, value in current[part].items():
+                if part == "recipe" and stored[part].get(field, IN_2D.get(field)) == value:
+                    continue  # versions without 3-D trained all networks in 2-D
                 if part == "recipe" and field not in stored[part]:
                     raise InputError(
                         f"{self.path}: an older version of unet-ray trained it, without "
@@ -217,7 +220,8 @@ class RunFolder:
                     )
                 if field not in LIMITS and stored[part].get(field) != value:
                     before, now = _short(stored[part].get(field)), _short(value)
-                    flag = {"start": "from"}.get(field, field.replace("_", "-"))
+                    renamed = {"start": "from", "z_levels": "voxel-size"}
+                    flag = renamed.get(field, field.replace("_", "-"))
                     raise InputError(
                         f"{self.path}: was trained with --{flag} {before}, not "
                         f"{now}; choose another --out."

@@ -100,7 +100,9 @@ def _classes(data: TrainingData) -> str:
 
 def _held_out(data: TrainingData, recipe: Recipe) -> str:
     held_out = sum(len(each.targets) for each in data.held_out)
-    total = held_out + sum(len(volume.targets) for volume in data.volumes)
+    # In 3-D the volumes contain the held-out slices, too.
+    learned = sum(len(volume.targets) for volume in data.volumes)
+    total = learned + held_out * (recipe.dims == 2)
     if not held_out:
         return f"none of {total} slices, so no validation; set --val or --val-fraction"
     part = f" ({recipe.val})" if recipe.val else ""

@@ -157,8 +157,11 @@ def predicted(
     plan = TilePlan(shape, core, network.context, core)
     predictor = Predictor(network, plan, held_out.intensity, precision, device)
     stored = np.zeros((network.classes - 1, *shape), np.uint8)
-    for number in range(len(plan)):
-        tile = plan[number]
+    for tile in map(plan.__getitem__, range(len(plan))):
+        z = tile.write
+        planes = range(z.start[0], z.stop[0])
+        if held_out.planes is not None and not set(planes) & set(held_out.planes):
+            continue
         voxels = read_mirrored(partial(_crop, held_out.image), shape, tile.read)
         shares = predictor(tile, voxels, ("probabilities",))["probabilities"]
         stored[(slice(None), *tile.write.slices)] = shares[(slice(None), *tile.crop.slices)]
@@ -188,13 +191,13 @@ def calibrated(
 
 def _some_slices(data: TrainingData, dims: int) -> list[HeldOut]:
     """Returns evenly spaced slices of all volumes; voxels without weight are not annotated."""
-    depths = [len(volume.targets) for volume in data.volumes]
-    total = sum(depths)
+    labelled = [np.flatnonzero(volume.weights.any((1, 2))) for volume in data.volumes]
+    total = sum(map(len, labelled))
     count = min(total, CALIBRATION_SLICES)
-    places, first, chosen = (np.arange(count) * total + total // 2) // count, 0, []
-    for volume, depth in zip(data.volumes, depths, strict=True):
-        z = places[(first <= places) & (places < first + depth)] - first
-        first += depth
+    places, first, chosen = (np.arange(count) * total + total // 2) // max(1, count), 0, []
+    for volume, slices in zip(data.volumes, labelled, strict=True):
+        z = slices[places[(first <= places) & (places < first + len(slices))] - first]
+        first += len(slices)
         if len(z):
             targets = np.where(volume.weights[z] > 0, volume.targets[z], IGNORED).astype(np.uint8)
             cells = numbered(targets == 1) if data.instances else None

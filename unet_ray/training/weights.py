@@ -174,6 +174,9 @@ def weight_map(
     table = np.zeros(256, np.float32)
     table[:classes] = class_weights(targets, classes) if balance is None else balance
     weights: NDArray[np.float32] = table[targets]
+    if w0 <= NEGLIGIBLE:
+        border_term(np.zeros((1, 1), int), w0, sigma)  # refuses what is out of range
+        return weights
     dims = 2 if spacing is None else 3
     cells = cells_of(targets, classes, dims) if instances is None else instances
     parts = [(targets, cells, weights)]
