@@ -221,7 +221,7 @@ def demo(out: str) -> None:
         "--best-by",
         group=TRAINING,
         metavar="SCORE",
-        help="Score that selects the best model. [v_rand; instances: seg; else iou]",
+        help="Score that selects the best model. [v_info; instances: seg; else iou]",
     ),
     flag(
         "--patch",
@@ -254,7 +254,7 @@ def demo(out: str) -> None:
         "--w0",
         group=TRAINING,
         type=float,
-        help="Weight of borders between cells (eq. 2 of the paper). [0; instances: 10]",
+        help="Weight of borders between cells (eq. 2 of the paper). [10]",
     ),
     flag("--sigma", group=TRAINING, type=float, help="Width of these borders in voxels. [5]"),
     flag(

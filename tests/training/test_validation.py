@@ -99,7 +99,7 @@ def test_an_invalid_range_of_slices_is_refused(files, val):
 
 
 def test_scores_fit_the_labels():
-    assert score_names([held_out()], 2)[-1] == "v_rand"
+    assert score_names([held_out()], 2)[-1] == "v_info"
     assert score_names([held_out()], 3)[-1] == "iou"
     assert score_names([held_out(ignored=True)], 2)[-1] == "iou"
     assert score_names([held_out(cells=np.ones((1, 8, 8), np.int64))], 2)[-1] == "seg"

@@ -66,9 +66,7 @@ class Recipe:
         val_fraction: share of the slices to hold out, from 0 to below 1; takes the last slices.
         best_by: name of the score that selects the best model; None for the default of the labels.
         patience: stop after this many validations without a better score; None for no limit.
-        w0, sigma: weight and width in voxels of the border term of the weight map (eq. 2). Without
-            `w0`, the default recipe has 10 for instances, as the paper, and 0 for classes, where
-            borders are a class of their own.
+        w0, sigma: weight and width in voxels of the border term of the weight map (eq. 2).
         elastic: standard deviation of the deformation at its nodes, in voxels (sec. 3.1).
         degrade: strength of random blur and noise; 0 for none.
         start: RUN folder or file of a model whose weights the training starts from; None for random
@@ -129,8 +127,6 @@ class Recipe:
         given = {k: v for k, v in chosen.items() if v is not None}
         start = _settings_of_start(given)
         settings = {**RECIPES[name], **start, **given}
-        if name == "default" and settings.get("labels_are") != "instances":
-            settings.setdefault("w0", 0.0)
         if settings.get("steps") is None and settings.get("minutes") is None:
             settings["minutes"] = 15.0
         if settings.get("dims") == 3:

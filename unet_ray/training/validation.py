@@ -54,7 +54,7 @@ class Validator:
     Args:
         held_out: the slices.
         classes: number of classes.
-        best_by: name of the score that selects the best model; by default `v_rand` for two fully
+        best_by: name of the score that selects the best model; by default `v_info` for two fully
             annotated classes, `seg` for instances and `iou` otherwise.
         precision: number format of the network's arithmetic.
         device: device of the network.
@@ -232,7 +232,7 @@ def score_names(held_out: Sequence[HeldOut], classes: int) -> list[str]:
         return [*names, "ap50", "seg"]
     annotated = all((each.targets != IGNORED).all() for each in held_out)
     if classes == 2 and annotated:
-        return [*names, "pixel_error", "warping_error", "v_info", "v_rand"]
+        return [*names, "pixel_error", "warping_error", "v_rand", "v_info"]
     return names
 
 
