@@ -112,8 +112,8 @@ def watershed_scores(network, held_out, tta=False):
             table = Overlaps.of(Slice(probability, truth == 1).segments, cells.astype(np.int64))
             pairs.append(foreground_pair_counts(table))
             bits.append(foreground_information(table))
-        found = {"v_rand": _mean_of(_pair_f)(pairs), "v_info": _mean_of(_information_f)(bits)}
-        for name, value in found.items():
+        scores = {"v_rand": _mean_of(_pair_f)(pairs), "v_info": _mean_of(_information_f)(bits)}
+        for name, value in scores.items():
             if value > best.get(name, (0, 0))[0]:
                 best[name] = (value, cut)
     return {f"mutex_{name}": round(value, 4) for name, (value, _) in best.items()}
