@@ -20,6 +20,7 @@ import zarr
 from tests.helper import bytes_of, noise, random_model, state_of, write_stack
 from unet_ray import cli
 from unet_ray.engine import cluster
+from unet_ray.machine import give_back_freed_memory
 from unet_ray.network.checkpoints import read_model
 from unet_ray.report import page as report
 from unet_ray.storage.layout import LEDGER
@@ -304,6 +305,7 @@ def segment(files, *args, out="out.zarr"):
 
 
 def test_segment_gives_the_path_of_the_store_and_says_what_it_does(unet_ray, files):
+    give_back_freed_memory()  # of earlier tests in this process; above 1 GiB the unit differs
     code, out, err = unet_ray(*segment(files, "--tile", "1,16,16", "--precision", "float32"))
     assert (code, out) == (0, f"{files / 'out.zarr'}\n")
     first, *progress = err.splitlines()
