@@ -139,6 +139,7 @@ def test_verify_recomputes_tiles_of_a_column(task):
     assert not verify(task / "whole.zarr", tiles=5).damage
 
 
+@pytest.mark.slow  # its quick sibling is in test_prediction.py
 def test_the_mean_over_symmetries_is_exact_too(task):
     stores = [
         segmented(task, f"tta-{tile[0]}.zarr", tta=True, tile=tile)

@@ -234,6 +234,7 @@ def test_fine_tuning_keeps_the_levels(pair, tmp_path):
     assert levels == [((1, 1), (3, 2))] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_workers_of_ray_draw_patches_of_a_volume(pair, tmp_path, local_ray):
     recipe = Recipe.of("default", **TINY | {"steps": 4})
