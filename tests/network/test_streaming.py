@@ -9,14 +9,6 @@ from unet_ray.network.streaming import StreamedUNet
 from unet_ray.network.unet import UNet
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @st.composite
 def networks(draw, dtype=torch.float64):
     """Networks in 3-D of any levels along z, and a slab for them."""

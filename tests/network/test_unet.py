@@ -21,14 +21,6 @@ from unet_ray.tiling.levels import Level
 from unet_ray.tiling.tiles import Context
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def double():
     """Float64 by default, so that differences are errors, not rounding."""

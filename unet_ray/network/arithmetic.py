@@ -152,10 +152,11 @@ def halo_overhead(net: NetworkSize, plan: TilePlan) -> float:
     A value of 0.39 means 39 % more. It includes the halo and the parts of cores outside the volume.
     """
     passes = round_up(plan.shape[0], plan.passes[0]) // plan.passes[0]
-    multiplications = pass_multiplications(net, plan.pass_shape)
-    if plan.streamed:  # the first pass of each column needs some before it
-        passes += plan.context.halo[0] // plan.passes[0]
+    if not plan.streamed:
+        multiplications = pass_multiplications(net, plan.pass_shape)
+    else:  # the first pass of each column needs some before it
         multiplications = slab_multiplications(net, plan.pass_shape)
+        passes += plan.context.halo[0] // plan.passes[0]
     columns = math.prod(plan.counts[1:])
     columns *= math.prod(c // p for c, p in zip(plan.core[1:], plan.passes[1:], strict=True))
     total = passes * columns * multiplications

@@ -145,8 +145,9 @@ def worker_bytes(
     read = math.prod(plan.read_shape) * voxel_bytes
     write = math.prod(plan.core) * outputs
     constants = CONSTANTS * math.prod(plan.passes) * outputs
-    forward, kept = pass_bytes(net, plan.pass_shape), 0
-    if plan.streamed:
+    if not plan.streamed:
+        forward, kept = pass_bytes(net, plan.pass_shape), 0
+    else:
         columns = math.prod(c // p for c, p in zip(plan.core[1:], plan.passes[1:], strict=True))
         stream = stream_along(net.levels, plan.passes[0])
         forward = slab_bytes(net, plan.pass_shape)

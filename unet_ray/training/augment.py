@@ -125,7 +125,7 @@ def warp_image(
     Raises:
         ValueError: if a sample is outside the window.
     """
-    _check_reach(window.shape[1:], centre, deformation)
+    check_reach(window.shape[1:], deformation.reach(centre))
     patch = np.empty((len(window), *deformation.offsets.shape[1:]), np.float32)
     inputs = np.ascontiguousarray(window), np.ascontiguousarray(deformation.offsets)
     _sample_linear(*inputs, float(centre[0]), float(centre[1]), patch)
@@ -151,7 +151,7 @@ def warp_labels(
     Raises:
         ValueError: if a sample is outside the window.
     """
-    _check_reach(window.shape, centre, deformation)
+    check_reach(window.shape, deformation.reach(centre))
     row, column = (
         np.floor(o + (c + 0.5)).astype(np.intp)
         for c, o in zip(centre, deformation.offsets, strict=True)
@@ -221,11 +221,12 @@ def spline(length: int) -> NDArray[np.float32]:
     return np.ascontiguousarray(spline(positions).T, dtype=np.float32)
 
 
-def _check_reach(
-    window: tuple[int, ...], centre: Sequence[float], deformation: Deformation
-) -> None:
-    """Checks the window, because the compiled loop does not check array bounds."""
-    reach = deformation.reach(centre)
+def check_reach(window: Sequence[int], reach: Box) -> None:
+    """Checks a window of that shape, because compiled loops do not check array bounds.
+
+    Raises:
+        ValueError: if the samples of a patch reach outside.
+    """
     if reach.intersect(Box.of(window)) != reach:
         raise ValueError(f"The patch reaches {reach}, outside the window {Box.of(window)}.")
 

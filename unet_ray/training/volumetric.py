@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from unet_ray.compiled import compiled
 from unet_ray.tiling.boxes import Box, Ints
-from unet_ray.training.augment import spline
+from unet_ray.training.augment import check_reach, spline
 
 Value = TypeVar("Value", bound=np.generic)
 
@@ -95,7 +95,7 @@ def warp_image(
     Raises:
         ValueError: if a sample is outside the window.
     """
-    _check_reach(window.shape[1:], centre, warp)
+    check_reach(window.shape[1:], warp.reach(centre))
     patch = np.empty((len(window), *warp.offsets.shape[1:]), np.float32)
     inputs = np.ascontiguousarray(window), np.ascontiguousarray(warp.offsets)
     _sample_linear(*inputs, np.asarray(centre, float), patch)
@@ -104,19 +104,12 @@ def warp_image(
 
 def warp_labels(window: NDArray[Value], centre: Sequence[float], warp: Warp) -> NDArray[Value]:
     """Samples a patch of labels or weights from the nearest voxels; see `warp_image`."""
-    _check_reach(window.shape, centre, warp)
+    check_reach(window.shape, warp.reach(centre))
     places = [
         np.floor(o + (c + 0.5)).astype(np.intp) for c, o in zip(centre, warp.offsets, strict=True)
     ]
     patch: NDArray[Value] = window[tuple(places)]
     return patch
-
-
-def _check_reach(window: Ints, centre: Sequence[float], warp: Warp) -> None:
-    """Checks the window, because the compiled loop does not check array bounds."""
-    reach = warp.reach(centre)
-    if reach.intersect(Box.of(window)) != reach:
-        raise ValueError(f"The patch reaches {reach}, outside the window {Box.of(window)}.")
 
 
 @compiled
