@@ -4,8 +4,8 @@ python -m tests.bench_fine_tuning MODEL FOLDER [MINUTES [SEED]]
 
 MODEL has learned ISBI 2012 without slices 9 to 11 and 21 to 23. Slices 0 to 10 of the VNC stack are
 for learning, of which squares with 0.5 % of the voxels are labelled; slices 11 to 14 are for the
-score. Prints a line of JSON for the model before, after fine-tuning on the squares, and after
-fine-tuning on all labels of slices 0 to 10, with scores on both stacks.
+score. Prints a line of JSON for the model before, after fine-tuning on the squares, on the squares
+together with ISBI 2012, and on all labels of slices 0 to 10, with scores on both stacks.
 """
 
 import json
@@ -30,15 +30,20 @@ def write_stacks(folder, seed):
     for _ in range(int(SHARE * few.size / SIDE**2)):
         z, y, x = (int(rng.integers(n)) for n in np.subtract(few.shape, (0, SIDE, SIDE)))
         few[z, y : y + SIDE, x : x + SIDE] = cells[z, y : y + SIDE, x : x + SIDE]
-    isbi = DATA / "isbi2012"
+    isbi, isbi_labels = (
+        tifffile.imread(DATA / "isbi2012" / f"train-{name}.tif") for name in ("volume", "labels")
+    )
+    known = np.setdiff1d(np.arange(len(isbi)), HELD_OUT)
     for name, array in {
         "learn": raw[LEARN],
         "few": few,
         "all": cells[LEARN],
         "vnc": raw[TEST],
         "vnc-truth": cells[TEST],
-        "isbi": tifffile.imread(isbi / "train-volume.tif")[HELD_OUT],
-        "isbi-truth": tifffile.imread(isbi / "train-labels.tif")[HELD_OUT],
+        "old": isbi[known],
+        "old-labels": isbi_labels[known],
+        "isbi": isbi[HELD_OUT],
+        "isbi-truth": isbi_labels[HELD_OUT],
     }.items():
         tifffile.imwrite(folder / f"{name}.tif", array.astype(np.uint8), photometric="minisblack")
     return (few != UNLABELLED).mean()
@@ -68,13 +73,19 @@ def main(model, folder, minutes=5, seed=1):
     folder.mkdir(parents=True, exist_ok=True)
     share = write_stacks(folder, int(seed))
     print(json.dumps({"labels": "none", **scores(folder, model)}), flush=True)
-    for labels in ("few", "all"):
-        run, pair = folder / labels, ("--images", folder / "learn.tif")
-        flags = ["--labels", folder / f"{labels}.tif", "--minutes", minutes, "--seed", seed]
-        if labels == "few":
+    for labels in ("few", "few+old", "all"):
+        run, few = folder / labels, labels.startswith("few")
+        images, truths = [folder / "learn.tif"], [folder / f"{'few' if few else 'all'}.tif"]
+        if labels == "few+old":
+            images, truths = [*images, folder / "old.tif"], [*truths, folder / "old-labels.tif"]
+        pairs = [
+            w for i, t in zip(images, truths, strict=True) for w in ("--images", i, "--labels", t)
+        ]
+        flags = ["--minutes", minutes, "--seed", seed]
+        if few:
             flags += ["--ignore-label", UNLABELLED]
-        unet_ray("train", *pair, *flags, "--from", model, "--out", run)
-        facts = {"labels": labels, "share": round(share, 4) if labels == "few" else 1}
+        unet_ray("train", *pairs, *flags, "--from", model, "--out", run)
+        facts = {"labels": labels, "share": round(share, 4) if few else 1}
         print(json.dumps(facts | scores(folder, run)), flush=True)
 
 

@@ -14,7 +14,7 @@ from unet_ray import make_phantom
 from unet_ray.engine.cluster import connect, usable_cores
 from unet_ray.machine import keep_freed_memory
 from unet_ray.training.augment import draw_deformation, warp_image, warp_labels
-from unet_ray.training.labels import TrainingData, TrainingVolume
+from unet_ray.training.data import TrainingData, TrainingVolume
 from unet_ray.training.patches import Sampler, ahead, sample_slots
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.stream import streamed

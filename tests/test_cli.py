@@ -20,7 +20,6 @@ import zarr
 from tests.helper import bytes_of, noise, random_model, state_of, write_stack
 from unet_ray import cli
 from unet_ray.engine import cluster
-from unet_ray.machine import give_back_freed_memory
 from unet_ray.network.checkpoints import read_model
 from unet_ray.report import page as report
 from unet_ray.storage.layout import LEDGER
@@ -304,15 +303,16 @@ def segment(files, *args, out="out.zarr"):
     return ["segment", files / "image.tif", *flags, *args]
 
 
-def test_segment_gives_the_path_of_the_store_and_says_what_it_does(unet_ray, files):
-    give_back_freed_memory()  # of earlier tests in this process; above 1 GiB the unit differs
-    code, out, err = unet_ray(*segment(files, "--tile", "1,16,16", "--precision", "float32"))
+def test_segment_gives_the_path_of_the_store_and_says_what_it_does(files):
+    # A process of its own: earlier tests leave memory in this one, above 1 GiB the unit differs.
+    flags = "--tile", "1,16,16", "--precision", "float32"
+    code, out, err = output_of("-m", "unet_ray", *segment(files, *flags))
     assert (code, out) == (0, f"{files / 'out.zarr'}\n")
     first, *progress = err.splitlines()
     assert first.startswith("writing out.zarr: 18 tiles of 1,16,16, float32 on cpu, engine local, ")
     memory = r"\d+ MiB of \d+ MiB"
-    told = rf"image\.tif: 18/18 tiles, \d+\.\d{{3}} Mvoxel/s, 0 s left, {memory}"
-    assert re.fullmatch(told, progress[-1]), progress
+    last = rf"image\.tif: 18/18 tiles, \d+\.\d{{3}} Mvoxel/s, 0 s left, {memory}"
+    assert re.fullmatch(last, progress[-1]), progress
     assert classes_of(files / "out.zarr").shape == (2, 40, 44)
 
 

@@ -480,6 +480,7 @@ def train(
     *,
     takeover: bool = False,
     strict: bool = False,
+    memory: str | int | None = None,
     progress: bool = True,
     **flags: Any,
 ) -> Model:
@@ -495,6 +496,8 @@ def train(
         watch: called with each measure, in place of the progress bar.
         takeover: end another training that writes to `out`.
         strict: refuse images and labels of which a part would be left out.
+        memory: size of images, labels and weight maps above which they are read by windows; by
+            default half of what is free. The model is the same.
         progress: show a progress bar.
         **flags: the flags of ``unet-ray train``, such as ``minutes=10`` or ``val="20:24"``; see
             `Recipe`.
@@ -532,6 +535,7 @@ def train(
             announce=bar.show_table,
             any_classes=any_classes,
             strict=strict,
+            memory=parse_bytes(memory) if isinstance(memory, str) else memory,
         )
     finished = before is not None and time_of_model(out) == before
     if not finished or not (Path(out) / "report.html").exists():

@@ -278,6 +278,12 @@ def demo(out: str) -> None:
         metavar="N|MIN:MAX",
         help="Processes that train together. MIN:MAX: as many as the cluster has. [1; one per GPU]",
     ),
+    flag(
+        "--memory",
+        group=MACHINE,
+        metavar="SIZE",
+        help="Images and labels that need more are read by windows. [half of what is free]",
+    ),
     ENGINE,
     PRECISION,
     QUIET,
@@ -293,11 +299,11 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
     from unet_ray.training.run_folder import time_of_model
     from unet_ray.training.train import train
 
-    images, labels, out, engine, workers, recipe, takeover, strict, quiet = (
+    images, labels, out, engine, workers, recipe, takeover, strict, quiet, memory = (
         flags.pop(name)
         for name in (
             *("images", "labels", "out", "engine", "workers", "recipe", "takeover", "strict"),
-            "quiet",
+            *("quiet", "memory"),
         )
     )
     settings = Recipe.of(recipe, patch=patch, voxel_size=size, **flags)
@@ -316,6 +322,7 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
             announce=watch.show_table,
             any_classes=flags["labels_are"] == "classes",
             strict=strict,
+            memory=parse_bytes(memory) if memory else None,
         )
     finished = before is not None and time_of_model(out) == before
     if finished:

@@ -14,9 +14,10 @@ from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.settings import Settings
 from unet_ray.storage.stores import Store
 from unet_ray.training.calibration import best_threshold, between, numbered
-from unet_ray.training.labels import IGNORED, HeldOut
+from unet_ray.training.data import HeldOut
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.train import train
+from unet_ray.training.truths import IGNORED
 from unet_ray.volumes.intensity import Intensity
 
 TINY = {"base_channels": 2, "depth": 1, "patch": (44, 48), "learning_rate": 0.02, "steps": 30}

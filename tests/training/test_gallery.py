@@ -8,8 +8,9 @@ import pytest
 from unet_ray.errors import InputError
 from unet_ray.network.checkpoints import read_tensors, write_tensors
 from unet_ray.report.training_page import _predictions
+from unet_ray.training.data import HeldOut
 from unet_ray.training.gallery import PLACE, PLACES, PREDICTIONS, WINDOW, store_predictions
-from unet_ray.training.labels import IGNORED, HeldOut
+from unet_ray.training.truths import IGNORED
 from unet_ray.volumes.intensity import Intensity
 
 SIDE = 4 * PLACE

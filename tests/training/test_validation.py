@@ -21,12 +21,14 @@ from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.settings import Settings
 from unet_ray.training import trainer as training
 from unet_ray.training import validation
-from unet_ray.training.labels import IGNORED, HeldOut, load_training_data
+from unet_ray.training.data import HeldOut
+from unet_ray.training.labels import load_training_data
 from unet_ray.training.patches import Sampler, ahead
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.run_folder import BEST, MODEL, RunFolder
 from unet_ray.training.train import train
 from unet_ray.training.trainer import Training, World
+from unet_ray.training.truths import IGNORED
 from unet_ray.training.validation import Validator, checked_score, score_names
 from unet_ray.volumes.intensity import Intensity
 

@@ -16,7 +16,8 @@ from unet_ray.errors import InputError
 from unet_ray.network.checkpoints import read_model
 from unet_ray.report.page import write_report
 from unet_ray.segmentation.segment import segment
-from unet_ray.training.labels import load_training_data, store_weights
+from unet_ray.training.labels import load_training_data
+from unet_ray.training.maps import store_weights
 from unet_ray.training.patches import Sampler
 from unet_ray.training.recipes import Recipe, levels_along_z
 from unet_ray.training.train import train

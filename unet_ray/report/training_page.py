@@ -30,8 +30,8 @@ from unet_ray.report.pictures import (
 from unet_ray.report.results import WINDOW
 from unet_ray.storage.events import measured, read_events
 from unet_ray.training.gallery import PREDICTIONS
-from unet_ray.training.labels import IGNORED
 from unet_ray.training.run_folder import METRICS, MODEL, PATCHES, WEIGHTS
+from unet_ray.training.truths import IGNORED
 
 LARGEST_LOSS = 1e39  # beyond float32
 # Side in pixels of the square that the images of all patches fit in, whatever their number.

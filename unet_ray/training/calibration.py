@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from unet_ray.scores.totals import instance_scores
-from unet_ray.training.labels import IGNORED, HeldOut
+from unet_ray.training.data import HeldOut
+from unet_ray.training.truths import IGNORED
 
 # Candidates for objects, as multiples of 1 / 255.
 OBJECT_CUTS = tuple(range(25, 255, 25))

@@ -18,7 +18,8 @@ from unet_ray.errors import InputError
 from unet_ray.network.checkpoints import read_tensors, write_tensors
 from unet_ray.storage.places import Guard
 from unet_ray.tiling.boxes import Box
-from unet_ray.training.labels import IGNORED, HeldOut
+from unet_ray.training.data import HeldOut
+from unet_ray.training.truths import IGNORED
 
 PREDICTIONS = "predictions.safetensors"
 WINDOW, PLACE = 256, 96  # voxels along y and x
@@ -81,7 +82,7 @@ def _tensor(array: NDArray[np.generic]) -> Tensor:
 
 
 def _windows(prefix: str, held_out: HeldOut, box: Box) -> dict[str, Tensor]:
-    image = held_out.slices[0][box.slices][0].astype(np.float32)
+    image = held_out.slices[(slice(None), *box.slices)][0, 0].astype(np.float32)
     return {
         f"{prefix}image": _tensor(image),
         f"{prefix}targets": _tensor(held_out.targets[box.slices][0]),

@@ -1,12 +1,13 @@
 """Training patches: draws, crops and deforms the voxels of each training sample.
 
 A sample depends only on the seed, the step and the slot. A thread or Ray Data can therefore draw
-samples in advance. Handles arrays in memory; independent of files and of the network.
+samples in advance. Reads windows of arrays; independent of files and of the network.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +28,9 @@ from unet_ray.training.augment import (
     warp_image,
     warp_labels,
 )
-from unet_ray.training.labels import TrainingData, TrainingVolume
+from unet_ray.training.data import SQUARE, TrainingData, TrainingVolume
 from unet_ray.training.recipes import Recipe
+from unet_ray.training.windows import Windowed
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +66,8 @@ Wave = tuple[int, list[SampleSlot]]  # number of the wave, and the samples to dr
 class Sampler:
     """Draws training patches at random positions of the labelled volumes.
 
-    Volumes are chosen in proportion to their number of voxels.
+    Volumes are chosen in proportion to their number of voxels. If only some voxels of a volume have
+    labels, each patch shows the neighbourhood of a labelled one.
 
     Args:
         data: labelled volumes.
@@ -77,40 +80,52 @@ class Sampler:
         self._patch, self._output, self._dims = recipe.patch, recipe.output, recipe.dims
         z, y, x = data.voxel_size or (1.0, 1.0, 1.0)
         self._spacing = (z / x, y / x, 1.0) if recipe.anisotropy == "auto" else (1.0, 1.0, 1.0)
-        sizes = np.array([v.targets.size for v in data.volumes], float)
+        sizes = np.array([math.prod(v.targets.shape) for v in data.volumes], float)
         self._shares = sizes / sizes.sum()
-        self._labelled = [np.flatnonzero(v.weights.any((1, 2))) for v in data.volumes]
+        self._places = [_Places.of(volume) for volume in data.volumes]
 
     def __getitem__(self, slot: SampleSlot) -> Sample:
         """Draws the sample of a step and slot; it depends only on these and the seed."""
         rng = np.random.default_rng([self._seed, *slot])
         number = rng.choice(len(self._shares), p=self._shares)
+        volume, places = self._data.volumes[number], self._places[number]
         if self._dims == 2:
-            return self._of_slice(self._data.volumes[number], rng)
-        return self._of_volume(self._data.volumes[number], self._labelled[number], rng)
+            return self._of_slice(volume, places, rng)
+        return self._of_volume(volume, places, rng)
 
-    def _of_slice(self, volume: TrainingVolume, rng: np.random.Generator) -> Sample:
-        z = int(rng.integers(volume.targets.shape[0]))
-        centre = self._draw_centre(volume.targets.shape[1:], rng)
+    def _of_slice(
+        self, volume: TrainingVolume, places: _Places, rng: np.random.Generator
+    ) -> Sample:
+        if places.dense:
+            z = int(places.planes[rng.integers(len(places.planes))])
+            centre = self._draw_centre(volume.targets.shape[1:], rng)
+        else:
+            z, *voxel = places.draw(rng)
+            centre = self._draw_around(voxel, volume.targets.shape[1:], rng)
         deformation = draw_deformation(self._patch, rng, self._elastic)
         inner = Deformation(deformation.offsets[(slice(None), *self._inner)])
         box, label_box = deformation.reach(centre), inner.reach(centre)
-        image = volume.intensity.normalise(_window(volume.image[..., z, :, :], box))
+        image = volume.intensity.normalise(_window(volume.image, _in_slice(z, box))[..., 0, :, :])
         warped = warp_image(image, _relative_to(box, centre), deformation)
         targets, weights = (
-            warp_labels(_window(array[z], label_box), _relative_to(label_box, centre), inner)
+            warp_labels(
+                _window(array, _in_slice(z, label_box))[0], _relative_to(label_box, centre), inner
+            )
             for array in (volume.targets, volume.weights)
         )
         return Sample(degrade(change_grey(warped, rng), rng, self._degrade), targets, weights)
 
     def _of_volume(
-        self, volume: TrainingVolume, planes: NDArray[np.intp], rng: np.random.Generator
+        self, volume: TrainingVolume, places: _Places, rng: np.random.Generator
     ) -> Sample:
-        centre = self._draw_centre(volume.targets.shape, rng)
-        if 0 < len(planes) < len(volume.targets):  # else most patches would show no label
-            z = int(rng.choice(planes)) - int(rng.integers(self._output[0]))
-            z = min(max(z, 0), max(0, len(volume.targets) - self._output[0]))
-            centre = (z + (self._output[0] - 1) / 2, *centre[1:])
+        shape = volume.targets.shape
+        if not places.dense:
+            centre = self._draw_around(places.draw(rng), shape, rng)
+        else:
+            centre = self._draw_centre(shape, rng)
+            if len(places.planes) < shape[0]:
+                plane = int(rng.choice(places.planes))
+                centre = (*self._draw_around([plane], shape[:1], rng), *centre[1:])
         warp = volumetric.draw_warp(self._patch, rng, self._elastic, self._spacing)
         inner = volumetric.Warp(warp.offsets[(slice(None), *self._inner)])
         box, label_box = warp.reach(centre), inner.reach(centre)
@@ -139,12 +154,63 @@ class Sampler:
         centre = []
         for extent, output in zip(shape, self._output, strict=True):
             start = int(rng.integers(-(output // 2), max(1, extent - output // 2)))
-            start = min(max(start, 0), max(0, extent - output))
-            centre.append(start + (output - 1) / 2)
+            centre.append(_inside(start, extent, output))
+        return tuple(centre)
+
+    def _draw_around(
+        self, voxel: Sequence[int], shape: Sequence[int], rng: np.random.Generator
+    ) -> tuple[float, ...]:
+        """Draws a patch centre such that the network's output shows a voxel of the volume."""
+        centre = []
+        for position, extent, output in zip(voxel, shape, self._output, strict=False):
+            start = min(position, extent - 1) - int(rng.integers(output))
+            centre.append(_inside(start, extent, output))
         return tuple(centre)
 
 
-def _window(array: NDArray[Any], box: Box) -> NDArray[Any]:
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """Where a volume has labels; elsewhere a patch would teach nothing.
+
+    Attributes:
+        planes: numbers of the slices with labels; of all slices if none has any.
+        dense: whether these slices have labels everywhere.
+        squares: indices into `labelled`, flattened, of the squares with labels.
+        labelled: see `TrainingVolume.labelled`.
+    """
+
+    planes: NDArray[np.intp]
+    dense: bool
+    squares: NDArray[np.intp]
+    labelled: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, volume: TrainingVolume) -> _Places:
+        labelled = volume.labelled
+        planes = np.flatnonzero(labelled.any((1, 2)))
+        dense = bool(labelled[planes].all())
+        squares = np.empty(0, np.intp) if dense else np.flatnonzero(labelled)
+        return cls(planes if len(planes) else np.arange(len(labelled)), dense, squares, labelled)
+
+    def draw(self, rng: np.random.Generator) -> list[int]:
+        """Draws a voxel (z, y, x) of a square with labels; it may be beyond the volume."""
+        square = self.squares[rng.integers(len(self.squares))]
+        z, *place = (int(n) for n in np.unravel_index(square, self.labelled.shape))
+        return [z, *(SQUARE * n + int(rng.integers(SQUARE)) for n in place)]
+
+
+def _inside(start: int, extent: int, output: int) -> float:
+    """Returns the centre of an output moved inside the volume, if it fits, along one axis."""
+    start = min(max(start, 0), max(0, extent - output))
+    return start + (output - 1) / 2
+
+
+def _in_slice(z: int, box: Box) -> Box:
+    """Returns the box (z, y, x) of a box (y, x) in slice `z`."""
+    return Box((z, *box.start), (z + 1, *box.stop))
+
+
+def _window(array: Windowed, box: Box) -> NDArray[Any]:
     """Crops a box along the last axes of an array, mirrored at its faces."""
     shape = array.shape[-len(box.start) :]
 

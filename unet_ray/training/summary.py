@@ -14,9 +14,11 @@ import numpy as np
 
 from unet_ray.network.checkpoints import read_tensors
 from unet_ray.tiling.levels import descriptions
-from unet_ray.training.labels import IGNORED, TrainingData
+from unet_ray.training.data import TrainingData
 from unet_ray.training.recipes import Recipe
+from unet_ray.training.truths import IGNORED
 from unet_ray.training.validation import checked_score
+from unet_ray.training.windows import Planes
 from unet_ray.units import format_seconds
 
 Rows = list[tuple[str, str]]
@@ -48,6 +50,8 @@ def summary(
     if data.unlabelled:
         text = f"{data.unlabelled} slices without labels are left out; paired by number"
         rows.append(("pairs", text))
+    if any(isinstance(volume.image, Planes) for volume in data.volumes):
+        rows.append(("memory", "images, labels and weight maps are read by windows; see --memory"))
     rows.append(("classes", _classes(data)))
     rows.append(("held out", _held_out(data, recipe)))
     if data.held_out:
@@ -88,9 +92,7 @@ def _files(files: Sequence[dict[str, Any]]) -> list[str]:
 
 def _classes(data: TrainingData) -> str:
     counts = np.zeros(256, np.int64)
-    for volume in data.volumes:
-        # Voxels without annotation have weight 0 and count as class 0 in the targets.
-        counts += np.bincount(volume.targets[volume.weights > 0].ravel(), minlength=256)
+    counts[: len(data.counts)] = data.counts
     for held_out in data.held_out:
         counts += np.bincount(held_out.targets.ravel(), minlength=256)
     counts[IGNORED] = 0
@@ -101,7 +103,7 @@ def _classes(data: TrainingData) -> str:
 def _held_out(data: TrainingData, recipe: Recipe) -> str:
     held_out = sum(len(each.targets) for each in data.held_out)
     # In 3-D the volumes contain the held-out slices, too.
-    learned = sum(len(volume.targets) for volume in data.volumes)
+    learned = sum(volume.targets.shape[0] for volume in data.volumes)
     total = learned + held_out * (recipe.dims == 2)
     if not held_out:
         return f"none of {total} slices, so no validation; set --val or --val-fraction"

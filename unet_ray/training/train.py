@@ -22,8 +22,11 @@ import torch
 
 from unet_ray.engine import cluster
 from unet_ray.errors import InputError, RunError, UnetRayError
+from unet_ray.machine import memory_available
 from unet_ray.network.checkpoints import write_tensors
-from unet_ray.training.labels import TrainingData, load_training_data, store_weights
+from unet_ray.training.data import TrainingData
+from unet_ray.training.labels import load_training_data
+from unet_ray.training.maps import store_weights
 from unet_ray.training.patches import Sampler, ahead, sample_slots
 from unet_ray.training.recipes import (
     CPU_CHANNELS,
@@ -70,6 +73,7 @@ def train(
     announce: Callable[[Rows], None] = lambda rows: None,
     any_classes: bool = False,
     strict: bool = False,
+    memory: int | None = None,
 ) -> Path:
     """Trains a network on labelled volumes; resumes an interrupted run.
 
@@ -90,6 +94,8 @@ def train(
         any_classes: accept label values as classes even if they look like cell numbers.
         strict: refuse images and labels of which a part would be left out; otherwise the part is
             only named on standard error.
+        memory: bytes of images, labels and weight maps above which they are read by windows; by
+            default half of the memory that this process could use. The model is the same.
 
     Returns:
         Path of the model file.
@@ -103,7 +109,9 @@ def train(
     if engine == "local" and workers not in (None, 1):
         count = ":".join(map(str, workers)) if isinstance(workers, tuple) else workers
         raise InputError(f"workers={count} needs --engine ray; the local engine has one worker.")
-    data = load_training_data(images, labels, recipe, run.path / WEIGHTS, any_classes, strict)
+    memory = memory or memory_available() // 2 or None
+    files = images, labels, recipe, run.path / WEIGHTS
+    data = load_training_data(*files, any_classes, strict, memory)
     recipe = recipe.fitted(data.voxel_size)
     choice: Rows = []
     if recipe.base_channels is None:
@@ -124,9 +132,10 @@ def train(
         if run.is_finished(limits):  # written by the previous owner of the folder in the meantime
             run.refuse_other(limits, data.identity)
             return model
-        store_weights(data, recipe, run.path / WEIGHTS, owned.guard)
+        data = store_weights(data, recipe, run.path / WEIGHTS, owned.guard)
         _store_patches(owned, recipe, data)
         if on_ray:
+            on_ray.share(data)
             announce(on_ray.summary(owned) + choice)
             on_ray.attempt(owned, watch)
         else:
@@ -184,7 +193,7 @@ class _OnRay:
         # A worker cannot use more CPUs than the largest machine has.
         largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
         threads = max(1, int(min(cluster.size_of("CPU") // most, largest)))
-        self._worker = partial(_ray_worker, recipe, [ray.put(data)], threads, checkpoint_seconds)
+        self._threads, self._checkpoint_seconds = threads, checkpoint_seconds
         self._scaling = ray_train.ScalingConfig(
             num_workers=fewest if fewest == most else (fewest, most),
             use_gpu=gpu,
@@ -194,6 +203,13 @@ class _OnRay:
         self._fewest, self._device = fewest, device
         self._scratch = run.path / "checkpoints" / "ray"
         self._done, self._failures = False, 0
+
+    def share(self, data: TrainingData) -> None:
+        """Puts the data, with weight maps at their final place, where all workers get it."""
+        import ray
+
+        self._data, settings = data, (self._threads, self._checkpoint_seconds)
+        self._worker = partial(_ray_worker, self._recipe, [ray.put(data)], *settings)
 
     def summary(self, owned: RunFolder) -> Rows:
         """Describes the training; the time of a step on the workers is not measured."""

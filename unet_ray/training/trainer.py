@@ -44,8 +44,8 @@ from unet_ray.network.prediction import (
     settle_arithmetic,
 )
 from unet_ray.network.unet import UNet, channels_last
+from unet_ray.training.data import TrainingData
 from unet_ray.training.gallery import PREDICTIONS, store_predictions
-from unet_ray.training.labels import TrainingData
 from unet_ray.training.patches import Sample, Sampler, SampleSlot, sample_slots
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.run_folder import (

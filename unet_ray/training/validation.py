@@ -24,7 +24,9 @@ from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.mirror import read_mirrored
 from unet_ray.tiling.tiles import TilePlan, equal_core
 from unet_ray.training.calibration import best_threshold, numbered, stacked
-from unet_ray.training.labels import IGNORED, HeldOut, TrainingData
+from unet_ray.training.data import HeldOut, TrainingData
+from unet_ray.training.truths import IGNORED
+from unet_ray.training.windows import Windowed, take_planes
 
 LARGEST_CORE = 512
 LARGEST_VOLUME = (32, 128, 128)  # of a core in 3-D
@@ -156,16 +158,19 @@ def predicted(
     core = tuple(equal_core(n, most, step) for n, most, step in extents)
     plan = TilePlan(shape, core, network.context, core)
     predictor = Predictor(network, plan, held_out.intensity, precision, device)
-    stored = np.zeros((network.classes - 1, *shape), np.uint8)
+    # Of a volume in which a few slices are held out, only these are kept.
+    kept = np.arange(shape[0]) if held_out.planes is None else np.asarray(held_out.planes)
+    stored = np.zeros((network.classes - 1, len(kept), *shape[1:]), np.uint8)
     for tile in map(plan.__getitem__, range(len(plan))):
-        z = tile.write
-        planes = range(z.start[0], z.stop[0])
-        if held_out.planes is not None and not set(planes) & set(held_out.planes):
+        z, y, x = tile.write.slices
+        here = np.flatnonzero((kept >= z.start) & (kept < z.stop))
+        if not len(here):
             continue
         voxels = read_mirrored(partial(_crop, held_out.image), shape, tile.read)
         shares = predictor(tile, voxels, ("probabilities",))["probabilities"]
-        stored[(slice(None), *tile.write.slices)] = shares[(slice(None), *tile.crop.slices)]
-    return stored if held_out.planes is None else stored[:, list(held_out.planes)]
+        written = shares[(slice(None), *tile.crop.slices)][:, kept[here] - z.start]
+        stored[:, here, y, x] = written
+    return stored
 
 
 def calibrated(
@@ -191,7 +196,7 @@ def calibrated(
 
 def _some_slices(data: TrainingData, dims: int) -> list[HeldOut]:
     """Returns evenly spaced slices of all volumes; voxels without weight are not annotated."""
-    labelled = [np.flatnonzero(volume.weights.any((1, 2))) for volume in data.volumes]
+    labelled = [np.flatnonzero(volume.labelled.any((1, 2))) for volume in data.volumes]
     total = sum(map(len, labelled))
     count = min(total, CALIBRATION_SLICES)
     places, first, chosen = (np.arange(count) * total + total // 2) // max(1, count), 0, []
@@ -199,13 +204,18 @@ def _some_slices(data: TrainingData, dims: int) -> list[HeldOut]:
         z = slices[places[(first <= places) & (places < first + len(slices))] - first]
         first += len(slices)
         if len(z):
-            targets = np.where(volume.weights[z] > 0, volume.targets[z], IGNORED).astype(np.uint8)
+            targets, weights = (
+                np.stack([array[n] for n in z.tolist()])
+                for array in (volume.targets, volume.weights)
+            )
+            targets = np.where(weights > 0, targets, IGNORED).astype(np.uint8)
             cells = numbered(targets == 1) if data.instances else None
             if dims == 3:
                 planes = tuple(z.tolist())
                 chosen.append(HeldOut(volume.image, targets, cells, volume.intensity, planes))
             else:
-                chosen.append(HeldOut(volume.image[:, z], targets, cells, volume.intensity))
+                image = take_planes(volume.image, z)
+                chosen.append(HeldOut(image, targets, cells, volume.intensity))
     return chosen
 
 
@@ -215,7 +225,7 @@ def _foreground(held_out: HeldOut) -> NDArray[np.bool_]:
     return mask
 
 
-def _crop(image: NDArray[Any], box: Box) -> NDArray[Any]:
+def _crop(image: Windowed, box: Box) -> NDArray[Any]:
     voxels: NDArray[Any] = image[(slice(None), *box.slices)]
     return voxels
 

@@ -33,11 +33,20 @@ def class_weights(targets: NDArray[np.uint8], classes: int) -> NDArray[np.float3
         ignored, n_c the number of voxels of the class, and K the number of classes that occur. The
         mean of w_c over the N voxels is 1. A class that does not occur gets 0.
     """
-    counts = np.bincount(targets.ravel(), minlength=classes)[:classes]
+    return shares_of(np.bincount(targets.ravel(), minlength=classes)[:classes])
+
+
+def shares_of(counts: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Computes `class_weights` from the number of voxels of each class, shape ``(classes,)``."""
     occurs = counts > 0
-    shares = np.zeros(classes)
+    shares = np.zeros(len(counts))
     shares[occurs] = counts.sum() / (occurs.sum() * counts[occurs])
     return shares.astype(np.float32)
+
+
+def border_reach(w0: float, sigma: float) -> float:
+    """Returns the distance, in voxels of x, of the cells that change the border term of a voxel."""
+    return sigma * math.sqrt(2 * math.log(w0 / NEGLIGIBLE)) if w0 > NEGLIGIBLE else 0.0
 
 
 def border_term(
@@ -78,7 +87,7 @@ def border_term(
         raise InputError(f"spacing={spacing} must be {instances.ndim} finite numbers above 0.")
     if w0 <= NEGLIGIBLE:
         return np.zeros(instances.shape, np.float32)
-    reach = sigma * math.sqrt(2 * math.log(w0 / NEGLIGIBLE))
+    reach = border_reach(w0, sigma)
     # A 2D image becomes a volume with one slice.
     numbers = instances.reshape(-1, *instances.shape[-2:])
     nearest = _nearest_in_columns(numbers, sizes[-2])
