@@ -1,10 +1,10 @@
 """Networks in 2-D and in 3-D on the same volume, for the same time.
 
-python -m tests.bench_volumes vnc|ovule FOLDER [MINUTES [SEED]]
+python -m tests.bench_volumes vnc|ovule FOLDER [MINUTES [SEED [DIMS]]]
 
 vnc: membranes of an anisotropic stack; slices 11 to 14 are held out. ovule: cells of a confocal
 volume, labelled in 3-D; planes 80 to 99 are held out. Prints a line of JSON for each network with
-the scores of the model that training keeps.
+the scores of the model that training keeps. DIMS is 2, 3 or 23 for both.
 """
 
 import json
@@ -34,19 +34,19 @@ def write_labels(name, source, folder):
     return path
 
 
-def main(name, folder, minutes=20, seed=1):
+def main(name, folder, minutes=20, seed=1, dims="23"):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     part, voxel_size, held_out, flags = VOLUMES[name]
     source = DATA / part
     pair = "--images", source / "raw.tif", "--labels", write_labels(name, source, folder)
     flags = *flags, "--val", held_out, "--minutes", minutes, "--seed", seed
-    for dims in (2, 3):
-        run = folder / f"{name}-{dims}d-{seed}"
-        words = ["train", *pair, "--out", run, "--dims", dims, "--voxel-size", voxel_size, *flags]
+    for axes in dims:
+        run = folder / f"{name}-{axes}d-{seed}"
+        words = ["train", *pair, "--out", run, "--dims", axes, "--voxel-size", voxel_size, *flags]
         subprocess.run([sys.executable, "-m", "unet_ray", *map(str, words)], check=True)
         header = read_model(run)[1]
-        facts = {"volume": name, "dims": dims, "seed": seed, "step": header.training["steps"]}
+        facts = {"volume": name, "dims": int(axes), "seed": seed, "step": header.training["steps"]}
         scores = {k: round(v, 4) for k, v in header.training["validation"].items()}
         print(json.dumps(facts | scores), flush=True)
 
