@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 DOCS_VENV ?= $(VENV)-docs
+PEERS_VENV ?= $(VENV)-peers
+BASES ?= 16,32,64
 
 PINS := .ci/versions.txt
 STAMP := $(VENV)/.unet-ray
@@ -12,10 +14,10 @@ RUN := $(VENV)/bin/python -m
 export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz mutants bench check docs clean
+.PHONY: help demo test test-slow fuzz mutants bench bench-peers check docs clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  (VENV=DIR: the environment to use or make; PYTHON=FILE: the Python to make it from)"
 
 demo: $(STAMP) ## make synthetic microscopy, train, segment on Ray and score it, in demo/
@@ -40,6 +42,15 @@ bench: $(STAMP) ## measure speed, beside other libraries where they do the same
 	$(RUN) tests.bench_gpu 60
 	$(RUN) tests.bench_plan
 	$(RUN) tests.bench_memory 2
+
+# MONAI and nnU-Net have an environment of their own, with the same versions of what we share.
+bench-peers: override VENV := $(PEERS_VENV)
+bench-peers: ## measure prediction beside MONAI and nnU-Net, about an hour (BASES=32: one size)
+	@$(VENV)/bin/python -c 'import monai, nnunetv2, unet_ray' 2>/dev/null || { \
+		{ [ -x $(VENV)/bin/python ] || ( $(MAKE_VENV) ); } && \
+		$(VENV)/bin/python -m pip install --quiet -c $(PINS) -c .ci/peers-versions.txt \
+			-e . monai nnunetv2; }
+	$(VENV)/bin/python -m tests.bench_peers build/peers $(BASES)
 
 check: $(STAMP) ## lint, formatting and types
 	$(RUN) ruff check

@@ -16,8 +16,9 @@ import resource
 import statistics
 import subprocess
 import sys
-import threading
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ from unet_ray.network.checkpoints import read_model
 from unet_ray.network.prediction import Predictor, best_precision
 from unet_ray.segmentation.outlook import plan
 from unet_ray.segmentation.settings import Settings
+from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.mirror import read_mirrored
 from unet_ray.tiling.tiles import TilePlan
 from unet_ray.volumes.intensity import measure
@@ -58,30 +60,23 @@ def passes(model, image, precision, tile=None):
     """The passes of a plan on inputs that are ready; one thread per pass if there are several."""
     tiles, predictor = predictor_of(model, image, precision, tile)
     inputs = []
-    for tile_ in map(tiles.__getitem__, range(len(tiles))):
-        voxels = read_mirrored(lambda box: image[(None, *box.slices)], image.shape, tile_.read)
-        inputs.append((tile_, predictor._image(voxels)))
+    for part in map(tiles.__getitem__, range(len(tiles))):
+        voxels = read_mirrored(lambda box: image[(None, *box.slices)], image.shape, part.read)
+        for box in tiles.pass_boxes(part):
+            stop = (start + n for start, n in zip(box.start, tiles.pass_shape, strict=True))
+            window = voxels[(slice(None), *Box(box.start, tuple(stop)).slices)]
+            inputs.append((part, predictor._image(window)))
     workers = min(len(inputs), torch.get_num_threads())
-    torch.set_num_threads(torch.get_num_threads() // workers)
+    threads = torch.get_num_threads() // workers
+
+    def one(pair):
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            predictor._scores(pair[1], pair[0], 0, None).softmax(1)
 
     def run(number=None):
-        waiting, lock = iter(inputs[:number]), threading.Lock()
-
-        def work():
-            torch.set_num_threads(max(1, torch.get_num_threads()))
-            with torch.inference_mode():
-                while True:
-                    with lock:
-                        tile_, seen = next(waiting, (None, None))
-                    if tile_ is None:
-                        return
-                    predictor._scores(seen, tile_).softmax(1)
-
-        threads = [threading.Thread(target=work) for _ in range(workers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(workers) as pool:
+            deque(pool.map(one, inputs[:number]), 0)
 
     return partial(run, 1), run
 

@@ -62,7 +62,7 @@ def raw(model, image):
                     tile, seen = next(waiting, (None, None))
                 if tile is None:
                     return
-                predictor._scores(seen, tile).softmax(1)
+                predictor._scores(seen, tile, 0, None).softmax(1)
 
     start = cpu()
     threads = [threading.Thread(target=work) for _ in range(usable_cores())]

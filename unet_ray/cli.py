@@ -186,7 +186,7 @@ def demo(out: str) -> None:
         "--base-channels",
         group=NETWORK,
         type=int,
-        help="Channels at full resolution. [16 to 64, by device and time; paper: 64]",
+        help="Channels at full resolution. [64 on a GPU, 16 on a CPU; paper: 64]",
     ),
     flag(
         "--norm",

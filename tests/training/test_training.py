@@ -807,15 +807,12 @@ def test_a_start_with_other_classes_is_refused(files, tmp_path):
         run((files[0], str(tmp_path / "labels.tif")), tmp_path / "run", steps=2, start=start)
 
 
-# Channels by device and time
+# Channels by device
 
 
-@pytest.mark.parametrize(
-    ("device", "minutes", "channels"),
-    [("cuda", 5.0, 64), ("mps", None, 64), ("cpu", None, 16), ("cpu", 20.0, 16), ("cpu", 60.0, 32)],
-)
-def test_channels_suit_the_device_and_the_time(device, minutes, channels):
-    assert channels_for(device, minutes) == channels
+@pytest.mark.parametrize(("device", "channels"), [("cuda", 64), ("mps", 64), ("cpu", 16)])
+def test_channels_suit_the_device(device, channels):
+    assert channels_for(device) == channels
 
 
 def test_a_run_keeps_the_channels_that_it_chose(files, tmp_path, monkeypatch):

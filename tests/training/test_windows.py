@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from tests.helper import measures, noise, write_stack
-from unet_ray.errors import ChangedError, InputError
+from unet_ray.errors import ChangedError, InputError, RunError
 from unet_ray.network.checkpoints import read_model
 from unet_ray.tiling.boxes import Box
 from unet_ray.training import maps, pairs
@@ -170,6 +170,21 @@ def test_voxels_that_are_not_finite_are_refused(files):
         with pytest.raises(InputError, match=r"image\.zarr: has voxels that are not finite"):
             load(files, recipe_of(2), memory)
     assert not [*files.glob("run/*")]
+
+
+def test_damaged_weight_maps_are_named(files):
+    recipe = recipe_of(3)
+    data = load(files, recipe, memory=1)
+    data = store_weights(data, recipe, files / "run" / STORED, nullcontext)
+    assert sorted(p.name for p in (files / "run/weights.zarr").iterdir()) == [
+        *("targets.0", "weights.0", "zarr.json")
+    ]
+    chunk = next(p for p in (files / "run/weights.zarr/weights.0/c").rglob("*") if p.is_file())
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
+    with pytest.raises(RunError, match=r"Delete weights\.zarr in the RUN folder"):
+        data.volumes[0].weights[:]
 
 
 def test_an_input_cannot_be_changed(files):

@@ -23,7 +23,7 @@ from unet_ray.training.data import SQUARE, TrainingData, TrainingVolume, labelle
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.truths import IGNORED, Components, Source, Truth
 from unet_ray.training.weights import NEGLIGIBLE, border_reach, shares_of, weight_map
-from unet_ray.training.windows import Arrays, Planes, Windowed, header_of, keep, stored, take_planes
+from unet_ray.training.windows import Arrays, Planes, Stored, Windowed, header_of, keep, take_planes
 from unet_ray.units import warn
 from unet_ray.volumes.intensity import Intensity
 
@@ -176,7 +176,7 @@ def store_weights(data: TrainingData, recipe: Recipe, path: Path, guard: Guard) 
         keep(data.part, folder := _folder(path), header, guard)
         volumes = tuple(
             replace(
-                v, targets=stored(folder, f"targets.{n}"), weights=stored(folder, f"weights.{n}")
+                v, targets=Stored(folder / f"targets.{n}"), weights=Stored(folder / f"weights.{n}")
             )
             for n, v in enumerate(data.volumes)
         )
@@ -263,6 +263,7 @@ class _Weighting:
                 )
                 weights[box.slices] = computed[crop]
             squares.see(box, weights[box.slices])
+        arrays.remove(f"components.{number}")
         return TrainingVolume(part.image, targets, weights, part.intensity, squares.labelled)
 
     def _grown(self, box: Box, shape: Sequence[int]) -> Box:
@@ -286,7 +287,7 @@ class _Weighting:
 
 def _opened(part: Part, number: int, folder: Path) -> TrainingVolume:
     """Returns a part with the arrays of an earlier start of the run."""
-    targets, weights = (stored(folder, f"{name}.{number}") for name in ("targets", "weights"))
+    targets, weights = (Stored(folder / f"{name}.{number}") for name in ("targets", "weights"))
     squares = _Squares(part.shape)
     for box in part.boxes:
         squares.see(box, weights[box.slices])

@@ -30,8 +30,6 @@ from unet_ray.training.maps import store_weights
 from unet_ray.training.patches import Sampler, ahead, sample_slots
 from unet_ray.training.recipes import (
     CPU_CHANNELS,
-    LONG_CPU_CHANNELS,
-    LONG_MINUTES,
     Recipe,
     channels_for,
 )
@@ -116,10 +114,10 @@ def train(
     choice: Rows = []
     if recipe.base_channels is None:
         kind = cluster.find_device(engine, workers[0] if isinstance(workers, tuple) else workers)
-        recipe = recipe.with_channels(run.channels() or channels_for(kind, recipe.minutes))
+        recipe = recipe.with_channels(run.channels() or channels_for(kind))
         if kind == "cpu" and recipe.base_channels == CPU_CHANNELS:
-            more = f"a CPU; {LONG_CPU_CHANNELS} from {LONG_MINUTES:g} minutes on"
-            choice = [("channels", f"{CPU_CHANNELS}, chosen for a short training on {more}")]
+            more = "chosen for a CPU; more may pay off after several hours, see --base-channels"
+            choice = [("channels", f"{CPU_CHANNELS}, {more}")]
     if data.held_out:
         checked_score(data.held_out, len(data.class_values), recipe.best_by)
     run.refuse_other(dataclasses.asdict(recipe), data.identity)

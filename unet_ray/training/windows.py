@@ -9,13 +9,14 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import ZstdCodec
 
-from unet_ray.errors import InputError
+from unet_ray.errors import InputError, RunError
 from unet_ray.storage.places import Guard
 from unet_ray.tiling.boxes import Box
 from unet_ray.volumes.volume import Volume
@@ -116,20 +117,49 @@ class Arrays:
         if self.folder is None:
             return np.zeros(shape, dtype)
         chunks = tuple(min(n, most) for n, most in zip(shape, CHUNK, strict=True))
-        array: Any = zarr.create_array(
-            self.folder / name, shape=tuple(shape), dtype=np.dtype(dtype), chunks=chunks
+        zarr.create_array(
+            self.folder / name,
+            shape=tuple(shape),
+            dtype=np.dtype(dtype),
+            chunks=chunks,
+            compressors=ZstdCodec(level=1, checksum=True),
         )
-        return cast(Windowed, array)
+        return Stored(self.folder / name, "r+")
 
-    def remove(self) -> None:
-        """Deletes the folder."""
+    def remove(self, name: str = "") -> None:
+        """Deletes an array of the folder, or the folder."""
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
-def stored(path: Path, name: str) -> Windowed:
-    """Opens an array of a folder for reading."""
-    return cast(Windowed, zarr.open_array(path / name, mode="r"))
+class Stored:
+    """An array of a folder, with checksums; a window is read or written when it is indexed.
+
+    Args:
+        path: of the array.
+        mode: ``r``, or ``r+`` for writing, too.
+    """
+
+    def __init__(self, path: Path, mode: Literal["r", "r+"] = "r") -> None:
+        self._path, self._array = path, zarr.open_array(path, mode=mode)
+        self.shape, self.dtype = self._array.shape, self._array.dtype
+
+    def __getitem__(self, index: Any) -> NDArray[Any]:
+        """Reads a window.
+
+        Raises:
+            RunError: if a chunk is damaged.
+        """
+        try:
+            return np.asarray(self._array[index])
+        except (OSError, RuntimeError, ValueError) as error:
+            raise RunError(
+                f"{self._path}: cannot be read: {error}. Delete {self._path.parent.name} in the "
+                "RUN folder and run the same command again; it computes the weight maps again."
+            ) from error
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._array[index] = value
 
 
 def keep(part: Path, path: Path, header: dict[str, Any], guard: Guard) -> None:
