@@ -322,7 +322,7 @@ def train(ctx: click.Context, /, **flags: Any) -> None:
             announce=watch.show_table,
             any_classes=flags["labels_are"] == "classes",
             strict=strict,
-            memory=parse_bytes(memory) if memory else None,
+            memory=None if memory is None else parse_bytes(memory),
         )
     finished = before is not None and time_of_model(out) == before
     if finished:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -16,8 +15,8 @@ from unet_ray.errors import InputError
 from unet_ray.network.checkpoints import read_model
 from unet_ray.report.page import write_report
 from unet_ray.segmentation.segment import segment
-from unet_ray.training.labels import load_training_data
-from unet_ray.training.maps import store_weights
+from unet_ray.training.labels import load_labels, load_training_data
+from unet_ray.training.maps import weighted
 from unet_ray.training.patches import Sampler
 from unet_ray.training.recipes import Recipe, levels_along_z
 from unet_ray.training.train import train
@@ -201,9 +200,10 @@ def test_voxels_that_are_too_long_along_z_are_refused_before_any_work(pair, tmp_
 def test_weight_maps_of_another_voxel_size_are_not_used_again(pair, tmp_path):
     recipe = Recipe.of("default", **TINY, w0=10.0)
     one, two = (dataclasses.replace(recipe, voxel_size=(z, 1.0, 1.0)) for z in (1.0, 3.0))
-    data = load_training_data([pair[0]], [pair[1]], one)
-    store_weights(data, one, tmp_path / "weights.safetensors", nullcontext)
-    again = load_training_data([pair[0]], [pair[1]], two, tmp_path / "weights.safetensors")
+    data, again = (
+        weighted(load_labels([pair[0]], [pair[1]], each), each, tmp_path / "weights.safetensors")
+        for each in (one, two)
+    )
     assert not np.array_equal(again.volumes[0].weights, data.volumes[0].weights)
 
 

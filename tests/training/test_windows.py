@@ -1,9 +1,10 @@
 """Training data larger than memory: read by windows, with the same samples and the same model."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ from unet_ray.errors import ChangedError, InputError, RunError
 from unet_ray.network.checkpoints import read_model
 from unet_ray.tiling.boxes import Box
 from unet_ray.training import maps, pairs
-from unet_ray.training.labels import load_training_data
-from unet_ray.training.maps import store_weights
+from unet_ray.training.labels import load_labels, load_training_data
+from unet_ray.training.maps import weighted
 from unet_ray.training.patches import Sampler
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.train import train
@@ -61,9 +62,9 @@ def recipe_of(dims, **changes):
 
 def load(files, recipe, memory=None, run="run"):
     labels = files / f"{recipe.labels_are}.tif"
-    chosen = {"any_classes": True, "memory": memory}
     pair = [str(files / "image.zarr")], [str(labels)]
-    return load_training_data(*pair, recipe, files / run / STORED, **chosen)
+    labelled = load_labels(*pair, recipe, any_classes=True, memory=memory)
+    return weighted(labelled, recipe, files / run / STORED)
 
 
 CASES = [
@@ -118,7 +119,6 @@ def test_a_training_by_windows_gives_the_same_model_and_goes_on(files, dims, mon
     assert ("memory", "images, labels and weight maps are read by windows; see --memory") in rows
     assert (files / "windowed/weights.zarr").is_dir()
     assert not (files / "windowed" / STORED).exists()
-    assert not [*(files / "windowed").glob("*.part")]
 
     monkeypatch.setattr(maps, "weight_map", None)  # is not called again
     longer = recipe_of(dims, val="3:5", steps=6)
@@ -126,10 +126,8 @@ def test_a_training_by_windows_gives_the_same_model_and_goes_on(files, dims, mon
     assert max(measure["step"] for measure in measures(files / "windowed")) == 6
 
 
-def test_the_maps_of_a_run_that_ends_early_are_computed_again(files, monkeypatch):
-    recipe = recipe_of(3)
-    (files / "run").mkdir()
-    (files / "run" / "weights-old.part").mkdir()  # of a process that was killed
+def test_maps_that_are_not_complete_are_computed_again(files, monkeypatch):
+    recipe, scratch = recipe_of(3), files / "run" / "checkpoints"
 
     def fails(*args):
         raise KeyboardInterrupt
@@ -137,18 +135,40 @@ def test_the_maps_of_a_run_that_ends_early_are_computed_again(files, monkeypatch
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
         context.setattr(maps, "labelled_squares", fails)
         load(files, recipe, memory=1)
+    assert len([*scratch.iterdir()]) == 1 and not (files / "run/weights.zarr").exists()
     data = load(files, recipe, memory=1)
-    assert len([*(files / "run").glob("*.part")]) == 2
-    data = store_weights(data, recipe, files / "run" / STORED, nullcontext)
-    assert sorted(os.listdir(files / "run")) == ["weights.zarr"]
     expected = load(files, recipe, run="other").volumes[0].weights
     np.testing.assert_array_equal(data.volumes[0].weights[:], expected)
-    assert load(files, recipe, memory=1).part is None  # they are used as they are
-    other = load(files, recipe_of(3, w0=5.0), memory=1)
-    part = other.part
-    assert part.is_dir()
-    del other
-    assert not part.exists()
+    with monkeypatch.context() as context:
+        context.setattr(maps, "weight_map", None)  # they are used as they are
+        load(files, recipe, memory=1)
+    other = load(files, recipe_of(3, w0=5.0), memory=1).volumes[0].weights[:]
+    assert not np.array_equal(other, expected)
+    load(files, recipe)  # with more memory
+    assert sorted(os.listdir(files / "run")) == ["checkpoints", "weights.safetensors"]
+    load(files, recipe, memory=1)
+    assert sorted(os.listdir(files / "run")) == ["checkpoints", "weights.zarr"]
+
+
+def test_a_training_killed_while_it_computes_maps_goes_on(files):
+    """The folder of a killed run is a training run, and the next start cleans it."""
+    pair = [str(files / "image.zarr")], [str(files / "instances.tif")]
+    program = """
+import os, signal, sys
+from unet_ray.training import maps
+from unet_ray.training.recipes import Recipe
+from unet_ray.training.train import train
+maps.labelled_squares = lambda weights: os.kill(os.getpid(), signal.SIGKILL)
+recipe = Recipe.of("default", base_channels=2, depth=1, steps=2, labels_are="instances")
+train([sys.argv[1]], [sys.argv[2]], sys.argv[3], recipe, memory=1)
+"""
+    words = [sys.executable, "-c", program, pair[0][0], pair[1][0], str(files / "run")]
+    assert subprocess.run(words, capture_output=True).returncode == -signal.SIGKILL
+    assert [*(files / "run/checkpoints").glob("weights-*.part")]
+    recipe = Recipe.of("default", base_channels=2, depth=1, steps=2, labels_are="instances")
+    train(*pair, files / "run", recipe, memory=1)
+    assert not [*(files / "run/checkpoints").glob("*.part")]
+    assert (files / "run/weights.zarr").is_dir()
 
 
 def test_a_file_that_changes_during_a_training_is_refused(files):
@@ -157,7 +177,7 @@ def test_a_file_that_changes_during_a_training_is_refused(files):
     assert sampler[0, 0].image.shape == (1, 44, 44)
     stack = open_volume(str(files / "image.zarr")).read(Box.of(SHAPE))[0]
     zarr.create_array(files / "image.zarr", data=stack // 2, chunks=(4, 32, 32), overwrite=True)
-    with pytest.raises(ChangedError, match=r"image\.zarr"):
+    with pytest.raises(ChangedError, match=r"image\.zarr has changed .* choose another --out"):
         for step in range(50):
             sampler[step, 0]
 
@@ -175,7 +195,6 @@ def test_voxels_that_are_not_finite_are_refused(files):
 def test_damaged_weight_maps_are_named(files):
     recipe = recipe_of(3)
     data = load(files, recipe, memory=1)
-    data = store_weights(data, recipe, files / "run" / STORED, nullcontext)
     assert sorted(p.name for p in (files / "run/weights.zarr").iterdir()) == [
         *("targets.0", "weights.0", "zarr.json")
     ]
@@ -185,6 +204,12 @@ def test_damaged_weight_maps_are_named(files):
     chunk.write_bytes(content)
     with pytest.raises(RunError, match=r"Delete weights\.zarr in the RUN folder"):
         data.volumes[0].weights[:]
+    chunk.unlink()
+    with pytest.raises(RunError, match=r"a chunk is missing\. Delete weights\.zarr"):
+        data.volumes[0].weights[:]
+    shutil.rmtree(files / "run/weights.zarr/targets.0")
+    with pytest.raises(RunError, match=r"targets\.0: cannot be read"):
+        load(files, recipe, memory=1)
 
 
 def test_an_input_cannot_be_changed(files):
@@ -268,3 +293,10 @@ def test_a_tiff_stack_is_read_by_windows(tmp_path):
     planes = Planes(open_volume(str(tmp_path / "stack.tif")), [0, 1, 4])
     window = planes[:, 1:3, 5:20, 30:60]
     np.testing.assert_array_equal(window, stack[None, [1, 4], 5:20, 30:60])
+
+
+@pytest.mark.parametrize("memory", [0, -1, float("nan"), "1GiB", [1]])
+def test_a_memory_that_is_no_number_of_bytes_is_refused(files, memory):
+    pair = [str(files / "image.zarr")], [str(files / "classes.tif")]
+    with pytest.raises(InputError, match="must be a whole number of bytes above 0"):
+        train(*pair, files / "run", recipe_of(2), memory=memory)

@@ -5,16 +5,14 @@ Holds arrays, in memory or read by windows. Independent of how they are loaded o
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unet_ray.training.windows import Arrays, Windowed, take_planes
+from unet_ray.training.windows import Windowed, take_planes
 from unet_ray.volumes.intensity import Intensity
 
 SQUARE = 32  # voxels along y and x of the squares for which a volume knows whether they have labels
@@ -82,7 +80,6 @@ class TrainingData:
         held_out: slices for validation; empty if no slices are held out.
         instances: whether the labels number objects.
         counts: voxels of each class to learn from.
-        part: folder of weight maps that `store_weights` has not taken over yet.
     """
 
     volumes: tuple[TrainingVolume, ...]
@@ -93,11 +90,6 @@ class TrainingData:
     unlabelled: int = 0
     instances: bool = False
     counts: tuple[int, ...] = ()
-    part: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.part is not None:  # of a run that ends before it takes its weight maps over
-            weakref.finalize(self, Arrays(self.part).remove)
 
     @property
     def channels(self) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from unet_ray.errors import InputError
 from unet_ray.tiling.boxes import Box
 from unet_ray.training.data import HeldOut, TrainingData
-from unet_ray.training.maps import Part, boxes_of, weight_maps
+from unet_ray.training.maps import Labelled, Part, boxes_of, weighted
 from unet_ray.training.pairs import (
     Pair,
     all_read,
@@ -38,23 +37,31 @@ def load_training_data(
     images: Sequence[Any],
     labels: Sequence[Any],
     recipe: Recipe,
-    weights_file: Path | None = None,
+    any_classes: bool = False,
+    strict: bool = False,
+) -> TrainingData:
+    """Loads labelled volumes with their weight maps; see `load_labels`."""
+    return weighted(load_labels(images, labels, recipe, any_classes, strict), recipe)
+
+
+def load_labels(
+    images: Sequence[Any],
+    labels: Sequence[Any],
+    recipe: Recipe,
     any_classes: bool = False,
     strict: bool = False,
     memory: int | None = None,
-) -> TrainingData:
-    """Reads labelled volumes, and reads or computes their weight maps.
+) -> Labelled:
+    """Reads labelled volumes; writes nothing.
 
     Args:
         images: paths of the images, or arrays.
         labels: paths of the labels, or arrays, in the same order.
         recipe: sets the kind of labels, the held-out slices and the weight maps.
-        weights_file: file of `store_weights`. Its weight maps are used if they belong to the same
-            labels and settings; the file need not exist.
         any_classes: accept label values as classes even if they look like cell numbers.
         strict: refuse images and labels of which a part would be left out.
-        memory: bytes above which volumes are read by windows, and their weight maps are arrays in a
-            folder beside `weights_file`; None for no limit. The samples are the same.
+        memory: bytes above which volumes are read by windows; None for no limit. The samples are
+            the same.
 
     Raises:
         InputError: if the numbers of files, the shapes or the channels differ, if values are
@@ -65,7 +72,7 @@ def load_training_data(
     recipe.fitted(voxel_size)  # refuses a patch that does not fit before anything is read
     for volume in all_read(pairs):
         report_omissions(volume.path, volume.omissions, strict)
-    windowed = weights_file is not None and memory is not None and _bytes(pairs, recipe) > memory
+    windowed = memory is not None and _bytes(pairs, recipe) > memory
     pairs = [pair.pinned() if windowed else pair.loaded() for pair in pairs]
     for pair in pairs:
         refuse_exchanged(pair)
@@ -82,18 +89,33 @@ def load_training_data(
             learned.append(Part.of(pair.voxels, source, grey, out, recipe.dims, windowed))
         if out.any():
             held_out.append(_held_out_slices(pair.voxels, source, grey, out, recipe.dims))
-    maps = weight_maps(learned, recipe, identity["labels"], voxel_size, weights_file, windowed)
-    return TrainingData(
-        maps.volumes,
+    return Labelled(
+        learned,
         sources[0].rule.values,
         voxel_size,
         identity,
         tuple(held_out),
         sum(pair.image.shape[1] - len(pair.planes) for pair in pairs),
         recipe.labels_are == "instances",
-        maps.counts,
-        maps.part,
+        _counts(learned),
+        windowed,
     )
+
+
+def _counts(parts: Sequence[Part]) -> NDArray[np.int64]:
+    """Returns the number of voxels of each class to learn from.
+
+    Raises:
+        InputError: if there is none of a class.
+    """
+    counts: NDArray[np.int64] = np.sum([part.counts() for part in parts], 0)
+    occurring = np.count_nonzero(counts)
+    if occurring < len(counts):
+        raise InputError(
+            f"The slices that are not held out contain only {occurring} of {len(counts)} classes; "
+            "hold out other slices, or none."
+        )
+    return counts
 
 
 def _bytes(pairs: Sequence[Pair], recipe: Recipe) -> int:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -19,11 +21,12 @@ from unet_ray.errors import InputError
 from unet_ray.network.checkpoints import read_tensors, write_tensors
 from unet_ray.storage.places import Guard
 from unet_ray.tiling.boxes import Box
-from unet_ray.training.data import SQUARE, TrainingData, TrainingVolume, labelled_squares
+from unet_ray.training.data import SQUARE, HeldOut, TrainingData, TrainingVolume, labelled_squares
 from unet_ray.training.recipes import Recipe
+from unet_ray.training.run_folder import CHECKPOINTS, PART
 from unet_ray.training.truths import IGNORED, Components, Source, Truth
 from unet_ray.training.weights import NEGLIGIBLE, border_reach, shares_of, weight_map
-from unet_ray.training.windows import Arrays, Planes, Stored, Windowed, header_of, keep, take_planes
+from unet_ray.training.windows import Arrays, Stored, Windowed, drop, header_of, keep, take_planes
 from unet_ray.units import warn
 from unet_ray.volumes.intensity import Intensity
 
@@ -97,97 +100,92 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Maps:
-    """Volumes with their weight maps.
+class Labelled:
+    """Labelled volumes without their weight maps.
 
     Attributes:
-        volumes: in the order of the parts.
-        counts: number of voxels of each class.
-        part: folder of weight maps that `store_weights` has not taken over yet.
+        parts: what is learned of each volume, in the order of the arguments.
+        class_values, voxel_size, identity, held_out, unlabelled, instances: see `TrainingData`.
+        counts: voxels of each class to learn from.
+        windowed: whether the volumes are read by windows.
     """
 
-    volumes: tuple[TrainingVolume, ...]
-    counts: tuple[int, ...]
-    part: Path | None = None
+    parts: Sequence[Part]
+    class_values: tuple[int, ...]
+    voxel_size: tuple[float, float, float] | None
+    identity: dict[str, Any]
+    held_out: tuple[HeldOut, ...]
+    unlabelled: int
+    instances: bool
+    counts: NDArray[np.int64]
+    windowed: bool
 
 
-def weight_maps(
-    parts: Sequence[Part],
-    recipe: Recipe,
-    labels: Sequence[dict[str, Any]],
-    voxel_size: tuple[float, float, float] | None,
-    weights_file: Path | None,
-    windowed: bool,
-) -> Maps:
-    """Reads or computes the weight maps, with class weights balanced over all volumes.
+def weighted(
+    labelled: Labelled, recipe: Recipe, path: Path | None = None, guard: Guard = nullcontext
+) -> TrainingData:
+    """Adds the weight maps, and keeps them with the run, so that it need not compute them again.
 
     Args:
-        parts: what is learned of each volume.
+        labelled: the volumes.
         recipe: the settings that the weight maps depend on.
-        labels: the identity of the labels.
-        voxel_size: (z, y, x) of all volumes, in micrometres.
-        weights_file: file of `store_weights`; it need not exist.
-        windowed: compute box by box, into arrays in a folder.
+        path: the file of a RUN folder, with tensors ``weights.N``. Weight maps of volumes that are
+            read by windows become arrays in a folder beside it. None to keep nothing; the volumes
+            must be in memory.
+        guard: entered around each change; raises if the run has lost its lease.
 
     Raises:
-        InputError: if the parts lack a class.
+        RunError: if the weight maps cannot be written.
     """
-    counts = np.sum([part.counts() for part in parts], 0)
-    occurring = np.count_nonzero(counts)
-    if occurring < len(counts):
-        raise InputError(
-            f"The slices that are not held out contain only {occurring} of {len(counts)} classes; "
-            "hold out other slices, or none."
-        )
-    weighting = _Weighting(len(counts), recipe, shares_of(counts), _spacing(recipe, voxel_size))
-    header, classes = _header(labels, recipe, voxel_size), tuple(counts.tolist())
-    if windowed and weights_file is not None:
-        folder = _folder(weights_file)
-        if header_of(folder) == header:
-            opened = tuple(_opened(part, number, folder) for number, part in enumerate(parts))
-            return Maps(opened, classes)
-        arrays = Arrays.beside(folder)
-        try:
-            return Maps(weighting.all(parts, arrays), classes, arrays.folder)
-        except BaseException:
-            arrays.remove()
-            raise
-    known = _stored_weights(weights_file, header, [part.shape for part in parts])
-    return Maps(weighting.all(parts, Arrays(), known), classes)
+    balance, spacing = shares_of(labelled.counts), _spacing(recipe, labelled.voxel_size)
+    weighting = _Weighting(len(balance), recipe, balance, spacing)
+    header = _header(labelled.identity["labels"], recipe, labelled.voxel_size)
+    if labelled.windowed and path is not None:
+        volumes = _on_disk(labelled.parts, weighting, header, path, guard)
+    else:
+        known = _stored_weights(path, header, [part.shape for part in labelled.parts])
+        volumes = weighting.all(labelled.parts, Arrays(), known)
+        if path is not None:
+            drop(_folder(path), _scratch(path), guard)
+        if path is not None and not known:
+            maps = {
+                f"weights.{n}": torch.from_numpy(np.asarray(volume.weights))
+                for n, volume in enumerate(volumes)
+            }
+            write_tensors(path, maps, header, guard)
+    return TrainingData(
+        volumes,
+        labelled.class_values,
+        labelled.voxel_size,
+        labelled.identity,
+        labelled.held_out,
+        labelled.unlabelled,
+        labelled.instances,
+        tuple(labelled.counts.tolist()),
+    )
 
 
-def store_weights(data: TrainingData, recipe: Recipe, path: Path, guard: Guard) -> TrainingData:
-    """Keeps the weight maps of a run, so that it need not compute them again.
+def _on_disk(
+    parts: Sequence[Part],
+    weighting: _Weighting,
+    header: dict[str, Any],
+    path: Path,
+    guard: Guard,
+) -> tuple[TrainingVolume, ...]:
+    """Returns the parts with weight maps in a folder, which are computed unless it has them."""
+    folder = _folder(path)
+    if header_of(folder) != header:
+        part = _scratch(path)
+        weighting.all(parts, Arrays(part, 1 if weighting.spacing is None else BLOCK[0]))
+        keep(part, folder, header, guard)
+        with guard():
+            path.unlink(missing_ok=True)  # of a start with more memory
+    return tuple(_opened(part, number, folder) for number, part in enumerate(parts))
 
-    Args:
-        data: volumes with their weight maps.
-        recipe: the settings that the weight maps depend on.
-        path: the file, with tensors ``weights.N``. Weight maps of volumes that are read by windows
-            become arrays in a folder beside it.
-        guard: entered around the write; raises if the run has lost its lease.
 
-    Returns:
-        The data, with weight maps at their final place.
-    """
-    header = _header(data.identity["labels"], recipe, data.voxel_size)
-    if any(isinstance(volume.image, Planes) for volume in data.volumes):
-        if data.part is None:
-            return data
-        keep(data.part, folder := _folder(path), header, guard)
-        volumes = tuple(
-            replace(
-                v, targets=Stored(folder / f"targets.{n}"), weights=Stored(folder / f"weights.{n}")
-            )
-            for n, v in enumerate(data.volumes)
-        )
-        return replace(data, volumes=volumes, part=None)
-    if not (path.exists() and _read_weights(path)[1] == header):
-        maps = {
-            f"weights.{n}": torch.from_numpy(np.asarray(v.weights))
-            for n, v in enumerate(data.volumes)
-        }
-        write_tensors(path, maps, header, guard)
-    return data
+def _scratch(path: Path) -> Path:
+    """Returns a new name in the folder of checkpoints, which the owner of a run cleans."""
+    return path.parent / CHECKPOINTS / f"weights-{uuid4().hex}{PART}"
 
 
 def _folder(weights_file: Path) -> Path:

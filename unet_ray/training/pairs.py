@@ -20,7 +20,6 @@ from unet_ray.training.truths import MOST_CLASSES, RING
 from unet_ray.training.windows import Planes, Windowed
 from unet_ray.units import warn
 from unet_ray.volumes.folder import slices_by_number
-from unet_ray.volumes.intensity import EXACT_BYTES
 from unet_ray.volumes.opening import open_volume
 from unet_ray.volumes.volume import Volume
 
@@ -75,7 +74,8 @@ class Pair:
     def identity(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Identifies image and labels by their voxels, so that a changed file time does not matter.
 
-        Of volumes above 2 GiB the files are identified, with a sample of their voxels.
+        Raises:
+            InputError: if grey values are not finite.
         """
         return _identity(self.image, self.voxels), _identity(self.label, self.labels)
 
@@ -159,12 +159,17 @@ def refuse_cell_numbers(pair: Pair, ignore_label: int | None) -> None:
     Raises:
         InputError: naming the file and the flag for cell numbers.
     """
-    planes = [*_planes(pair.labels, LOOKED_AT)]
-    values = {*np.unique(np.concatenate([np.unique(p) for p in planes])).tolist()}
+    values: set[int | None] = set()
+    for plane in _planes(pair.labels, LOOKED_AT):
+        values |= set(np.unique(plane).tolist())
     values -= {0, ignore_label}
     if not FEWEST_CELLS <= len(values) <= MOST_CLASSES:
         return
-    parts = [ndimage.label(plane == v, np.ones((3, 3)))[1] for plane in planes for v in values]
+    parts = [
+        ndimage.label(plane == v, np.ones((3, 3)))[1]
+        for plane in _planes(pair.labels, LOOKED_AT)
+        for v in values
+    ]
     present = [count for count in parts if count]
     if sum(count == 1 for count in present) >= SINGLE_OBJECTS * len(present):
         raise InputError(
@@ -175,8 +180,15 @@ def refuse_cell_numbers(pair: Pair, ignore_label: int | None) -> None:
 
 
 def _planes(array: Windowed, most: int | None = None) -> Iterator[NDArray[Any]]:
-    """Yields slices (y, x) of the first channel: all, or at most `most` evenly spaced ones."""
+    """Yields slices (y, x) of the first channel.
+
+    Args:
+        array: (c, z, y, x).
+        most: yield at most this many evenly spaced ones, unless the array is in memory.
+    """
     _, depth, height, width = array.shape
+    if isinstance(array, np.ndarray):
+        most = None
     for z in np.unique(np.linspace(0, depth - 1, min(depth, most or depth)).astype(int)).tolist():
         yield array[:, z : z + 1, 0:height, 0:width][0, 0]
 
@@ -194,8 +206,6 @@ def _load(array: Windowed) -> NDArray[Any]:
 
 def _identity(volume: Volume, voxels: Windowed) -> dict[str, Any]:
     properties = volume.identity()
-    if np.prod(voxels.shape) * voxels.dtype.itemsize > EXACT_BYTES:
-        return properties
     names = "name", "kind", "shape", "dtype", "bytes"
     digest = hashlib.sha256()
     plane_bytes = int(np.prod(voxels.shape[2:])) * voxels.dtype.itemsize

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ LIMITS = "steps", "minutes"  # settings that may be raised to go on with a train
 REPORT_STEPS = 10
 LARGEST = 1e300  # bound of the numbers in a log or a checkpoint
 CHECKPOINTS = "checkpoints"  # this folder also contains the lease
+PART = ".part"  # end of the names of folders in it that are not complete
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ class RunFolder:
         with self.guard():
             for folder in (self.path, self.path / CHECKPOINTS):
                 remove_partial(folder)
+        for folder in (self.path / CHECKPOINTS).glob(f"*{PART}"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def checkpoints(self) -> list[Path]:
         """Returns the checkpoint files, newest first."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unet_ray.errors import UnetRayError
 from unet_ray.training.patches import Sample, Sampler, SampleSlot, Wave
 from unet_ray.training.recipes import Recipe
 
@@ -79,10 +80,19 @@ def streamed(
             for image, targets, weights in zip(*(block[k] for k in _COLUMNS), strict=True):
                 yield Sample(image, targets, weights)
     except ray.exceptions.RayError as error:
+        if own := _own(error):  # such as an image that has changed; a retry would not help
+            raise own from error
         raise RuntimeError(f"drawing training patches failed: {error}") from error
     finally:
         blocks.close()
         ray.kill(wave_queue)
+
+
+def _own(error: BaseException | None) -> UnetRayError | None:
+    """Returns the error of unet-ray that made a task of Ray fail, if it was one."""
+    while error is not None and not isinstance(error, UnetRayError):
+        error = getattr(error, "cause", None) or error.__cause__
+    return error
 
 
 def _waves(slots: Iterator[SampleSlot], size: int) -> Iterator[list[SampleSlot]]:

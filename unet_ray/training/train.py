@@ -25,8 +25,8 @@ from unet_ray.errors import InputError, RunError, UnetRayError
 from unet_ray.machine import memory_available
 from unet_ray.network.checkpoints import write_tensors
 from unet_ray.training.data import TrainingData
-from unet_ray.training.labels import load_training_data
-from unet_ray.training.maps import store_weights
+from unet_ray.training.labels import load_labels
+from unet_ray.training.maps import weighted
 from unet_ray.training.patches import Sampler, ahead, sample_slots
 from unet_ray.training.recipes import (
     CPU_CHANNELS,
@@ -107,10 +107,12 @@ def train(
     if engine == "local" and workers not in (None, 1):
         count = ":".join(map(str, workers)) if isinstance(workers, tuple) else workers
         raise InputError(f"workers={count} needs --engine ray; the local engine has one worker.")
-    memory = memory or memory_available() // 2 or None
-    files = images, labels, recipe, run.path / WEIGHTS
-    data = load_training_data(*files, any_classes, strict, memory)
-    recipe = recipe.fitted(data.voxel_size)
+    if memory is None:
+        memory = memory_available() // 2 or None
+    elif type(memory) is not int or memory < 1:
+        raise InputError(f"memory={memory!r} must be a whole number of bytes above 0.")
+    labelled = load_labels(images, labels, recipe, any_classes, strict, memory)
+    recipe = recipe.fitted(labelled.voxel_size)
     choice: Rows = []
     if recipe.base_channels is None:
         kind = cluster.find_device(engine, workers[0] if isinstance(workers, tuple) else workers)
@@ -118,19 +120,19 @@ def train(
         if kind == "cpu" and recipe.base_channels == CPU_CHANNELS:
             more = "chosen for a CPU; more may pay off after several hours, see --base-channels"
             choice = [("channels", f"{CPU_CHANNELS}, {more}")]
-    if data.held_out:
-        checked_score(data.held_out, len(data.class_values), recipe.best_by)
-    run.refuse_other(dataclasses.asdict(recipe), data.identity)
+    if labelled.held_out:
+        checked_score(labelled.held_out, len(labelled.class_values), recipe.best_by)
+    run.refuse_other(dataclasses.asdict(recipe), labelled.identity)
     model, limits = run.path / MODEL, dataclasses.asdict(recipe)
     if run.is_finished(limits):
         return model
     # Ray is set up before the lease is taken, and the first attempt runs under the same lease.
-    on_ray = _OnRay(recipe, data, run, workers, checkpoint_seconds) if engine == "ray" else None
+    on_ray = _OnRay(recipe, run, workers, checkpoint_seconds) if engine == "ray" else None
     with run.owned(takeover) as owned:
         if run.is_finished(limits):  # written by the previous owner of the folder in the meantime
-            run.refuse_other(limits, data.identity)
+            run.refuse_other(limits, labelled.identity)
             return model
-        data = store_weights(data, recipe, run.path / WEIGHTS, owned.guard)
+        data = weighted(labelled, recipe, run.path / WEIGHTS, owned.guard)
         _store_patches(owned, recipe, data)
         if on_ray:
             on_ray.share(data)
@@ -175,7 +177,6 @@ class _OnRay:
     def __init__(
         self,
         recipe: Recipe,
-        data: TrainingData,
         run: RunFolder,
         workers: Workers,
         checkpoint_seconds: float,
@@ -197,13 +198,13 @@ class _OnRay:
             use_gpu=gpu,
             resources_per_worker={"CPU": CPU_SHARE * (1 if gpu else threads)},
         )
-        self._recipe, self._data = recipe, data
+        self._recipe = recipe
         self._fewest, self._device = fewest, device
         self._scratch = run.path / "checkpoints" / "ray"
         self._done, self._failures = False, 0
 
     def share(self, data: TrainingData) -> None:
-        """Puts the data, with weight maps at their final place, where all workers get it."""
+        """Puts the data where all workers get it."""
         import ray
 
         self._data, settings = data, (self._threads, self._checkpoint_seconds)

@@ -24,6 +24,7 @@ from unet_ray.training.windows import Windowed, consecutive
 
 # Labels with more distinct values than this are taken for object numbers, not classes.
 MOST_CLASSES = 32
+MOST_VALUES = 1 << 20  # after more values the search for others ends
 RING = 5  # voxels around a cell that are background where 0 means not annotated
 SMALL = (np.uint8, np.uint16)  # types of labels for which a table of all values is small
 IGNORED = 255  # target of a voxel without annotation, until its weight is 0
@@ -158,7 +159,10 @@ class Source:
         planes = np.arange(self.shape[0])
         if any((self.of(planes, box).targets == 1).any() for box in boxes):
             return
-        numbered = any(self._labels[(slice(None), *box.slices)].any() for box in boxes)
+        nothing = [value for value in (0, self.rule.ignored) if value is not None]
+        numbered = any(
+            not np.isin(self._labels[(slice(None), *box.slices)], nothing).all() for box in boxes
+        )
         raise InputError(
             f"{self._path}: contains no cell"
             + (" after touching cells are separated" if numbered else "")
@@ -193,7 +197,7 @@ def rule_of(
     seen = ignored is None
     for path, array in labels:
         for box in boxes(array.shape[1:]):
-            if seen and instances:
+            if seen and (instances or len(distinct) > MOST_VALUES):
                 break
             window = array[(slice(None), *box.slices)][0]
             seen = seen or bool((window == ignored).any())
@@ -210,9 +214,10 @@ def rule_of(
             "at most one class; training needs at least two."
         )
     if len(values) > MOST_CLASSES:
+        more = " or more" if len(values) > MOST_VALUES else ""
         raise InputError(
-            f"{labels[0][0]}: has {len(values)} label values, but at most {MOST_CLASSES} classes "
-            "are allowed; for labels that number the cells, set --labels-are instances."
+            f"{labels[0][0]}: has {len(values)} label values{more}, but at most {MOST_CLASSES} "
+            "classes are allowed; for labels that number the cells, set --labels-are instances."
         )
     return Rule(tuple(values), False, ignored, dims)
 

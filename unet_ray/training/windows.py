@@ -6,8 +6,8 @@ Handles planes of volumes, and arrays in memory or in a folder. Independent of l
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,13 +16,14 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
-from unet_ray.errors import InputError, RunError
+from unet_ray.errors import ChangedError, InputError, RunError
 from unet_ray.storage.places import Guard
 from unet_ray.tiling.boxes import Box
 from unet_ray.volumes.volume import Volume
 
-PREFIX, PART = "weights-", ".part"  # of the name of a folder whose arrays are not complete
-CHUNK = (16, 128, 128)
+CHUNK = (128, 128)
+# Value of voxels that have not been written, by kind of array: none that is ever written.
+MISSING = {"f": float("nan"), "u": 254, "i": -1}
 
 
 class Windowed(Protocol):
@@ -58,19 +59,29 @@ class Planes:
 
         Raises:
             InputError: if a voxel is not finite.
-            RunError: if the file is damaged or has changed.
+            ChangedError: if the file has changed.
+            RunError: if the file is damaged.
         """
         z, y, x = (s.indices(n) for s, n in zip(index[-3:], self.shape[1:], strict=True))
         parts = []
         for run in consecutive(self._planes[z[0] : z[1]]):
             box = Box((run.start, y[0], x[0]), (run.stop, y[1], x[1]))
-            parts.append(self._volume.read_with_retries(box))
+            parts.append(self._read(box))
             if not np.isfinite(parts[-1]).all():
                 raise InputError(
                     f"{self._volume.path}: has voxels that are not finite in {box} (z, y, x); "
                     "replace them first."
                 )
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def _read(self, box: Box) -> NDArray[Any]:
+        try:
+            return self._volume.read_with_retries(box)
+        except ChangedError as error:
+            raise ChangedError(
+                f"{self._volume.path} has changed since this training began; restore it and run "
+                "the same command again, or choose another --out."
+            ) from error
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """Raises TypeError: an input is not changed."""
@@ -97,37 +108,39 @@ def consecutive(numbers: NDArray[np.intp]) -> list[range]:
 
 
 class Arrays:
-    """New arrays, in memory or in a folder.
+    """New arrays (z, y, x), in memory or in a folder.
 
-    Attributes:
+    Args:
         folder: where the arrays are; None for memory.
+        planes: planes of a chunk.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
-
-    @classmethod
-    def beside(cls, path: Path) -> Arrays:
-        """Arrays in a new folder, which `keep` renames to `path` once they are complete."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return cls(Path(tempfile.mkdtemp(PART, PREFIX, path.parent)))
+    def __init__(self, folder: Path | None = None, planes: int = 1) -> None:
+        self.folder, self._chunk = folder, (planes, *CHUNK)
 
     def new(self, name: str, shape: Sequence[int], dtype: type[np.generic]) -> Windowed:
-        """Returns an array of zeros, (z, y, x)."""
+        """Returns an array; write all of it.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
         if self.folder is None:
             return np.zeros(shape, dtype)
-        chunks = tuple(min(n, most) for n, most in zip(shape, CHUNK, strict=True))
-        zarr.create_array(
-            self.folder / name,
-            shape=tuple(shape),
-            dtype=np.dtype(dtype),
-            chunks=chunks,
-            compressors=ZstdCodec(level=1, checksum=True),
-        )
+        chunks = tuple(min(n, most) for n, most in zip(shape, self._chunk, strict=True))
+        with _written(self.folder / name):
+            zarr.create_array(
+                self.folder / name,
+                shape=tuple(shape),
+                dtype=np.dtype(dtype),
+                chunks=chunks,
+                compressors=ZstdCodec(level=1, checksum=True),
+                fill_value=MISSING[np.dtype(dtype).kind],
+                config={"write_empty_chunks": True},
+            )
         return Stored(self.folder / name, "r+")
 
-    def remove(self, name: str = "") -> None:
-        """Deletes an array of the folder, or the folder."""
+    def remove(self, name: str) -> None:
+        """Deletes an array of the folder."""
         if self.folder is not None:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
@@ -138,51 +151,93 @@ class Stored:
     Args:
         path: of the array.
         mode: ``r``, or ``r+`` for writing, too.
+
+    Raises:
+        RunError: if there is no such array.
     """
 
     def __init__(self, path: Path, mode: Literal["r", "r+"] = "r") -> None:
-        self._path, self._array = path, zarr.open_array(path, mode=mode)
+        self._path = path
+        with _read(path):
+            self._array = zarr.open_array(path, mode=mode, config={"write_empty_chunks": True})
         self.shape, self.dtype = self._array.shape, self._array.dtype
 
     def __getitem__(self, index: Any) -> NDArray[Any]:
         """Reads a window.
 
         Raises:
-            RunError: if a chunk is damaged.
+            RunError: if a chunk is damaged or missing.
         """
-        try:
-            return np.asarray(self._array[index])
-        except (OSError, RuntimeError, ValueError) as error:
-            raise RunError(
-                f"{self._path}: cannot be read: {error}. Delete {self._path.parent.name} in the "
-                "RUN folder and run the same command again; it computes the weight maps again."
-            ) from error
+        with _read(self._path):
+            window = np.asarray(self._array[index])
+            missing = MISSING[self.dtype.kind]
+            if (window != window if missing != missing else window == missing).any():
+                raise ValueError("a chunk is missing")
+        return window
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        self._array[index] = value
+        """Writes a window.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        with _written(self._path):
+            self._array[index] = value
 
 
 def keep(part: Path, path: Path, header: dict[str, Any], guard: Guard) -> None:
-    """Renames a folder of complete arrays to `path`; deletes other folders that are not complete.
+    """Renames a folder of complete arrays to `path`, in place of the one that is there.
 
     Args:
-        part: the folder of `Arrays.beside`.
-        path: its final name; arrays there are replaced.
+        part: the folder of `Arrays`.
+        path: its final name.
         header: what the arrays depend on; see `header_of`.
         guard: entered around the change; raises if the run has lost its lease.
+
+    Raises:
+        RunError: if it cannot be written.
     """
-    zarr.create_group(part, attributes={"header": header})
+    with _written(path):
+        zarr.create_group(part, attributes={"header": header})
+        drop(path, part.with_name(f"old-{part.name}"), guard)
+        with guard():
+            part.rename(path)
+
+
+def drop(path: Path, scratch: Path, guard: Guard) -> None:
+    """Deletes a folder of arrays, if there is one: a rename under the guard, then the files."""
     with guard():
-        shutil.rmtree(path, ignore_errors=True)
-        part.rename(path)
-        for other in path.parent.glob(f"{PREFIX}*{PART}"):
-            shutil.rmtree(other, ignore_errors=True)
+        if path.exists():
+            path.rename(scratch)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def header_of(path: Path) -> dict[str, Any] | None:
     """Returns the header of the arrays at `path`; None if there are none."""
     try:
         header: Any = zarr.open_group(path, mode="r").attrs["header"]
-    except (FileNotFoundError, KeyError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError):
         return None
-    return dict(header)
+    return dict(header) if isinstance(header, dict) else None
+
+
+@contextmanager
+def _read(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RunError(
+            f"{path}: cannot be read: {error}. Delete {path.parent.name} in the RUN folder and run "
+            "the same command again; it computes the weight maps again."
+        ) from error
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be written: {error}. Weight maps need 5 bytes per labelled voxel, in "
+            "3-D 13 while they are computed. Run the same command again when there is space."
+        ) from error
