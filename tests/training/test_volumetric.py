@@ -240,8 +240,8 @@ def test_fine_tuning_keeps_the_levels(pair, tmp_path):
 def test_workers_of_ray_draw_patches_of_a_volume(pair, tmp_path, local_ray):
     recipe = Recipe.of("default", **TINY | {"steps": 4})
     models = [
-        train([pair[0]], [pair[1]], tmp_path / engine, recipe, engine=engine)
-        for engine in ("local", "ray")
+        train([pair[0]], [pair[1]], tmp_path / engine, recipe, engine=engine, memory=memory)
+        for engine, memory in (("local", None), ("ray", 1))  # on Ray they are read by windows
     ]
     local, on_ray = (read_model(model)[0].state_dict() for model in models)
     for name, weight in local.items():

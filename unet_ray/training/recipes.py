@@ -290,8 +290,8 @@ def levels_along_z(depth: int, voxel_size: Sequence[float]) -> tuple[tuple[int, 
     return tuple(levels)
 
 
-# Channels at full resolution on a GPU and on a CPU. With twice as many a step takes about four times
-# as long, and learns more only if there are enough steps.
+# Channels at full resolution on a GPU and on a CPU. With twice as many a step takes about four
+# times as long, and learns more only if there are enough steps.
 GPU_CHANNELS, CPU_CHANNELS = 64, 16
 
 
