@@ -497,7 +497,7 @@ def train(
         takeover: end another training that writes to `out`.
         strict: refuse images and labels of which a part would be left out.
         memory: size of images, labels and weight maps above which they are read by windows; by
-            default half of what is free. The model is the same.
+            default half of the free memory. The model is the same.
         progress: show a progress bar.
         **flags: the flags of ``unet-ray train``, such as ``minutes=10`` or ``val="20:24"``; see
             `Recipe`.

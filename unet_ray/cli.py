@@ -282,7 +282,7 @@ def demo(out: str) -> None:
         "--memory",
         group=MACHINE,
         metavar="SIZE",
-        help="Images and labels that need more are read by windows. [half of what is free]",
+        help="Images and labels that need more are read by windows. [half of the free memory]",
     ),
     ENGINE,
     PRECISION,

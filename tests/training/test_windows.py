@@ -229,13 +229,13 @@ def test_an_input_cannot_be_changed(files):
 def test_components_of_boxes_are_those_of_the_volume(seed, shape, block, classes):
     targets = np.random.default_rng(seed).integers(0, classes, shape).astype(np.uint8)
     boxes = [*Box.of(shape).split(block)]
-    found = Components(
+    components = Components(
         lambda box: targets[box.slices], boxes, np.zeros(shape, np.int64), classes
     ).of(Box.of(shape))
     expected = cells_of(targets, classes, dims=3)
-    pairs = np.unique([expected.ravel(), found.ravel()], axis=1)
+    pairs = np.unique([expected.ravel(), components.ravel()], axis=1)
     assert len(np.unique(pairs[0])) == len(np.unique(pairs[1])) == pairs.shape[1]
-    np.testing.assert_array_equal(found == 0, expected == 0)
+    np.testing.assert_array_equal(components == 0, expected == 0)
 
 
 @pytest.mark.parametrize("dims", [2, 3])

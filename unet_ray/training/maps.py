@@ -43,7 +43,7 @@ def boxes_of(shape: Sequence[int], dims: int, windowed: bool) -> list[Box]:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What is learned of one volume.
+    """The slices and labels of one volume to learn from.
 
     Attributes:
         image: grey values, (c, z, y, x).
@@ -104,7 +104,7 @@ class Labelled:
     """Labelled volumes without their weight maps.
 
     Attributes:
-        parts: what is learned of each volume, in the order of the arguments.
+        parts: slices and labels to learn from, of each volume, in the order of the arguments.
         class_values, voxel_size, identity, held_out, unlabelled, instances: see `TrainingData`.
         counts: voxels of each class to learn from.
         windowed: whether the volumes are read by windows.
@@ -224,7 +224,7 @@ class _Weighting:
         """Computes targets and weights of each part.
 
         Args:
-            parts: what is learned of each volume.
+            parts: slices and labels to learn from, of each volume.
             arrays: where the targets and weights are kept.
             known: the weights, if they are stored.
         """
