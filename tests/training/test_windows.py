@@ -257,6 +257,7 @@ def test_each_patch_of_few_labels_shows_one(tmp_path, dims):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_memory_does_not_grow_with_the_volume(tmp_path):
     """Peaks of a training with --memory 64MiB on volumes of 128 MiB and 2 GiB."""
     code = """
