@@ -216,12 +216,18 @@ def pass_bytes(net: NetworkSize, pass_shape: tuple[int, ...]) -> int:
             buffers_bytes = buffers * joined[layer.level] * net.itemsize
             peak = max(peak, skips(layer.level) + buffers_bytes + features)
         input_bytes, previous = features, layer.kind
+    image, scores = _ends(net, voxels)
+    return int(image + max(peak, skips(1) + scores))
+
+
+def _ends(net: NetworkSize, voxels: int) -> tuple[int, int]:
+    """Bytes of the image and of the scores of a pass over that many voxels."""
     image = voxels * net.in_channels * (4 + net.itemsize)
     scores = voxels * net.classes * (net.itemsize + 4 + 4)
     if net.tta:  # the rotated image and the sum of previous passes are in memory too
         image += voxels * (net.in_channels * net.itemsize + net.classes * 4)
         scores += voxels * net.classes * 4
-    return int(image + max(peak, skips(1) + scores))
+    return image, scores
 
 
 def slab_bytes(net: NetworkSize, pass_shape: tuple[int, ...]) -> int:
@@ -254,11 +260,8 @@ def slab_bytes(net: NetworkSize, pass_shape: tuple[int, ...]) -> int:
         if layer.kind == "pooling":
             skips += skip[layer.level]
         inputs = results
-    voxels = math.prod(pass_shape)
-    ends = voxels * (net.in_channels * (4 + net.itemsize) + net.classes * (net.itemsize + 4 + 4))
-    if net.tta:  # the rotated image and the sum of previous passes are in memory too
-        ends += voxels * (net.in_channels * net.itemsize + net.classes * (4 + 4))
-    return int(peak + ends)
+    image, scores = _ends(net, math.prod(pass_shape))
+    return int(image + max(peak, scores))
 
 
 def kept_bytes(net: NetworkSize, stream: Stream, pass_shape: tuple[int, ...]) -> int:
