@@ -22,8 +22,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from tests.helper import load_training_data
 from unet_ray.machine import keep_freed_memory
-from unet_ray.training.labels import load_training_data
 from unet_ray.training.patches import Sampler, ahead, sample_slots
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.trainer import CALIBRATION_PATCHES, Learner, World, optimiser_for

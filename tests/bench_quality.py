@@ -24,12 +24,12 @@ import tifffile
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+from tests.helper import load_training_data
 from unet_ray.machine import keep_freed_memory
 from unet_ray.network.prediction import Predictor
 from unet_ray.scores.totals import isbi_scores
 from unet_ray.tiling.mirror import read_mirrored
 from unet_ray.tiling.tiles import TilePlan
-from unet_ray.training.labels import load_training_data
 from unet_ray.training.patches import Sampler, ahead, sample_slots
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.trainer import Learner, World, optimiser_for

@@ -33,6 +33,9 @@ from unet_ray.engine.stages import Stage
 from unet_ray.network.checkpoints import ModelHeader, architecture_of, read_tensors, write_model
 from unet_ray.network.unet import UNet
 from unet_ray.segmentation.settings import Settings
+from unet_ray.training.data import TrainingData
+from unet_ray.training.labels import load_labels
+from unet_ray.training.maps import weighted
 from unet_ray.training.recipes import Recipe
 
 FLOAT32 = Settings(precision="float32", workers=2)
@@ -47,6 +50,13 @@ def noise(shape: Sequence[int], dtype: str = "uint8", seed: int = 0) -> NDArray[
     waves = np.add.outer(*(np.sin(np.arange(n) / 5) for n in shape[-2:]))
     image = 100 + 20 * waves + rng.normal(0, 25, shape)
     return image.clip(0, 255).astype(dtype)
+
+
+def load_training_data(
+    images: Sequence[Any], labels: Sequence[Any], recipe: Recipe
+) -> TrainingData:
+    """Loads labelled volumes with their weight maps into memory; keeps nothing on disk."""
+    return weighted(load_labels(images, labels, recipe), recipe)
 
 
 def write_stack(path: Path, array: NDArray[Any], **options: Any) -> Path:

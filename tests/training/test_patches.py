@@ -11,12 +11,11 @@ import pytest
 import tifffile
 from scipy import ndimage
 
-from tests.helper import session, title
+from tests.helper import load_training_data, session, title
 from unet_ray.errors import InputError, UnetRayError
 from unet_ray.training import patches as samples
 from unet_ray.training import stream
 from unet_ray.training.data import TrainingData, TrainingVolume
-from unet_ray.training.labels import load_training_data
 from unet_ray.training.patches import Sampler, ahead, sample_slots
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.stream import streamed

@@ -13,7 +13,7 @@ import pytest
 import tifffile
 import torch
 
-from tests.helper import files_in, measures, model_content, recipe
+from tests.helper import files_in, load_training_data, measures, model_content, recipe
 from unet_ray.engine import cluster
 from unet_ray.errors import InputError, RunError
 from unet_ray.network.checkpoints import (
@@ -27,7 +27,6 @@ from unet_ray.report.page import write_report
 from unet_ray.scores.metrics import iou
 from unet_ray.training import labels as annotations
 from unet_ray.training import trainer as training
-from unet_ray.training.labels import load_training_data
 from unet_ray.training.patches import Sampler
 from unet_ray.training.recipes import Recipe, channels_for
 from unet_ray.training.run_folder import (

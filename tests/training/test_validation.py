@@ -13,6 +13,7 @@ import tifffile
 import torch
 from scipy import ndimage
 
+from tests.helper import load_training_data
 from unet_ray.engine import cluster
 from unet_ray.errors import InputError
 from unet_ray.network.checkpoints import read_tensors
@@ -22,7 +23,6 @@ from unet_ray.segmentation.settings import Settings
 from unet_ray.training import trainer as training
 from unet_ray.training import validation
 from unet_ray.training.data import HeldOut
-from unet_ray.training.labels import load_training_data
 from unet_ray.training.patches import Sampler, ahead
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.run_folder import BEST, MODEL, RunFolder

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from tests.helper import FLOAT32, measures, noise, write_stack
+from tests.helper import FLOAT32, load_training_data, measures, noise, write_stack
 from unet_ray.errors import InputError
 from unet_ray.network.checkpoints import read_model
 from unet_ray.report.page import write_report
 from unet_ray.segmentation.segment import segment
-from unet_ray.training.labels import load_labels, load_training_data
+from unet_ray.training.labels import load_labels
 from unet_ray.training.maps import weighted
 from unet_ray.training.patches import Sampler
 from unet_ray.training.recipes import Recipe, levels_along_z

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from tests.helper import measures, noise, write_stack
+from tests.helper import load_training_data, measures, noise, write_stack
 from unet_ray.errors import ChangedError, InputError, RunError
 from unet_ray.network.checkpoints import read_model
 from unet_ray.tiling.boxes import Box
 from unet_ray.training import maps, pairs
-from unet_ray.training.labels import load_labels, load_training_data
+from unet_ray.training.labels import load_labels
 from unet_ray.training.maps import weighted
 from unet_ray.training.patches import Sampler
 from unet_ray.training.recipes import Recipe

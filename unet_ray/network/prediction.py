@@ -183,8 +183,8 @@ class Predictor:
         column = (self._plan.core[0], *self._plan.passes[1:])
         parts = [p for p in Box.of(self._plan.core).split(column) if p.intersect(tile.crop).size]
         last = -(-tile.crop.stop[0] // slab)
-        with self._columns.of(tile) as kept:
-            first = 0 if kept else -warm_up  # slabs below the tile fill the layers at first
+        with self._columns.of(tile) as (kept, continued):
+            first = 0 if continued else -warm_up  # slabs below the tile fill the layers at first
             for part in parts:
                 planes = kept.setdefault(part.start, [{} for _ in range(self._symmetries)])
                 for number in range(first, last):

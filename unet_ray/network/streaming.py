@@ -138,24 +138,30 @@ class Columns:
     def __init__(self, plan: TilePlan, least: int = 1) -> None:
         self._counts = plan.counts
         self._waiting: dict[int, dict[Ints, list[Kept]]] = {}  # by the number of the next tile
+        self._spare: list[dict[Ints, list[Kept]]] = []  # of streams that have ended
         self._busy, self._most = 0, least  # tiles predicted now, and streams at a time
         self._lock = threading.Lock()
 
     @contextmanager
-    def of(self, tile: Tile) -> Iterator[dict[Ints, list[Kept]]]:
-        """Yields the planes of the parts of a tile, none for new streams; keeps them afterwards.
+    def of(self, tile: Tile) -> Iterator[tuple[dict[Ints, list[Kept]], bool]]:
+        """Yields the planes of the parts of a tile, and whether its streams go on with them.
 
-        After an error they are dropped.
+        New streams write over the planes of ended ones: new memory for each column would leave gaps
+        between the pieces. After an error the planes are dropped.
         """
         layer = math.prod(self._counts[1:])
         with self._lock:
-            kept = self._waiting.pop(tile.index, {})
+            continued = self._waiting.pop(tile.index, None)
             self._busy += 1
             self._most = max(self._most, self._busy)
             while self._waiting and len(self._waiting) + self._busy > self._most:
-                del self._waiting[next(iter(self._waiting))]  # the one that has waited longest
+                # The one that has waited longest.
+                self._spare.append(self._waiting.pop(next(iter(self._waiting))))
+            kept = continued
+            if kept is None:
+                kept = self._spare.pop() if self._spare else {}
         try:
-            yield kept
+            yield kept, continued is not None
         except BaseException:
             kept = {}
             raise
@@ -164,3 +170,5 @@ class Columns:
                 self._busy -= 1
                 if kept and tile.index + layer < layer * self._counts[0]:
                     self._waiting[tile.index + layer] = kept
+                elif kept:
+                    self._spare.append(kept)

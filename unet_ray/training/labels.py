@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from unet_ray.errors import InputError
 from unet_ray.tiling.boxes import Box
-from unet_ray.training.data import HeldOut, TrainingData
-from unet_ray.training.maps import Labelled, Part, boxes_of, weighted
+from unet_ray.training.data import HeldOut
+from unet_ray.training.maps import Labelled, Part, boxes_of
 from unet_ray.training.pairs import (
     Pair,
     all_read,
@@ -31,17 +31,6 @@ from unet_ray.volumes.omissions import report_omissions
 
 # Bytes per voxel while labels and weight maps of a whole volume are computed, in 2-D and 3-D.
 WORKING_BYTES = {2: 32, 3: 100}
-
-
-def load_training_data(
-    images: Sequence[Any],
-    labels: Sequence[Any],
-    recipe: Recipe,
-    any_classes: bool = False,
-    strict: bool = False,
-) -> TrainingData:
-    """Loads labelled volumes with their weight maps; see `load_labels`."""
-    return weighted(load_labels(images, labels, recipe, any_classes, strict), recipe)
 
 
 def load_labels(
