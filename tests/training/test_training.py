@@ -25,7 +25,7 @@ from unet_ray.network.checkpoints import (
 )
 from unet_ray.report.page import write_report
 from unet_ray.scores.metrics import iou
-from unet_ray.training import labels as annotations
+from unet_ray.training import maps
 from unet_ray.training import trainer as training
 from unet_ray.training.patches import Sampler
 from unet_ray.training.recipes import Recipe, channels_for
@@ -519,7 +519,7 @@ def test_stored_weight_maps_are_reused(files, tmp_path, monkeypatch):
         run(files, tmp_path / "run", stop_at(10))
     tensors, header = read_tensors(tmp_path / "run" / WEIGHTS)
     assert (tensors["weights.0"].shape, header["w0"]) == ((2, 70, 70), 10.0)
-    monkeypatch.setattr(annotations, "weight_map", lambda *a: pytest.fail("recomputed"))
+    monkeypatch.setattr(maps, "weight_map", lambda *a: pytest.fail("recomputed"))
     run(files, tmp_path / "run")
 
 
