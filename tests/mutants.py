@@ -63,7 +63,7 @@ TESTS = {
     "scores/totals.py": "tests/scores/test_metrics.py tests/scores/test_totals.py",
     "scores/evaluation.py": "tests/scores/test_evaluation.py",
     "training/patches.py": "tests/training/test_patches.py",
-    "training/truths.py": "tests/training/test_patches.py",
+    "training/truths.py": "tests/training/test_patches.py tests/training/test_windows.py",
     "training/windows.py": "tests/training/test_windows.py",
     "training/maps.py": "tests/training/test_windows.py",
     "training/weights.py": "tests/training/test_weights.py",
