@@ -4,10 +4,10 @@ python -m tests.bench_peers FOLDER [BASES [ROUNDS [EXTENT]]]
 
 Needs the environment of ``make bench-peers``. BASES are base channels, such as 16,32,64. The image
 is a square of EXTENT voxels, 2048 by default. In each round every case runs once, in a process of
-its own, with as many threads as cores, after one warm-up window. Writes FOLDER/peers.json and
-FOLDER/peers.md: voxels per second, from the fastest round, and the median of the ratios to our
-``segment``. Cases of ours segment one slice and `SLICES`, and the figure is that of the slices
-between, so start-up does not count; it has a line of its own.
+its own, with as many threads as cores, after a warm-up: one window, or all passes of ours. Writes
+FOLDER/peers.json and FOLDER/peers.md: voxels per second, from the fastest round, and the median of
+the ratios to our ``segment``. Cases of ours segment one slice and `SLICES`, and the figure is that
+of the slices between, so start-up does not count; it has a column of its own.
 """
 
 import json
@@ -74,11 +74,11 @@ def passes(model, image, precision, tile=None):
         with torch.inference_mode():
             predictor._scores(pair[1], pair[0], 0, None).softmax(1)
 
-    def run(number=None):
+    def run():
         with ThreadPoolExecutor(workers) as pool:
-            deque(pool.map(one, inputs[:number]), 0)
+            deque(pool.map(one, inputs), 0)
 
-    return partial(run, 1), run
+    return run, run  # all threads are warm, as those of `segment` after its first slice
 
 
 def whole(model, image, precision):
