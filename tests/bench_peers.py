@@ -283,9 +283,11 @@ def table(results, base, extent):
         ours = results[f"{OURS}; {precision}"]
         ratio = statistics.median(r["wall"] / o["wall"] for r, o in zip(rounds, ours, strict=True))
         speed = extent**2 / 1e6 / min(r["wall"] for r in rounds)
-        cpu = min(r["cpu"] for r in rounds) / (extent**2 / 1e6)
+        cpu = f"{min(r['cpu'] for r in rounds) / (extent**2 / 1e6):.2f}"
+        if name.endswith("Ray"):
+            cpu = ""  # workers of Ray are not children of this process
         start = f"{min(r['start'] for r in rounds):.1f}" if name in SEGMENTS else ""
-        lines.append(f"| {name} | {precision} | {speed:.3f} | {cpu:.2f} | {ratio:.2f} | {start} |")
+        lines.append(f"| {name} | {precision} | {speed:.3f} | {cpu} | {ratio:.2f} | {start} |")
     return "\n".join(lines)
 
 
