@@ -28,6 +28,17 @@ settings.register_profile(
 settings.load_profile("unet-ray")
 
 
+@pytest.fixture
+def one_torch_thread():
+    """Passes on one thread, as in a run: the last bits depend on the number of threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """The folder of real images beside the project. Tests that need it are skipped without it."""

@@ -23,13 +23,7 @@ from unet_ray.tiling.mirror import read_mirrored
 from unet_ray.tiling.tiles import TilePlan, round_up
 from unet_ray.volumes.intensity import Intensity
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def tiled(predict, plan, image, numbers=None):
