@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,16 @@ import tifffile
 import torch
 import zarr
 
-from tests.helper import FLOAT32, StoppedError, bytes_of, noise, stop_after, write_stack
+from tests.helper import (
+    FLOAT32,
+    StoppedError,
+    bytes_of,
+    noise,
+    session,
+    stop_after,
+    title,
+    write_stack,
+)
 from unet_ray.network.checkpoints import ModelHeader, architecture_of, read_model, write_model
 from unet_ray.network.prediction import Predictor
 from unet_ray.network.unet import UNet
@@ -118,21 +128,55 @@ def test_a_run_that_stopped_in_a_column_goes_on(task, tiles):
     assert bytes_of(segmented(task, out)) == bytes_of(task / "whole.zarr")
 
 
-def test_a_run_that_was_killed_in_a_column_goes_on(task):
+def started(folder, out, engine):
+    """Starts the command in a process group of its own."""
     command = [sys.executable, "-m", "unet_ray", "segment", "volume.tif", *FLAGS.split()]
-    process = subprocess.Popen(
-        [*command, "--out", "killed.zarr"],
-        cwd=task,
+    return subprocess.Popen(
+        [*command, "--out", out, "--engine", engine],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
-    shards, end = task / "killed.zarr" / "0" / "c", time.monotonic() + 60
-    while sum(path.is_file() for path in shards.rglob("*")) < 3:
+
+
+def planes_done(store):
+    """Number of tiles on disk in each column of the store."""
+    shards = (path for path in (store / "0" / "c").rglob("*") if path.is_file())
+    return Counter((shard.parent.name, shard.name) for shard in shards)
+
+
+def kill_at(process, store, tiles, victim):
+    """Kills the driver or a worker once `tiles` are on disk; returns the tiles of each column."""
+    end = time.monotonic() + 120
+    while (done := planes_done(store)).total() < tiles:
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert bytes_of(segmented(task, "killed.zarr")) == bytes_of(task / "whole.zarr")
+    workers = (pid for pid in session(process.pid) if "(TileActor)" in title(pid))
+    os.kill(process.pid if victim == "driver" else next(workers), signal.SIGKILL)
+    return done
+
+
+@pytest.mark.parametrize(
+    "engine, victims",
+    [
+        ("local", ["driver"]),
+        pytest.param("ray", ["worker", "driver"], marks=[pytest.mark.ray, pytest.mark.slow]),
+        pytest.param("ray", ["driver", "worker"], marks=[pytest.mark.ray, pytest.mark.slow]),
+    ],
+)
+def test_a_run_that_was_killed_in_a_column_goes_on(task, engine, victims):
+    """Kills after 2 and 6 tiles: columns have 4 tiles, so each kill interrupts one."""
+    store = task / f"killed-{engine}-{victims[0]}.zarr"
+    process, partial = started(task, store.name, engine), []
+    for number, victim in enumerate(victims):
+        done = kill_at(process, store, 2 + 4 * number, victim)
+        partial.append(any(0 < tiles < 4 for tiles in done.values()))
+        if victim == "driver":
+            assert process.wait(120) == -signal.SIGKILL
+            process = started(task, store.name, engine)
+    assert process.wait(120) == 0 and any(partial)
+    assert bytes_of(store) == bytes_of(task / "whole.zarr")
 
 
 def test_verify_recomputes_tiles_of_a_column(task):
