@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -366,3 +368,14 @@ def test_numbers_that_are_not_json_are_never_written(path, network):
     with pytest.raises(ValueError, match="JSON"):
         write_model(path, network, replace(HEADER, voxel_size=[float("inf"), 1.0, 1.0]))
     assert path.read_bytes() == before
+
+
+def test_reading_a_model_does_not_import_the_compiler_of_torch(tmp_path):
+    """Its import takes most of a second, in the driver and in each worker."""
+    write_model(tmp_path / "model.safetensors", UNet(2, 3, 2, 1, "batch", 0.25), HEADER)
+    code = (
+        "import sys, pathlib; from unet_ray.network.checkpoints import read_model; "
+        "read_model(pathlib.Path(sys.argv[1])); "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "model.safetensors"], check=True)

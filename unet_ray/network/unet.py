@@ -166,7 +166,8 @@ class UNet(nn.Module):
     def _initialise(self) -> None:
         """He initialisation: N(0, sqrt(2 / N)), N = incoming nodes of one neuron (sec. 3)."""
         for layer in self.modules():
-            if isinstance(layer, get_args(Convolution)):
+            # On the device "meta", torch would import its compiler, which takes most of a second.
+            if isinstance(layer, get_args(Convolution)) and not layer.weight.is_meta:
                 # A 2x2 up-convolution of stride 2 computes each output voxel from one input voxel.
                 taps = math.prod(layer.kernel_size) if isinstance(layer, get_args(Forward)) else 1
                 nn.init.normal_(layer.weight, 0.0, (2 / (layer.in_channels * taps)) ** 0.5)
