@@ -31,13 +31,13 @@ IDLE = Stage("idle", Idle, "cpu")
 
 
 def fed_one_by_one(workers):
-    """Tiles per second of so many workers that do nothing, in blocks of one tile."""
-    told, largest = [], pool.LARGEST_BLOCK
+    """Tiles per second of `workers` that do nothing, in blocks of one tile."""
+    times, largest = [], pool.LARGEST_BLOCK
     pool.LARGEST_BLOCK = 1
     for _ in engine.run(IDLE, range(EMPTY_TILES), "ray", workers):
-        told.append(time.monotonic())
+        times.append(time.monotonic())
     pool.LARGEST_BLOCK = largest
-    return (len(told) - 2 * workers) / (told[-1] - told[2 * workers])
+    return (len(times) - 2 * workers) / (times[-1] - times[2 * workers])
 
 
 def noted(folder):
@@ -88,14 +88,18 @@ def looped(run):
 def steady(run):
     """Start-up of the actors; then seconds of a tile by the clock, and the share of work in it."""
     stage = Stage("segment", run.make_worker, run.device)
-    told, start = [], time.monotonic()
+    receipts, start = [], time.monotonic()
     first = WORKERS * TILES_EACH
     for receipt in engine.run(stage, range(first, 2 * first), "ray", WORKERS):
-        told.append((time.monotonic(), receipt.seconds))
-    begun = told[2 * WORKERS - 1][0]
-    busy = [(at, seconds) for at, seconds in told if begun < at][: -WORKERS + 1 or None]
+        receipts.append((time.monotonic(), receipt.seconds))
+    begun = receipts[2 * WORKERS - 1][0]
+    busy = [(at, seconds) for at, seconds in receipts if begun < at][: -WORKERS + 1 or None]
     took = busy[-1][0] - begun
-    return told[0][0] - start, WORKERS * took / len(busy), sum(s for _, s in busy) / took / WORKERS
+    return (
+        receipts[0][0] - start,
+        WORKERS * took / len(busy),
+        sum(s for _, s in busy) / took / WORKERS,
+    )
 
 
 def main():

@@ -53,14 +53,14 @@ def main():
         for number, (what, volume, settings) in enumerate(cases(folder)):
             outlook, seen = plan(volume, model, settings), []
             trial = try_tiles(outlook)
-            told = trial.run_seconds(outlook)
+            planned = trial.run_seconds(outlook)
             store = segment(volume, model, folder / f"{number}.zarr", settings, seen.append)
             took, tiles = seen[-1].seconds, seen[-1].finished
             stored = sum((store / shard).stat().st_size for shard in shards_of(store))
             whole = whole or took
             print(
-                f"{what}: {tiles} tiles, told {told:.1f} s, took {took:.1f} s "
-                f"({100 * (told / took - 1):+.0f} %), {took / whole:.2f} of the whole; told "
+                f"{what}: {tiles} tiles, planned {planned:.1f} s, took {took:.1f} s "
+                f"({100 * (planned / took - 1):+.0f} %), {took / whole:.2f} of the whole; planned "
                 f"{trial.stored * outlook.tiles / 1e6:.1f} MB, stored {stored / 1e6:.1f} MB",
                 flush=True,
             )

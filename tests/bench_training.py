@@ -35,7 +35,7 @@ def least(function, times):
 
 
 def cells(count):
-    """So many round cells that do not touch, on 512 x 512."""
+    """Labels of `count` round cells that do not touch, on 512 x 512."""
     rng = np.random.default_rng(count)
     seeds = np.zeros((512, 512), np.int64)
     seeds[tuple(rng.integers(0, 512, (2, count)))] = np.arange(1, count + 1)

@@ -180,8 +180,8 @@ def test_train_gives_the_path_of_the_model(unet_ray, files):
     assert last == f"report: {report}" and report.is_file()
     network, header = read_model(files / "run" / "model.safetensors")
     assert (network.depth, network.base_channels) == (1, 2)
-    told = header.training["recipe"]
-    assert (told["patch"], told["elastic"], told["steps"], told["minutes"]) == (
+    stored = header.training["recipe"]
+    assert (stored["patch"], stored["elastic"], stored["steps"], stored["minutes"]) == (
         [44, 44],
         2,
         3,
@@ -253,9 +253,9 @@ def test_every_flag_of_train_reaches_the_recipe(unet_ray, trained):
 
 
 def test_a_config_file_gives_flags_and_the_command_line_wins(unet_ray, trained, tmp_path):
-    told = {"images": ["a", "b"], "labels": "truth.tif", "out": "run", "depth": 2, "patch": 68}
-    told |= {"base_channels": 7, "learning-rate": 0.5, "steps": 4, "recipe": "paper"}
-    (tmp_path / "flags.yaml").write_text(yaml.safe_dump(told))
+    values = {"images": ["a", "b"], "labels": "truth.tif", "out": "run", "depth": 2, "patch": 68}
+    values |= {"base_channels": 7, "learning-rate": 0.5, "steps": 4, "recipe": "paper"}
+    (tmp_path / "flags.yaml").write_text(yaml.safe_dump(values))
     code, _, err = unet_ray("train", "--config", tmp_path / "flags.yaml", "--steps", "9")
     assert code == 0, err
     [(images, labels, out, recipe, name, workers)] = trained
@@ -431,13 +431,13 @@ def test_plan_for_machines(unet_ray, files):
     flags = ["--model", files / "model.safetensors", "--engine", "local", "--tile", "1,16,16"]
     code, out, err = unet_ray("plan", files / "image.tif", *flags, "--json")
     assert (code, err) == (0, "")
-    told = json.loads(out)
+    printed = json.loads(out)
     keys = "tiles tile pass halo_overhead worker_memory_bytes driver_memory_bytes disk_bytes"
-    assert {*keys.split(), "seconds", "price", "precision", "device"} <= set(told)
-    assert (told["tiles"], told["tile"], told["pass"]) == (18, [1, 16, 16], [1, 60, 60])
-    assert 18 * 256 * 2 < told["disk_bytes"] < 18 * 20_000 + (1 << 17)
-    assert told["seconds"] > 0 and told["price"] is None
-    assert 0 < told["disk_estimate_bytes"] <= told["disk_bytes"]
+    assert {*keys.split(), "seconds", "price", "precision", "device"} <= set(printed)
+    assert (printed["tiles"], printed["tile"], printed["pass"]) == (18, [1, 16, 16], [1, 60, 60])
+    assert 18 * 256 * 2 < printed["disk_bytes"] < 18 * 20_000 + (1 << 17)
+    assert printed["seconds"] > 0 and printed["price"] is None
+    assert 0 < printed["disk_estimate_bytes"] <= printed["disk_bytes"]
     assert state_of(files) == before
 
 
@@ -599,11 +599,11 @@ def test_evaluate_writes_json_beside_the_table(unet_ray, files, kind):
     *_, blank, names, first, second = out.splitlines()
     assert (blank, names.split()) == ("", ["slice", *SCORES[kind]])
     assert (first[0], second[0]) == ("0", "1")
-    told = strict(path.read_text())
-    assert list(told) == [*SCORES[kind], "slices"]
-    assert [list(row) for row in told["slices"]] == [SCORES[kind]] * 2
+    written = strict(path.read_text())
+    assert list(written) == [*SCORES[kind], "slices"]
+    assert [list(row) for row in written["slices"]] == [SCORES[kind]] * 2
     assert sorted(p.name for p in path.parent.iterdir()) == ["scores.json"]
-    for name, score in told.items():
+    for name, score in written.items():
         if kind == "isbi" and name != "slices":
             assert list(score) == ["value", "threshold", "curve"]
 
@@ -1100,7 +1100,7 @@ def test_a_number_that_is_no_probability_is_refused_with_its_voxel(unet_ray, fil
     args = evaluate(files, "isbi", "--json", files / "scores.json", prediction="image.tif")
     code, out, err = unet_ray(*args)
     assert (code, out) == (2, "")
-    # slices before it were scored, which may be told
+    # slices before it were scored, which may be printed
     assert "image.tif: voxel (z, y, x) = (1, 7, 9) is nan; " in err.splitlines()[-1]
     assert state_of(files) == before
 
