@@ -334,7 +334,7 @@ def part_of(name, in_loss):
 
 
 def shares(step):
-    """Microseconds of each part of a profiled step; what is in no part is the rest."""
+    """Microseconds of each part of a profiled step; the rest is all time outside the parts."""
     taken, in_loss, waiting = dict.fromkeys(PARTS, 0.0), True, [step]
     while waiting:
         event = waiting.pop()
