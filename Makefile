@@ -45,12 +45,14 @@ bench: $(STAMP) ## measure speed, beside other libraries where they do the same
 
 # MONAI and nnU-Net have an environment of their own, with the same versions of what we share.
 bench-peers: override VENV := $(PEERS_VENV)
-bench-peers: ## measure prediction beside MONAI and nnU-Net, about an hour (BASES=32: one size)
+bench-peers: ## measure beside MONAI and nnU-Net, about two hours (BASES=32: one size)
 	@$(VENV)/bin/python -c 'import monai, nnunetv2, unet_ray' 2>/dev/null || { \
 		{ [ -x $(VENV)/bin/python ] || ( $(MAKE_VENV) ); } && \
 		$(VENV)/bin/python -m pip install --quiet -c $(PINS) -c .ci/peers-versions.txt \
 			-e . monai nnunetv2; }
 	$(VENV)/bin/python -m tests.bench_peers build/peers $(BASES)
+	$(VENV)/bin/python -m tests.bench_steps build/steps $(BASES)
+	$(VENV)/bin/python -m tests.bench_steps profile
 
 check: $(STAMP) ## lint, formatting and types
 	$(RUN) ruff check

@@ -142,17 +142,21 @@ def monai(model, image, precision, overlap):
     return partial(run, 512), run
 
 
-def nnunet(model, image, precision):
-    """The predictor of nnU-Net v2: windows of 512, step 0.5, Gaussian blending, no mirroring."""
+def plain_conv_unet(base, deep_supervision=False):
     from dynamic_network_architectures.architectures.unet import PlainConvUNet
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    base = read_model(Path(model))[0].base_channels
-    network = PlainConvUNet(
+    return PlainConvUNet(
         1, 5, [base << n for n in range(5)], torch.nn.Conv2d, 3, [1, 2, 2, 2, 2], 2, 2, 2,
         conv_bias=True, norm_op=torch.nn.InstanceNorm2d, norm_op_kwargs={"affine": True},
-        nonlin=torch.nn.LeakyReLU,
+        nonlin=torch.nn.LeakyReLU, deep_supervision=deep_supervision,
     ).eval()  # fmt: skip
+
+
+def nnunet(model, image, precision):
+    """The predictor of nnU-Net v2: windows of 512, step 0.5, Gaussian blending, no mirroring."""
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    network = plain_conv_unet(read_model(Path(model))[0].base_channels)
     predictor = nnUNetPredictor(
         tile_step_size=0.5, use_gaussian=True, use_mirroring=False, allow_tqdm=False,
         perform_everything_on_device=False, device=torch.device("cpu"),
@@ -292,6 +296,26 @@ def table(results, base, extent):
     return "\n".join(lines)
 
 
+def machine():
+    """What decides the speed here."""
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "precision": best_precision("cpu"),
+        "torch": torch.__version__,
+    }
+
+
+def write_tables(folder, name, everything, tables):
+    """Writes the results as JSON and the tables, below a line on the machine, as Markdown."""
+    here = machine()
+    (folder / f"{name}.json").write_text(json.dumps({"machine": here, "results": everything}))
+    line = f"Machine: {', '.join(f'{k} {v}' for k, v in here.items())}"
+    text = "\n\n".join([line, *tables])
+    (folder / f"{name}.md").write_text(text + "\n")
+    print(text)
+
+
 def main(folder, bases="16,32,64", rounds=3, extent=2048):
     if folder == "case":
         raise SystemExit("case NAME PRECISION MODEL FOLDER")
@@ -300,16 +324,7 @@ def main(folder, bases="16,32,64", rounds=3, extent=2048):
     for base in map(int, bases.split(",")):
         everything[base] = measured(folder / str(base), base, int(rounds), extent)
         tables.append(table(everything[base], base, extent))
-    machine = {
-        "cores": len(os.sched_getaffinity(0)),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "precision": best_precision("cpu"),
-        "torch": torch.__version__,
-    }
-    (folder / "peers.json").write_text(json.dumps({"machine": machine, "results": everything}))
-    text = f"Machine: {', '.join(f'{k} {v}' for k, v in machine.items())}\n\n" + "\n\n".join(tables)
-    (folder / "peers.md").write_text(text + "\n")
-    print(text)
+    write_tables(folder, "peers", everything, tables)
 
 
 if __name__ == "__main__":

@@ -90,14 +90,24 @@ def bench_deformation():
     )
 
 
-def step_data():
-    """Phantom data in memory, and the default recipe at 32 channels."""
-    recipe = Recipe.of("default", base_channels=32, steps=1000)
+def step_data(base=32, precision="auto"):
+    """Phantom data in memory, and the default recipe."""
+    recipe = Recipe.of("default", base_channels=base, steps=1000, precision=precision)
     phantom = make_phantom((8, 512, 512), seed=0)
     targets = (phantom.classes > 0).astype(np.uint8)
     weights = weight_map(targets, 2, balance=class_weights(targets, 2))
     volume = TrainingVolume(phantom.image[None], targets, weights, Intensity((128.0,), (50.0,)))
     return recipe, TrainingData((volume,), (0, 1), None, {})
+
+
+def learner_of(recipe, threads):
+    """What takes the steps of a new network, as in a training of one worker."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    world = World(0, 1, torch.device("cpu"), threads)
+    network = recipe.network(1, 2).to(memory_format=torch.channels_last)
+    optimiser = optimiser_for(recipe, network)
+    return Learner(recipe, network, optimiser, world, precision_for(recipe, world), 0.0)
 
 
 def time_steps(recipe, data, draw, threads, settle, rounds=5, steps=80):
@@ -106,13 +116,7 @@ def time_steps(recipe, data, draw, threads, settle, rounds=5, steps=80):
     Of a wave or more, so that its drawing is in it; none is drawn beside the constant patch, for
     the stream is full by then.
     """
-    torch.set_num_threads(threads)
-    keep_freed_memory()
-    world = World(0, 1, torch.device("cpu"), threads)
-    network = recipe.network(1, 2).to(memory_format=torch.channels_last)
-    learner = Learner(
-        recipe, network, optimiser_for(recipe, network), world, precision_for(recipe, world), 0.0
-    )
+    learner = learner_of(recipe, threads)
     samples = draw(sample_slots(0, 0, 1))
     same = next(samples)
     for _ in range(5):

@@ -479,6 +479,8 @@ MUTANTS = [
         "[self._recipe.seed, number, self._world.rank]",
         "[self._recipe.seed, number]",
     ),
+    Mutant("training/trainer.py", "return loss.detach()", "return torch.tensor(float(loss))"),
+    Mutant("training/trainer.py", "            if self._done:\n", "            if True:\n"),
 ]
 
 

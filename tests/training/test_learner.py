@@ -1,14 +1,16 @@
-"""One step of the optimiser: its loss, its rate, its gradient and its dropout."""
+"""One step of the optimiser: its loss, rate, gradient and dropout, and the average after it."""
 
 from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helper import recipe
 from unet_ray.training.patches import Sample
-from unet_ray.training.trainer import Learner, World, optimiser_for
+from unet_ray.training.trainer import Average, Learner, World, optimiser_for
 
 
 def samples(chosen, seed):
@@ -49,7 +51,7 @@ def test_the_loss_is_the_mean_over_voxels_of_weight_times_cross_entropy():
     network, batch = network_of(chosen), samples(chosen, seed=0)
     with torch.no_grad():
         weights, entropies = energies(network, batch)
-    loss = learner_of(chosen, deepcopy(network)).step(batch, 0, 0.0)
+    loss = float(learner_of(chosen, deepcopy(network)).step(batch, 0, 0.0))
     assert loss == pytest.approx(float((weights * entropies).mean()), rel=1e-5)
     assert float(weights.mean()) > 2  # a division by the sum of the weights gives another loss
 
@@ -83,8 +85,62 @@ def test_dropout_depends_on_seed_step_and_rank_only():
 
     def loss(number, rank, seed=0):
         learner = learner_of(recipe(dropout=0.5, seed=seed), deepcopy(network), rank)
-        return learner.step(batch, number, 0.0)
+        return float(learner.step(batch, number, 0.0))
 
     losses = [loss(3, 0), loss(4, 0), loss(3, 1), loss(3, 0, seed=1)]
     assert len(set(losses)) == 4
     assert loss(3, 1) == losses[2]
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that are read from tensors; on a GPU, each read waits for all its work."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_reads_are_counted():
+    with Reads() as reads:
+        float(torch.ones(()))
+        bool(torch.ones(1) > 0)
+    assert reads.count == 2
+
+
+@pytest.mark.parametrize("norm", ["none", "weight", "batch"])
+def test_a_step_and_its_average_read_no_number(norm):
+    # AdamW reads its own count of steps, which stays on the CPU.
+    chosen = recipe("paper", clip=1e-3, norm=norm)
+    network, batch = network_of(chosen), samples(chosen, 0)
+    learner, average = learner_of(chosen, network), Average(network, 500)
+    with Reads() as reads:
+        losses = []
+        for number in range(3):
+            losses.append(learner.step(batch, number, 0.0))
+            average.add(network)
+    assert reads.count == 0
+    assert len({float(loss) for loss in losses}) == 3
+
+
+@pytest.mark.parametrize("done", [0, 1, 600])
+def test_the_average_equals_that_of_torch_in_every_bit(done):
+    def share(averaged, current, count):
+        torch._foreach_lerp_(averaged, current, max(1 / 500, 9 / (10 + int(count))))
+
+    chosen = recipe("paper")
+    network = network_of(chosen)
+    ours, theirs = Average(network, 500, done), AveragedModel(network, multi_avg_fn=share)
+    theirs.n_averaged.fill_(done)
+    with torch.no_grad():
+        for _ in range(5):
+            for weights in network.parameters():
+                weights.add_(torch.randn_like(weights))
+            network.head.bias.fill_(-0.0)  # the sign of a zero is a bit too
+            ours.add(network)
+            theirs.update_parameters(network)
+    for a, b in zip(ours.network.parameters(), theirs.module.parameters(), strict=True):
+        assert torch.equal(a.view(torch.int32), b.view(torch.int32))

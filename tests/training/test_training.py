@@ -406,6 +406,74 @@ def test_a_nonfinite_loss_ends_training(files, tmp_path):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+class Unread:
+    """A loss that notes after how many steps it is read, as one that a GPU still computes."""
+
+    steps, read = 0, ()
+
+    def __init__(self, loss):
+        Unread.steps += 1
+        self._loss, self._number = loss, Unread.steps
+
+    def __float__(self):
+        Unread.read += ((self._number, Unread.steps),)
+        return self._loss
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """The class of the losses of all trainings; they are 1, 2, 3 and so on."""
+    monkeypatch.setattr(Unread, "steps", 0)
+    monkeypatch.setattr(Unread, "read", ())
+
+    def step(self, samples, number, progress):
+        return Unread(number + 1.0)
+
+    monkeypatch.setattr(training.Learner, "step", step)
+    return Unread
+
+
+def test_losses_are_read_when_a_line_is_due(files, tmp_path, unread):
+    run(files, tmp_path / "run", steps=23)
+    assert unread.read == tuple((n, min(23, n + -n % 10)) for n in range(1, 24))
+    assert [m["loss"] for m in measures(tmp_path / "run")] == [5.5, 15.5, 22.0]
+
+
+def test_a_checkpoint_between_two_lines_has_the_losses_since_the_first(files, tmp_path, unread):
+    def fail(self, samples, number, progress):
+        if number == 13:
+            raise StoppedError
+        return step(self, samples, number, progress)
+
+    step = training.Learner.step
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StoppedError):
+        patch.setattr(training.Learner, "step", fail)
+        run(files, tmp_path / "run", steps=23, checkpoint_seconds=0)
+    newest = RunFolder(tmp_path / "run").newest()
+    assert newest.header["pending_losses"] == [11.0, 12.0, 13.0]
+    run(files, tmp_path / "run", steps=23)
+    assert [m["loss"] for m in measures(tmp_path / "run")] == [5.5, 15.5, 22.0]
+
+
+@pytest.mark.parametrize("seconds, steps", [(60, 20), (0, 14)], ids=["line", "checkpoint"])
+def test_a_nonfinite_loss_is_named_before_anything_is_written(
+    files, tmp_path, monkeypatch, seconds, steps
+):
+    taken = []
+
+    def step(self, samples, number, progress):
+        taken.append(number)
+        return torch.tensor(math.inf if number >= 13 else 1.0)
+
+    monkeypatch.setattr(training.Learner, "step", step)
+    with pytest.raises(RunError, match="step 14: the loss is inf"):
+        run(files, tmp_path / "run", steps=40, checkpoint_seconds=seconds)
+    assert len(taken) == steps
+    assert [m["step"] for m in measures(tmp_path / "run")] == [10]
+    newest = RunFolder(tmp_path / "run").newest()
+    assert newest.header["step"] == (13 if seconds == 0 else 0)
+
+
 # Recipes and model headers
 
 

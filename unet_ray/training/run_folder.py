@@ -306,7 +306,7 @@ def _short(value: Any) -> str:
 
 
 class Log:
-    """Writes ``metrics.jsonl``, one line every `REPORT_STEPS` steps.
+    """Writes ``metrics.jsonl``, whose training writes a line every `REPORT_STEPS` steps.
 
     On a restart, lines of steps after the checkpoint are removed.
 
@@ -340,11 +340,9 @@ class Log:
         """Reads the lines of the log."""
         return read_measures(self._path)
 
-    def add(self, step: int, loss: float, rate: float, seconds: float, progress: float) -> None:
-        """Adds the loss of a step; writes a line every `REPORT_STEPS` steps."""
-        self.pending.append(loss)
-        if step % REPORT_STEPS == 0:
-            self.flush(step, rate, seconds, progress)
+    def add(self, losses: Sequence[float]) -> None:
+        """Adds the losses of steps; `flush` writes their mean."""
+        self.pending.extend(losses)
 
     def flush(
         self,

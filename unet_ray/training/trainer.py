@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from unet_ray.errors import InputError, RunError
 from unet_ray.machine import keep_freed_memory
@@ -51,6 +50,7 @@ from unet_ray.training.recipes import Recipe
 from unet_ray.training.run_folder import (
     BEST,
     MODEL,
+    REPORT_STEPS,
     Log,
     OnMeasure,
     RunFolder,
@@ -63,6 +63,7 @@ CALIBRATION_PATCHES = 8
 NO_LIMIT = timedelta(days=365)
 LAST = "last."  # prefix of the weights of the last step, if those of the model are averages
 Draw = Callable[[Iterator[SampleSlot]], Iterator[Sample]]
+Loss = float | Tensor  # reading a tensor of a GPU waits for all that the GPU has still to do
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,15 @@ class World:
         """Whether this worker writes the files."""
         return self.rank == 0
 
-    def agree(self, loss: float, progress: float) -> tuple[float, float]:
-        """Returns the mean loss of all workers and the progress of the first one."""
+    def agree(self, loss: Loss, progress: float) -> tuple[Loss, float]:
+        """Returns the mean loss of all workers and the progress of the first one.
+
+        Several workers wait for their GPUs here. A single worker does not, and its loss is not
+        read.
+        """
         if self.size == 1:
             return loss, progress
-        terms = [loss / self.size, progress if self.first else 0.0]
+        terms = [float(loss) / self.size, progress if self.first else 0.0]
         sums = torch.tensor(terms, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(sums)
         return float(sums[0]), float(sums[1])
@@ -241,6 +246,7 @@ class Training:
         )
         self._clock, self._saved = _Clock(recipe, state.seconds), time.monotonic()
         self._log = self._validation = None
+        self._unread: list[Loss] = []  # losses of the last steps
         self._unlimited, self._last_tenth = world.group_without_limit(), -1
         if world.first and recipe.averaged and self._average is None:
             self._average = Average(self._network, recipe.averaged)
@@ -261,9 +267,9 @@ class Training:
         sampler = Sampler(self._data, self._recipe)
         batch = [sampler[0, slot] for slot in range(self._recipe.batch)]
         begun = time.monotonic()
-        learner.step(batch, 0, 0.0)  # the first step is slow: libraries choose their kernels
+        float(learner.step(batch, 0, 0.0))  # the first step is slow: libraries choose their kernels
         start = time.monotonic()
-        learner.step(batch, 0, 0.0)
+        float(learner.step(batch, 0, 0.0))  # a step has ended when its loss can be read
         seconds = time.monotonic() - start
         self._clock.leave_out(time.monotonic() - begun)
         return seconds
@@ -288,16 +294,17 @@ class Training:
             if self._between_steps(progress) or progress >= 1:
                 break
             batch = list(islice(samples, self._recipe.batch))
-            loss = self._learner.step(batch, self.step, progress)
+            own = self._learner.step(batch, self.step, progress)
             self.step += 1
             if self._average:
                 self._average.add(self._network)
-            loss, progress = self._world.agree(loss, self._clock.progress(self.step))
-            if not math.isfinite(loss):
-                raise self._diverged(f"the loss is {loss}")
-            if self._log:
-                rate, seconds = self._learner.rate, self._clock.seconds
-                self._log.add(self.step, loss, rate, seconds, progress)
+            loss, progress = self._world.agree(own, self._clock.progress(self.step))
+            self._unread.append(loss)
+            if self.step % REPORT_STEPS == 0:
+                self._read_losses()
+                if self._log:
+                    self._log.flush(self.step, self._learner.rate, self._clock.seconds, progress)
+        self._read_losses()
         if self._log:
             self._log.flush(self.step, self._learner.rate, self._clock.seconds, 1.0)
             self._save()
@@ -322,11 +329,29 @@ class Training:
         exhausted = self._validation is not None and self._validation.patience_exhausted()
         return self._world.agree(0.0, float(exhausted))[1] > 0
 
-    def _diverged(self, symptom: str) -> RunError:
+    def _read_losses(self) -> None:
+        """Reads the losses of the last steps, for the log.
+
+        Called before a line or a checkpoint is written, and not in each step. So a GPU has work
+        waiting while the next step is prepared.
+
+        Raises:
+            RunError: if one is not finite; names its step.
+        """
+        first = self.step - len(self._unread) + 1
+        losses = [float(loss) for loss in self._unread]
+        for step, loss in enumerate(losses, first):
+            if not math.isfinite(loss):
+                raise self._diverged(step, f"the loss is {loss}")
+        self._unread.clear()
+        if self._log:
+            self._log.add(losses)
+
+    def _diverged(self, step: int, symptom: str) -> RunError:
         trained = [path for path in self._run.checkpoints() if int(path.stem.removeprefix("step-"))]
         models = [path for path in [self._run.path / BEST, *trained] if path.exists()]
         return RunError(
-            f"step {self.step}: {symptom}; train again with a --learning-rate below "
+            f"step {step}: {symptom}; train again with a --learning-rate below "
             f"{self._recipe.learning_rate:g} and another --out"
             + (f" (the last good model is {models[0]})." if models else ".")
         )
@@ -348,10 +373,16 @@ class Training:
         )
 
     def _save(self) -> None:
-        """Writes a checkpoint: weights, optimiser state and the state of the training."""
+        """Writes a checkpoint: weights, optimiser state and the state of the training.
+
+        Raises:
+            RunError: if the loss of a step since the last line of the log, or a weight, is not
+                finite.
+        """
+        self._read_losses()
         weights = self._network.state_dict()
         if nonfinite := [name for name, t in weights.items() if not t.isfinite().all()]:
-            raise self._diverged(f"weight {nonfinite[0]!r} is no longer finite")
+            raise self._diverged(self.step, f"weight {nonfinite[0]!r} is no longer finite")
         tensors = {WEIGHT + name: t for name, t in self._model.state_dict().items()}
         if self._average:
             tensors |= {LAST + name: t for name, t in weights.items()}
@@ -553,17 +584,24 @@ class Average:
     """
 
     def __init__(self, network: UNet, steps: int, done: int = 0) -> None:
-        def average(averaged: Any, current: Any, count: Any) -> None:
-            share = max(1 / steps, 9 / (10 + int(count)))
-            torch._foreach_lerp_(list(averaged), list(current), min(1.0, share))
-
-        self._averaged = AveragedModel(network, multi_avg_fn=average)
-        self._averaged.n_averaged.fill_(done)
-        self.network = cast(UNet, self._averaged.module).requires_grad_(False).eval()
+        self._steps, self._done = steps, done
+        self.network = deepcopy(network).requires_grad_(False).eval()
 
     def add(self, network: UNet) -> None:
-        """Adds the weights after a step."""
-        self._averaged.update_parameters(network)
+        """Adds the weights after a step.
+
+        The count is a plain number: `AveragedModel` of torch keeps it in a tensor, copies that to
+        the GPU and reads it there in each step.
+        """
+        averaged: list[Tensor] = [*self.network.parameters()]
+        current: list[Tensor] = [*network.parameters()]
+        with torch.no_grad():
+            if self._done:
+                share = max(1 / self._steps, 9 / (10 + self._done))
+                torch._foreach_lerp_(averaged, current, share)
+            else:
+                torch._foreach_copy_(averaged, current)
+        self._done += 1
 
 
 class Learner:
@@ -583,8 +621,8 @@ class Learner:
         self._model: nn.Module = DistributedDataParallel(network) if world.size > 1 else network
         self.rate = rate
 
-    def step(self, samples: list[Sample], number: int, progress: float) -> float:
-        """Updates the weights from one batch and returns its loss.
+    def step(self, samples: list[Sample], number: int, progress: float) -> Tensor:
+        """Updates the weights from one batch and returns its loss, without waiting for a GPU.
 
         Args:
             samples: the batch.
@@ -605,7 +643,7 @@ class Learner:
         if self._recipe.clip:
             nn.utils.clip_grad_norm_(self._network.parameters(), self._recipe.clip)
         self._optimiser.step()
-        return float(loss.detach())
+        return loss.detach()
 
     def _loss(self, scores: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         losses = nn.functional.cross_entropy(scores.float(), targets, reduction="none")
