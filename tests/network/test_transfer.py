@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unet_ray.errors import RunError
+from unet_ray.network import prediction
 from unet_ray.network.prediction import Predictor
 from unet_ray.network.transfer import DEPTH, Transfer, delayed
 from unet_ray.network.unet import UNet
@@ -167,7 +168,7 @@ def test_results_come_down_in_their_order(numbers, ahead):
         np.testing.assert_array_equal(result["a"], np.full((2, 3, 5), number))
 
 
-def test_results_that_nobody_has_fetched_outlast_their_buffer():
+def test_results_outlast_their_buffer():
     transfer = Transfer(LateLanes())
     fetches = [transfer.down({"a": torch.tensor([n], dtype=torch.uint8)}) for n in range(7)]
     assert [int(fetch()["a"][0]) for fetch in reversed(fetches)] == [*reversed(range(7))]
@@ -418,3 +419,31 @@ def test_an_algorithm_replaced_while_an_earlier_pass_waits_ends_the_process(monk
     with pytest.raises(RuntimeError, match="of cuDNN"):
         late(plan[0], volume_of((1, *plan[0].read.shape), "uint8"), OUTPUTS)
     assert lanes.waits == 0  # the result of the first pass was not used either
+
+
+# GPUs
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "float16", "float32"])
+def test_a_gpu_normalises_to_the_bits_of_the_host(dtype):
+    network = network_of(2)
+    plan = TilePlan((2, 40, 40), (2, 40, 40), network.context, (2, 20, 20))
+    intensity = Intensity((41.3, 7.7), (30.1, 0.3))
+    host, gpu = (Predictor(network, plan, intensity, "float32", d) for d in ("cpu", "cuda"))
+    for number in range(5):
+        window = volume_of((2, *plan.pass_shape), dtype) + np.dtype(dtype).type(number)
+        assert torch.equal(gpu._image(window).cpu(), host._image(window))
+
+
+@on_gpu
+def test_passes_of_a_gpu_that_overlap_have_the_bits_of_single_ones(monkeypatch):
+    network = network_of()
+    plan = TilePlan((8, 400, 400), (8, 400, 400), network.context, (1, 200, 200))
+    volume = volume_of((1, *plan.shape), "uint16")
+    predictor = Predictor(network, plan, Intensity((41.3,), (30.1,)), "float32", "cuda")
+    overlapping = [*predicted(predictor, plan, volume)]
+    monkeypatch.setattr(prediction, "DEPTH", 1)
+    same(predicted(predictor, plan, volume), overlapping)

@@ -257,7 +257,8 @@ class Predictor:
     ) -> Fetch:
         """Starts one forward call; `kept` has the planes of a stream, for each symmetry.
 
-        A GPU still computes when this returns, but all its memory is allocated by then.
+        A GPU may still compute when this returns. `_same_algorithms` needs no wait for it, since
+        torch allocates memory while it queues the work.
         """
         with torch.inference_mode(), self._same_algorithms():
             computed = self._computed(self._image(window), outputs, kept)
@@ -345,7 +346,7 @@ class Predictor:
     ) -> torch.Tensor:
         """Scores of one pass in float32, ``(z, classes, y, x)`` or ``(1, classes, z, y, x)``.
 
-        Appends to `finite` whether all are finite: to look at it here would stop the device.
+        Appends to `finite` whether all are finite; a look at the value would wait for a GPU.
         """
         image = image.contiguous(memory_format=self._format)
         scores: torch.Tensor
