@@ -55,13 +55,14 @@ class LateLanes:
         self.clocks = {lane: {} for lane in ("host", "up", "compute", "down")}
         self.late = []  # copies that have not run: lane, number, function
         self.uses = {}  # of each memory: lane, number, whether it writes
-        self.kinds = {}
+        self.kinds = {}  # of each memory: pinned, or of the device
+        self.kept = []  # so that no address is used again
 
     def _buffer(self, kind, size):
         buffer = torch.full((size,), 171, dtype=torch.uint8)
         self.kinds[buffer.untyped_storage().data_ptr()] = kind
         self.made.append((kind, size))
-        self.kept = [*getattr(self, "kept", []), buffer]  # so that no address is used again
+        self.kept.append(buffer)
         return buffer
 
     def pinned(self, size):
