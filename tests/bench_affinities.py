@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from tests.bench_quality import Bench, Scheduled, predict, scores_of
 from unet_ray.machine import keep_freed_memory
-from unet_ray.network.prediction import Predictor
+from unet_ray.network.prediction import FINITE, Predictor
 from unet_ray.network.unet import UNet
 from unet_ray.scores.cuts import Slice
 from unet_ray.scores.overlaps import Overlaps, foreground_information, foreground_pair_counts
@@ -81,11 +81,11 @@ def part_of(network, channels):
 class Affinities(Predictor):
     """Sigmoid of each output, as probabilities of classes 1 and up."""
 
-    def _forward(self, window, tile, outputs, kept=()):
-        with torch.inference_mode():
-            scores = self._inside(self._scores(self._image(window), tile, 0, None))
-            return {"probabilities": (255 * scores.sigmoid()).round().byte()[:, 1:]
-                    .transpose(0, 1).numpy()}  # fmt: skip
+    def _computed(self, image, outputs, kept):
+        finite = []
+        scores = self._inside(self._scores(image, finite, 0, None))
+        rounded = (255 * scores.sigmoid()).round().byte()[:, 1:]
+        return {"probabilities": rounded.transpose(0, 1), FINITE: finite[0].byte()}
 
 
 def watershed_scores(network, held_out, tta=False):

@@ -65,14 +65,14 @@ def passes(model, image, precision, tile=None):
         for box in tiles.pass_boxes(part):
             stop = (start + n for start, n in zip(box.start, tiles.pass_shape, strict=True))
             window = voxels[(slice(None), *Box(box.start, tuple(stop)).slices)]
-            inputs.append((part, predictor._image(window)))
+            inputs.append(predictor._image(window))
     workers = min(len(inputs), torch.get_num_threads())
     threads = torch.get_num_threads() // workers
 
-    def one(pair):
+    def one(image):
         torch.set_num_threads(threads)
         with torch.inference_mode():
-            predictor._scores(pair[1], pair[0], 0, None).softmax(1)
+            predictor._scores(image, [], 0, None).softmax(1)
 
     def run():
         with ThreadPoolExecutor(workers) as pool:

@@ -51,7 +51,7 @@ def raw(model, image):
     for tile in tiles:
         voxels = read_tile(volume, tile, "error")
         for z in range(tile.write.shape[0]):
-            inputs.append((tile, predictor._image(voxels[:, z : z + 1])))
+            inputs.append(predictor._image(voxels[:, z : z + 1]))
     waiting, lock = iter(inputs), threading.Lock()
 
     def work():
@@ -59,10 +59,10 @@ def raw(model, image):
         with torch.inference_mode():
             while True:
                 with lock:
-                    tile, seen = next(waiting, (None, None))
-                if tile is None:
+                    image = next(waiting, None)
+                if image is None:
                     return
-                predictor._scores(seen, tile, 0, None).softmax(1)
+                predictor._scores(image, [], 0, None).softmax(1)
 
     start = cpu()
     threads = [threading.Thread(target=work) for _ in range(usable_cores())]

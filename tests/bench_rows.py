@@ -61,7 +61,7 @@ def prepared(network, core, precision):
     predictor = Predictor(network, plan, Intensity((128.0,), (50.0,)), precision, "cpu")
     voxels = np.random.default_rng(0).integers(0, 255, (1, *plan.pass_shape)).astype(np.uint8)
     image = predictor._image(voxels).contiguous(memory_format=torch.channels_last)
-    return predictor._network, image, lambda: predictor._scores(image, plan[0], 0, None)
+    return predictor._network, image, lambda: predictor._scores(image, [], 0, None)
 
 
 def main(base=32, rounds=5):

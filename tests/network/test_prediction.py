@@ -153,10 +153,10 @@ def test_an_algorithm_replaced_for_lack_of_memory_ends_the_process(
     counts, scores = iter([5, 5 + failed + ended]), predictor._scores
     monkeypatch.setattr(predictor, "_failed_allocations", lambda: next(counts))
 
-    def pass_of(image, tile, network, kept):
+    def pass_of(image, finite, network, kept):
         if ended:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return scores(image, tile, network, kept)
+        return scores(image, finite, network, kept)
 
     monkeypatch.setattr(predictor, "_scores", pass_of)
     outcome = nullcontext()
@@ -253,7 +253,7 @@ def test_the_mean_over_symmetries_does_not_depend_on_the_turn_of_a_volume(z_leve
 
     def averaged(volume):
         with torch.inference_mode():
-            return predictor._averaged(predictor._image(volume[None]), plan[0], ())
+            return predictor._averaged(predictor._image(volume[None]), [], ())
 
     whole = averaged(voxels)
     assert len(calls) == symmetries

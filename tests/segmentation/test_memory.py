@@ -1,5 +1,6 @@
 """Sizes as people write them, and memory estimates compared with measured peaks."""
 
+import math
 import os
 import subprocess
 import sys
@@ -20,10 +21,12 @@ from unet_ray.engine.cluster import HELPERS
 from unet_ray.errors import InputError
 from unet_ray.network.arithmetic import NetworkSize, pass_bytes
 from unet_ray.network.checkpoints import ModelHeader, architecture_of, write_model
+from unet_ray.network.transfer import DEPTH
 from unet_ray.network.unet import UNet
 from unet_ray.segmentation import outlook as planning
 from unet_ray.segmentation.forecast import describe
 from unet_ray.segmentation.memory import (
+    ALLOCATOR_FACTOR,
     DRIVER_BYTES_PER_TILE,
     GPU_TILES,
     PROCESS_BYTES,
@@ -247,6 +250,27 @@ def test_the_memory_limit_bounds_the_batch_of_small_tiles_for_a_gpu():
         assert needed_bytes(memory, device, other) == process_bytes(memory, device, other)
     large = worker_bytes(NET, planned((999, 384, 384), (1, 384, 384)), 1, 2).on("ray")
     assert together(large, "cuda", Settings(engine="ray", memory=1 << 40)) == 1
+
+
+@given(
+    st.sampled_from([1, 2, 4]),
+    st.integers(1, 8),
+    st.integers(2, 9),
+    st.sampled_from([1, 2, 16]),
+    st.sampled_from([2, 4]),
+    st.integers(1, 40),
+    st.integers(1, 8),
+)
+def test_page_locked_buffers_fit_into_the_share_of_a_pass(
+    voxel, channels, classes, base, itemsize, extent, batch
+):
+    passes = (batch, 16 * extent, 16 * extent)
+    net = NetworkSize(channels, classes, base, flat_levels(4), weights=10**6, itemsize=itemsize)
+    shape = tuple(p + h for p, h in zip(passes, PAPER.halo, strict=True))
+    up, down = math.prod(shape) * channels * voxel, math.prod(passes) * classes + 1
+    # torch rounds the size of each up to a power of two.
+    locked = sum(DEPTH * 2 ** (size - 1).bit_length() for size in (up, down))
+    assert locked <= ALLOCATOR_FACTOR * pass_bytes(net, shape)
 
 
 @given(st.integers(1, 16), st.integers(1, 30), st.integers(1, 30))

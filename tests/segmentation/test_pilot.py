@@ -17,6 +17,7 @@ from tests.helper import TILED, noise, petabyte, random_model, resident_peak, sh
 from unet_ray.errors import RunError
 from unet_ray.segmentation import outlook as planning
 from unet_ray.segmentation import pilot
+from unet_ray.segmentation.forecast import describe_trial
 from unet_ray.segmentation.outlook import plan, spread
 from unet_ray.segmentation.pilot import try_tiles
 from unet_ray.segmentation.segment import segment
@@ -168,6 +169,25 @@ def test_a_worker_on_a_gpu_reads_and_writes_while_it_predicts():
     helped = dataclasses.replace(on_cpu, in_flight=4, helpers=2)
     assert helped.seconds == 4
     assert dataclasses.replace(helped, write=9).seconds == 4.5
+
+
+@given(*[st.integers(1, 10**6)] * 3)
+def test_the_needed_readers_and_writers_keep_a_gpu_busy(read, predict, write):
+    trial = pilot.Pilot(8, 8, 2, 4, read, predict, write, stored=1, helpers=2)
+    needed = trial.needed_helpers
+    assert dataclasses.replace(trial, helpers=needed).seconds == pytest.approx(predict)
+    if needed > 1:
+        assert dataclasses.replace(trial, helpers=needed - 1).seconds > predict
+    assert dataclasses.replace(trial, helpers=0).needed_helpers == 0
+    assert dataclasses.replace(trial, predict=0.0).needed_helpers == 0  # all is constant
+
+
+@pytest.mark.parametrize(("read", "write", "needed"), [(8.1, 1, 3), (1, 41, 11), (8, 8, 0)])
+def test_a_plan_states_that_a_gpu_would_wait_for_files(files, read, write, needed):
+    trial = pilot.Pilot(8, 8, 2, 4, read, 4.0, write, stored=1, helpers=2)
+    text = describe_trial(plan(*files, TILED), trial, None, "")
+    line = f"waits   a GPU waits for its files: {needed} readers and {needed} writers would keep"
+    assert (line in text) if needed else ("waits" not in text)
 
 
 def test_slices_that_cannot_be_read_are_skipped(files, monkeypatch):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -20,13 +20,16 @@ from unet_ray.errors import RunError
 from unet_ray.machine import keep_freed_memory, nvidia_driver
 from unet_ray.network.arithmetic import CONSTANTS, symmetries_of
 from unet_ray.network.streaming import Columns, Kept, StreamedUNet
+from unet_ray.network.transfer import DEPTH, Arrays, CudaLanes, Transfer, delayed
 from unet_ray.network.unet import UNet, channels_last, turned
-from unet_ray.tiling.boxes import Box
+from unet_ray.tiling.boxes import Box, Ints
 from unet_ray.tiling.tiles import Tile, TilePlan
-from unet_ray.volumes.intensity import Intensity
+from unet_ray.volumes.intensity import Intensity, fits_float32
 
 Precision = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda", "mps"]  # mps: Apple GPUs, not tested
+Fetch = Callable[[], Arrays]  # returns the results of a pass when they are complete
+FINITE = "finite"  # among the results of a pass: 1 if all its scores are finite, else 0
 
 
 def best_precision(device: Device) -> Precision:
@@ -82,7 +85,8 @@ class Predictor:
     """A network at inference, for the tiles of one plan.
 
     All passes have the same shape, so the result of a tile does not depend on the process. It does
-    depend on the number of threads, which the caller sets (one per pass on a CPU).
+    depend on the number of threads, which the caller sets (one per pass on a CPU). Several threads
+    may call a predictor on a CPU; on a GPU the caller makes one call at a time.
 
     Args:
         network: trained network; its norm layers are folded into the convolutions.
@@ -113,11 +117,16 @@ class Predictor:
         settle_arithmetic()
         self._plan, self._intensity, self._tta = plan, intensity, tta
         self._classes, self._threshold = network.classes, threshold
-        self._cache: dict[tuple[bytes, tuple[str, ...]], dict[str, NDArray[np.uint8]]] = {}
+        self._cache: dict[tuple[bytes, tuple[str, ...]], Fetch] = {}
         self._lock = threading.Lock()
         self._columns = Columns(plan, in_flight)
         self._device = torch.device(device)
-        self._dtype = getattr(torch, precision)
+        self._transfer = Transfer(CudaLanes(self._device)) if device == "cuda" else None
+        self._mean, self._factor = (
+            torch.from_numpy(values.reshape(-1, 1, 1, 1)).to(self._device)
+            for values in intensity.in_float32()
+        )
+        self._dtype: torch.dtype = getattr(torch, precision)
         self._axes = network.axes
         self._format = channels_last(self._axes)
         self._network = (
@@ -163,84 +172,119 @@ class Predictor:
         results = {name: np.zeros(shapes[name], np.uint8) for name in outputs}
         if self._streams:
             self._predict_columns(tile, voxels, results)
-            return results
+        else:
+            self._place(self._passes(tile, voxels, tuple(outputs)), tile, results)
+        return results
+
+    def _passes(
+        self, tile: Tile, voxels: NDArray[np.generic], outputs: tuple[str, ...]
+    ) -> Iterator[tuple[Box, Fetch]]:
+        """Starts one pass after another."""
         for part in self._plan.pass_boxes(tile):
             stop = (a + n for a, n in zip(part.start, self._plan.pass_shape, strict=True))
             window = voxels[(slice(None), *Box(part.start, tuple(stop)).slices)]
-            for name, values in self._pass(window, tile, tuple(outputs)).items():
-                z, y, x = part.slices
-                results[name][..., z, y, x] = values
-        return results
+            yield part, self._pass(window, outputs)
 
-    def _predict_columns(
+    def _place(self, passes: Iterable[tuple[Box, Fetch]], tile: Tile, results: Arrays) -> None:
+        """Fills the results of a tile; a GPU computes the next pass while one is placed.
+
+        Raises:
+            RunError: if the network returns a score that is not finite.
+        """
+        for part, fetch in delayed(passes, DEPTH - 1 if self._transfer else 0):
+            scored = fetch()
+            if not scored[FINITE]:
+                raise RunError(
+                    f"tile {tile.index} ({tile.write}): the network returns scores that are not "
+                    f"finite; the model or the intensities are damaged."
+                )
+            z, y, x = part.slices
+            for name, values in results.items() if part.start[0] >= 0 else ():
+                values[..., z, y, x] = scored[name]
+
+    def _predict_columns(self, tile: Tile, voxels: NDArray[np.generic], results: Arrays) -> None:
+        """Fills the results of a tile, whose passes along z continue those of the tile below."""
+        with self._columns.of(tile) as (kept, continued):
+            # Inside the context, since planes of scores that are not finite must not stay.
+            slabs = self._slabs(tile, voxels, tuple(results), kept, continued)
+            self._place(slabs, tile, results)
+
+    def _slabs(
         self,
         tile: Tile,
         voxels: NDArray[np.generic],
-        results: dict[str, NDArray[np.uint8]],
-    ) -> None:
-        """Fills the results of a tile, whose passes along z continue those of the tile below."""
+        outputs: tuple[str, ...],
+        kept: dict[Ints, list[Kept]],
+        continued: bool,
+    ) -> Iterator[tuple[Box, Fetch]]:
+        """Starts one pass of a stream after another; those of a warm-up start below 0."""
         slab, warm_up = self._plan.passes[0], self._streams[0].stream.warm_up
         column = (self._plan.core[0], *self._plan.passes[1:])
         parts = [p for p in Box.of(self._plan.core).split(column) if p.intersect(tile.crop).size]
         last = -(-tile.crop.stop[0] // slab)
-        with self._columns.of(tile) as (kept, continued):
-            first = 0 if continued else -warm_up  # slabs below the tile fill the layers at first
-            for part in parts:
-                planes = kept.setdefault(part.start, [{} for _ in range(self._symmetries)])
-                for number in range(first, last):
-                    start = ((number + warm_up) * slab, *part.start[1:])
-                    shape = zip(start, self._plan.pass_shape, strict=True)
-                    box = Box(start, tuple(a + n for a, n in shape))
-                    window = voxels[(slice(None), *box.slices)]
-                    scored = self._forward(window, tile, tuple(results), planes)
-                    z, (_, y, x) = slice(number * slab, (number + 1) * slab), part.slices
-                    for name, values in scored.items() if number >= 0 else ():
-                        results[name][..., z, y, x] = values
+        first = 0 if continued else -warm_up  # slabs below the tile fill the layers at first
+        for part in parts:
+            planes = kept.setdefault(part.start, [{} for _ in range(self._symmetries)])
+            for number in range(first, last):
+                start = ((number + warm_up) * slab, *part.start[1:])
+                shape = zip(start, self._plan.pass_shape, strict=True)
+                box = Box(start, tuple(a + n for a, n in shape))
+                window = voxels[(slice(None), *box.slices)]
+                z, rest = number * slab, (part.start[1:], part.stop[1:])
+                result = Box((z, *rest[0]), (z + slab, *rest[1]))
+                yield result, self._forward(window, outputs, planes)
 
-    def _pass(
-        self, window: NDArray[np.generic], tile: Tile, outputs: tuple[str, ...]
-    ) -> dict[str, NDArray[np.uint8]]:
-        """Results of one pass, ``(..., *passes)``; cached if all voxels are equal.
+    def _pass(self, window: NDArray[np.generic], outputs: tuple[str, ...]) -> Fetch:
+        """Starts a pass with results ``(..., *passes)``; cached if all voxels are equal.
 
         All passes have the same shape, so equal voxels have equal results.
         """
         value = constant_value(window)
         if value is None:
-            return self._forward(window, tile, outputs)
+            return self._forward(window, outputs)
         with self._lock:  # otherwise two threads could compute the same result
             key = value, outputs
             result = self._cache.pop(key, None)
             if result is None:
                 if len(self._cache) == CONSTANTS:  # remove the least recently used result
                     del self._cache[next(iter(self._cache))]
-                result = self._forward(window, tile, outputs)
+                result = self._forward(window, outputs)
             self._cache[key] = result
             return result
 
     def _forward(
-        self,
-        window: NDArray[np.generic],
-        tile: Tile,
-        outputs: tuple[str, ...],
-        kept: Sequence[Kept] = (),
-    ) -> dict[str, NDArray[np.uint8]]:
-        """Results of one forward call; `kept` has the planes of a stream, for each symmetry."""
-        results = {}
+        self, window: NDArray[np.generic], outputs: tuple[str, ...], kept: Sequence[Kept] = ()
+    ) -> Fetch:
+        """Starts one forward call; `kept` has the planes of a stream, for each symmetry.
+
+        A GPU may still compute when this returns. `_same_algorithms` needs no wait for it, since
+        torch allocates memory while it queues the work.
+        """
         with torch.inference_mode(), self._same_algorithms():
-            image = self._image(window)
-            if self._tta:
-                scores = probabilities = self._inside(self._averaged(image, tile, kept))
-            else:
-                scores = self._inside(self._scores(image, tile, 0, kept[0] if kept else None))
-                probabilities = scores.softmax(dim=1)
-            rounded = None
-            if "probabilities" in outputs or self._threshold is not None:
-                rounded = probabilities[:, 1:].mul(255).round_().byte()
-            if "probabilities" in outputs and rounded is not None:
-                results["probabilities"] = self._channels_first(rounded).cpu().numpy()
-            if "classes" in outputs:
-                results["classes"] = self._class_map(scores, rounded).cpu().numpy()
-        return results
+            computed = self._computed(self._image(window), outputs, kept)
+            if self._transfer:
+                return self._transfer.down(computed)
+            results = {name: values.cpu().numpy() for name, values in computed.items()}
+        return lambda: results
+
+    def _computed(
+        self, image: torch.Tensor, outputs: tuple[str, ...], kept: Sequence[Kept]
+    ) -> dict[str, torch.Tensor]:
+        """Results of one forward call on the device, uint8, with `FINITE` among them."""
+        results, finite = {}, list[torch.Tensor]()
+        if self._tta:
+            scores = probabilities = self._inside(self._averaged(image, finite, kept))
+        else:
+            scores = self._inside(self._scores(image, finite, 0, kept[0] if kept else None))
+            probabilities = scores.softmax(dim=1)
+        rounded = None
+        if "probabilities" in outputs or self._threshold is not None:
+            rounded = probabilities[:, 1:].mul(255).round_().byte()
+        if "probabilities" in outputs and rounded is not None:
+            results["probabilities"] = self._channels_first(rounded)
+        if "classes" in outputs:
+            results["classes"] = self._class_map(scores, rounded)
+        return {**results, FINITE: torch.stack(finite).all().byte()}
 
     def _inside(self, scores: torch.Tensor) -> torch.Tensor:
         """The voxels of a pass; the network may return more, since its sizes have a step."""
@@ -287,30 +331,35 @@ class Predictor:
 
     def _image(self, window: NDArray[np.generic]) -> torch.Tensor:
         """Normalised input of one pass on the device, ``(z, c, y, x)``, or ``(1, c, z, y, x)``."""
-        image = torch.from_numpy(self._intensity.normalise(window))
+        if self._transfer and fits_float32(window.dtype):
+            # The operations of `Intensity.normalise`, so the bits are the same.
+            image = self._transfer.up(window).sub_(self._mean).mul_(self._factor)
+        elif self._transfer:
+            image = self._transfer.up(self._intensity.normalise(window))
+        else:
+            image = torch.from_numpy(self._intensity.normalise(window))
         batch = image.transpose(0, 1) if self._axes == 2 else image[None]
-        if self._device.type == "cuda":
-            batch = batch.pin_memory()
         return batch.to(self._device, self._dtype, non_blocking=True)
 
     def _scores(
-        self, image: torch.Tensor, tile: Tile, network: int, kept: Kept | None
+        self, image: torch.Tensor, finite: list[torch.Tensor], network: int, kept: Kept | None
     ) -> torch.Tensor:
-        """Scores of one pass in float32, ``(z, classes, y, x)`` or ``(1, classes, z, y, x)``."""
+        """Scores of one pass in float32, ``(z, classes, y, x)`` or ``(1, classes, z, y, x)``.
+
+        Appends to `finite` whether all are finite; a look at the value would wait for a GPU.
+        """
         image = image.contiguous(memory_format=self._format)
         scores: torch.Tensor
         if kept is None:
             scores = self._networks[network](image).float()
         else:
             scores = self._streams[network](image, kept).float()
-        if not torch.isfinite(scores).all():
-            raise RunError(
-                f"tile {tile.index} ({tile.write}): the network returns scores that are not "
-                f"finite; the model or the intensities are damaged."
-            )
+        finite.append(torch.isfinite(scores).all())
         return scores
 
-    def _averaged(self, image: torch.Tensor, tile: Tile, kept: Sequence[Kept]) -> torch.Tensor:
+    def _averaged(
+        self, image: torch.Tensor, finite: list[torch.Tensor], kept: Sequence[Kept]
+    ) -> torch.Tensor:
         """Mean probabilities over all symmetries, shaped as the scores.
 
         The image is rotated and mirrored in its planes; the networks are turned for z. The order of
@@ -323,7 +372,7 @@ class Predictor:
                     view = image.rot90(turns, (-2, -1))
                     view = view.flip(-1) if mirrored else view
                     planes = kept[number] if kept else None
-                    softmax = self._scores(view, tile, network, planes).softmax(dim=1)
+                    softmax = self._scores(view, finite, network, planes).softmax(dim=1)
                     upright = softmax.flip(-1) if mirrored else softmax
                     total, number = total + upright.rot90(-turns, (-2, -1)), number + 1
         return total / number

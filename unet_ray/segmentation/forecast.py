@@ -177,6 +177,9 @@ def describe_trial(outlook: Outlook, trial: Pilot | None, per_hour: float | None
     if trial.failures:
         count = f"{len(trial.failures)} of {trial.inspected + len(trial.failures)}"
         rows.append(("failed", f"{count} inspected passes: {trial.failures[0]}"))
+    if (needed := trial.needed_helpers) > trial.helpers:
+        busy = f"{needed} readers and {needed} writers would keep it busy"
+        rows.append(("waits", f"a GPU waits for its files: {busy}"))
     price = _price(outlook, trial, per_hour)
     if price is not None:
         rows.append(("price", f"about {price:.2f}"))

@@ -65,7 +65,8 @@ class WorkerMemory:
         weights: weights of the folded network.
         tile: input voxels and output values of a tile, with the cached constant passes.
         copy: copy of voxels or values, or the read overhead, while a tile is read or written.
-        forward: peak of one pass.
+        forward: peak of one pass; a GPU has it in its own memory, and the host has page-locked
+            buffers in its place, which are smaller.
         objects: arrays of a tile in the stages that make objects; 0 without objects.
         later: libraries of the stages after the prediction; 0 without such stages.
         streams: planes that the streams of a tile keep from pass to pass; 0 without streams.

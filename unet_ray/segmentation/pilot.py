@@ -87,6 +87,12 @@ class Pilot:
             return max(self.predict, self.read / self.helpers, self.write / self.helpers)
         return max(self.predict, (self.read + self.predict + self.write) / self.in_flight)
 
+    @property
+    def needed_helpers(self) -> int:
+        """Readers per GPU, and as many writers, that keep it busy; 0 without helpers."""
+        slowest = max(self.read, self.write)
+        return math.ceil(slowest / self.predict) if self.helpers and self.predict else 0
+
     def run_seconds(self, outlook: Outlook) -> float:
         """Estimated seconds of the whole run, without startup."""
         parallel = outlook.workers

@@ -58,15 +58,25 @@ class Intensity:
     def normalise(self, voxels: NDArray[Any]) -> NDArray[np.float32]:
         """Returns ``(voxels - mean) / sd`` in float32, for an array ``(c, ...)``."""
         shape = (-1,) + (1,) * (voxels.ndim - 1)
-        if voxels.dtype.itemsize > 2 and voxels.dtype != np.float32:
+        if not fits_float32(voxels.dtype):
             # float32 may round the values themselves, but not their distances from the mean.
             centred: NDArray[np.float64] = voxels - np.asarray(self.mean).reshape(shape)
             centred /= np.asarray(self.sd).reshape(shape)
             return centred.astype(np.float32)
         result = voxels.astype(np.float32)
-        result -= np.asarray(self.mean, np.float32).reshape(shape)
-        result *= (1 / np.asarray(self.sd)).astype(np.float32).reshape(shape)
+        mean, factor = self.in_float32()
+        result -= mean.reshape(shape)
+        result *= factor.reshape(shape)
         return result
+
+    def in_float32(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """What `normalise` subtracts and then multiplies by, for each channel ``(c,)``."""
+        return np.asarray(self.mean, np.float32), (1 / np.asarray(self.sd)).astype(np.float32)
+
+
+def fits_float32(dtype: np.dtype[Any]) -> bool:
+    """Returns whether `Intensity.normalise` computes voxels of a dtype in float32 alone."""
+    return dtype.itemsize <= 2 or dtype == np.float32
 
 
 @np.errstate(over="ignore", invalid="ignore")  # refused below
