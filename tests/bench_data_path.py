@@ -146,8 +146,9 @@ def by_tensorstore(out, outputs):
             "kvstore": {"driver": "memory", "path": f"{name}/"},
             "metadata": {key: metadata[key] for key in keys},
             "context": context,
+            "store_data_equal_to_fill_value": True,
         }
-        arrays[name] = tensorstore.open(spec, create=True, store_data_equal_to_fill_value=True)
+        arrays[name] = tensorstore.open(spec, create=True)
     arrays = {name: array.result() for name, array in arrays.items()}
 
     def one(tile, part):

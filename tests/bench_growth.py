@@ -21,7 +21,7 @@ from tests.helper import random_model
 from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.settings import Settings
 
-WORKERS, TILE = 2, (16, 512, 512)
+WORKERS, TILE, PLANE = 2, (16, 512, 512), (1024, 1024)
 ENGINES = "local", "ray"
 
 
@@ -59,7 +59,7 @@ def main(folder, gigabytes="0.064,0.5,2", rounds=1):
     for size in sizes:
         volume = folder / f"volume-{size}.zarr"
         shutil.rmtree(volume, ignore_errors=True)
-        make_volume(volume, float(size), objects=False)
+        make_volume(volume, float(size), objects=False, plane=PLANE)
     for _ in range(int(rounds)):
         for size in sizes:
             for engine in ENGINES:

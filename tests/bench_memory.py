@@ -38,10 +38,10 @@ def smooth(shape, seed):
     return np.clip(128 + (noise - 0.5) * 6000, 0, 255).astype(np.uint8)
 
 
-def make_volume(path, gigabytes, objects):
+def make_volume(path, gigabytes, objects, plane=PLANE):
     """A Zarr array without OME metadata of that many 10**9 voxels, uint8."""
-    depth = round(gigabytes * 10**9 / PLANE[0] / PLANE[1] / CHUNK[0]) * CHUNK[0]
-    volume = zarr.create_array(path, shape=(depth, *PLANE), chunks=CHUNK, dtype="uint8")
+    depth = round(gigabytes * 10**9 / plane[0] / plane[1] / CHUNK[0]) * CHUNK[0]
+    volume = zarr.create_array(path, shape=(depth, *plane), chunks=CHUNK, dtype="uint8")
     rng, files = np.random.default_rng(0), []
     for place in np.ndindex(tuple(n // c for n, c in zip(volume.shape, CHUNK, strict=True))):
         files.append(path.joinpath("c", *map(str, place)))
