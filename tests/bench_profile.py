@@ -3,8 +3,8 @@
 python -m tests.bench_profile [BASE [SLICES]]
 
 Segments one slice of 2048 x 2048 voxels, then SLICES more, in this process, and subtracts the first
-run. Each step counts the CPU time of its own threads, without the steps inside it. The last line is
-the rest of the process: the engine, the ledger, and Python's own threads.
+run. A step counts the CPU time of the thread that runs it, without the steps inside it. The rest is
+that of all other threads. It contains the threads of zarr, which compress and check the chunks.
 """
 
 import functools

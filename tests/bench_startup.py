@@ -29,13 +29,14 @@ ENGINES = {"local": "import torch", "ray": "import torch, ray.init"}
 
 
 def seconds_of_import(code):
-    """Seconds until the code has run; its process then ends without cleaning up."""
+    """Seconds until the code has run; the end of its process does not count."""
     start = time.perf_counter()
     done = [sys.executable, "-c", f"{code}; print('done', flush=True); input()"]
     with subprocess.Popen(
         done, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as running:
-        running.stdout.readline()
+        if running.stdout.readline() != b"done\n":
+            raise SystemExit(f"{code} failed")
         taken = time.perf_counter() - start
         running.communicate(b"\n")
     return taken

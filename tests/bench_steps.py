@@ -5,9 +5,9 @@ python -m tests.bench_steps profile [BASE [STEPS]]
 
 The first form needs the environment of ``make bench-peers``; elsewhere it leaves out the peers.
 BASES are base channels, such as 16,32. In each round every case runs once, in a process of its own,
-with as many threads as cores: `WARM` steps and then STEPS measured ones, of one patch each. Writes
-FOLDER/steps.json and FOLDER/steps.md: seconds and memory per step, from the fastest round, and the
-medians of the ratios to our step on a constant patch in our default precision.
+with as many threads as cores. It takes `WARM` steps and then STEPS measured ones, of one patch
+each. Writes FOLDER/steps.json and FOLDER/steps.md. They have the least seconds and the most memory
+of the rounds, and the medians of the ratios to our step on a constant patch.
 
 Our network is unpadded, so it labels the middle of its patch; the peers pad and label all of it.
 So the table has a ratio per step and one per labelled voxel. All networks have the same channels

@@ -378,6 +378,18 @@ def test_scores_that_are_not_finite_name_their_tile(device, constant, tta):
     same([predictor(plan[0], voxels, OUTPUTS)], [expected])
 
 
+def test_a_constant_pass_that_failed_once_is_computed_again(monkeypatch):
+    network = network_of()
+    plan = TilePlan((1, 40, 80), (1, 40, 40), network.context, (1, 20, 20))
+    predictor, _, _ = both(network, plan, tta=False)
+    voxels = np.full((1, *plan[1].read.shape), 7, np.uint8)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "isfinite", lambda scores: torch.zeros_like(scores, dtype=torch.bool))
+        with pytest.raises(RunError, match=r"^tile 1 "):
+            predictor(plan[1], voxels, OUTPUTS)
+    assert predictor(plan[1], voxels, OUTPUTS)["classes"].shape == (1, 40, 40)
+
+
 @pytest.mark.parametrize("which", [0, 3, 7])
 def test_the_scores_of_every_symmetry_must_be_finite(which):
     network = network_of()

@@ -82,12 +82,12 @@ def test_counts_equal_those_of_every_pair_of_voxels(case):
         counts = oracle(labels, every, axis, computed)
         if every[axis] > 2:
             assert [rates.pairs, rates.ends] == counts["tile"]
-        if counts["control"][0] and counts["tile"][0]:
-            assert rates.control_rate == counts["control"][1] / counts["control"][0]
-            assert rates.rate == counts["tile"][1] / counts["tile"][0]
+        (pairs, ends), (control_pairs, control_ends) = counts["tile"], counts["control"]
+        assert rates.control_rate == (control_ends / control_pairs if control_pairs else None)
+        if pairs and control_pairs:
+            assert rates.rate == ends / pairs
         else:
-            assert rates.control_rate is None and rates.ratio is None
-            assert rates.verdict == "unknown"
+            assert rates.ratio is None and rates.verdict == "unknown"
 
 
 @given(cases(), st.integers(1, 50))

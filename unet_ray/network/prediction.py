@@ -194,6 +194,8 @@ class Predictor:
         for part, fetch in delayed(passes, DEPTH - 1 if self._transfer else 0):
             scored = fetch()
             if not scored[FINITE]:
+                with self._lock:  # a retry must compute the pass again
+                    self._cache.clear()
                 raise RunError(
                     f"tile {tile.index} ({tile.write}): the network returns scores that are not "
                     f"finite; the model or the intensities are damaged."

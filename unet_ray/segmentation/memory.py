@@ -30,7 +30,7 @@ from unet_ray.volumes.volume import Volume
 
 # Anonymous memory of an idle worker process, with torch and zarr loaded, on Ray also Ray Data.
 # Measured, like the constants below; a test compares them.
-PROCESS_BYTES = {"local": 165 << 20, "ray": 250 << 20}
+PROCESS_BYTES = {"local": 100 << 20, "ray": 185 << 20}
 # The allocator keeps freed memory (see `keep_freed_memory`), so the process grows beyond the live
 # buffers: by a factor for gaps between buffers, and by a fixed amount for the convolution library.
 # glibc adds the alignment to a request before it looks for room. So the gap that a buffer leaves
@@ -49,7 +49,7 @@ OBJECT_BYTES = 1 + 1 + 4 + 8 + 8
 HOLE_BYTES = 1 + 1 + 4 + 1
 # Anonymous memory of the driver on Ray. Measured with 32 and 4096 tiles; on GPUs with 16384 tiles,
 # since their waves have more blocks.
-DRIVER_BYTES = {"cpu": 400 << 20, "cuda": 480 << 20, "mps": 480 << 20}
+DRIVER_BYTES = {"cpu": 336 << 20, "cuda": 416 << 20, "mps": 416 << 20}
 # The driver's flags per tile: requested, pending, committed, quarantined, skipped.
 DRIVER_BYTES_PER_TILE = 12
 

@@ -300,6 +300,8 @@ class Training:
                 self._average.add(self._network)
             loss, progress = self._world.agree(own, self._clock.progress(self.step))
             self._unread.append(loss)
+            if self._world.size > 1:  # `agree` has read it, so all workers stop in the same step
+                self._read_losses()
             if self.step % REPORT_STEPS == 0:
                 self._read_losses()
                 if self._log:
@@ -332,8 +334,8 @@ class Training:
     def _read_losses(self) -> None:
         """Reads the losses of the last steps, for the log.
 
-        Called before a line or a checkpoint is written, and not in each step. So a GPU has work
-        waiting while the next step is prepared.
+        A single worker calls it before a line or a checkpoint is written, and not in each step. So
+        its GPU has work waiting while the next step is prepared.
 
         Raises:
             RunError: if one is not finite; names its step.
