@@ -30,7 +30,7 @@ from unet_ray.volumes.volume import Volume
 
 # Anonymous memory of an idle worker process, with torch and zarr loaded, on Ray also Ray Data.
 # Measured, like the constants below; a test compares them.
-PROCESS_BYTES = {"local": 90 << 20, "ray": 185 << 20}
+PROCESS_BYTES = {"local": 86 << 20, "ray": 185 << 20}
 # The allocator keeps freed memory (see `keep_freed_memory`), so the process grows beyond the live
 # buffers: by a factor for gaps between buffers, and by a fixed amount for the convolution library.
 # glibc adds the alignment to a request before it looks for room. So the gap that a buffer leaves
