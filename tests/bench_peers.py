@@ -259,16 +259,21 @@ def cases():
 
 
 def measured(folder, base, rounds, extent):
-    """Runs all cases in turn; returns the results of each, in the order of the rounds."""
+    """Writes the model and the images, and runs all cases; see `in_turn`."""
     folder.mkdir(parents=True, exist_ok=True)
     model = random_model(folder / "model.safetensors", base=base, depth=DEPTH)
     stack = noise((SLICES, extent, extent))
     tifffile.imwrite(folder / "slice.tif", stack[0], photometric="minisblack")
     tifffile.imwrite(folder / "stack.tif", stack, photometric="minisblack")
-    results = {}
+    return in_turn("tests.bench_peers", cases(), rounds, base, model, folder)
+
+
+def in_turn(module, cases, rounds, base, *arguments):
+    """Runs all cases of a module in turn; returns the results of each, in the order of rounds."""
+    cases, results = [*cases], {}
     for number in range(rounds):
-        for name, precision in cases():
-            words = ["-m", "tests.bench_peers", "case", name, precision, str(model), str(folder)]
+        for name, precision in cases:
+            words = "-m", module, "case", name, precision, *map(str, arguments)
             done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{name}, {precision}:\n{done.stderr}")

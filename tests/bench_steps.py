@@ -24,7 +24,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -39,7 +38,7 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as profiler
 
-from tests.bench_peers import basic_unet, floats, plain_conv_unet, seconds, write_tables
+from tests.bench_peers import basic_unet, floats, in_turn, plain_conv_unet, seconds, write_tables
 from tests.bench_training import learner_of, step_data
 from unet_ray.machine import give_back_freed_memory, keep_freed_memory
 from unet_ray.network.prediction import best_precision
@@ -234,21 +233,6 @@ def one_case(name, precision, base, steps):
     print(json.dumps({**figures, "patch": case.patch, "output": case.output}))
 
 
-def measured(base, rounds, steps):
-    """Runs all cases in turn; returns the results of each, in the order of the rounds."""
-    results = {}
-    for number in range(rounds):
-        for name, precision in cases():
-            words = ["-m", "tests.bench_steps", "case", name, precision, str(base), str(steps)]
-            done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"{name}, {precision}:\n{done.stderr}")
-            result = json.loads(done.stdout.splitlines()[-1])
-            results.setdefault(f"{name}; {precision}", []).append(result)
-            print(base, number, name, precision, result, file=sys.stderr, flush=True)
-    return results
-
-
 def table(results, base):
     """Returns Markdown: a line for each case, with ratios to our step on a constant patch."""
     ours = results[f"{OURS}; {best_precision('cpu')}"]
@@ -393,7 +377,7 @@ def main(folder, bases="16,32", rounds=3, steps=20):
     folder.mkdir(parents=True, exist_ok=True)
     everything, tables = {}, []
     for base in map(int, bases.split(",")):
-        everything[base] = measured(base, int(rounds), int(steps))
+        everything[base] = in_turn("tests.bench_steps", cases(), int(rounds), base, base, steps)
         tables.append(table(everything[base], base))
     write_tables(folder, "steps", everything, tables)
 
