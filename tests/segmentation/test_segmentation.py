@@ -41,7 +41,7 @@ from unet_ray.segmentation import run as run_module
 from unet_ray.segmentation import (
     segment as segmentation,
 )
-from unet_ray.segmentation.memory import network_size
+from unet_ray.segmentation.memory import PROCESS_BYTES, network_size
 from unet_ray.segmentation.planning import choose_plan
 from unet_ray.segmentation.segment import output_paths, segment
 from unet_ray.segmentation.settings import Settings
@@ -575,15 +575,16 @@ def chosen(folder, network, shape, chunks, memory):
 @pytest.mark.parametrize(
     ("chunks", "memory", "core"),
     [
-        ((1, 512, 512), 4, (16, 1024, 1024)),
-        ((1, 512, 512), 1, (16, 512, 512)),
-        ((64, 64, 64), 4, (64, 1024, 1024)),
-        ((64, 1024, 1024), 4, (64, 1024, 1024)),
-        ((1024, 64, 64), 4, (1000, 416, 416)),
+        ((1, 512, 512), 3846, (16, 1024, 1024)),
+        ((1, 512, 512), 774, (16, 512, 512)),
+        ((64, 64, 64), 3846, (64, 1024, 1024)),
+        ((64, 1024, 1024), 3846, (64, 1024, 1024)),
+        ((1024, 64, 64), 3846, (1000, 416, 416)),
     ],
 )
 def test_tiles_are_as_deep_as_a_chunk_or_a_slab(tmp_path, large_network, chunks, memory, core):
-    plan, _, _ = chosen(tmp_path, large_network, (1000, 2048, 2048), chunks, memory << 30)
+    limit = PROCESS_BYTES["ray"] + (memory << 20)
+    plan, _, _ = chosen(tmp_path, large_network, (1000, 2048, 2048), chunks, limit)
     assert plan.core == core
 
 
