@@ -1,5 +1,6 @@
 """Passes of constant voxels, computed once per value, and the arithmetic of a GPU."""
 
+import math
 import os
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 
 from unet_ray import machine
 from unet_ray.engine.attempts import failure
+from unet_ray.errors import RunError
 from unet_ray.network import prediction
 from unet_ray.network.prediction import Predictor, constant_value, gpu_versions, instructions
 from unet_ray.network.unet import UNet
@@ -264,3 +266,32 @@ def test_the_mean_over_symmetries_does_not_depend_on_the_turn_of_a_volume(z_leve
         turned = averaged(turn(torch.from_numpy(voxels.astype(np.float32))).numpy())
         torch.testing.assert_close(turned, turn(whole), rtol=0, atol=1e-5)
     assert whole.std() > 0.01
+
+
+def results_of(scores):
+    """The results of a tile whose scores are given, (1, classes, 20, 20)."""
+    network = UNet(1, scores.shape[1], 4, 2, "none", 0.0).eval()
+    plan = TilePlan((1, 20, 20), (1, 20, 20), network.context, (1, 20, 20))
+    predictor = Predictor(network, plan, Intensity((0.0,), (1.0,)), "float32", "cpu")
+    predictor._networks = [lambda image: scores]
+    shape = 1, *plan[0].read.shape
+    voxels = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+    return predictor(plan[0], voxels, OUTPUTS)
+
+
+@pytest.mark.parametrize("values", ["ties", "any"])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_class_is_that_of_the_largest_score_and_the_lowest_at_a_tie(classes, values):
+    scores = torch.randn(1, classes, 20, 20, generator=torch.manual_seed(1))
+    scores = scores.round() if values == "ties" else scores
+    got = results_of(scores)["classes"]
+    np.testing.assert_array_equal(got, scores.numpy().argmax(axis=1))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", [0, 17, 799])
+def test_one_score_that_is_not_finite_is_detected(bad, where):
+    scores = torch.randn(1, 2, 20, 20, generator=torch.manual_seed(1))
+    scores.view(-1)[where] = bad
+    with pytest.raises(RunError, match="not finite"):
+        results_of(scores)

@@ -297,6 +297,8 @@ class Predictor:
     def _class_map(self, scores: torch.Tensor, rounded: torch.Tensor | None) -> torch.Tensor:
         """Class of each voxel, uint8 ``(z, y, x)``, from its scores or its stored probability."""
         if rounded is None or self._threshold is None:
+            if self._classes == 2:  # the same as argmax, in a tenth of the time
+                return self._channels_first(scores[:, 1:] > scores[:, :1])[0].byte()
             return self._channels_first(scores.argmax(dim=1, keepdim=True))[0].byte()
         return (self._channels_first(rounded)[0].double() > 255 * self._threshold).byte()
 
@@ -356,7 +358,8 @@ class Predictor:
             scores = self._networks[network](image).float()
         else:
             scores = self._streams[network](image, kept).float()
-        finite.append(torch.isfinite(scores).all())
+        # A minimum or maximum is NaN if any score is; this is faster than a test of each score.
+        finite.append(torch.isfinite(torch.stack(scores.aminmax())).all())
         return scores
 
     def _averaged(
