@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from unet_ray.storage.objects import ObjectPath
 from unet_ray.storage.parsing import parse_json, read_file, refuse_special
 from unet_ray.storage.places import open_array, place_of, stats_of
 from unet_ray.tiling.boxes import Box
-from unet_ray.volumes.decoding import Decode, fast_decoder
 from unet_ray.volumes.fingerprint import Fingerprint
 from unet_ray.volumes.tiff import MICROMETRES, Sizes, positive_size
 from unet_ray.volumes.volume import Volume, name_axes
@@ -33,25 +31,12 @@ LISTED_CHUNKS, SAMPLED_CHUNKS = 100_000, 1000  # in the fingerprint of an array
 ZARR_CONCURRENCY = 10  # chunks in flight in one read, zarr's default of async.concurrency
 
 
-@dataclass(frozen=True)
-class _Source:
-    """An opened array, how its windows are decoded, and the part of it to read."""
-
-    array: Any
-    decode: Decode
-    zarr_decodes: bool
-    units_per_read: int
-    axes: str
-    time: int
-    channels: slice
-
-
 class Zarr(Volume):
     """A Zarr array, or one level of the first image of an OME-Zarr group."""
 
     kind = "zarr"
 
-    def _open(self) -> _Source:
+    def _open(self) -> tuple[Any, str, int, slice]:
         try:
             image = _zarr_image(self.path, self._choice.level)
         except InputError:
@@ -69,12 +54,11 @@ class Zarr(Volume):
                 f"{image.folder} cannot be opened as Zarr: {reason(error)}."
             ) from error
 
-    def _open_image(self, image: _ZarrImage) -> _Source:
+    def _open_image(self, image: _ZarrImage) -> tuple[Any, str, int, slice]:
         self._folder = image.folder
         if image.folder != self.path:  # zarr would read metadata of any size
             _ = _json(image.folder, "zarr.json") or _zarr_v2(image.folder)
-        place = place_of(image.folder)
-        array = open_array(place)
+        array = open_array(place_of(image.folder))
         axes = name_axes(image.folder, image.axes or "?" * array.ndim, array.shape)
         extents = dict(zip(axes, array.shape, strict=True))
         chunks = dict(zip(axes, array.chunks, strict=True))
@@ -92,11 +76,7 @@ class Zarr(Volume):
         self._units_in_flight = (
             self._units_per_read if array.shards else min(self._units_per_read, ZARR_CONCURRENCY)
         )
-        fast, units = fast_decoder(place, array), self._units_per_read
-        if fast:  # may hold all units of a read as stored and as decoded, beside the result
-            units = max(1, 2 * self._units_in_flight // 3)
-        decode = fast or partial(_decoded, array)
-        return _Source(array, decode, not fast, units, axes, time, channels)
+        return array, axes, time, channels
 
     def read_overhead(self, shape: Sequence[int]) -> int:
         """See `Volume.read_overhead`.
@@ -112,7 +92,7 @@ class Zarr(Volume):
         return (2 * min(self._units_in_flight, units) + result_units) * self.unit_bytes
 
     def _read(self, box: Box) -> NDArray[Any]:
-        parts = [*box.split_by_chunks(self.chunk, self._source.units_per_read)]
+        parts = [*box.split_by_chunks(self.chunk, self._units_per_read)]
         if len(parts) == 1:
             return self._read_part(box)
         voxels = np.empty((self.shape[0], *box.shape), self.dtype)
@@ -122,29 +102,29 @@ class Zarr(Volume):
         return voxels
 
     def _read_part(self, box: Box) -> NDArray[Any]:
-        source = self._source
+        array, axes, _, _ = self._source
+        window = self._window(box)
         try:
-            # In an object store, objects are written whole, and each check would cost a request.
-            _refuse_damaged_chunks(source.array, self._files_of(box), source.zarr_decodes)
-            voxels: NDArray[Any] = source.decode(self._window(box))
+            _refuse_truncated_chunks(array, self._folder, window)
+            voxels = np.asarray(array[window])
         except Exception as error:  # each codec and each store raises its own errors
             raise RunError(f"{self._folder} cannot be read at {box}: {reason(error)}.") from error
-        order = [*(i for i, axis in enumerate(source.axes) if axis in "t-")]
-        order += [source.axes.index(axis) for axis in "czyx" if axis in source.axes]
+        order = [*(i for i, axis in enumerate(axes) if axis in "t-")]
+        order += [axes.index(axis) for axis in "czyx" if axis in axes]
         voxels = voxels.transpose(order).reshape(self.shape[0], *box.shape)
         return voxels.astype(self.dtype, copy=False)
 
     def _window(self, box: Box) -> tuple[slice, ...]:
         """The part of the array that contains a box and the selected channels and time point."""
-        source = self._source
-        slices = {"t": slice(source.time, source.time + 1), "-": slice(0, 1), "c": source.channels}
+        _, axes, time, channels = self._source
+        slices = {"t": slice(time, time + 1), "-": slice(0, 1), "c": channels}
         slices |= dict(zip("zyx", box.slices, strict=True))
-        return tuple(slices[axis] for axis in source.axes)
+        return tuple(slices[axis] for axis in axes)
 
     def _files_of(self, box: Box) -> Iterable[str]:
         if isinstance(place_of(self._folder), ObjectPath):
             return ()  # each would cost a request
-        array = self._source.array
+        array = self._source[0]
         numbers = itertools.product(*_chunk_ranges(array, self._window(box)))
         return (_chunk_file(array, self._folder, number) for number in numbers)
 
@@ -153,7 +133,7 @@ class Zarr(Volume):
         return on_disk and super()._reads_are_compared()
 
     def _fingerprint(self) -> Fingerprint:
-        array = self._source.array
+        array = self._source[0]
         ranges = _chunk_ranges(array, self._window(Box.of(self.shape[1:])))
         extents = [len(numbers) for numbers in ranges]
         total = math.prod(extents)
@@ -172,22 +152,20 @@ class Zarr(Volume):
         return [name for name in names if place_of(name).is_file()]
 
 
-def _decoded(array: Any, window: Sequence[slice]) -> NDArray[Any]:
-    """The voxels of a window, decoded by zarr."""
-    return np.asarray(array[tuple(window)])
-
-
-def _refuse_damaged_chunks(array: Any, names: Iterable[str], zarr_decodes: bool) -> None:
-    """Refuses chunk files whose read would never end, and truncated ones that zarr would misread.
+def _refuse_truncated_chunks(array: Any, folder: str, window: Sequence[slice]) -> None:
+    """Refuses truncated chunk files that zarr would misread without an error.
 
     zarr reads an empty shard as fill values, and Blosc reads past the end of a truncated chunk.
+    Arrays in an object store are not checked: objects are written whole, and each check would cost
+    a request.
     """
+    if isinstance(place_of(folder), ObjectPath):
+        return
     last = type(array.compressors[-1]).__name__ if array.compressors and not array.shards else ""
-    for name in names:
+    for chunk in itertools.product(*_chunk_ranges(array, window)):
+        name = _chunk_file(array, folder, chunk)
         try:
             refuse_special(Path(name))
-            if not zarr_decodes:
-                continue
             with open(name, "rb") as file:
                 head, size = file.read(16), os.fstat(file.fileno()).st_size
         except FileNotFoundError:
