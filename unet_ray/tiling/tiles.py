@@ -13,6 +13,7 @@ region. So exactly one tile owns a voxel, and every run computes it from the sam
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,8 @@ from unet_ray.tiling.boxes import Box, Ints
 from unet_ray.tiling.levels import Level, output_extents
 
 
-def _axis_context(levels: Sequence[Level]) -> tuple[int, int, int]:
+@functools.lru_cache  # the search takes up to 40 ms
+def _axis_context(levels: tuple[Level, ...]) -> tuple[int, int, int]:
     """Returns (before, after, step) of one-axis `levels`, from the arithmetic of the layers."""
     step = math.prod(level.pool[0] for level in levels[:-1])
     extent = 1
@@ -61,7 +63,7 @@ class Context:
         """Returns the context of a U-Net with `levels`, from full resolution to the coarsest."""
         axes = range(len(levels[0].kernel))
         contexts = [
-            _axis_context([Level((v.kernel[a],), (v.pool[a],)) for v in levels]) for a in axes
+            _axis_context(tuple(Level((v.kernel[a],), (v.pool[a],)) for v in levels)) for a in axes
         ]
         before, after, step = zip(*contexts, strict=True)
         return cls(before, after, step)
