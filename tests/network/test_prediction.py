@@ -1,4 +1,4 @@
-"""Passes of constant voxels, computed once per value, and the arithmetic of a GPU."""
+"""Passes of constant voxels, streams, classes of scores, and the arithmetic of a GPU."""
 
 import math
 import os
