@@ -1,5 +1,7 @@
 """The operating system behind one module: its memory figures, and use without Linux."""
 
+import ctypes
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +43,35 @@ def test_only_one_open_file_has_a_lock_until_it_is_released(tmp_path):
         assert machine.try_lock(one.fileno()) and not machine.try_lock(two.fileno())
         machine.unlock(one.fileno())
         assert machine.try_lock(two.fileno())
+
+
+# Memory that is never written takes none of the machine.
+KEPT = """
+import ctypes, sys
+from unet_ray.machine import keep_freed_memory
+
+class Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("size", *"abcdefghi")]
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+libc.mallinfo2.restype = Heap
+if sys.argv[1] == "call":
+    keep_freed_memory()
+libc.free(libc.malloc(3 << 30))
+print(libc.mallinfo2().size >> 30)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
+@pytest.mark.parametrize("way", ["call", "environment"])
+def test_the_c_library_keeps_more_than_two_gibibytes(way):
+    environment = machine.kept_memory_environment() if way == "environment" else {}
+    command = [sys.executable, "-c", KEPT, way]
+    environment = {**os.environ, **environment}
+    ran = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert int(ran.stdout) >= 3
 
 
 GROUPS = [

@@ -193,7 +193,7 @@ def kept_memory_environment() -> dict[str, str]:
 # large buffers, no memory returned to the system, growth by 16 MiB, one arena for all threads.
 _MALLOC = {
     -4: ("MALLOC_MMAP_MAX_", 0),
-    -1: ("MALLOC_TRIM_THRESHOLD_", 2**31 - 1),
+    -1: ("MALLOC_TRIM_THRESHOLD_", -1),  # at 2^31 - 1, larger workers would return their memory
     -2: ("MALLOC_TOP_PAD_", 16 << 20),
     -8: ("MALLOC_ARENA_MAX", 1),
 }
