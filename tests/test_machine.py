@@ -1,4 +1,4 @@
-"""The operating system behind one module: its memory figures, and use without Linux."""
+"""The operating system behind one module: memory figures, kept memory, use without Linux."""
 
 import ctypes
 import os
@@ -67,9 +67,8 @@ print(libc.mallinfo2().size >> 30)
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
 @pytest.mark.parametrize("way", ["call", "environment"])
 def test_the_c_library_keeps_more_than_two_gibibytes(way):
-    environment = machine.kept_memory_environment() if way == "environment" else {}
-    command = [sys.executable, "-c", KEPT, way]
-    environment = {**os.environ, **environment}
+    settings = machine.kept_memory_environment() if way == "environment" else {}
+    command, environment = [sys.executable, "-c", KEPT, way], {**os.environ, **settings}
     ran = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     assert int(ran.stdout) >= 3
 
