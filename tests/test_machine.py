@@ -73,6 +73,28 @@ def test_the_c_library_keeps_more_than_two_gibibytes(way):
     assert int(ran.stdout) >= 3
 
 
+RESERVED = """
+from unet_ray import machine
+
+machine.keep_freed_memory()
+before = machine.memory_in_use()
+machine.reserve_memory(before + (300 << 20))
+reserved = machine.memory_in_use()
+used = b"1" * (200 << 20)
+machine.reserve_memory(before + (300 << 20))  # the process is large enough
+machine.reserve_memory(machine.memory_available() + (1 << 30))  # the machine is not
+print(reserved - before >> 20, machine.memory_in_use() - reserved >> 20)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_reserved_memory_is_taken_once_and_then_used():
+    command = [sys.executable, "-c", RESERVED]
+    ran = subprocess.run(command, check=True, capture_output=True, text=True)
+    reserved, more = map(int, ran.stdout.split())
+    assert 296 <= reserved <= 304 and more <= 1
+
+
 GROUPS = [
     (
         "0::/pod/box",

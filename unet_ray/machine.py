@@ -176,6 +176,26 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
+def reserve_memory(total: int) -> None:
+    """Makes the memory of this process at least `total` bytes, of which the new part is free.
+
+    Call `keep_freed_memory` first. Large buffers of different sizes leave gaps between each other,
+    other ones in every run. A process that has its planned memory from the start has the same peak
+    in every run. Does nothing without glibc, or if less than `total` is available.
+    """
+    missing = total - memory_in_use()
+    if os.name != "posix" or missing <= 0 or total > memory_available():
+        return
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return
+    malloc, free = libc.malloc, libc.free
+    malloc.restype, malloc.argtypes, free.argtypes = _POINTER, [ctypes.c_size_t], [_POINTER]
+    if block := malloc(missing):
+        ctypes.memset(block, 1, missing)  # the system provides memory when it is written
+        free(block)
+
+
 def give_back_freed_memory() -> None:
     """Returns freed memory to the system. Without glibc, only collects garbage."""
     gc.collect()
@@ -189,6 +209,7 @@ def kept_memory_environment() -> dict[str, str]:
     return {name: str(value) for name, value in _MALLOC.values()}
 
 
+_POINTER = ctypes.c_void_p
 # Options of glibc's malloc.h and the environment variables that set them: no separate mapping for
 # large buffers, no memory returned to the system, growth by 16 MiB, one arena for all threads.
 _MALLOC = {

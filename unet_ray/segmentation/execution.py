@@ -24,6 +24,7 @@ from unet_ray.segmentation.memory import (
     in_flight,
     needed_bytes,
     process_bytes,
+    reserved_bytes,
     together,
 )
 from unet_ray.segmentation.preparation import (
@@ -198,7 +199,7 @@ def _run_link(
 def _stage(run: Segmentation, settings: Settings) -> Stage:
     stage = Stage(
         SEGMENT,
-        run.make_worker,
+        partial(run.make_worker, reserved_bytes(run.memory, run.device, settings)),
         run.device,
         in_flight=in_flight(run.memory, run.device, settings),
         together=together(run.memory, run.device, settings),

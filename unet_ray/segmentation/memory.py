@@ -37,6 +37,9 @@ PROCESS_BYTES = {"local": 86 << 20, "ray": 185 << 20}
 # between two others does not fit the next buffer of the same size. Measured: up to 1.9.
 ALLOCATOR_FACTOR = 2.1
 SCRATCH_BYTES = 96 << 20
+# Of which outside the heap: code that the convolution library generates, stacks of threads.
+# Measured: 3 MiB.
+OUTSIDE_BYTES = 16 << 20
 # Anonymous memory of the compiled code and the libraries of the stages after the prediction: of
 # pyramid levels alone (measured: 40 MiB), and of objects, too.
 PYRAMID_BYTES, LATER_BYTES = 48 << 20, 88 << 20
@@ -251,6 +254,16 @@ def process_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> i
         return memory.shared_by(cluster.side_by_side(device, "local", settings.workers))
     tiles = in_flight(memory, device, settings) * together(memory, device, settings)
     return memory.shared_by(tiles, passes=1)
+
+
+def reserved_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> int:
+    """Bytes that a process has before its first tile, of `process_bytes`; 0 with a GPU.
+
+    Excluded are libraries that only later stages load, and memory outside the C library's heap.
+    """
+    if device != "cpu":
+        return 0
+    return process_bytes(memory, device, settings) - memory.later - OUTSIDE_BYTES
 
 
 def helper_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> int:
