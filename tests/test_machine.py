@@ -74,25 +74,41 @@ def test_the_c_library_keeps_more_than_two_gibibytes(way):
 
 
 RESERVED = """
+import sys, threading
 from unet_ray import machine
 
+def reserve(more):
+    before = machine.memory_in_use()
+    machine.reserve_memory(before + (more << 20))
+    return machine.memory_in_use() - before >> 20
+
+if "threads" in sys.argv:  # the second one has a heap of its own
+    started, barrier = [], threading.Barrier(3)
+    for _ in range(2):
+        threading.Thread(target=lambda: (started.append(b"1" * 10**6), barrier.wait())).start()
+    barrier.wait()
 machine.keep_freed_memory()
+if "limit" in sys.argv:
+    machine.resource.setrlimit(machine.resource.RLIMIT_AS, (1 << 40, 1 << 40))
+grown = reserve(300)
 before = machine.memory_in_use()
-machine.reserve_memory(before + (300 << 20))
-reserved = machine.memory_in_use()
 used = b"1" * (200 << 20)
-machine.reserve_memory(before + (300 << 20))  # the process is large enough
-machine.reserve_memory(machine.memory_available() + (1 << 30))  # the machine is not
-print(reserved - before >> 20, machine.memory_in_use() - reserved >> 20)
+machine.memory_available = lambda: before + (50 << 20)
+print(grown, machine.memory_in_use() - before >> 20, reserve(99))
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
-def test_reserved_memory_is_taken_once_and_then_used():
-    command = [sys.executable, "-c", RESERVED]
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="needs glibc")
+@pytest.mark.parametrize("case", ["", "threads", "limit"])
+def test_memory_is_reserved_once_and_then_used(case):
+    command = [sys.executable, "-c", RESERVED, case]
     ran = subprocess.run(command, check=True, capture_output=True, text=True)
-    reserved, more = map(int, ran.stdout.split())
-    assert 296 <= reserved <= 304 and more <= 1
+    grown, more, beyond_the_machine = map(int, ran.stdout.split())
+    if case:  # heaps of threads, or a limit of the address space: nothing is reserved
+        assert grown == 0 and more >= 190
+    else:
+        assert 296 <= grown <= 304 and more <= 1
+    assert beyond_the_machine == 0
 
 
 GROUPS = [

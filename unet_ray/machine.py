@@ -177,23 +177,38 @@ def keep_freed_memory() -> None:
 
 
 def reserve_memory(total: int) -> None:
-    """Makes the memory of this process at least `total` bytes, of which the new part is free.
+    """Allocates what this process lacks of `total` bytes, and frees it for later buffers.
 
-    Call `keep_freed_memory` first. Large buffers of different sizes leave gaps between each other,
-    other ones in every run. A process that has its planned memory from the start has the same peak
-    in every run. Does nothing without glibc, or if less than `total` is available.
+    Call `keep_freed_memory` first. The gaps between large buffers differ from run to run. A process
+    that has its planned memory before them has the same peak in every run. Memory that was free
+    before counts twice, so the process may remain below `total`.
+
+    Does nothing without glibc, if threads have heaps of their own, if the address space is limited
+    (``ulimit -v`` or ``-d``), or if less than `total` is available.
     """
-    missing = total - memory_in_use()
-    if os.name != "posix" or missing <= 0 or total > memory_available():
+    if not resource or not hasattr(libc := ctypes.CDLL(None), "malloc_info"):
         return
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    missing = total - memory_in_use()
+    if missing <= 0 or total > memory_available() or {*limits} != {resource.RLIM_INFINITY}:
         return
     malloc, free = libc.malloc, libc.free
     malloc.restype, malloc.argtypes, free.argtypes = _POINTER, [ctypes.c_size_t], [_POINTER]
-    if block := malloc(missing):
+    if _heaps(libc) == 1 and (block := malloc(missing)):
         ctypes.memset(block, 1, missing)  # the system provides memory when it is written
         free(block)
+
+
+def _heaps(libc: ctypes.CDLL) -> int:
+    """Returns the number of glibc's heaps; with several, a thread may use any of them."""
+    with open(os.memfd_create("heaps"), "rb") as file:
+        libc.fdopen.restype, libc.fdopen.argtypes = _POINTER, [ctypes.c_int, ctypes.c_char_p]
+        libc.malloc_info.argtypes, libc.fclose.argtypes = [ctypes.c_int, _POINTER], [_POINTER]
+        stream = libc.fdopen(os.dup(file.fileno()), b"w")
+        libc.malloc_info(0, stream)
+        libc.fclose(stream)
+        file.seek(0)  # shared with the copy that was written
+        return file.read().count(b"<heap nr=")
 
 
 def give_back_freed_memory() -> None:

@@ -32,7 +32,7 @@ from tests.helper import (
     write_stack,
     written,
 )
-from unet_ray.engine import attempts, cluster, pool
+from unet_ray.engine import attempts, cluster, engines, pool
 from unet_ray.engine import threads as loop
 from unet_ray.engine.attempts import TRIES, Clock, Timeouts, is_out_of_memory
 from unet_ray.engine.engines import run
@@ -332,6 +332,16 @@ def test_alone_means_one_tile_at_a_time(monkeypatch):
             len(list(run(Stage("w", lambda w=worker: w, device), range(6), "local", 3, True))) == 6
         )
         assert worker.most["tile"] == 1
+
+
+def test_memory_is_reserved_unless_it_has_run_out(monkeypatch):
+    reserved = []
+    monkeypatch.setattr(engines, "reserve_memory", reserved.append)
+    for alone in (False, True):
+        assert (
+            len(list(run(Stage("w", Watching, "cpu", reserve=7), [0, 1], "local", 1, alone))) == 2
+        )
+    assert reserved == [7]
 
 
 # The resources of a cluster

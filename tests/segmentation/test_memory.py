@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.helper import anonymous, random_model, workers_of
+from tests.helper import TILED, anonymous, random_model, workers_of
 from tests.strategies import flat_levels
+from unet_ray.engine import engines
 from unet_ray.engine.cluster import HELPERS
 from unet_ray.errors import InputError
 from unet_ray.network.arithmetic import NetworkSize, pass_bytes
@@ -37,11 +38,14 @@ from unet_ray.segmentation.memory import (
     in_flight,
     needed_bytes,
     process_bytes,
+    reserved_bytes,
     together,
     worker_bytes,
 )
 from unet_ray.segmentation.outlook import plan
+from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.settings import Settings
+from unet_ray.tiling.boxes import Box
 from unet_ray.tiling.tiles import Context, TilePlan
 from unet_ray.units import format_bytes, parse_bytes
 
@@ -169,6 +173,27 @@ def test_workers_in_one_process_share_the_process_and_the_weights():
     assert two - one >= memory.tile + memory.forward
     assert three - two == pytest.approx(two - one, abs=2)
     assert two <= 2 * one - memory.process - memory.weights
+
+
+def test_as_many_tiles_are_reserved_as_run_at_the_same_time():
+    memory = worker_bytes(NET, planned((1, 384, 384)), 1, 2, later=True).on("local")
+    settings = Settings(engine="local", workers=3)
+    two, three, many = (reserved_bytes(memory, "cpu", settings, n) for n in (2, 3, 99))
+    assert two - memory.shared_by(2) == three - memory.shared_by(3) < -memory.later
+    assert many == three < process_bytes(memory, "cpu", settings)
+    on_ray = replace(settings, engine="ray")
+    assert reserved_bytes(memory, "cpu", on_ray, 99) < memory.total < two
+    assert reserved_bytes(memory, "cuda", settings, 99) == 0
+
+
+def test_a_run_reserves_memory_for_the_tiles_that_are_left(task, tmp_path, monkeypatch):
+    volume, model, _ = task
+    settings = replace(TILED, engine="local", workers=3, pyramid=False)
+    memory, reserved = plan(volume, model, settings).memory, []
+    monkeypatch.setattr(engines, "reserve_memory", reserved.append)
+    for stop in [(1, 32, 20), (1, 32, 40), (3, 61, 75)]:  # 1, 1 and 22 new tiles
+        segment(volume, model, tmp_path / "out", replace(settings, region=Box((0, 0, 0), stop)))
+    assert reserved == [reserved_bytes(memory, "cpu", settings, n) for n in (1, 1, 22)]
 
 
 def test_a_tile_that_waits_for_its_pass_needs_its_voxels_and_a_copy_only():
@@ -409,15 +434,19 @@ def make_case(folder, shape, channels, depth=4, z_levels=None):
 
 
 def check_peak(folder, shape, channels, engine, needed=False, **options):
-    """Compares the peak of a run with its plan: as it runs, or what tiles need of it."""
+    """Compares the peak of a run with its plan; `needed`: of a run that reserves no memory."""
     volume, model = make_case(folder, shape, channels, **options)
     environment = without_reservation(folder) if needed else {}
-    planned = plan(volume, model, Settings(engine=engine)).memory.total
+    memory = plan(volume, model, Settings(engine=engine)).memory
+    planned = memory.total
     given = [volume, "--model", model, "--out", folder / "out.zarr"]
     peak = measured_peak(given, engine, environment)
     kind = "needed" if needed else "peak"
     print(f"{engine}, {channels} channels, {shape}: {kind} {peak / planned:.2f} of {planned >> 20}")
     assert 0.7 <= peak / planned <= 1.0
+    if not needed:
+        reserved = reserved_bytes(memory, "cpu", Settings(engine=engine, workers=1), 1)
+        assert peak >= reserved - (16 << 20)
     return peak
 
 

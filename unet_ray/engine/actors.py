@@ -24,6 +24,7 @@ from unet_ray.engine.parcels import packed, receipts, unpacked
 from unet_ray.engine.stages import STEPS, Receipt, Stage, Step, TileState, Verdict
 from unet_ray.engine.threads import worker_of
 from unet_ray.errors import ChangedError, UnetRayError
+from unet_ray.machine import reserve_memory
 from unet_ray.storage.marks import Marks
 
 
@@ -35,6 +36,7 @@ class TileActor:
     def __init__(self, stage: Stage) -> None:
         self._refusal: UnetRayError | None = None
         self._in_runs = bool(stage.layer)
+        reserve_memory(stage.reserve)
         try:
             with limit_restarts(stage.marks, _actor_name()) if stage.marks else nullcontext():
                 self._worker = worker_of(stage, self.steps)

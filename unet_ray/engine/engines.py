@@ -17,7 +17,7 @@ from unet_ray.engine.cluster import EngineName
 from unet_ray.engine.pool import run_on_ray
 from unet_ray.engine.stages import Stage, runs_of
 from unet_ray.engine.threads import Receipts, run_on_threads, worker_of
-from unet_ray.machine import give_back_freed_memory
+from unet_ray.machine import give_back_freed_memory, reserve_memory
 
 
 def run(
@@ -49,6 +49,8 @@ def run(
         give_back_freed_memory()
         if stage.device == "cuda":
             torch.cuda.empty_cache()
+    else:
+        reserve_memory(stage.reserve)
     threads = 1 if alone else _threads(stage, workers)
     try_one = partial(attempt, worker_of(stage))
     return run_on_threads(try_one, stage.device, stage.deadline, runs_of(tiles, stage), threads)

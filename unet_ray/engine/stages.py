@@ -131,6 +131,8 @@ class Stage:
             read or written.
         together: at most this many tiles pass together from the process of one step to the next.
         memory: bytes that a worker and its helpers need; 0 if unknown.
+        reserve: bytes that a process with workers has before its first tile, unless memory has run
+            out before; 0 for no such reserve.
         helper_memory: bytes that each of its helpers needs; 0 without helpers.
         make_helper: makes the object that reads or writes in processes that do not predict; by
             default a worker.
@@ -148,6 +150,7 @@ class Stage:
     in_flight: int = 1
     together: int = 1
     memory: int = 0
+    reserve: int = 0
     helper_memory: int = 0
     make_helper: Callable[[], Helper] | None = None
     layer: int = 0

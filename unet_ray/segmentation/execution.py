@@ -115,8 +115,9 @@ def _execute(
     lease.check(now=True)
     remove_partial(run.out / PRIVATE)
     remove_deleted(run.out)
+    pending = pending_tiles(run, request) if run.resumed else request.tiles
     rounds = Rounds(
-        _stage(replace(run, fence=lease.fence), settings),
+        _stage(replace(run, fence=lease.fence), settings, int(pending.sum())),
         run.plan,
         run.out,
         lease,
@@ -196,14 +197,15 @@ def _run_link(
     return rounds.run(tiles, ~tiles, ~written.present(run.out))
 
 
-def _stage(run: Segmentation, settings: Settings) -> Stage:
+def _stage(run: Segmentation, settings: Settings, tiles: int) -> Stage:
     stage = Stage(
         SEGMENT,
-        partial(run.make_worker, reserved_bytes(run.memory, run.device, settings)),
+        run.make_worker,
         run.device,
         in_flight=in_flight(run.memory, run.device, settings),
         together=together(run.memory, run.device, settings),
         memory=needed_bytes(run.memory, run.device, settings),
+        reserve=reserved_bytes(run.memory, run.device, settings, tiles),
         helper_memory=helper_bytes(run.memory, run.device, settings),
         make_helper=run.make_helper,
         check=run.refuse_changes,

@@ -37,7 +37,7 @@ PROCESS_BYTES = {"local": 86 << 20, "ray": 185 << 20}
 # between two others does not fit the next buffer of the same size. Measured: up to 1.9.
 ALLOCATOR_FACTOR = 2.1
 SCRATCH_BYTES = 96 << 20
-# Of which outside the heap: code that the convolution library generates, stacks of threads.
+# The part of it outside the C library's heap, as code that the convolution library generates.
 # Measured: 3 MiB.
 OUTSIDE_BYTES = 16 << 20
 # Anonymous memory of the compiled code and the libraries of the stages after the prediction: of
@@ -256,14 +256,16 @@ def process_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> i
     return memory.shared_by(tiles, passes=1)
 
 
-def reserved_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> int:
-    """Bytes that a process has before its first tile, of `process_bytes`; 0 with a GPU.
+def reserved_bytes(memory: WorkerMemory, device: Device, settings: Settings, tiles: int) -> int:
+    """Bytes that a process on a CPU reserves before the first of `tiles`; 0 with a GPU.
 
-    Excluded are libraries that only later stages load, and memory outside the C library's heap.
+    That is its plan without the libraries of later stages and without `OUTSIDE_BYTES`.
     """
     if device != "cpu":
         return 0
-    return process_bytes(memory, device, settings) - memory.later - OUTSIDE_BYTES
+    local = settings.engine == "local"
+    workers = cluster.side_by_side(device, "local", settings.workers) if local else 1
+    return memory.shared_by(max(1, min(workers, tiles))) - memory.later - OUTSIDE_BYTES
 
 
 def helper_bytes(memory: WorkerMemory, device: Device, settings: Settings) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unet_ray.errors import InputError, RunError, VoxelError
-from unet_ray.machine import keep_freed_memory, machine_name, reserve_memory
+from unet_ray.machine import machine_name
 from unet_ray.network.checkpoints import read_hashed_model
 from unet_ray.network.prediction import (
     Device,
@@ -106,15 +106,8 @@ class Segmentation:
         """
         return ~Store(self.out, self.predicted).present(self.plan)
 
-    def make_worker(self, reserved: int = 0) -> TileWorker:
-        """Creates the worker of the segment stage, in the process that runs it.
-
-        Args:
-            reserved: memory that the process takes before anything else, in bytes; the rest of its
-                plan follows while tiles run.
-        """
-        keep_freed_memory()
-        reserve_memory(reserved)
+    def make_worker(self) -> TileWorker:
+        """Creates the worker of the segment stage, in the process that runs it."""
         return TileWorker(self)
 
     def refuse_changes(self) -> None:
