@@ -24,7 +24,7 @@ demo: $(STAMP) ## make synthetic microscopy, train, segment on Ray and score it,
 	$(RUN) unet_ray demo --out demo
 
 test: $(STAMP) ## run the tests, a few minutes
-	$(RUN) pytest
+	$(RUN) pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP) ## run the tests that take minutes each
 	$(RUN) pytest -m slow

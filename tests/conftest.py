@@ -54,6 +54,7 @@ def local_ray():
     """A Ray with two CPUs, only for this session. Tests that use it need ``@pytest.mark.ray``."""
     import ray
 
+    ray.shutdown()  # tests of plans may have started another one
     ray.init(
         address="local",
         num_cpus=2,
