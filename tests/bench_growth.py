@@ -4,7 +4,8 @@ python -m tests.bench_growth FOLDER [GIGABYTES [ROUNDS]]
 
 GIGABYTES are sizes such as 0.064,0.5,2,20. The volumes are noise whose storage chunks are links to
 a few files. Each run has a process of its own, in turn. Speeds are those between the first tile of
-each worker and the last tile, so start-up does not count. Prints a line for each run, then a table.
+each worker and the last tile, so start-up does not count. Memory is the largest of a process after
+a tile, of its plan. Prints a line for each run, then a table.
 """
 
 import json
@@ -20,6 +21,7 @@ from tests.bench_memory import make_volume
 from tests.helper import random_model
 from unet_ray.segmentation.segment import segment
 from unet_ray.segmentation.settings import Settings
+from unet_ray.units import format_bytes
 
 WORKERS, TILE, PLANE = 2, (16, 512, 512), (1024, 1024)
 ENGINES = "local", "ray"
@@ -32,10 +34,11 @@ def cpu():
 
 def one_run(volume, model, out, engine):
     """Prints Mvoxel/s, milliseconds of the driver's CPU per tile, tiles, and all seconds."""
-    begun, seen = time.perf_counter(), []
+    begun, seen, memory = time.perf_counter(), [], []
 
     def watch(progress):
         seen.append((time.perf_counter(), cpu(), progress.voxels))
+        memory.append((progress.memory, progress.memory_stated))
 
     settings = Settings(
         tile=TILE, workers=WORKERS, engine=engine, precision="float32", pyramid=False
@@ -47,6 +50,7 @@ def one_run(volume, model, out, engine):
         "driver": 1e3 * (last_cpu - first_cpu) / (len(seen) - WORKERS),
         "tiles": len(seen),
         "seconds": time.perf_counter() - begun,
+        "memory": " of ".join(map(format_bytes, max(memory))),
     }
     print(json.dumps(facts))
 
@@ -70,14 +74,24 @@ def main(folder, gigabytes="0.064,0.5,2", rounds=1):
                 runs.setdefault((size, engine), []).append(json.loads(done.stdout.splitlines()[-1]))
                 shutil.rmtree(out)
                 print(size, engine, runs[size, engine][-1], flush=True)
-    print("| volume | tiles | local, Mvoxel/s | Ray, Mvoxel/s | CPU of the driver on Ray |")
-    print("|---|---|---|---|---|")
+    columns = (
+        "local, Mvoxel/s",
+        "memory",
+        "Ray, Mvoxel/s",
+        "memory of a worker",
+        "CPU of the driver",
+    )
+    print("| volume | tiles |", " | ".join(columns), "|")
+    print("|---" * (2 + len(columns)) + "|")
     for size in sizes:
-        local, ray = (runs[size, engine] for engine in ENGINES)
-        speeds = (statistics.median(run["speed"] for run in taken) for taken in (local, ray))
-        driver = statistics.median(run["driver"] for run in ray)
-        cells = f"{size} GB", local[0]["tiles"], *(f"{s:.2f}" for s in speeds)
-        print("|", " | ".join(map(str, (*cells, f"{driver:.1f} ms per tile"))), "|")
+        cells = [f"{size} GB", str(runs[size, ENGINES[0]][0]["tiles"])]
+        for taken in (runs[size, engine] for engine in ENGINES):
+            cells += [
+                f"{statistics.median(run['speed'] for run in taken):.2f}",
+                taken[-1]["memory"],
+            ]
+        driver = statistics.median(run["driver"] for run in taken)
+        print("|", " | ".join([*cells, f"{driver:.1f} ms per tile"]), "|")
 
 
 if __name__ == "__main__":
