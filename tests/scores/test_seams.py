@@ -118,6 +118,14 @@ def test_ids_are_only_names(case, random):
     assert seams_of(labels, every, computed) == seams_of(renamed, every, computed)
 
 
+def test_tile_planes_without_objects_have_no_rate():
+    labels = np.zeros((2, 1, 8), np.uint8)
+    labels[0, 0, 3] = labels[1, 0, 6] = 1  # objects at control planes of the tile plane x = 5 alone
+    rates = seams_of(labels, (2, 1, 5)).axes[2]
+    assert (rates.planes, rates.pairs, rates.verdict) == (0, 0, "unknown")
+    assert rates.control_rate == 1.0 and rates.error is None
+
+
 @given(cases())
 def test_the_axes_are_treated_alike(case):
     labels, every, computed = case

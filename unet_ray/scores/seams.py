@@ -444,10 +444,10 @@ def _error_between_planes(planes: Sequence[Counts]) -> Error | None:
             squares += float(np.square(ends - pairs * (ends.sum() / pairs.sum())).sum())
             freedom += len(pairs) - 1
             controls += len(pairs)
-    if not freedom:
-        return None
     total = np.sum(planes, 0)
     tile_pairs, control_pairs = int(total[0, 0]), int(total[1:, 0].sum())
+    if not freedom or not tile_pairs:
+        return None
     variance = squares / freedom * (len(planes) + controls * (tile_pairs / control_pairs) ** 2)
     return Error(math.sqrt(variance) / tile_pairs, freedom)
 
