@@ -309,18 +309,19 @@ def test_a_larger_tile_needs_more_and_smaller_passes_less(z, y, x):
     assert worker_bytes(NET, planned(core, (1, *core[1:])), 1, 2).total <= needs
 
 
-def measured_peak(arguments, engine, environment=None):
-    """Largest anonymous memory of any worker while `segment` runs, in bytes."""
+def measured_peaks(arguments, engine, environment=None):
+    """Largest anonymous memory of the command and of any worker while `segment` runs, in bytes."""
     command = [sys.executable, "-m", "unet_ray", "segment", *map(str, arguments)]
     command += ["--engine", engine, "--workers", "1" if engine == "local" else "2"]
-    peak = 0
+    driver = worker = 0
     environment = {**os.environ, **(environment or {})}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as running:
         while running.poll() is None:
-            peak = max([peak, *(anonymous(pid) for pid in workers_of(running.pid, engine))])
+            driver = max(driver, anonymous(running.pid))
+            worker = max([worker, *map(anonymous, workers_of(running.pid, engine))])
             time.sleep(0.05)
     assert running.returncode == 0
-    return peak
+    return driver, worker
 
 
 READ = r"""
@@ -437,13 +438,14 @@ def check_peak(folder, shape, channels, engine, needed=False, **options):
     """Compares the peak of a run with its plan; `needed`: of a run that reserves no memory."""
     volume, model = make_case(folder, shape, channels, **options)
     environment = without_reservation(folder) if needed else {}
-    memory = plan(volume, model, Settings(engine=engine)).memory
-    planned = memory.total
+    outlook = plan(volume, model, Settings(engine=engine))
+    memory, planned = outlook.memory, outlook.memory.total
     given = [volume, "--model", model, "--out", folder / "out.zarr"]
-    peak = measured_peak(given, engine, environment)
+    driver, peak = measured_peaks(given, engine, environment)
     kind = "needed" if needed else "peak"
     print(f"{engine}, {channels} channels, {shape}: {kind} {peak / planned:.2f} of {planned >> 20}")
-    assert 0.7 <= peak / planned <= 1.0
+    print(f"driver {driver >> 20} of {outlook.driver_memory >> 20} MiB")
+    assert 0.7 <= peak / planned <= 1.0 and driver <= outlook.driver_memory
     if not needed:
         reserved = reserved_bytes(memory, "cpu", Settings(engine=engine, workers=1), 1)
         assert peak >= reserved - (16 << 20)
@@ -522,7 +524,7 @@ def test_a_worker_on_ray_stays_under_the_plan_on_every_processor(
     planned = plan(volume, model, settings).worker_memory
     given = [volume, "--model", model, "--out", tmp_path / "out.zarr", "--precision", precision]
     given.append("--no-pyramid")  # its stages have memory of their own, beside that of passes
-    peak = measured_peak(given, "ray", {**limits, **without_reservation(tmp_path)})
+    _, peak = measured_peaks(given, "ray", {**limits, **without_reservation(tmp_path)})
     case = f"depth {depth}, {channels} channels, {precision}, {'AVX2' if limits else 'all'}"
     print(f"{case}: {peak / planned:.2f}, {peak >> 20} of {planned >> 20} MiB")
     assert 0.6 <= peak / planned <= 1.0
