@@ -94,7 +94,7 @@ grown = reserve(300)
 before = machine.memory_in_use()
 used = b"1" * (200 << 20)
 machine.memory_available = lambda: before + (50 << 20)
-print(grown, machine.memory_in_use() - before >> 20, reserve(99))
+print(grown, machine.memory_in_use() - before >> 20, reserve(400))
 """
 
 
