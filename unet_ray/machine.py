@@ -200,11 +200,13 @@ def reserve_memory(total: int) -> None:
 
 
 def _heaps(libc: ctypes.CDLL) -> int:
-    """Returns the number of glibc's heaps; with several, a thread may use any of them."""
+    """Returns the number of glibc's heaps, 0 if unknown; a thread may use any of several."""
     with open(os.memfd_create("heaps"), "rb") as file:
         libc.fdopen.restype, libc.fdopen.argtypes = _POINTER, [ctypes.c_int, ctypes.c_char_p]
         libc.malloc_info.argtypes, libc.fclose.argtypes = [ctypes.c_int, _POINTER], [_POINTER]
         stream = libc.fdopen(os.dup(file.fileno()), b"w")
+        if not stream:  # memory is short
+            return 0
         libc.malloc_info(0, stream)
         libc.fclose(stream)
         file.seek(0)  # shared with the copy that was written

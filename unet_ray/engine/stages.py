@@ -131,8 +131,8 @@ class Stage:
             read or written.
         together: at most this many tiles pass together from the process of one step to the next.
         memory: bytes that a worker and its helpers need; 0 if unknown.
-        reserve: bytes that a process with workers has before its first tile, unless memory has run
-            out before; 0 for no such reserve.
+        reserve: bytes that a process reserves before it makes its first worker; 0 for none. A retry
+            alone on the local engine reserves nothing.
         helper_memory: bytes that each of its helpers needs; 0 without helpers.
         make_helper: makes the object that reads or writes in processes that do not predict; by
             default a worker.
