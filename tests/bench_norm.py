@@ -83,7 +83,8 @@ class Bench:
 
     def __init__(self, way, steps, seed):
         norm = way if way in WAYS[:3] else "batch"
-        chosen = {"base_channels": 16, "precision": "float32", "val": HELD_OUT, "norm": norm}
+        chosen = {"base_channels": 16, "precision": "float32", "patch": (380, 380)}
+        chosen |= {"val": HELD_OUT, "norm": norm}
         recipe = Recipe.of("default", steps=steps, seed=seed, **chosen)
         stack = DATA / "isbi2012"
         files = [[str(stack / f"train-{name}.tif")] for name in ("volume", "labels")]

@@ -30,6 +30,8 @@ from unet_ray.network.prediction import Predictor
 from unet_ray.scores.totals import isbi_scores
 from unet_ray.tiling.mirror import read_mirrored
 from unet_ray.tiling.tiles import TilePlan
+from unet_ray.training import patches
+from unet_ray.training.augment import Deformation, change_grey, deform, draw_deformation
 from unet_ray.training.patches import Sampler, ahead, sample_slots
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.trainer import Learner, World, optimiser_for
@@ -49,7 +51,18 @@ COLUMNS = {
 AVERAGES = {"500": 500, "2000": 2000}  # steps
 
 # Fields of `Recipe`, or of what this file changes besides (`OURS`).
-OURS = ("schedule", "reduction", "balance", "slices", "deep")
+OURS = (
+    "schedule",
+    "reduction",
+    "balance",
+    "slices",
+    "deep",
+    "grey",
+    "zoom",
+    "exact",
+    "as_stored",
+    "tilted",
+)
 CHANGES = {
     "none": {},
     "bfloat16": {"precision": "bfloat16"},
@@ -79,6 +92,14 @@ CHANGES = {
     "slices-5": {"slices": 2},
     "by-weight": {"reduction": "weight"},
     "deep": {"deep": 2},
+    "grey-0.4": {"grey": 0.4},
+    "zoom-1.25": {"zoom": 1.25},
+    "exact-0.5": {"exact": 0.5},
+    "exact-0.8": {"exact": 0.8},
+    "as-stored": {"as_stored": 0.0},
+    "as-stored-late": {"as_stored": 0.6},
+    "tilted": {"tilted": 0.0},
+    "tilted-exact": {"tilted": 0.5},
 }
 
 
@@ -139,12 +160,23 @@ class Bench:
     """One training with scores on held-out slices."""
 
     def __init__(self, change, seconds, seed):
-        settings = {"base_channels": 16, "precision": "float32", "val": HELD_OUT}
-        settings |= {"steps": 10**6, "seed": seed}
+        settings = {"base_channels": 16, "precision": "float32", "patch": (380, 380)}
+        settings |= {"val": HELD_OUT, "steps": 10**6, "seed": seed, "orientation": "any"}
         fields = {k: v for name in change.split("+") for k, v in CHANGES[name].items()}
         ours = {name: fields.pop(name, None) for name in OURS}
         self.recipe, self.seconds = Recipe.of("default", **settings | fields), seconds
         self.data = loaded(self.recipe, ours["slices"] or 0, ours["balance"])
+        if ours["grey"]:
+            patches.change_grey = partial(change_grey, strength=ours["grey"])
+        if ours["zoom"]:
+            patches.draw_deformation = partial(zoomed, ours["zoom"])
+        if ours["exact"]:
+            patches.draw_deformation = partial(sometimes_exact, ours["exact"])
+        self.progress = 0.0
+        if ours["as_stored"] is not None:
+            patches.draw_deformation = partial(self.as_stored_after, ours["as_stored"])
+        if ours["tilted"] is not None:
+            patches.draw_deformation = partial(tilted, ours["tilted"])
         self.sampler = Sampler(self.data, self.recipe)
         torch.manual_seed(seed)
         self.network = self.recipe.network(self.data.channels, 2)
@@ -168,7 +200,8 @@ class Bench:
         while used < self.seconds:
             start = time.process_time()
             batch = list(islice(samples, self.recipe.batch))
-            self.learner.step(batch, step, min(1.0, used / self.seconds))
+            self.progress = min(1.0, used / self.seconds)
+            self.learner.step(batch, step, self.progress)
             for average in self.averages.values():
                 average.update_parameters(self.network)
             step, used = step + 1, used + time.process_time() - start
@@ -176,6 +209,11 @@ class Bench:
                 fifth = int(5 * used / self.seconds)
                 self.show(step, used)
         self.show(step, used, last=True)
+
+    def as_stored_after(self, start, shape, rng, elastic, *turned):
+        """A deformation that neither rotates nor flips after a share of the time."""
+        free = self.progress < start
+        return draw_deformation(shape, rng, elastic, np.pi * free, (free, free))
 
     def show(self, step, used, last=False):
         """Prints the scores of each way of predicting."""
@@ -186,6 +224,32 @@ class Bench:
                 print(json.dumps(row | {"tta": tta} | scores_of(model, self.data.held_out, tta)))
         sys.stdout.flush()
         self.network.train()
+
+
+def zoomed(largest, shape, rng, elastic, *turned):
+    """A deformation that also enlarges or shrinks the patch by a factor of up to `largest`."""
+    offsets = draw_deformation(shape, rng, elastic).offsets
+    return Deformation(offsets * np.float32(largest ** rng.uniform(-1, 1)))
+
+
+def sometimes_exact(share, shape, rng, elastic, *turned):
+    """For a share of the patches only quarter turns and flips, so that no voxel is interpolated."""
+    if rng.random() >= share:
+        return draw_deformation(shape, rng, elastic)
+    offsets = draw_deformation(shape, rng, 0.0, angle=0).offsets
+    return Deformation(np.ascontiguousarray(offsets[:: rng.choice([-1, 1])]))
+
+
+def tilted(exact, shape, rng, elastic, *turned):
+    """A deformation that rotates by at most 30 degrees and flips along x only.
+
+    A share of `exact` patches is neither deformed nor rotated.
+    """
+    deformed = rng.random() >= exact
+    angle, mirror = rng.uniform(-1, 1) * np.pi / 6 * deformed, rng.choice([-1.0, 1.0])
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    nodes = elastic * deformed * rng.standard_normal((2, 3, 3))
+    return deform(shape, rotation * [1.0, mirror], nodes)
 
 
 def averaging(steps):

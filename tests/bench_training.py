@@ -92,7 +92,8 @@ def bench_deformation():
 
 def step_data(base=32, precision="auto"):
     """Phantom data in memory, and the default recipe."""
-    recipe = Recipe.of("default", base_channels=base, steps=1000, precision=precision)
+    settings = {"patch": (380, 380), "steps": 1000}
+    recipe = Recipe.of("default", base_channels=base, precision=precision, **settings)
     phantom = make_phantom((8, 512, 512), seed=0)
     targets = (phantom.classes > 0).astype(np.uint8)
     weights = weight_map(targets, 2, balance=class_weights(targets, 2))

@@ -35,7 +35,7 @@ from unet_ray.network.unet import UNet
 from unet_ray.segmentation.settings import Settings
 from unet_ray.training.data import TrainingData
 from unet_ray.training.labels import load_labels
-from unet_ray.training.maps import weighted
+from unet_ray.training.maps import Labelled, weighted
 from unet_ray.training.recipes import Recipe
 
 FLOAT32 = Settings(precision="float32", workers=2)
@@ -57,6 +57,11 @@ def load_training_data(
 ) -> TrainingData:
     """Loads labelled volumes with their weight maps into memory; keeps nothing on disk."""
     return weighted(load_labels(images, labels, recipe), recipe)
+
+
+def in_memory_labels(image: Any, labels: Any, **chosen: Any) -> Labelled:
+    """Returns labelled slices (z, y, x) without weight maps."""
+    return load_labels([image], [labels], Recipe.of("default", **chosen), any_classes=True)
 
 
 def write_stack(path: Path, array: NDArray[Any], **options: Any) -> Path:

@@ -63,6 +63,7 @@ TESTS = {
     "scores/stacks.py": "tests/scores/test_stacks.py",
     "scores/totals.py": "tests/scores/test_metrics.py tests/scores/test_totals.py",
     "scores/evaluation.py": "tests/scores/test_evaluation.py",
+    "training/displacement.py": "tests/training/test_displacement.py",
     "training/patches.py": "tests/training/test_patches.py",
     "training/truths.py": "tests/training/test_patches.py tests/training/test_windows.py",
     "training/windows.py": "tests/training/test_windows.py",
@@ -458,9 +459,11 @@ MUTANTS = [
     ),
     Mutant("training/augment.py", "tuple(n + 1 for n in high)", "tuple(high)"),
     Mutant("training/augment.py", "np.floor(o + (c + 0.5))", "np.floor(o + c)"),
-    Mutant(
-        "training/augment.py", "rng.choice([-1.0, 1.0], 2) if flip else", "np.ones(2) if flip else"
-    ),
+    Mutant("training/augment.py", "rng.choice([-1.0, 1.0], 2), 1.0)", "np.ones(2), 1.0)"),
+    Mutant("training/displacement.py", "frequency * np.fft.rfft2(", "np.fft.rfft2("),
+    Mutant("training/displacement.py", "peaks.std(axis=0).max() > SPREAD", "False"),
+    Mutant("training/displacement.py", "if min(image.shape) <= 2 * REACH:", "if False:"),
+    Mutant("training/recipes.py", '"upright" if y else "any"', '"any" if y else "any"'),
     Mutant(
         "training/augment.py",
         "min(top + 1, last_row), min(left + 1, last_column)",

@@ -34,7 +34,7 @@ def of_recipe(name, field):
     """The default of a field of `Recipe` on the command line."""
     if field == "momentum" and name == "default":
         return NO_DEFAULT  # AdamW has none, and the flag is refused
-    return written(getattr(Recipe.of(name), field))
+    return written(getattr(Recipe.of(name).fitted(None), field))
 
 
 def default_of(verb, parameter):

@@ -227,7 +227,7 @@ def demo(out: str) -> None:
         "--patch",
         group=TRAINING,
         metavar="N|Z,Y,X",
-        help="Size of a patch in voxels, as the network reads it. [by the network; 2-D: 380]",
+        help="Size of a patch in voxels, as the network reads it. [by the images; 2-D: up to 572]",
     ),
     flag(
         "--batch",
@@ -263,6 +263,13 @@ def demo(out: str) -> None:
         type=float,
         metavar="VOXELS",
         help="Standard deviation of the elastic deformation. [20]",
+    ),
+    flag(
+        "--orientation",
+        group=TRAINING,
+        type=click.Choice(["auto", "any", "upright", "fixed"]),
+        help="any: rotate and flip patches. upright: tilt, flip left to right. fixed: tilt. auto: "
+        "any, unless labels are displaced from the images. [auto; paper: any]",
     ),
     flag(
         "--from",

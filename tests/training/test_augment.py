@@ -43,7 +43,7 @@ def smooth(rng, shape):
 @given(SHAPES, st.integers(0, 99))
 def test_the_identity_reproduces_the_patch(shape, seed):
     rng = np.random.default_rng(seed)
-    identity = draw_deformation(shape, rng, elastic=0, rotate=False, flip=False)
+    identity = draw_deformation(shape, rng, elastic=0, angle=0, flips=(False, False))
     start = rng.integers(0, 9, 2)
     image = rng.standard_normal((2, *(start + shape + 5))).astype(np.float32)
     patch = (slice(start[0], start[0] + shape[0]), slice(start[1], start[1] + shape[1]))
@@ -73,7 +73,7 @@ def test_all_four_flips_are_drawn_equally_often():
     image = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
     counts = {}
     for _ in range(200):
-        deformation = draw_deformation((2, 3), rng, elastic=0, rotate=False)
+        deformation = draw_deformation((2, 3), rng, elastic=0, angle=0)
         patch = warp_image(image, middle((2, 3)), deformation)
         counts[patch.tobytes()] = counts.get(patch.tobytes(), 0) + 1
     flips = [image[:, ::i, ::j] for i in (1, -1) for j in (1, -1)]
@@ -84,7 +84,8 @@ def test_all_four_flips_are_drawn_equally_often():
 def test_rotations_preserve_lengths_and_cover_all_angles():
     rng = np.random.default_rng(0)
     corners = [
-        draw_deformation((9, 9), rng, elastic=0, flip=False).offsets[:, 0, 0] for _ in range(200)
+        draw_deformation((9, 9), rng, elastic=0, flips=(False, False)).offsets[:, 0, 0]
+        for _ in range(200)
     ]
     np.testing.assert_allclose(np.linalg.norm(corners, axis=1), math.hypot(4, 4), rtol=1e-5)
     angles = np.arctan2(*np.transpose(corners))
@@ -197,7 +198,9 @@ def test_the_seed_determines_the_deformation():
 def test_displacements_at_the_nodes_have_the_requested_standard_deviation(elastic):
     rng = np.random.default_rng(0)
     identity = deform((41, 61), IDENTITY, NO_NODES).offsets
-    draws = [draw_deformation((41, 61), rng, elastic, False, False).offsets for _ in range(400)]
+    draws = [
+        draw_deformation((41, 61), rng, elastic, 0, (False, False)).offsets for _ in range(400)
+    ]
     nodes = (np.array(draws) - identity)[:, :, ::20, ::30].reshape(400, 18)
     np.testing.assert_allclose(nodes.std(axis=0), elastic, rtol=0.15)
     np.testing.assert_allclose(nodes.mean(axis=0), 0, atol=0.2 * elastic)

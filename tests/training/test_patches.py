@@ -182,7 +182,7 @@ def test_corners_of_the_volume_are_drawn():
 def test_patches_reach_every_face_of_the_volume_and_stay_inside(monkeypatch):
     whole = samples.draw_deformation
     monkeypatch.setattr(
-        samples, "draw_deformation", lambda shape, rng, _: whole(shape, rng, 0, False, False)
+        samples, "draw_deformation", lambda shape, rng, *_: whole(shape, rng, 0, 0, (False, False))
     )
     shape = 3, 60, 67
     numbers = np.arange(3 * 60 * 67, dtype=np.float32).reshape(shape)  # one for each voxel

@@ -13,7 +13,14 @@ import pytest
 import tifffile
 import torch
 
-from tests.helper import files_in, load_training_data, measures, model_content, recipe
+from tests.helper import (
+    files_in,
+    load_training_data,
+    measures,
+    model_content,
+    recipe,
+    write_stack,
+)
 from unet_ray.engine import cluster
 from unet_ray.errors import InputError, RunError
 from unet_ray.network.checkpoints import (
@@ -480,15 +487,38 @@ def test_a_nonfinite_loss_is_named_before_anything_is_written(
 def test_the_default_recipe_matches_its_description():
     made = Recipe.of("default")
     assert (made.optimiser, made.norm, made.dropout, made.decay) == ("adamw", "weight", 0.0, 0.9)
-    assert (made.patch, made.output, made.minutes, made.steps) == ((380, 380), (196, 196), 15, None)
+    assert (made.minutes, made.steps) == (15, None)
     assert Recipe.of("default", steps=7).minutes is None
+
+
+@pytest.mark.parametrize(
+    ("longest", "patch", "output"),
+    [(None, 572, 388), (4000, 572, 388), (384, 572, 388), (368, 556, 372), (100, 300, 116)],
+)
+def test_the_default_patch_is_no_larger_than_the_images_need(longest, patch, output):
+    made = Recipe.of("default").fitted(None, longest)
+    assert (made.patch, made.output) == ((patch, patch), (output, output))
+    assert Recipe.of("default", patch=(380, 204)).fitted(None, longest).patch == (380, 204)
+
+
+def test_training_chooses_the_patch_by_the_longest_side_of_all_images(tmp_path):
+    paths = {"images": [], "labels": []}
+    for number, shape in enumerate([(2, 24, 33), (1, 40, 20)]):
+        phantom = make_phantom(shape, seed=number)
+        for name, voxels in (("images", phantom.image), ("labels", phantom.classes)):
+            paths[name].append(str(tmp_path / f"{name}-{number}.tif"))
+            write_stack(Path(paths[name][-1]), voxels)
+    rows = []
+    chosen = Recipe.of("default", depth=1, base_channels=2, steps=1)
+    train(paths["images"], paths["labels"], tmp_path / "run", chosen, announce=rows.extend)
+    assert "60 x 60 voxels, of which 44 x 44 are predicted" in dict(rows)["patch"]
 
 
 def test_the_paper_recipe_has_the_papers_settings(files, tmp_path):
     made = Recipe.of("paper", steps=1)
     assert (made.optimiser, made.momentum, made.batch) == ("sgd", 0.99, 1)
     assert (made.depth, made.base_channels, made.norm, made.dropout) == (4, 64, "none", 0.5)
-    assert (made.patch, made.output) == ((572, 572), (388, 388))
+    assert made.fitted(None, 100).output == (388, 388)
     assert (made.w0, made.sigma, made.elastic) == (10, 5, 10)
     small = recipe("paper", steps=1)
     model = train([files[0]], [files[1]], tmp_path / "run", small)
@@ -541,7 +571,7 @@ def test_the_model_header_documents_the_training(files, tmp_path):
     assert header.class_values == [0, 255]
     assert header.normalisation == {"method": "mean-std"}
     assert header.voxel_size is None  # the stack does not state its spacing along z
-    settings = dataclasses.asdict(recipe(steps=2, precision="float32"))
+    settings = dataclasses.asdict(recipe(steps=2, precision="float32").oriented(None))
     assert header.training["recipe"] == json.loads(json.dumps(settings))
     assert (header.training["precision"], header.training["steps"]) == ("float32", 2)
     assert [header.data[k][0]["name"] for k in ("images", "labels")] == ["image.tif", "labels.tif"]

@@ -56,8 +56,8 @@ def draw_deformation(
     shape: Sequence[int],
     rng: np.random.Generator,
     elastic: float = 10.0,
-    rotate: bool = True,
-    flip: bool = True,
+    angle: float = math.pi,
+    flips: tuple[bool, bool] = (True, True),
 ) -> Deformation:
     """Draws a random elastic deformation, rotation and flip of a patch.
 
@@ -66,12 +66,12 @@ def draw_deformation(
         rng: random generator; the same state gives the same deformation.
         elastic: standard deviation, in voxels, of the displacements at the nodes of the grid; 0 for
             none. Far above a tenth of the patch size, the image folds over itself.
-        rotate: whether to rotate by an angle between 0 and 360 degrees; assumes square voxels.
-        flip: whether to mirror each axis with probability 1/2.
+        angle: largest rotation in either direction, in radians; assumes square voxels.
+        flips: whether to mirror y and x, each with probability 1/2.
 
     Returns:
-        The deformation. With `elastic` 0, `rotate` False and `flip` False, it reproduces the patch
-        bit for bit.
+        The deformation. With `elastic` 0, `angle` 0 and no `flips`, it reproduces the patch bit for
+        bit.
 
     Raises:
         InputError: if `elastic` is negative or not finite.
@@ -79,8 +79,8 @@ def draw_deformation(
     if not 0 <= elastic < math.inf:
         raise InputError(f"elastic={elastic} must be finite and at least 0 voxels.")
     nodes = elastic * rng.standard_normal((2, 3, 3))
-    angle = rng.uniform(0, 2 * math.pi) if rotate else 0.0
-    mirror = rng.choice([-1.0, 1.0], 2) if flip else np.ones(2)
+    angle = rng.uniform(-angle, angle)
+    mirror = np.where(flips, rng.choice([-1.0, 1.0], 2), 1.0)
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     return deform(shape, rotation * mirror, nodes)
 

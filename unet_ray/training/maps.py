@@ -120,6 +120,11 @@ class Labelled:
     counts: NDArray[np.int64]
     windowed: bool
 
+    @property
+    def longest(self) -> int:
+        """Largest extent along y and x of the slices to learn from, in voxels."""
+        return max(max(part.shape[-2:]) for part in self.parts)
+
 
 def weighted(
     labelled: Labelled, recipe: Recipe, path: Path | None = None, guard: Guard = nullcontext

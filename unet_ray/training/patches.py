@@ -77,6 +77,7 @@ class Sampler:
     def __init__(self, data: TrainingData, recipe: Recipe) -> None:
         self._data, self._seed = data, recipe.seed
         self._elastic, self._degrade = recipe.elastic, recipe.degrade
+        self._turns = recipe.turns
         self._patch, self._output, self._dims = recipe.patch, recipe.output, recipe.dims
         z, y, x = data.voxel_size or (1.0, 1.0, 1.0)
         self._spacing = (z / x, y / x, 1.0) if recipe.anisotropy == "auto" else (1.0, 1.0, 1.0)
@@ -102,7 +103,7 @@ class Sampler:
         else:
             z, *voxel = places.draw(rng)
             centre = self._draw_around(voxel, volume.targets.shape[1:], rng)
-        deformation = draw_deformation(self._patch, rng, self._elastic)
+        deformation = draw_deformation(self._patch, rng, self._elastic, *self._turns)
         inner = Deformation(deformation.offsets[(slice(None), *self._inner)])
         box, label_box = deformation.reach(centre), inner.reach(centre)
         image = volume.intensity.normalise(_window(volume.image, _in_slice(z, box))[..., 0, :, :])
@@ -126,7 +127,7 @@ class Sampler:
             if len(places.planes) < shape[0]:
                 plane = int(rng.choice(places.planes))
                 centre = (*self._draw_around([plane], shape[:1], rng), *centre[1:])
-        warp = volumetric.draw_warp(self._patch, rng, self._elastic, self._spacing)
+        warp = volumetric.draw_warp(self._patch, rng, self._elastic, self._spacing, *self._turns)
         inner = volumetric.Warp(warp.offsets[(slice(None), *self._inner)])
         box, label_box = warp.reach(centre), inner.reach(centre)
         image = volume.intensity.normalise(_window(volume.image, box))

@@ -22,10 +22,18 @@ from unet_ray.tiling.tiles import round_up
 
 LabelsAre = Literal["classes", "instances"]
 
-# Default output extent of a patch along y and x, in multiples of the network's step; in 3-D along
-# each axis, in voxels.
-PATCH_STEPS = {"default": 12, "paper": 24}
+# Largest default output extent of a patch along y and x, in multiples of the network's step; in 3-D
+# the extents in voxels.
+PATCH_STEPS = 24
 PATCH_EXTENTS = (16, 64, 64)
+DISPLACED = 0.4  # voxels between labels and images, from which on patches keep their orientation
+TILT = math.radians(30)
+# Largest rotation of patches, and whether they are flipped along y and x.
+ORIENTATIONS = {
+    "any": (math.pi, (True, True)),
+    "upright": (TILT, (False, True)),
+    "fixed": (TILT, (False, False)),
+}
 # A level convolves and pools along z if a voxel is at most this much longer along z than along x.
 NEARLY_ISOTROPIC = 1.5
 
@@ -47,7 +55,7 @@ class Recipe:
             function in training and in prediction. Without `base_channels`, training chooses them
             by `channels_for`.
         patch: size of the network's input in voxels, along y and x, in 3-D along z, y and x; zeros
-            select the recipe's default at this depth.
+            until `fitted` selects the default.
         batch: number of patches per step and worker. N workers see N times this many per step.
         steps: stop after this number of steps; None for no limit.
         minutes: stop after this many minutes of training; None for no limit.
@@ -69,6 +77,9 @@ class Recipe:
         w0, sigma: weight and width in voxels of the border term of the weight map (eq. 2).
         elastic: standard deviation of the deformation at its nodes, in voxels (sec. 3.1).
         degrade: strength of random blur and noise; 0 for none.
+        orientation: ``any`` rotates patches by any angle and flips them. ``upright`` rotates by at
+            most 30 degrees and flips only along x, ``fixed`` does not flip; in 3-D all flip along
+            z. ``auto`` is ``any``, unless labels are displaced from the images; see `oriented`.
         start: RUN folder or file of a model whose weights the training starts from; None for random
             weights.
         seed: random seed.
@@ -105,6 +116,7 @@ class Recipe:
     sigma: float = 5.0
     elastic: float = 20.0
     degrade: float = 1.0
+    orientation: Literal["auto", "any", "upright", "fixed"] = "auto"
     start: str | None = None
     seed: int = 0
     precision: Precision | Literal["auto"] = "auto"
@@ -134,7 +146,7 @@ class Recipe:
         recipe = cls(recipe=name, **settings)  # type: ignore[arg-type]
         recipe._check()
         if recipe.dims == 2:
-            recipe = recipe.fitted(None)
+            recipe.fitted(None)
         if recipe.optimiser != "sgd" and chosen.get("momentum") is not None:
             raise InputError(
                 f"momentum={recipe.momentum} applies only to SGD, which recipe={name} does not "
@@ -142,11 +154,12 @@ class Recipe:
             )
         return recipe
 
-    def fitted(self, voxel_size: Sequence[float] | None) -> Recipe:
+    def fitted(self, voxel_size: Sequence[float] | None, longest: int | None = None) -> Recipe:
         """Returns this recipe with the levels along z, and with a patch that fits the network.
 
         Args:
             voxel_size: of the images, (z, y, x) in any unit; None if unknown, for equal sizes.
+            longest: largest extent of the images along y and x, in voxels; None if unknown.
 
         Raises:
             InputError: if the patch does not fit the network, or no level convolves along z.
@@ -166,18 +179,25 @@ class Recipe:
             stated = (size[0], size[1], size[2]) if size else None
             recipe = dataclasses.replace(self, z_levels=levels, voxel_size=stated)
         if not any(self.patch):
-            recipe = dataclasses.replace(recipe, patch=recipe._default_patch())
+            recipe = dataclasses.replace(recipe, patch=recipe._default_patch(longest))
         recipe._check_patch()
         return recipe
 
-    def _default_patch(self) -> tuple[int, ...]:
-        """Returns 380 voxels at depth 4 (paper: 572), and the same number of steps at others."""
+    def _default_patch(self, longest: int | None) -> tuple[int, ...]:
+        """Returns 572 voxels at depth 4, less for smaller images; in 3-D see `PATCH_EXTENTS`.
+
+        At other depths the output has as many steps. It is no larger than the images need, except
+        in the paper's recipe.
+        """
         context = self._smallest_network().context
         if self.dims == 3:
             axes = zip(context.halo, context.step, PATCH_EXTENTS, strict=True)
             return tuple(halo + round_up(extent, step) for halo, step, extent in axes)
-        extent = context.halo[-1] + PATCH_STEPS[self.recipe] * context.step[-1]
-        return extent, extent
+        halo, step = context.halo[-1], context.step[-1]
+        extent = PATCH_STEPS * step
+        if longest is not None and self.recipe == "default":
+            extent = min(extent, round_up(longest, step))
+        return halo + extent, halo + extent
 
     def _smallest_network(self) -> UNet:
         """The network with one channel, for the arithmetic of its levels; without memory."""
@@ -187,6 +207,7 @@ class Recipe:
     def _check(self) -> None:
         refuse_unknown("labels_are", self.labels_are, ("classes", "instances"))
         refuse_unknown("anisotropy", self.anisotropy, ("auto", "none"))
+        refuse_unknown("orientation", self.orientation, ("auto", *ORIENTATIONS))
         refuse_unknown("norm", self.norm, ("none", "weight", "batch"))
         refuse_unknown("optimiser", self.optimiser, ("adamw", "sgd"))
         refuse_unknown("precision", self.precision, ("auto", "float32", "bfloat16"))
@@ -251,6 +272,21 @@ class Recipe:
             return self
         return dataclasses.replace(self, base_channels=base_channels)
 
+    def oriented(self, displacement: Sequence[float] | None) -> Recipe:
+        """Returns this recipe with another orientation in place of ``auto``.
+
+        In patches that are rotated and flipped, displaced labels are on all sides of an edge. A
+        network that sees one orientation learns where the labels are.
+
+        Args:
+            displacement: of the labels from the images along y and x, in voxels; None if unknown.
+        """
+        if self.orientation != "auto":
+            return self
+        y, x = (abs(n) >= DISPLACED for n in displacement or (0.0, 0.0))
+        chosen: Literal["any", "upright", "fixed"] = "fixed" if x else "upright" if y else "any"
+        return dataclasses.replace(self, orientation=chosen)
+
     def network(self, channels: int, classes: int) -> UNet:
         """Creates an untrained network with these settings.
 
@@ -264,8 +300,19 @@ class Recipe:
         return UNet(channels, classes, *same, self.z_levels, doubling)
 
     @property
+    def turns(self) -> tuple[float, tuple[bool, bool]]:
+        """Largest rotation of a patch in radians, and whether it is flipped along y and x."""
+        return ORIENTATIONS["any" if self.orientation == "auto" else self.orientation]
+
+    @property
     def output(self) -> tuple[int, ...]:
-        """Size of the network's output for a patch along the same axes, in voxels."""
+        """Size of the network's output for a patch along the same axes, in voxels.
+
+        Raises:
+            ValueError: if the recipe has no patch; see `fitted`.
+        """
+        if not any(self.patch):
+            raise ValueError("a recipe without a patch has no output; see Recipe.fitted")
         network = self._smallest_network()
         axes = zip(range(-self.dims, 0), self.patch, strict=True)
         return tuple(network.output_extent(extent, axis) for axis, extent in axes)
@@ -348,5 +395,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "averaged": 0,
         "elastic": 10.0,
         "degrade": 0.0,
+        "orientation": "any",
     },
 }

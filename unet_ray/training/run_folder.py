@@ -213,15 +213,15 @@ class RunFolder:
                 f"{self.path}: contains a model but no training run; choose another --out."
             ) from error
         current = json.loads(json.dumps({"recipe": recipe, "data": data}, allow_nan=False))
+        # Versions without 3-D trained all networks in 2-D.
+        stored["recipe"] = {**IN_2D, **stored["recipe"]}
+        if new := [field for field in current["recipe"] if field not in stored["recipe"]]:
+            raise InputError(
+                f"{self.path}: an older version of unet-ray trained it, without {new[0]!r}; choose "
+                "another --out, or go on with that version."
+            )
         for part in current:
             for field, value in current[part].items():
-                if part == "recipe" and stored[part].get(field, IN_2D.get(field)) == value:
-                    continue  # versions without 3-D trained all networks in 2-D
-                if part == "recipe" and field not in stored[part]:
-                    raise InputError(
-                        f"{self.path}: an older version of unet-ray trained it, without "
-                        f"{field!r}; choose another --out, or go on with that version."
-                    )
                 if field not in LIMITS and stored[part].get(field) != value:
                     before, now = _short(stored[part].get(field)), _short(value)
                     renamed = {"start": "from", "z_levels": "voxel-size"}

@@ -25,6 +25,7 @@ from unet_ray.errors import InputError, RunError, UnetRayError
 from unet_ray.machine import memory_available
 from unet_ray.network.checkpoints import write_tensors
 from unet_ray.training.data import TrainingData
+from unet_ray.training.displacement import displacement
 from unet_ray.training.labels import load_labels
 from unet_ray.training.maps import weighted
 from unet_ray.training.patches import Sampler, ahead, sample_slots
@@ -112,14 +113,21 @@ def train(
     elif type(memory) is not int or memory < 1:
         raise InputError(f"memory={memory!r} must be a whole number of bytes above 0.")
     labelled = load_labels(images, labels, recipe, any_classes, strict, memory)
-    recipe = recipe.fitted(labelled.voxel_size)
+    recipe = recipe.fitted(labelled.voxel_size, labelled.longest)
     choice: Rows = []
+    if recipe.orientation == "auto":
+        moved = displacement(labelled.parts) if recipe.dims == 2 else None
+        recipe = recipe.oriented(moved)
+        if moved and recipe.orientation != "any":
+            y, x = moved
+            text = f"labels are displaced from the images by {y:.1f}, {x:.1f} voxels (y, x)"
+            choice.append(("orientation", f"{recipe.orientation}: {text}; see --orientation"))
     if recipe.base_channels is None:
         kind = cluster.find_device(engine, workers[0] if isinstance(workers, tuple) else workers)
         recipe = recipe.with_channels(run.channels() or channels_for(kind))
         if kind == "cpu" and recipe.base_channels == CPU_CHANNELS:
             more = "chosen for a CPU; more may pay off after several hours, see --base-channels"
-            choice = [("channels", f"{CPU_CHANNELS}, {more}")]
+            choice.append(("channels", f"{CPU_CHANNELS}, {more}"))
     if labelled.held_out:
         checked_score(labelled.held_out, len(labelled.class_values), recipe.best_by)
     run.refuse_other(dataclasses.asdict(recipe), labelled.identity)

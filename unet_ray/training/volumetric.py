@@ -40,7 +40,12 @@ class Warp:
 
 
 def draw_warp(
-    shape: Ints, rng: np.random.Generator, elastic: float, spacing: Sequence[float]
+    shape: Ints,
+    rng: np.random.Generator,
+    elastic: float,
+    spacing: Sequence[float],
+    angle: float = math.pi,
+    flips: tuple[bool, bool] = (True, True),
 ) -> Warp:
     """Draws a random deformation, rotation and flip of a patch.
 
@@ -49,17 +54,21 @@ def draw_warp(
         rng: random generator.
         elastic: standard deviation of the displacements at the nodes of the grid, in voxels of x.
         spacing: size of a voxel along z, y and x, in units of x. Displacements have the same
-            physical size along all axes, and the rotation is about z. If all sizes are equal, the
-            patch is rotated about any axis by multiples of 90 degrees, too.
+            physical size along all axes, and the rotation is about z. If all sizes are equal and
+            both `flips` are allowed, the patch is rotated about any axis by multiples of 90
+            degrees, too.
+        angle: largest rotation about z in either direction, in radians.
+        flips: whether to mirror y and x, each with probability 1/2; z is always mirrored so.
     """
     sizes = np.asarray(spacing, float)
     nodes = elastic * rng.standard_normal((3, 3, 3, 3)) / sizes[:, None, None, None]
-    angle = rng.uniform(0, 2 * math.pi)
+    angle = rng.uniform(-angle, angle)
     cosine, sine = math.cos(angle), math.sin(angle)
     rotation = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])
     # A rotation in physical space: voxels of y and x may differ in size.
-    matrix = rotation * sizes[None] / sizes[:, None] * rng.choice([-1.0, 1.0], 3)
-    if np.allclose(sizes, sizes[0]) and len({*shape}) == 1:
+    mirror = np.where((True, *flips), rng.choice([-1.0, 1.0], 3), 1.0)
+    matrix = rotation * sizes[None] / sizes[:, None] * mirror
+    if all(flips) and np.allclose(sizes, sizes[0]) and len({*shape}) == 1:
         matrix = matrix[rng.permutation(3)]
     return warp(shape, matrix, nodes)
 
