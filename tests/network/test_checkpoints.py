@@ -342,6 +342,15 @@ def rewrite_header(path, network, fields):
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
+@pytest.mark.parametrize("stated", ["any", "upright", "fixed", "auto", None, [], {}, 7])
+def test_the_network_knows_the_orientation_of_its_training(path, network, stated):
+    rewrite_header(path, network, {"training": {"recipe": {"orientation": stated}}})
+    known = stated if stated in ("upright", "fixed") else "any"
+    assert read_model(path)[0].orientation == known
+    rewrite_header(path, network, {"training": {}})
+    assert read_model(path)[0].orientation == "any"
+
+
 @pytest.mark.parametrize("inner", ['{"a":' * 10**5, f"[{'9' * 6000}]", "[]", "5"])
 def test_any_json_in_the_header_is_refused(path, network, inner):
     write_model(path, network, HEADER)

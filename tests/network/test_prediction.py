@@ -15,6 +15,7 @@ from unet_ray.errors import RunError
 from unet_ray.network import prediction
 from unet_ray.network.prediction import Predictor, constant_value, gpu_versions, instructions
 from unet_ray.network.unet import UNet
+from unet_ray.segmentation.memory import network_size
 from unet_ray.tiling.mirror import read_mirrored
 from unet_ray.tiling.streaming import stream_along
 from unet_ray.tiling.tiles import TilePlan
@@ -266,6 +267,33 @@ def test_the_mean_over_symmetries_does_not_depend_on_the_turn_of_a_volume(z_leve
         turned = averaged(turn(torch.from_numpy(voxels.astype(np.float32))).numpy())
         torch.testing.assert_close(turned, turn(whole), rtol=0, atol=1e-5)
     assert whole.std() > 0.01
+
+
+@pytest.mark.parametrize(("orientation", "in_the_plane"), [("upright", 2), ("fixed", 1)])
+@pytest.mark.parametrize("z_levels", [None, ((3, 2),) * 3])
+def test_a_network_of_one_orientation_sees_no_other(orientation, in_the_plane, z_levels):
+    torch.manual_seed(0)
+    network = UNet(1, 3, 2, 2, "weight", 0.0, z_levels).eval()
+    network.orientation = orientation
+    core = (1, 16, 16) if z_levels is None else (8, 16, 16)
+    plan = TilePlan(core, core, network.context, core)
+    predictor = Predictor(network, plan, Intensity((50.0,), (30.0,)), "float32", "cpu", tta=True)
+    extents = [c + h for c, h in zip(core, network.context.halo, strict=True)]
+    voxels = np.random.default_rng(0).integers(0, 99, extents).astype(np.uint8)
+    scores, calls = predictor._scores, []
+    predictor._scores = lambda *args: calls.append(1) or scores(*args)
+
+    def averaged(volume):
+        with torch.inference_mode():
+            return predictor._averaged(predictor._image(volume[None].copy()), [], ())
+
+    whole = averaged(voxels)
+    symmetries = in_the_plane * (1 if z_levels is None else 2)
+    assert len(calls) == symmetries == network_size(network, "float32", True).symmetries
+    mirrored = {axis: averaged(np.flip(voxels, axis)).flip(axis) for axis in (-3, -2, -1)}
+    equal = {axis: torch.allclose(same, whole, atol=1e-5) for axis, same in mirrored.items()}
+    assert not equal[-2] and equal[-1] == (orientation == "upright")
+    assert z_levels is None or equal[-3]
 
 
 def results_of(scores):

@@ -23,6 +23,14 @@ from unet_ray.tiling.tiles import TilePlan, round_up
 CONSTANTS = 2
 
 Doubling = Literal["after", "before"]
+Orientation = Literal["any", "upright", "fixed"]
+# The symmetries of the plane that a network has learned, by the orientation of its patches: quarter
+# turns, and whether the image is then flipped along x.
+PLANE: dict[str, tuple[tuple[int, bool], ...]] = {
+    "any": tuple((turns, flipped) for turns in range(4) for flipped in (False, True)),
+    "upright": ((0, False), (0, True)),
+    "fixed": ((0, False),),
+}
 STREAMED = (False, True, True)  # the axes along which a pass of a stream loses voxels
 
 
@@ -70,7 +78,7 @@ class NetworkSize:
         weights: number of parameters.
         itemsize: bytes of one activation: 4 for float32, 2 for bfloat16.
         tta: whether passes are averaged over the symmetries of the voxels.
-        doubling: see `UNet`.
+        doubling, orientation: see `UNet`.
     """
 
     in_channels: int
@@ -81,11 +89,17 @@ class NetworkSize:
     itemsize: int
     tta: bool = False
     doubling: Doubling = "after"
+    orientation: Orientation = "any"
 
     @property
     def symmetries(self) -> int:
         """Number of passes that are averaged; see `symmetries_of`."""
-        return symmetries_of(self.levels) if self.tta else 1
+        return symmetries_of(self.levels, self.orientation) if self.tta else 1
+
+    @property
+    def copies(self) -> int:
+        """Number of networks: the one for the symmetries of the plane, and those turned for z."""
+        return turns_of(self.levels, self.orientation) if self.tta else 1
 
     @property
     def widths(self) -> Widths:
@@ -111,12 +125,21 @@ class NetworkSize:
             inputs = self.widths.joined(layer.level) if joined else outputs
 
 
-def symmetries_of(levels: Sequence[Level]) -> int:
-    """Number of symmetries of a network: 8 of the square, in 3-D 16, and 48 of the cube."""
+def symmetries_of(levels: Sequence[Level], orientation: Orientation = "any") -> int:
+    """Number of symmetries of a network: 8 of the square, in 3-D 16, and 48 of the cube.
+
+    A network that learned one orientation has fewer: in the plane 2 if upright, 1 if fixed.
+    """
+    return len(PLANE[orientation]) * turns_of(levels, orientation)
+
+
+def turns_of(levels: Sequence[Level], orientation: Orientation) -> int:
+    """Number of positions of the z axis: 1 in 2-D, in 3-D both directions, and 6 of the cube."""
     widths = [*(level.kernel for level in levels), *(level.pool for level in levels[:-1])]
     if all(width[0] == 1 for width in widths):
-        return 8
-    return 48 if all(len({*width}) == 1 for width in widths) else 16
+        return 1
+    cube = orientation == "any" and all(len({*width}) == 1 for width in widths)
+    return 6 if cube else 2
 
 
 def pass_multiplications(net: NetworkSize, extents: Sequence[float]) -> float:

@@ -14,13 +14,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
 from unet_ray.errors import InputError, reason
+from unet_ray.network.arithmetic import PLANE, Orientation
 from unet_ray.network.unet import UNet
 from unet_ray.storage.parsing import parse_json
 from unet_ray.storage.places import Guard, write_whole
@@ -54,6 +55,13 @@ class ModelHeader:
     data: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     threshold: float | None = None
+
+    @property
+    def orientation(self) -> Orientation:
+        """Orientation of the patches of the training; ``any`` if the header does not state it."""
+        recipe = self.training.get("recipe")
+        stated = recipe.get("orientation") if isinstance(recipe, dict) else None
+        return cast(Orientation, stated) if stated in [*PLANE] else "any"
 
     def check(self) -> None:
         """Checks that this version supports every field, since a file may hold any JSON.
@@ -196,6 +204,7 @@ def read_hashed_model(path: str | os.PathLike[str]) -> tuple[UNet, ModelHeader, 
             if tensors[name].dtype != weight.dtype:
                 raise ValueError(f"weight {name!r} is {tensors[name].dtype}, not {weight.dtype}")
         network.load_state_dict(tensors, assign=True)
+        network.orientation = header.orientation
     except Exception as error:  # the header may hold any JSON
         raise InputError(f"{path}: header and weights do not match ({reason(error)}).") from error
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from unet_ray.errors import RunError
 from unet_ray.machine import keep_freed_memory, nvidia_driver
-from unet_ray.network.arithmetic import CONSTANTS, symmetries_of
+from unet_ray.network.arithmetic import CONSTANTS, PLANE, symmetries_of, turns_of
 from unet_ray.network.streaming import Columns, Kept, StreamedUNet
 from unet_ray.network.transfer import DEPTH, Arrays, CudaLanes, Transfer, delayed
 from unet_ray.network.unet import UNet, channels_last, turned
@@ -81,6 +81,10 @@ def gpu_versions(device: Device) -> dict[str, str]:
     return {name: str(version) for name, version in versions.items() if version}
 
 
+# Orders of the axes of the cube that bring each to the place of z once.
+Z_ORDERS = (0, 1, 2), (1, 0, 2), (2, 1, 0)
+
+
 class Predictor:
     """A network at inference, for the tiles of one plan.
 
@@ -95,8 +99,9 @@ class Predictor:
         precision: number format of weights and activations.
         device: device that runs the network.
         tta: whether to average over the 8 symmetries of the square (the paper averages rotations,
-            sec. 3), in 3-D over 16 or 48; see `symmetries_of`. Tiling stays exact: every pass
-            starts and ends on the same phase of the pooling, at any position of its tile.
+            sec. 3), in 3-D over 16 or 48, or over those that the network has learned; see
+            `symmetries_of`. Tiling stays exact: every pass starts and ends on the same phase of the
+            pooling, at any position of its tile.
         threshold: a voxel is of class 1 if its stored probability k fulfils k > 255 `threshold`,
             for two classes; None for the most probable class.
         in_flight: tiles that the caller has in flight; as many streams may wait.
@@ -132,15 +137,13 @@ class Predictor:
         self._network = (
             network.folded().to(self._device, self._dtype).to(memory_format=self._format)  # type: ignore[call-overload]
         )
-        self._symmetries = symmetries_of(network.levels) if tta else 1
-        turns = [(0, 1, 2), (1, 0, 2), (2, 1, 0)][: max(1, self._symmetries // 16)]
-        ways = [(order, down) for order in turns for down in (False, True)]
+        self._plane = PLANE[network.orientation]
+        self._symmetries = symmetries_of(network.levels, network.orientation) if tta else 1
+        copies = turns_of(network.levels, network.orientation) if tta else 1
+        ways = [(order, down) for order in Z_ORDERS for down in (False, True)]
         self._networks = [
             self._network,
-            *(
-                turned(self._network, order, down)
-                for order, down in ways[1 : self._symmetries // 8]
-            ),
+            *(turned(self._network, order, down) for order, down in ways[1:copies]),
         ]
         slab = plan.passes[0]
         self._streams = [StreamedUNet(n, slab) for n in self._networks if plan.streamed]
@@ -372,14 +375,13 @@ class Predictor:
         """
         total, number = torch.zeros(()), 0
         for network in range(len(self._networks)):
-            for turns in range(4):
-                for mirrored in (False, True):
-                    view = image.rot90(turns, (-2, -1))
-                    view = view.flip(-1) if mirrored else view
-                    planes = kept[number] if kept else None
-                    softmax = self._scores(view, finite, network, planes).softmax(dim=1)
-                    upright = softmax.flip(-1) if mirrored else softmax
-                    total, number = total + upright.rot90(-turns, (-2, -1)), number + 1
+            for turns, mirrored in self._plane:
+                view = image.rot90(turns, (-2, -1))
+                view = view.flip(-1) if mirrored else view
+                planes = kept[number] if kept else None
+                softmax = self._scores(view, finite, network, planes).softmax(dim=1)
+                upright = softmax.flip(-1) if mirrored else softmax
+                total, number = total + upright.rot90(-turns, (-2, -1)), number + 1
         return total / number
 
 

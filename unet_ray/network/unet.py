@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from unet_ray.errors import InputError
-from unet_ray.network.arithmetic import Doubling, Widths
+from unet_ray.network.arithmetic import Doubling, Orientation, Widths
 from unet_ray.network.strips import Convolution, convolved_by_strips, has_convolutions
 from unet_ray.tiling.boxes import Ints
 from unet_ray.tiling.levels import Level, layers, output_extents
@@ -58,6 +58,10 @@ class UNet(nn.Module):
             ``"before"`` it, which avoids bottlenecks (Szegedy et al. 2016); up-convolutions then
             keep the channels and have no bias, as in 2016.
 
+    Attributes:
+        orientation: of the patches that the network learned from; it sets the symmetries over which
+            predictions may be averaged.
+
     Raises:
         InputError: if an argument is outside its range.
     """
@@ -88,6 +92,7 @@ class UNet(nn.Module):
         self.in_channels, self.classes, self.depth = in_channels, classes, depth
         self.base_channels, self.norm, self.dropout = base_channels, norm, dropout
         self.doubling = doubling
+        self.orientation: Orientation = "any"
         self.z_levels = _checked_z(z_levels, depth)
         axes = 3 if self.z_levels else 2
         levels = [(level.kernel[-axes:], level.pool[-axes:]) for level in self.levels]

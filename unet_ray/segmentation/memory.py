@@ -161,7 +161,7 @@ def worker_bytes(
         process=PROCESS_BYTES["ray"],
         index=index,
         load=net.weights * (3 * 4 + net.itemsize),
-        weights=net.weights * net.itemsize * max(1, net.symmetries // 8),
+        weights=net.weights * net.itemsize * net.copies,
         tile=read + write + constants,
         copy=max(write, read, overhead),  # for mirroring and encoding
         forward=forward,
@@ -297,6 +297,7 @@ def network_size(network: UNet, precision: Precision, tta: bool = False) -> Netw
         {"float32": 4, "bfloat16": 2}[precision],
         tta,
         network.doubling,
+        network.orientation,
     )
 
 

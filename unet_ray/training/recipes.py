@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from unet_ray.errors import InputError, refuse_unknown
-from unet_ray.network.arithmetic import Doubling
+from unet_ray.network.arithmetic import Doubling, Orientation
 from unet_ray.network.checkpoints import find_model, read_model
 from unet_ray.network.prediction import Precision
 from unet_ray.network.unet import Norm, UNet
@@ -116,7 +116,7 @@ class Recipe:
     sigma: float = 5.0
     elastic: float = 20.0
     degrade: float = 1.0
-    orientation: Literal["auto", "any", "upright", "fixed"] = "auto"
+    orientation: Orientation | Literal["auto"] = "auto"
     start: str | None = None
     seed: int = 0
     precision: Precision | Literal["auto"] = "auto"
@@ -284,7 +284,7 @@ class Recipe:
         if self.orientation != "auto":
             return self
         y, x = (abs(n) >= DISPLACED for n in displacement or (0.0, 0.0))
-        chosen: Literal["any", "upright", "fixed"] = "fixed" if x else "upright" if y else "any"
+        chosen: Orientation = "fixed" if x else "upright" if y else "any"
         return dataclasses.replace(self, orientation=chosen)
 
     def network(self, channels: int, classes: int) -> UNet:
