@@ -54,6 +54,15 @@ def test_the_slices_with_labels_everywhere_count():
     np.testing.assert_allclose(found, (1, 0), atol=0.15)
 
 
+def test_few_slices_are_read_to_choose_those_with_labels_everywhere():
+    phantom = make_phantom((200, 64, 64), seed=3)
+    classes = np.roll(phantom.classes, 1, 1)
+    classes[0, 0, 0] = 9
+    assert measured(phantom.image, classes, ignore_label=9) is not None
+    classes[[n for n in range(200) if n % 13 != 7], 0, 0] = 9
+    assert measured(phantom.image, classes, ignore_label=9) is None
+
+
 def test_half_a_voxel_is_measured():
     fine = make_phantom((3, 512, 512), seed=2, cell_diameter=84.0)
     image = fine.image.reshape(3, 256, 2, 256, 2).mean((2, 4))

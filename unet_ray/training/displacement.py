@@ -18,7 +18,8 @@ from unet_ray.tiling.boxes import Box
 from unet_ray.training.maps import Part
 from unet_ray.training.truths import IGNORED
 
-SLICES, EXTENT = 16, 1024  # at most, of a training, and voxels of each along y and x
+# At most, of a training: slices, slices read to choose these, and voxels of each along y and x.
+SLICES, READ, EXTENT = 16, 64, 1024
 FEWEST = 3  # slices; with fewer, their agreement is unknown
 SMOOTHING = 1.5  # voxels
 REACH = 8  # largest displacement, in voxels
@@ -40,7 +41,8 @@ def displacement(parts: Sequence[Part]) -> tuple[float, float] | None:
 
     Returns:
         The mean over slices; None if it cannot be measured: if fewer than three slices have labels
-        everywhere, if slices disagree, or if edges of the image are not where the labels end.
+        everywhere, of up to 64, if slices disagree, or if edges of the image are not where the
+        labels end.
     """
     slices = islice(_slices(parts), SLICES)
     found = [peak for image, mask in slices if (peak := _strongest(image, mask)) is not None]
@@ -58,7 +60,8 @@ def _slices(parts: Sequence[Part]) -> Iterator[tuple[NDArray[Any], NDArray[np.bo
     """
     planes = [(part, z) for part in parts for z in range(part.shape[0])]
     stride = -(-len(planes) // SLICES)
-    for number in (n for first in range(stride) for n in range(first, len(planes), stride)):
+    spread = (n for first in range(stride) for n in range(first, len(planes), stride))
+    for number in islice(spread, READ):
         part, z = planes[number]
         box = _middle(z, part.shape)
         targets = part.truth(box).targets[0]
