@@ -31,7 +31,7 @@ from unet_ray.scores.totals import isbi_scores
 from unet_ray.tiling.mirror import read_mirrored
 from unet_ray.tiling.tiles import TilePlan
 from unet_ray.training import patches
-from unet_ray.training.augment import Deformation, change_grey, deform, draw_deformation
+from unet_ray.training.augment import Deformation, change_grey, draw_deformation
 from unet_ray.training.patches import Sampler, ahead, sample_slots
 from unet_ray.training.recipes import Recipe
 from unet_ray.training.trainer import Learner, World, optimiser_for
@@ -51,18 +51,7 @@ COLUMNS = {
 AVERAGES = {"500": 500, "2000": 2000}  # steps
 
 # Fields of `Recipe`, or of what this file changes besides (`OURS`).
-OURS = (
-    "schedule",
-    "reduction",
-    "balance",
-    "slices",
-    "deep",
-    "grey",
-    "zoom",
-    "exact",
-    "as_stored",
-    "tilted",
-)
+OURS = "schedule", "reduction", "balance", "slices", "deep", "grey", "zoom", "exact", "as_stored"
 CHANGES = {
     "none": {},
     "bfloat16": {"precision": "bfloat16"},
@@ -98,8 +87,8 @@ CHANGES = {
     "exact-0.8": {"exact": 0.8},
     "as-stored": {"as_stored": 0.0},
     "as-stored-late": {"as_stored": 0.6},
-    "tilted": {"tilted": 0.0},
-    "tilted-exact": {"tilted": 0.5},
+    "tilted": {"orientation": "upright"},
+    "tilted-exact": {"orientation": "upright", "exact": 0.5},
 }
 
 
@@ -175,8 +164,6 @@ class Bench:
         self.progress = 0.0
         if ours["as_stored"] is not None:
             patches.draw_deformation = partial(self.as_stored_after, ours["as_stored"])
-        if ours["tilted"] is not None:
-            patches.draw_deformation = partial(tilted, ours["tilted"])
         self.sampler = Sampler(self.data, self.recipe)
         torch.manual_seed(seed)
         self.network = self.recipe.network(self.data.channels, 2)
@@ -210,10 +197,10 @@ class Bench:
                 self.show(step, used)
         self.show(step, used, last=True)
 
-    def as_stored_after(self, start, shape, rng, elastic, *turned):
+    def as_stored_after(self, start, shape, rng, elastic, angle, flips):
         """A deformation that neither rotates nor flips after a share of the time."""
         free = self.progress < start
-        return draw_deformation(shape, rng, elastic, np.pi * free, (free, free))
+        return draw_deformation(shape, rng, elastic, angle * free, (free, free))
 
     def show(self, step, used, last=False):
         """Prints the scores of each way of predicting."""
@@ -226,30 +213,22 @@ class Bench:
         self.network.train()
 
 
-def zoomed(largest, shape, rng, elastic, *turned):
+def zoomed(largest, shape, rng, elastic, angle, flips):
     """A deformation that also enlarges or shrinks the patch by a factor of up to `largest`."""
-    offsets = draw_deformation(shape, rng, elastic).offsets
+    offsets = draw_deformation(shape, rng, elastic, angle, flips).offsets
     return Deformation(offsets * np.float32(largest ** rng.uniform(-1, 1)))
 
 
-def sometimes_exact(share, shape, rng, elastic, *turned):
-    """For a share of the patches only quarter turns and flips, so that no voxel is interpolated."""
-    if rng.random() >= share:
-        return draw_deformation(shape, rng, elastic)
-    offsets = draw_deformation(shape, rng, 0.0, angle=0).offsets
-    return Deformation(np.ascontiguousarray(offsets[:: rng.choice([-1, 1])]))
+def sometimes_exact(share, shape, rng, elastic, angle, flips):
+    """For a share of the patches only flips and, if all are allowed, quarter turns.
 
-
-def tilted(exact, shape, rng, elastic, *turned):
-    """A deformation that rotates by at most 30 degrees and flips along x only.
-
-    A share of `exact` patches is neither deformed nor rotated.
+    No grey value of these patches is interpolated.
     """
-    deformed = rng.random() >= exact
-    angle, mirror = rng.uniform(-1, 1) * np.pi / 6 * deformed, rng.choice([-1.0, 1.0])
-    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    nodes = elastic * deformed * rng.standard_normal((2, 3, 3))
-    return deform(shape, rotation * [1.0, mirror], nodes)
+    if rng.random() >= share:
+        return draw_deformation(shape, rng, elastic, angle, flips)
+    offsets = draw_deformation(shape, rng, 0.0, 0, flips).offsets
+    turn = rng.choice([-1, 1]) if all(flips) else 1
+    return Deformation(np.ascontiguousarray(offsets[::turn]))
 
 
 def averaging(steps):

@@ -33,8 +33,8 @@ IN_ENGLISH = [page for page in PAGES if not page.stem.endswith(".zh")]
 
 SHORTER = {
     "--steps 400": "--steps 2 --patch 204",
-    "--steps 500": "--steps 2 --patch 204",
-    "steps=200": "steps=10",
+    "--patch 380 --steps 1000": "--steps 2 --patch 204",
+    "steps=400": "steps=10",
 }
 
 MEAN_WORDS, MOST_WORDS = 20, 40

@@ -92,6 +92,8 @@ def test_what_cannot_be_measured_has_no_displacement(phantom):
     assert measured(image, np.roll(classes, 12, 1)) is None, "too far"
     for y, x in [(1, 64), (16, 64), (64, 2)]:
         assert measured(image[:, :y, :x], classes[:, :y, :x]) is None, "narrow slices"
+    assert measured(classes[:, :17], classes[:, :17]) == pytest.approx((0, 0))
+    assert measured(classes[:, :16], classes[:, :16]) is None, "narrow slices"
     classes = np.where(np.indices(classes.shape)[2] < 9, 9, classes).astype(np.uint8)
     assert measured(image, classes, ignore_label=9) is None, "slices without full annotation"
 

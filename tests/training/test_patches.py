@@ -1,6 +1,7 @@
 """Training patches: inputs of a sample, position of its labels, and refused data."""
 
 import itertools
+import math
 import os
 import signal
 import threading
@@ -155,6 +156,31 @@ def test_labels_and_image_come_from_the_same_position(monkeypatch, elastic, axis
         assert np.abs(middle - sample.targets).max() <= 0.5 + 1e-3
         compared += 1
     assert compared >= 10
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("orientation", ["any", "upright", "fixed"])
+def test_patches_have_the_orientations_of_the_recipe(monkeypatch, orientation, dims):
+    """The direction of two ramps, which increase along y and along x, in each patch."""
+    monkeypatch.setattr(samples, "change_grey", lambda image, rng: image)
+    monkeypatch.setattr(samples, "degrade", lambda image, *given: image)
+    ramps = np.indices((30, 240, 240)[3 - dims :], np.float32)[-2:].reshape(2, -1, 240, 240)
+    data = in_memory(ramps, np.zeros(ramps.shape[1:], np.uint8))
+    settings = {"dims": dims, "depth": 1, "base_channels": 2, "elastic": 0.0, "seed": 3}
+    settings |= {"patch": (28, 32, 36)[3 - dims :], "orientation": orientation}
+    sampler = Sampler(data, Recipe.of("default", **settings).fitted(None))
+    middle = (14, slice(15, 17), slice(17, 19))[3 - dims :]
+    cosines = []
+    for number in range(80):
+        y, x = sampler[number, 0].image[(slice(None), *middle)]
+        cosines.append((y[1, 0] - y[0, 0], x[0, 1] - x[0, 0]))
+    along_y, along_x = np.transpose(cosines)
+    tilted = math.cos(math.radians(30)) - 1e-3
+    if orientation == "any":
+        assert along_y.min() < -0.9 and along_y.max() > 0.9 and np.abs(along_y).min() < 0.2
+    else:
+        assert tilted <= along_y.min() < 0.9 and np.abs(along_x).min() >= tilted
+        assert {*np.sign(along_x)} == ({-1, 1} if orientation == "upright" else {1})
 
 
 def test_weights_match_the_labels(write):

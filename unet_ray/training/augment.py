@@ -79,10 +79,19 @@ def draw_deformation(
     if not 0 <= elastic < math.inf:
         raise InputError(f"elastic={elastic} must be finite and at least 0 voxels.")
     nodes = elastic * rng.standard_normal((2, 3, 3))
-    angle = rng.uniform(-angle, angle)
+    angle = draw_angle(rng, angle)
     mirror = np.where(flips, rng.choice([-1.0, 1.0], 2), 1.0)
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     return deform(shape, rotation * mirror, nodes)
+
+
+def draw_angle(rng: np.random.Generator, largest: float) -> float:
+    """Draws a rotation of at most `largest` in either direction, in radians.
+
+    If any angle is allowed, equal seeds give the rotations of versions without a limit.
+    """
+    circle = 2 * math.pi
+    return math.remainder(rng.uniform(0, circle), circle) * largest / math.pi
 
 
 def deform(

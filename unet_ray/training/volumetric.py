@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from unet_ray.compiled import compiled
 from unet_ray.tiling.boxes import Box, Ints
-from unet_ray.training.augment import check_reach, spline
+from unet_ray.training.augment import check_reach, draw_angle, spline
 
 Value = TypeVar("Value", bound=np.generic)
 
@@ -62,7 +62,7 @@ def draw_warp(
     """
     sizes = np.asarray(spacing, float)
     nodes = elastic * rng.standard_normal((3, 3, 3, 3)) / sizes[:, None, None, None]
-    angle = rng.uniform(-angle, angle)
+    angle = draw_angle(rng, angle)
     cosine, sine = math.cos(angle), math.sin(angle)
     rotation = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])
     # A rotation in physical space: voxels of y and x may differ in size.
